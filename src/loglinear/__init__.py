@@ -1,0 +1,21 @@
+"""Log-linear attention: O(T log T) training and O(log T) decoding, between linear attention and softmax attention.
+
+The op is ``log_linear_attention`` (scalar gate) or ``log_linear_delta_rule``; ``loglinear.layers`` has the mixers and
+``loglinear.models`` the Hugging Face model. Importing this package needs torch alone: no Triton, no GPU, no transformers.
+"""
+
+from importlib import import_module
+
+from loglinear.ops import LinearState, LogLinearState, log_linear_attention, log_linear_delta_rule
+
+__version__ = "0.1.0"
+
+_MODELS = ("LogLinearConfig", "LogLinearForCausalLM", "LogLinearModel")  # these import transformers, when asked for
+
+__all__ = ["LinearState", "LogLinearState", "log_linear_attention", "log_linear_delta_rule"]
+
+
+def __getattr__(name: str):
+    if name in _MODELS:
+        return getattr(import_module("loglinear.models"), name)
+    raise AttributeError(f"module 'loglinear' has no attribute {name!r}")

@@ -1,0 +1,130 @@
+"""The public functions: log-linear attention with a scalar gate, and with the delta rule.
+
+Special about this file: it only checks, normalises and dispatches. The algorithm is ``reference/chunkwise.py``; eager CPU
+calls run it directly (differentiable twice, with gradients through states); under ``torch.compile`` the same code is one
+opaque operator, ``loglinear::attention``, registered in ``registration.py``.
+
+What a query sees, for 8 tokens (the number is the level, whose λ weights it; a bucket of equal numbers is one state):
+
+    t=0    0
+    t=1    1  0
+    t=2    2  2  0
+    t=3    2  2  1  0
+    t=4    3  3  3  3  0
+    t=5    3  3  3  3  1  0
+    t=6    3  3  3  3  2  2  0
+    t=7    3  3  3  3  2  2  1  0
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.ops import checks, registration
+from loglinear.state import LinearState, LogLinearState
+
+State = LogLinearState | LinearState
+
+
+def log_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    level_scales: Tensor | None,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, State | None]:
+    """Log-linear attention with a scalar gate (Log-Linear Mamba-2): O(T log T), with an O(log T) state.
+
+    ``o_t = Σ_{s <= t} λ_t[level(t, s)] · exp(g_{s+1} + … + g_t) · (scale · q_t·k_s) · v_s``, level(t, s) = bit_length(t ^ s).
+
+    Args:
+        q, k: ``[B, T, G, K]``, float64, float32, bfloat16 or float16. T may be 0.
+        v: ``[B, T, H, V]``, the dtype of q; H is a multiple of G and value head h reads q/k head ``h // (H // G)``.
+        g: ``[B, T, H]``, natural log of the decay, at most 0; -inf forgets everything before the token. None is no decay.
+        level_scales: λ ``[B, T, H, L]``, any sign. Positions further than L levels reach share the last one.
+            None gives the plain linear model (λ = 1), with a state of fixed size.
+        scale: factor of q; None means 1.
+        initial_state: the final state of an earlier call, one row per sequence. Levels go on from its position.
+        output_final_state: whether to return the state after the last token.
+        cu_seqlens: int32 or int64 ``[n + 1]``, offsets of n sequences packed along T in a batch of one; each has a tree of
+            its own. Empty sequences are allowed.
+        cu_seqlens_cpu: the same on the CPU; spares a device synchronisation when q is on an accelerator.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of v, and the final state (None unless asked for), with gradients through both.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what came and what is needed.
+
+    Source: Guo et al. 2025, sections 3.1 to 3.3.
+    """
+    return _attention(
+        q, k, v, g, None, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu
+    )
+
+
+def log_linear_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    level_scales: Tensor | None,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, State | None]:
+    """Log-linear attention with the (gated) delta rule (Log-Linear Gated DeltaNet): O(T log T), O(log T) state.
+
+    The transition of token t is ``exp(g_t) (I - β_t k_t k_tᵀ)`` and it writes ``β_t k_t v_tᵀ``; a query reads the bucket of
+    each level through the ordered product of the transitions after it, weighted with that level's λ.
+
+    Args:
+        beta: β ``[B, T, H]``, writing strength, in [0, 2] for a stable recurrence with keys of unit length.
+        use_qk_l2norm_in_kernel: divide q and k by their lengths first, ``x / sqrt(Σ x² + 1e-6)``.
+        The others: as in ``log_linear_attention``.
+
+    Returns, raises: as ``log_linear_attention``. Source: Guo et al. 2025, section 3.4; Yang et al. 2024.
+    """
+    if beta is None:
+        raise TypeError("beta must be a tensor [B, T, H]: got None")
+    if use_qk_l2norm_in_kernel:
+        q, k = _unit(q, "q"), _unit(k, "k")
+    return _attention(
+        q, k, v, g, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu
+    )
+
+
+def _unit(x: Tensor, name: str) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor: got {getattr(x, 'dtype', type(x).__name__)}")
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu):
+    device = q.device.type if isinstance(q, Tensor) else "cpu"
+    if torch.is_autocast_enabled(
+        device
+    ):  # as the field's ops: matrix operands take autocast's dtype, gates keep theirs
+        low = torch.get_autocast_dtype(device)
+        q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
+    checks.check_inputs(q, k, v, g, beta, level_scales)
+    scale = checks.check_scale(scale)
+    stateless = initial_state is None and not output_final_state
+    with torch.autocast(device, enabled=False):
+        if stateless and level_scales is not None and torch.compiler.is_compiling():
+            return registration.attention(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
+        lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
+        checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
+        o, state = registration.run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)
+    return o, state if output_final_state else None

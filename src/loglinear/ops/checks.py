@@ -1,0 +1,143 @@
+"""Argument checks of the public ops: every error names the argument, what came and what is needed.
+
+Checks read shapes, dtypes and devices; values only where that costs no device synchronisation (CPU tensors).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from loglinear.state import LinearState, LogLinearState
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _shape(name: str, tensor: Tensor, wanted: str, axes: Sequence[int | None]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor {wanted}: got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be a floating-point tensor (float64, float32, bfloat16, float16): got {tensor.dtype}"
+        )
+    shape = tuple(tensor.shape)
+    if len(shape) != len(axes) or any(want not in (None, have) for have, want in zip(shape, axes)):
+        need = ", ".join("?" if axis is None else str(axis) for axis in axes)
+        raise ValueError(f"{name} must have shape {wanted} = [{need}]: got {list(shape)}")
+
+
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, level_scales: Tensor | None
+) -> None:
+    """Ranks, sizes, dtypes, devices and, on the CPU, the sign of g."""
+    _shape("q", q, "[B, T, G, K]", (None,) * 4)
+    batch, length, groups, width = q.shape
+    _shape("k", k, "[B, T, G, K]", (batch, length, groups, width))
+    _shape("v", v, "[B, T, H, V]", (batch, length, None, None))
+    heads = v.shape[2]
+    if groups < 1 or heads < 1 or heads % groups:
+        raise ValueError(f"v must have a multiple of q's heads: got H={heads} value heads for G={groups} q/k heads")
+    if width < 1 or v.shape[3] < 1:
+        raise ValueError(f"q, k and v must have widths of at least 1: got K={width}, V={v.shape[3]}")
+    if g is not None:
+        _shape("g", g, "[B, T, H]", (batch, length, heads))
+    if beta is not None:
+        _shape("beta", beta, "[B, T, H]", (batch, length, heads))
+    if level_scales is not None:
+        _shape("level_scales", level_scales, "[B, T, H, L]", (batch, length, heads, None))
+        if level_scales.shape[3] < 1:
+            raise ValueError("level_scales must have at least one level: got L=0")
+    named = {"k": k, "v": v, "g": g, "beta": beta, "level_scales": level_scales}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q ({q.device}): got {tensor.device}")
+    for name, tensor in {"k": k, "v": v}.items():
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q ({q.dtype}): got {tensor.dtype}")
+    if g is not None and g.device.type == "cpu" and not torch.compiler.is_compiling() and bool((g.detach() > 0).any()):
+        raise ValueError(f"g must be a log decay, at most 0: got a maximum of {g.max().item():g}")
+
+
+def check_scale(scale: float | None) -> float:
+    """``None`` means 1."""
+    if scale is None:
+        return 1.0
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number or None: got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite: got {scale}")
+    return float(scale)
+
+
+def sequence_lengths(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> tuple[int, ...]:
+    """New tokens of each sequence, on the host: rows of the batch, or the packed sequences of its only row."""
+    batch, length = q.shape[:2]
+    if cu_seqlens is None:
+        if cu_seqlens_cpu is not None:
+            raise ValueError("cu_seqlens_cpu needs cu_seqlens: got cu_seqlens=None")
+        return (length,) * batch
+    for name, tensor in {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": cu_seqlens_cpu}.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be an int32 or int64 tensor [n + 1]: got {got}")
+        if tensor.dim() != 1 or tensor.shape[0] < 1:
+            raise ValueError(f"{name} must have shape [n + 1]: got {list(tensor.shape)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens must be on the device of q ({q.device}): got {cu_seqlens.device}")
+    if cu_seqlens_cpu is not None and (cu_seqlens_cpu.device.type != "cpu" or cu_seqlens_cpu.shape != cu_seqlens.shape):
+        raise ValueError(
+            f"cu_seqlens_cpu must be a CPU copy of cu_seqlens, of shape {list(cu_seqlens.shape)}: "
+            f"got shape {list(cu_seqlens_cpu.shape)} on {cu_seqlens_cpu.device}"
+        )
+    if batch != 1:
+        raise ValueError(f"q must have a batch of 1 when cu_seqlens packs sequences: got B={batch}")
+    ends = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
+    if ends[0] != 0 or ends[-1] != length:
+        raise ValueError(f"cu_seqlens must run from 0 to T={length}: got {ends[0]} to {ends[-1]}")
+    lengths = tuple(right - left for left, right in pairwise(ends))
+    if any(size < 0 for size in lengths):
+        raise ValueError(f"cu_seqlens must not decrease: got {ends}")
+    return lengths
+
+
+def check_state(
+    state: LogLinearState | LinearState | None,
+    q: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    level_scales: Tensor | None,
+    rows: int,
+) -> None:
+    """The state's kind, shapes and device against the inputs; ``rows`` is the number of sequences."""
+    if state is None:
+        return
+    wanted: type = LinearState if level_scales is None else LogLinearState
+    if not isinstance(state, wanted):
+        why = "without" if level_scales is None else "with"
+        raise TypeError(f"initial_state must be a {wanted.__name__} {why} level_scales: got {type(state).__name__}")
+    groups, width = q.shape[2:]
+    heads, value_width = v.shape[2:]
+    if state.batch_size != rows:
+        raise ValueError(f"initial_state must have one row per sequence ({rows}): got {state.batch_size}")
+    if state.device != q.device:
+        raise ValueError(f"initial_state must be on the device of q ({q.device}): got {state.device}")
+    if isinstance(state, LinearState):
+        _shape("initial_state.state", state.state, "[B, H, K, V]", (rows, heads, width, value_width))
+        return
+    size = state.chunk_size
+    _shape("initial_state.entries", state.entries, "[B, M, H, K, V]", (rows, None, heads, width, value_width))
+    _shape("initial_state.decay", state.decay, "[B, M, H]", (rows, state.entries.shape[1], heads))
+    _shape("initial_state.open_k", state.open_k, "[B, C, G, K]", (rows, size, groups, width))
+    _shape("initial_state.open_v", state.open_v, "[B, C, H, V]", (rows, size, heads, value_width))
+    _shape("initial_state.open_g", state.open_g, "[B, C, H]", (rows, size, heads))
+    if (state.open_beta is None) != (beta is None):
+        kind = "scalar gate" if state.open_beta is None else "delta rule"
+        raise ValueError(f"initial_state must come from the same op: got a state of the {kind}")
+    if state.open_beta is not None:
+        _shape("initial_state.open_beta", state.open_beta, "[B, C, H]", (rows, size, heads))

@@ -1,0 +1,100 @@
+"""``loglinear::attention``: the op as PyTorch's compiler, checkpointing and FSDP2 see it, with fake and backward.
+
+Special about this file: the backward operator recomputes the forward, so that nothing but the inputs is kept. Eager code
+on the CPU does not come through here: it differentiates ``chunkwise`` directly, which is faster and can be done twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.ops.checks import sequence_lengths
+from loglinear.reference.chunkwise import chunkwise
+from loglinear.state import LinearState, LogLinearState
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor | None,
+    scale: float,
+    lengths: tuple[int, ...],
+    state: LogLinearState | LinearState | None = None,
+) -> tuple[Tensor, LogLinearState | LinearState]:
+    """``chunkwise`` in float32 (float64 for float64 inputs) with the output in v's dtype."""
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    gate = q.new_zeros(v.shape[:3], dtype=wide) if g is None else g.to(wide)
+    scales, rate = (None if x is None else x.to(wide) for x in (level_scales, beta))
+    o, final = chunkwise(q.to(wide) * scale, k.to(wide), v.to(wide), gate, scales, rate, state, lengths)
+    return o.to(v.dtype), final
+
+
+@torch.library.custom_op("loglinear::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """o of either public op, without states. Shapes as there."""
+    return run(q, k, v, g, beta, level_scales, scale, sequence_lengths(q, cu_seqlens, None))[0].contiguous()
+
+
+@attention.register_fake
+def _(q, k, v, g, beta, level_scales, scale, cu_seqlens):
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("loglinear::attention_backward", mutates_args=())
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of q, k, v, level_scales, then g and beta where they are given."""
+    given = [x for x in (q, k, v, level_scales, g, beta) if x is not None]
+    lengths = sequence_lengths(q, cu_seqlens, None)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, *gates: Tensor) -> Tensor:
+        rest = iter(gates)
+        gate, rate = (None if x is None else next(rest) for x in (g, beta))
+        return run(q, k, v, gate, rate, level_scales, scale, lengths)[0]
+
+    # torch.func records a graph of its own: below a custom operator plain autograd is switched off.
+    return [x.contiguous() for x in torch.func.vjp(forward, *given)[1](do)]
+
+
+@attention_backward.register_fake
+def _(do, q, k, v, g, beta, level_scales, scale, cu_seqlens):
+    return [x.new_empty(x.shape) for x in (q, k, v, level_scales, g, beta) if x is not None]
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens)
+
+
+def _backward(ctx, do):
+    *tensors, cu_seqlens = ctx.saved_tensors
+    grads = list(attention_backward(do, *tensors, ctx.scale, cu_seqlens))
+    dq, dk, dv, dscales = grads[:4]
+    rest = iter(grads[4:])
+    dg, dbeta = (None if x is None else next(rest) for x in tensors[3:5])
+    return dq, dk, dv, dg, dbeta, dscales, None, None
+
+
+attention.register_autograd(_backward, setup_context=_save)

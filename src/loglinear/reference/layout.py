@@ -1,0 +1,125 @@
+"""PARTITION, in tensors: where every token, chunk and entry of a batch of sequences lies.
+
+Special about this file: one table serves whole batches, packed sequences of any length and rows that continue from any
+position, because chunks are aligned to each sequence's *absolute* position. Integers only, vectorised, no loop over tokens
+or chunks. All sequences' chunks stand in one list of N chunks; their entries stand in one list of N local entries
+followed by S·M slots of the states that the sequences continue from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Index tensors (int64) for S sequences cut into N chunks of C tokens.
+
+    Attributes:
+        place: ``[tokens]``, the slot of each new token among the N·C slots of the chunks.
+        open_from, open_place: the live tokens of the initial open chunks among S·C, and their slots.
+        regular: tokens lie in the slots in order and fill them, so that placing is a reshape.
+        builds: per level m the triples (entry, earlier entry to fold in): ``e`` and ``e - 2**m``.
+        reads: per level m the pairs (chunk, entry): chunks with bit m of their index set, and what they read there.
+        final_reads: the same for the path of the state after the last token, (sequence, entry).
+        open_chunk: ``[S]``, the chunk that stays open, and ``open_live [S, C]``, which of its tokens exist.
+        position: ``[S]``, tokens seen at the end.
+        num_slots: M' of the final state.
+        waves: per step i the pairs (sequence, chunk): the i-th chunk of every sequence that has one.
+    """
+
+    num_chunks: int
+    num_local: int
+    place: Tensor
+    open_from: Tensor
+    open_place: Tensor
+    regular: bool
+    builds: list[tuple[Tensor, Tensor]]
+    reads: list[tuple[Tensor, Tensor]]
+    final_reads: list[tuple[Tensor, Tensor]]
+    open_chunk: Tensor
+    open_live: Tensor
+    position: Tensor
+    num_slots: int
+    waves: list[tuple[Tensor, Tensor]]
+
+
+def _ragged_arange(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For counts ``[S]``: the owner and the index within its owner of each of ``counts.sum()`` items."""
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    first = torch.cumsum(counts, 0) - counts
+    return owner, torch.arange(len(owner)) - first[owner]
+
+
+@lru_cache(maxsize=64)
+def build_layout(
+    lengths: tuple[int, ...], positions: tuple[int, ...], num_slots: int, chunk_size: int, device: torch.device
+) -> Layout:
+    """Lay out ``lengths[s]`` new tokens of each sequence s that has already seen ``positions[s]`` tokens.
+
+    Args:
+        lengths, positions: tokens, each >= 0. num_slots: M of the initial state (0 without one).
+        chunk_size: C, a power of two. device: where the tables are wanted.
+    """
+    length, start = torch.tensor(lengths, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+    first_chunk, used = start // chunk_size, start % chunk_size
+    chunks = (used + length + chunk_size - 1) // chunk_size
+    end = start + length
+    offset = torch.cumsum(chunks, 0) - chunks
+    num_local = int(chunks.sum())
+    num_chunks = max(num_local, 1)
+
+    def entry_index(sequence: Tensor, e: Tensor, slot: int) -> Tensor:
+        """Where entry e of a sequence lies: among the local ones, or in ``slot`` of the state it continues from."""
+        local = offset[sequence] + e - first_chunk[sequence] - 1
+        return torch.where(e > first_chunk[sequence], local, num_chunks + sequence * num_slots + slot)
+
+    def paths(sequence: Tensor, n: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Query paths of the chunks n, one level at a time: (which of them read, what they read)."""
+        tables = []
+        for m in range(int(n.max()).bit_length() if len(n) else 0):
+            reading = ((n >> m) & 1).nonzero().squeeze(1)
+            tables.append((reading, entry_index(sequence[reading], n[reading] >> m << m, m)))
+        return tables
+
+    owner, token = _ragged_arange(length)
+    place = offset[owner] * chunk_size + used[owner] + token
+    open_owner, open_token = _ragged_arange(used)
+    sequence, local = _ragged_arange(chunks)
+    n = first_chunk[sequence] + local
+
+    builds = []
+    closed = n[n < (end // chunk_size)[sequence]] + 1  # entries whose chunks are all full
+    closed_sequence = sequence[n < (end // chunk_size)[sequence]]
+    for m in range(int(closed.max()).bit_length() - 1 if len(closed) else 0):
+        folding = (closed % (2 << m) == 0).nonzero().squeeze(1)
+        e, owner_m = closed[folding], closed_sequence[folding]
+        builds.append((entry_index(owner_m, e, 0), entry_index(owner_m, e - (1 << m), m)))
+
+    final = end // chunk_size
+    live = end % chunk_size
+    waves = [(w := (chunks > i).nonzero().squeeze(1), offset[w] + i) for i in range(max(chunks.tolist(), default=0))]
+
+    def move(tables: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        return [(left.to(device), right.to(device)) for left, right in tables]
+
+    return Layout(
+        num_chunks=num_chunks,
+        num_local=num_local,
+        place=place.to(device),
+        open_from=(open_owner * chunk_size + open_token).to(device),
+        open_place=(offset[open_owner] * chunk_size + open_token).to(device),
+        regular=len(place) == num_chunks * chunk_size and bool((used == 0).all()),
+        builds=move(builds),
+        reads=move(paths(sequence, n)),
+        final_reads=move(paths(torch.arange(len(lengths)), final)),
+        open_chunk=torch.where(live > 0, offset + final - first_chunk, 0).to(device),
+        open_live=(torch.arange(chunk_size) < live[:, None]).to(device),
+        position=end.to(device),
+        num_slots=max(num_slots, int(final.max()).bit_length() if len(final) else 0),
+        waves=move(waves),
+    )

@@ -1,0 +1,115 @@
+"""STATE: what decoding keeps of the past, as plain dataclasses of tensors.
+
+Special about this file: a state carries a *position per row*. Log-linear attention is not shift-invariant, so rows of one
+batch may stand at different positions and every operation keeps position and buckets together.
+
+Legend: B rows, M slots, H value heads, G q/k groups, K, V widths, C chunk size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_SIZE = 64  # tokens per leaf of the tree in every state: K·V of a leaf state equals its raw keys at K = V = 64
+
+
+class _TensorState:
+    """Row operations shared by both states: every field is a tensor whose first axis is the batch, None, or an int."""
+
+    position: Tensor
+
+    def _map(self, fn):
+        changed = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = fn(value)
+        return dataclasses.replace(self, **changed)  # type: ignore[type-var]
+
+    def _tensors(self) -> list[Tensor]:
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return [value for value in values if isinstance(value, Tensor)]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.position.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.position.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all tensors of the state."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def clone(self):
+        """A state that shares no storage with this one."""
+        return self._map(torch.clone)
+
+    def detach(self):
+        """The same storage, cut from the autograd graph."""
+        return self._map(Tensor.detach)
+
+    def reorder(self, index: Tensor):
+        """Rows ``index`` (int64 ``[B']``) of this state, in that order; rows may repeat or be left out (beam search)."""
+        if index.dtype != torch.int64 or index.dim() != 1:
+            raise TypeError(
+                f"index must be an int64 tensor of one axis: got {index.dtype} of shape {list(index.shape)}"
+            )
+        return self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+        """Move to ``device`` and/or store keys, values and states as ``dtype`` (logs stay float32, positions int64)."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype: got {dtype}")
+        moved = self._map(lambda tensor: tensor.to(device=device))
+        if dtype is None:
+            return moved
+        logs = {"position", "decay", "open_g"}
+        cast = {
+            field.name: getattr(moved, field.name).to(dtype)
+            for field in dataclasses.fields(moved)
+            if field.name not in logs and isinstance(getattr(moved, field.name), Tensor)
+        }
+        return dataclasses.replace(moved, **cast)
+
+
+@dataclass
+class LogLinearState(_TensorState):
+    """State of log-linear attention after ``position`` tokens: O(log T) buckets and the raw tokens of the open chunk.
+
+    Slot m of ``entries`` holds the bucket of ``2**m`` closed chunks on the query path of chunk ``position // C`` and is
+    live exactly when bit m of that integer is set. Every live bucket is seen from the end of the last closed chunk:
+    its true value is ``exp(decay) * entries``, so that time passing rewrites the log and not the matrix.
+
+    Attributes:
+        position: int64 ``[B]``, tokens seen by each row.
+        entries: ``[B, M, H, K, V]``; dead slots hold zeros.
+        decay: float32 (float64 in float64) ``[B, M, H]``, natural log.
+        open_k: ``[B, C, G, K]``, open_v: ``[B, C, H, V]``, open_g: ``[B, C, H]`` (log decay), open_beta: ``[B, C, H]`` or
+            None (scalar gate); token i of the open chunk is live when ``i < position % C``, others hold zeros.
+        chunk_size: C, a power of two.
+    """
+
+    position: Tensor
+    entries: Tensor
+    decay: Tensor
+    open_k: Tensor
+    open_v: Tensor
+    open_g: Tensor
+    open_beta: Tensor | None = None
+    chunk_size: int = CHUNK_SIZE
+
+
+@dataclass
+class LinearState(_TensorState):
+    """State of the plain linear model after ``position`` tokens (int64 ``[B]``): one matrix ``state [B, H, K, V]``."""
+
+    position: Tensor
+    state: Tensor
