@@ -16,9 +16,10 @@ prefill, chunked prefill and decoding are one function at different T. Source: G
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.reference.dense import level_mask
+from loglinear.reference.dense import level_matrix
 from loglinear.reference.layout import Layout, build_layout
 from loglinear.reference.transition import Span, Transition, transition_of
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
@@ -99,6 +100,17 @@ def _open_tokens(x: Tensor, layout: Layout) -> Tensor:
     return x.index_select(0, layout.open_chunk).masked_fill(dead, 0.0)  # 0 · (-inf) would be NaN
 
 
+def _chunk_mask(scales: Tensor) -> Tensor:
+    """``dense.level_mask`` for many small spans: λ times a one-hot of the levels, one matrix product per token."""
+    n, heads, size, levels = scales.shape
+    levels = min(levels, (size - 1).bit_length() + 1)
+    index = level_matrix(size, device=scales.device).clamp_(max=levels - 1)
+    past = torch.ones_like(index).tril_().bool()
+    one_hot = F.one_hot(index, levels).masked_fill(~past.unsqueeze(-1), 0).mT.to(scales.dtype)  # [t, level, s]
+    rows = scales[..., :levels].permute(2, 0, 1, 3).reshape(size, n * heads, levels)
+    return torch.bmm(rows, one_hot).reshape(size, n, heads, size).permute(1, 2, 0, 3)
+
+
 def _tree(
     span: Span, v: Tensor, scales: Tensor, transition: Transition, layout: Layout, state: LogLinearState | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,15 +125,15 @@ def _tree(
 
     for entry, earlier in layout.builds:
         a = maps.index_select(0, entry)
-        carried = transition.act(a, decay[earlier][..., None, None].exp() * states.index_select(0, earlier))
+        carried = transition.act(a, states.index_select(0, earlier), decay.index_select(0, earlier))
         states.index_add_(0, entry, carried)
         maps.index_copy_(0, entry, transition.compose(a, maps.index_select(0, earlier)))
 
-    out = (span.scores * level_mask(scales)) @ v
-    query, weight = span.query, span.weight
+    out = (span.scores * _chunk_mask(scales)) @ v
+    query, weight, by_level = span.query, span.weight, scales.unbind(-1)
     for m, (chunk, entry) in enumerate(layout.reads):
         q, w, a = query.index_select(0, chunk), weight.index_select(0, chunk), maps.index_select(0, entry)
-        scale = scales[..., min(chunk_level + m, scales.shape[-1] - 1)].index_select(0, chunk)
+        scale = by_level[min(chunk_level + m, len(by_level) - 1)].index_select(0, chunk)
         row = scale * (w + decay.index_select(0, entry)[..., None]).exp()
         out.index_add_(0, chunk, row.unsqueeze(-1) * (q @ states.index_select(0, entry)))
         jumped, weighed = transition.jump(q, w, a)
@@ -150,8 +162,8 @@ def _final(
         slot = torch.full_like(row, m)
         after, state = carried.index_select(0, row), states.index_select(0, entry)
         log = decay.index_select(0, entry)
-        entries = entries.index_put((row, slot), state if lazy else transition.act(after, state))
-        logs = logs.index_put((row, slot), log + after if lazy else log)
+        entries = entries.index_put((row, slot), state if lazy else transition.act(after, state, log))
+        logs = logs.index_put((row, slot), log + after) if lazy else logs
         carried = carried.index_copy(0, row, transition.compose(after, maps.index_select(0, entry)))
     return entries, logs
 
@@ -177,7 +189,8 @@ def _linear(
         waves = zip(layout.waves, *(x.index_select(0, order).split(sizes) for x in (span.transition, span.state)))
         for (sequence, _), a, added in waves:
             before.append(carry.index_select(0, sequence))
-            carry = carry.index_copy(0, sequence, transition.act(a, before[-1]) + added)
+            carried = transition.act(a, before[-1], torch.zeros_like(added[..., 0, 0]))
+            carry = carry.index_copy(0, sequence, carried + added)
     out = span.scores @ v
     if before:
         entering = torch.cat(before).index_select(0, order.argsort())

@@ -7,8 +7,9 @@ over any span of tokens (a chunk, or a whole sequence), as torch code that runs 
     span(q, k, v)     the same scores, the queries seen from the start of the span, and the affine map S -> A S + S_c
     step(S, t)        one token's transition applied to a state                             (the recurrent form)
 
-and three operations on the summaries A of spans: ``compose(later, earlier)``, ``act(A, S)``, ``jump(query, weight, A)``.
-A query is a pair (rows, weight): its true value is ``exp(weight) * rows``, which lets a scalar gate jump by an addition.
+and three operations on the summaries A of spans: ``compose(later, earlier)``, ``act(A, S, log)``, ``jump(query, weight, A)``.
+A state is a pair (S, log) and a query a pair (rows, weight): their true values are ``exp(log) S`` and ``exp(weight) rows``,
+which lets a scalar gate move both through time by an addition.
 
 Layout here is heads first, ``[..., T, width]``: a span is the last but one axis. Source: DESIGN of the library, section 1;
 Guo et al. 2025, sections 3.2 to 3.4; Yang et al. 2024 for the WY/UT form of the delta rule.
@@ -41,8 +42,8 @@ def segment_sum(g: Tensor, dim: int = -1) -> Tensor:
     g = g.movedim(dim, -1)
     size = g.shape[-1]
     later = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)  # [t, s]: t > s
-    sums = g.unsqueeze(-1).masked_fill(~later, 0.0).cumsum(-2)
-    return sums.masked_fill(~later.fill_diagonal_(True), float("-inf"))
+    sums = g.unsqueeze(-1).masked_fill(~later, 0.0).cumsum_(-2)  # in place: C floats per token, and no second copy
+    return sums.masked_fill_(~later.fill_diagonal_(True), float("-inf"))
 
 
 def _suffix_sum(g: Tensor, dim: int) -> Tensor:
@@ -58,7 +59,7 @@ class Scalar:
     g: Tensor
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q @ k.mT) * segment_sum(self.g).exp()
+        return (q @ k.mT) * segment_sum(self.g).exp_()
 
     def span(self, q: Tensor, k: Tensor, v: Tensor) -> Span:
         keys = k * _suffix_sum(self.g, -1).exp().unsqueeze(-1)
@@ -79,8 +80,8 @@ class Scalar:
         return later + earlier
 
     @staticmethod
-    def act(a: Tensor, state: Tensor) -> Tensor:
-        return a[..., None, None].exp() * state
+    def act(a: Tensor, state: Tensor, log: Tensor) -> Tensor:
+        return (a + log)[..., None, None].exp() * state
 
     @staticmethod
     def jump(query: Tensor, weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,7 @@ class Diagonal:
     g: Tensor
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.einsum("...tk,...kts,...sk->...ts", q, segment_sum(self.g, -2).exp(), k)
+        return torch.einsum("...tk,...kts,...sk->...ts", q, segment_sum(self.g, -2).exp_(), k)
 
     def span(self, q: Tensor, k: Tensor, v: Tensor) -> Span:
         query = q * self.g.cumsum(-2).exp()
@@ -123,8 +124,8 @@ class Diagonal:
         return later + earlier
 
     @staticmethod
-    def act(a: Tensor, state: Tensor) -> Tensor:
-        return a[..., None].exp() * state
+    def act(a: Tensor, state: Tensor, log: Tensor) -> Tensor:
+        return (a + log[..., None])[..., None].exp() * state
 
     @staticmethod
     def jump(query: Tensor, weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ class DeltaRule:
     k: Tensor
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        decay = segment_sum(self.g).exp()
+        decay = segment_sum(self.g).exp_()
         return ((q @ k.mT) * decay) @ self._solve(decay)
 
     def _solve(self, decay: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class DeltaRule:
         )
 
     def span(self, q: Tensor, k: Tensor, v: Tensor) -> Span:
-        decay = segment_sum(self.g).exp()
+        decay = segment_sum(self.g).exp_()
         solve = self._solve(decay)
         scores = ((q @ k.mT) * decay) @ solve
         from_start = self.g.cumsum(-1).exp().unsqueeze(-1)
@@ -180,8 +181,8 @@ class DeltaRule:
         return later @ earlier
 
     @staticmethod
-    def act(a: Tensor, state: Tensor) -> Tensor:
-        return a @ state
+    def act(a: Tensor, state: Tensor, log: Tensor) -> Tensor:
+        return (log[..., None, None].exp() * a) @ state
 
     @staticmethod
     def jump(query: Tensor, weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
