@@ -147,7 +147,7 @@ def _tree(
 def _final(
     states: Tensor, maps: Tensor, decay: Tensor, transition: Transition, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """Entries and log decays of the state that a later query reads: the entries on the path of the open chunk, each seen from the start of that chunk.
+    """Entries and log decays of the state: what is on the path of the open chunk, seen from the start of that chunk.
 
     A scalar gate only adds to the log decay of an entry; the other transitions carry the entry itself.
     """

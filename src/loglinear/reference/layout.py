@@ -65,6 +65,14 @@ def build_layout(
         lengths, positions: tokens, each >= 0. num_slots: M of the initial state (0 without one).
         chunk_size: C, a power of two. device: where the tables are wanted.
     """
+    # The tables outlive the call: they must not belong to a torch.func transform, inference mode or default device.
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.device("cpu"):
+        return _build_layout(lengths, positions, num_slots, chunk_size, device)
+
+
+def _build_layout(
+    lengths: tuple[int, ...], positions: tuple[int, ...], num_slots: int, chunk_size: int, device: torch.device
+) -> Layout:
     length, start = torch.tensor(lengths, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
     first_chunk, used = start // chunk_size, start % chunk_size
     chunks = (used + length + chunk_size - 1) // chunk_size
