@@ -1,0 +1,114 @@
+"""SoftmaxAttention: causal attention with rotary positions, the baseline and the other half of hybrids.
+
+Special about this file: like the recurrent mixers it keeps a position per row and takes packed sequences. Where it needs rows
+of one length it pads them on the *right*, where causality alone hides the padding: no mask is ever built for a first pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loglinear.layers.initialization import wide
+from loglinear.layers.packing import locate_tokens
+from loglinear.layers.state import KVState
+
+
+def rotary(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Rotate the pairs ``(i, i + W/2)`` of x ``[B, T, heads, W]`` by ``position[b, t] · theta^(-2i/W)`` (Su et al. 2021)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = (position.unsqueeze(-1) * frequency).unsqueeze(-2)  # [B, T, 1, W/2]
+    cos, sin = angle.cos(), angle.sin()
+    left, right = wide(x).split(half, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head softmax attention through torch's scaled_dot_product_attention.
+
+    Args:
+        hidden_size: width of input and output. num_heads: query heads. head_dim: width of each, even.
+        num_kv_heads: key/value heads, a divisor of num_heads; None means num_heads.
+        rope_theta: base of the rotary frequencies.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        rope_theta: float = 500_000.0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}: got {num_heads}")
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary positions turn pairs): got {head_dim}")
+        self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.grouped = num_kv_heads != num_heads
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.out_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: KVState | None = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
+    ) -> tuple[Tensor, KVState | None]:
+        """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
+        q, k, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if cu_seqlens is None:
+            o, new_state = self._attend_rows(q, k, v, state, output_state, hidden.shape[1])
+            return self.out_proj(o.flatten(-2)), new_state
+        place = locate_tokens(cu_seqlens, hidden.shape[1])
+        lengths = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).diff().tolist()
+        if state is None and not output_state:
+            return self.out_proj(self._attend_packed(q, k, v, place[1], lengths).flatten(-2)), None
+        rows = (len(lengths), max(lengths, default=0))
+        q, k, v = (x.new_zeros(*rows, *x.shape[2:]).index_put(place, x[0]) for x in (q, k, v))
+        o, new_state = self._attend_rows(q, k, v, state, output_state, cu_seqlens.diff())
+        return self.out_proj(o[place].unsqueeze(0).flatten(-2)), new_state
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, lengths: list[int]) -> Tensor:
+        """Packed ``[1, T, heads, W]`` from the start of each sequence; one call per sequence costs what each needs."""
+        q, k = rotary(q, position.unsqueeze(0), self.rope_theta), rotary(k, position.unsqueeze(0), self.rope_theta)
+        sequences = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), v.split(lengths, dim=1))
+        return torch.cat([self._softmax(*sequence, visible=None) for sequence in sequences], dim=1)
+
+    def _attend_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KVState | None, output_state: bool, new_tokens: Tensor | int
+    ) -> tuple[Tensor, KVState | None]:
+        """Rows ``[n, T, heads, W]``, of which the first ``new_tokens`` (an int or ``[n]``) are real."""
+        rows, length = q.shape[:2]
+        seen = state.position if state else torch.zeros(rows, dtype=torch.int64, device=q.device)
+        place = seen.unsqueeze(-1) + torch.arange(length, device=q.device)  # [n, T], in each row's own count
+        q, k = rotary(q, place, self.rope_theta), rotary(k, place, self.rope_theta)
+        visible = None
+        if state is not None:
+            row = torch.arange(rows, device=q.device).unsqueeze(-1)
+            # What lies behind a row's last token is written over here before any query can see it.
+            k, v = (
+                torch.cat([old.to(new.dtype), torch.zeros_like(new)], dim=1).index_put((row, place), new)
+                for old, new in ((state.keys, k), (state.values, v))
+            )
+            visible = (torch.arange(k.shape[1], device=q.device) <= place.unsqueeze(-1)).unsqueeze(1)  # [n, 1, T, S]
+        return self._softmax(q, k, v, visible), KVState(seen + new_tokens, k, v) if output_state else None
+
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        """Attention on ``[B, T, heads, W]``; causal unless ``visible [B, 1, T, S]`` says which keys a query sees."""
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=visible,
+            is_causal=visible is None,
+            enable_gqa=self.grouped,
+        ).transpose(1, 2)

@@ -1,0 +1,92 @@
+"""ShortConvolution: a causal depthwise convolution over the last few tokens of each sequence.
+
+Special about this file: whole batches, packed sequences and continued sequences are one computation. Every sequence is
+extended on the left by its *tail*, the inputs just before it (zeros at its start), and the last inputs of the extended
+sequence are its next tail.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loglinear.layers.initialization import StatedInit
+from loglinear.layers.packing import locate_tokens
+
+
+class ShortConvolution(StatedInit):
+    """``y_t = silu(bias + Σ_i weight[:, i] · x_{t-W+1+i})`` per channel, with W taps; nothing crosses a sequence's start.
+
+    Args:
+        channels: width of input and output. width: W >= 1, taps; a state keeps W - 1 inputs. bias: whether to add one.
+    """
+
+    def __init__(self, channels: int, width: int = 4, bias: bool = True) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width must be at least 1: got {width}")
+        self.channels, self.width = channels, width
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Uniform in ±1/sqrt(W) as torch's Conv1d (fan-in W: depthwise), and a bias of zero."""
+        bound = 1 / math.sqrt(self.width)
+        values = {"weight": torch.empty_like(self.weight).uniform_(-bound, bound)}
+        if self.bias is not None:
+            values["bias"] = torch.zeros_like(self.bias)
+        return values
+
+    def forward(self, x: Tensor, tail: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Convolve, and return the inputs that the next call needs.
+
+        Args:
+            x: ``[B, T, channels]``; with ``cu_seqlens`` B is 1 and sequences are packed along T. T may be 0.
+            tail: ``[n, W - 1, channels]``, the tail from an earlier call, one row per sequence; None at the start.
+            cu_seqlens: integer ``[n + 1]``, offsets of the packed sequences.
+
+        Returns:
+            y ``[B, T, channels]`` and the new tail ``[n, W - 1, channels]``, in the dtype of x.
+        """
+        keep = self.width - 1
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if tail is None:
+            tail = x.new_zeros(rows, keep, self.channels)
+        elif tail.shape != (rows, keep, self.channels):
+            raise ValueError(f"tail must have shape {[rows, keep, self.channels]}: got {list(tail.shape)}")
+        tail = tail.to(x.dtype)
+        if cu_seqlens is None:
+            extended, length = torch.cat([tail, x], dim=1), x.shape[1]
+            y = self._taps([extended[:, i : i + length] for i in range(self.width)])
+            return y, extended[:, length:].clone()  # a view would keep the whole input alive in a cache
+        return self._packed(x, tail, cu_seqlens)
+
+    def _packed(self, x: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """The packed inputs with every tail before its sequence: token t of sequence s stands at ``t + (s + 1)(W - 1)``."""
+        length, (rows, keep, _) = x.shape[1], tail.shape
+        offset = cu_seqlens.long()
+        row = torch.arange(rows, device=x.device)
+        sequence, _ = locate_tokens(cu_seqlens, length)
+        place = torch.arange(length, device=x.device) + (sequence + 1) * keep
+        steps = torch.arange(keep, device=x.device)
+        tail_place = (offset[:-1] + row * keep)[:, None] + steps  # [n, W-1]
+        extended = x.new_zeros(length + rows * keep, self.channels)
+        extended = extended.index_put((tail_place,), tail).index_put((place,), x[0])
+        y = self._taps([extended[place - keep + i] for i in range(self.width)])
+        new_tail = extended[(offset[1:] + row * keep)[:, None] + steps]  # the last W - 1 of each extended sequence
+        return y.unsqueeze(0), new_tail
+
+    def _taps(self, shifted: list[Tensor]) -> Tensor:
+        """Weighted sum of the W shifted inputs, then SiLU. A sum of shifts (not a conv call) works for T = 0 and fuses."""
+        weight = self.weight.to(shifted[0].dtype)
+        y = shifted[0] * weight[:, 0]
+        for i in range(1, self.width):
+            y = torch.addcmul(y, shifted[i], weight[:, i])
+        return F.silu(y if self.bias is None else y + self.bias.to(y.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, width={self.width}, bias={self.bias is not None}"

@@ -1,0 +1,54 @@
+"""How a mixer's raw parameters start, and which of them weight decay must leave alone.
+
+Special about this file: a module *states* the initial values of the parameters it owns, instead of writing them. The same
+statement then serves ``reset_parameters``, Hugging Face's loader (which fills only what a checkpoint did not bring) and tests.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class StatedInit(nn.Module):
+    """A module that owns raw parameters. Their names in ``no_weight_decay`` are flagged ``_no_weight_decay = True``."""
+
+    no_weight_decay: ClassVar[frozenset[str]] = frozenset()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Initial value of each parameter of this module itself (not of its children), by name."""
+        raise NotImplementedError(f"{type(self).__name__} must state its initial values")
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Write the initial values; random ones are drawn anew."""
+        for name, value in self.initial_values().items():
+            self.get_parameter(name).copy_(value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in ``nn.Module``; loaders replace parameter objects, so the flag is set whenever one arrives."""
+        super().register_parameter(name, param)
+        if param is not None and name in self.no_weight_decay:
+            param._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+def initial_dt_bias(heads: int, device: torch.device, low: float = 1e-3, high: float = 1e-1) -> Tensor:
+    """``[heads]`` biases b with softplus(b) log-uniform in [low, high]: each head starts with a time step of its own.
+
+    The range is that of Mamba-2 (Dao & Gu 2024), which Gated DeltaNet takes over.
+    """
+    step = torch.exp(torch.empty(heads, device=device).uniform_(math.log(low), math.log(high)))
+    return step + torch.log(-torch.expm1(-step))  # inverse softplus, exact for small steps
+
+
+def initial_A_log(heads: int, device: torch.device, low: float, high: float) -> Tensor:
+    """``[heads]`` natural logs of decay rates A, uniform in [low, high]; ``low`` > 0 keeps the log finite."""
+    return torch.empty(heads, device=device).uniform_(low, high).log_()
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the precision that gates are computed in: float32, or float64 where it is that already."""
+    return x if x.dtype == torch.float64 else x.float()

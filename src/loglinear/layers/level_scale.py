@@ -1,0 +1,40 @@
+"""LevelScale: the λ of log-linear attention, one weight per token, head and level.
+
+Special about this file: it is all that log-linear attention adds to a linear model. A linear checkpoint therefore loads into
+a log-linear model with only ``level_scale.*`` missing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loglinear.layers.initialization import StatedInit, wide
+
+
+class LevelScale(StatedInit):
+    """``λ = softplus(L ∘ dl)``: L a parameter per head and level, dl a linear projection of the layer's input.
+
+    Args:
+        hidden_size: width of the input. num_heads: H, value heads. num_levels: levels with a λ of their own; tokens
+            further apart share the last one's.
+
+    Source: Guo et al. 2025, section 3.4 and the authors' training setup (L initialised to 1).
+    """
+
+    no_weight_decay = frozenset({"L"})
+
+    def __init__(self, hidden_size: int, num_heads: int, num_levels: int) -> None:
+        super().__init__()
+        self.L = nn.Parameter(torch.empty(num_heads, num_levels))
+        self.dl_proj = nn.Linear(hidden_size, num_heads * num_levels, bias=False)
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {"L": torch.ones_like(self.L)}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden ``[B, T, hidden_size]`` to λ ``[B, T, H, levels]`` > 0, in the dtype of the projection."""
+        dl = self.dl_proj(hidden).unflatten(-1, self.L.shape)
+        return F.softplus(wide(self.L) * wide(dl)).to(dl.dtype)

@@ -1,0 +1,103 @@
+"""LogLinearMamba2: the Mamba-2 block whose scan reads O(log T) states; with ``log_linear=False`` it is Mamba-2.
+
+Special about this file: in attention's terms C is the query, B the key and ``x · dt`` the value, and one call of
+``log_linear_attention`` is the whole sequence mixing. The two models differ by ``level_scale`` alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loglinear.layers.conv import ShortConvolution
+from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
+from loglinear.layers.level_scale import LevelScale
+from loglinear.layers.norm import GatedRMSNorm
+from loglinear.layers.state import RecurrentMixerState
+from loglinear.ops import log_linear_attention
+
+
+class LogLinearMamba2(StatedInit):
+    """Log-Linear Mamba-2 mixer.
+
+    Args:
+        hidden_size: width of input and output.
+        num_heads: H, value heads. head_dim: V, width of each. The inner width is H·V (Mamba-2 takes twice hidden_size).
+        state_size: K, width of B and C. num_groups: G, heads of B and C; H is a multiple of G.
+        num_levels: levels with a λ of their own; ``num_levels(longest context)`` gives every level one.
+        conv_width: taps of the short convolution over (x, B, C). norm_eps: of the gated norm.
+        log_linear: whether to read the buckets of every level; False is the linear model.
+
+    Source: Dao & Gu 2024, section 7 (block); Guo et al. 2025, section 3.4 (levels).
+    """
+
+    no_weight_decay = frozenset({"A_log", "dt_bias", "D"})
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int = 64,
+        state_size: int = 128,
+        num_groups: int = 1,
+        num_levels: int = 15,
+        conv_width: int = 4,
+        norm_eps: float = 1e-6,
+        log_linear: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_heads % num_groups:
+            raise ValueError(f"num_heads must be a multiple of num_groups={num_groups}: got {num_heads}")
+        self.num_heads, self.num_groups = num_heads, num_groups
+        inner, keys = num_heads * head_dim, num_groups * state_size
+        self.conv_widths = [inner, keys, keys]  # x, B, C
+        self.in_widths = [inner, sum(self.conv_widths), num_heads]  # z, (x, B, C), dt
+        self.in_proj = nn.Linear(hidden_size, sum(self.in_widths), bias=False)
+        self.conv = ShortConvolution(sum(self.conv_widths), conv_width)
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.D = nn.Parameter(torch.empty(num_heads))
+        self.level_scale = LevelScale(hidden_size, num_heads, num_levels) if log_linear else None
+        self.norm = GatedRMSNorm(inner, norm_eps, gate_first=True)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Time steps log-uniform in [1e-3, 1e-1], rates A uniform in [1, 16], a skip of 1 (Dao & Gu 2024)."""
+        heads, device = self.num_heads, self.D.device
+        return {
+            "dt_bias": initial_dt_bias(heads, device),
+            "A_log": initial_A_log(heads, device, 1.0, 16.0),
+            "D": torch.ones(heads, device=device),
+        }
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: RecurrentMixerState | None = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
+    ) -> tuple[Tensor, RecurrentMixerState | None]:
+        """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
+        z, xBC, dt = self.in_proj(hidden).split(self.in_widths, dim=-1)
+        xBC, conv_tail = self.conv(xBC, state.conv if state else None, cu_seqlens)
+        x, B, C = xBC.split(self.conv_widths, dim=-1)
+        x = x.unflatten(-1, (self.num_heads, -1))
+
+        dt = F.softplus(wide(dt) + wide(self.dt_bias))  # [B, T, H]
+        y, memory = log_linear_attention(
+            q=C.unflatten(-1, (self.num_groups, -1)),
+            k=B.unflatten(-1, (self.num_groups, -1)),
+            v=(x * dt.unsqueeze(-1)).to(x.dtype),
+            g=-torch.exp(wide(self.A_log)) * dt,
+            level_scales=self.level_scale(hidden) if self.level_scale is not None else None,
+            initial_state=state.memory if state else None,
+            output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_cpu=cu_seqlens_cpu,
+        )
+        y = y + x * self.D.to(x.dtype).unsqueeze(-1)  # the skip takes x as it is, not x·dt
+        out = self.out_proj(self.norm(y.flatten(-2), z))
+        return out, RecurrentMixerState(conv_tail, memory) if memory is not None else None

@@ -1,0 +1,45 @@
+"""Root-mean-square norms, plain and gated. Statistics are float32 whatever the dtype of the input."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loglinear.layers.initialization import wide
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last axis, of size ``width`` (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., width]`` to the same shape and dtype."""
+        return self._normalise(wide(x)).to(x.dtype)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm with a SiLU gate, before the norm (Mamba-2: ``norm(x · silu(z))``) or after it (Gated DeltaNet)."""
+
+    def __init__(self, width: int, eps: float = 1e-6, gate_first: bool = False) -> None:
+        super().__init__(width, eps)
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """x and gate ``[..., width]`` to the shape and dtype of x."""
+        wide_x, opening = wide(x), F.silu(wide(gate))
+        out = self._normalise(wide_x * opening) if self.gate_first else self._normalise(wide_x) * opening
+        return out.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gate_first={self.gate_first}"

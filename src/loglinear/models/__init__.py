@@ -1,0 +1,13 @@
+"""MODELS: a Hugging Face causal language model over every mixer. Importing this package registers it with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from loglinear.models.cache import cache_nbytes
+from loglinear.models.configuration import MIXERS, LogLinearConfig
+from loglinear.models.modeling import LogLinearForCausalLM, LogLinearModel
+
+AutoConfig.register(LogLinearConfig.model_type, LogLinearConfig, exist_ok=True)
+AutoModel.register(LogLinearConfig, LogLinearModel, exist_ok=True)
+AutoModelForCausalLM.register(LogLinearConfig, LogLinearForCausalLM, exist_ok=True)
+
+__all__ = ["MIXERS", "LogLinearConfig", "LogLinearForCausalLM", "LogLinearModel", "cache_nbytes"]

@@ -1,0 +1,162 @@
+"""LogLinearConfig: one decoder, whose sequence mixers are a field.
+
+Special about this file: Transformer, linear and log-linear models differ by one word, ``mixer``; a hybrid is a list of such
+words, one per layer. Widths that are left out follow from ``hidden_size`` in the proportions of the paper's models, so one
+small config serves every mixer.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import PreTrainedConfig
+
+from loglinear.fenwick import num_levels
+
+_INTEGERS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "conv_size"),
+    *("mamba_head_dim", "mamba_num_heads", "mamba_state_size", "mamba_num_groups"),
+    *("delta_num_heads", "delta_num_key_heads", "delta_key_dim", "delta_value_dim"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+_MULTIPLES = {
+    "mamba_num_heads": "mamba_num_groups",
+    "delta_num_heads": "delta_num_key_heads",
+    "num_attention_heads": "num_key_value_heads",
+}
+
+# Mixer name to the kind of cache its layers need; transformers looks cache classes up by these names.
+LAYER_TYPES = {
+    "log_linear_mamba2": "loglinear_recurrent",
+    "mamba2": "loglinear_recurrent",
+    "log_linear_gated_deltanet": "loglinear_recurrent",
+    "gated_deltanet": "loglinear_recurrent",
+    "attention": "loglinear_attention",
+}
+MIXERS = tuple(LAYER_TYPES)
+
+
+class LogLinearConfig(PreTrainedConfig):
+    """Configuration of ``LogLinearModel``. The defaults are the Log-Linear Mamba-2 of the paper (825M parameters).
+
+    Args:
+        mixer: one of ``"log_linear_mamba2"``, ``"mamba2"``, ``"log_linear_gated_deltanet"``, ``"gated_deltanet"``,
+            ``"attention"`` for all layers, or a list with one for each.
+        vocab_size: token ids. hidden_size: width of the residual stream. num_hidden_layers: blocks of mixer and MLP.
+        intermediate_size: inner width of the SwiGLU MLP; None is 8/3 · hidden_size rounded up to a multiple
+            of 64, and 0 leaves the MLPs out.
+        max_position_embeddings: longest context with a λ for every level. Longer inputs work; the last level is shared.
+        conv_size: taps of the short convolutions.
+        mamba_head_dim, mamba_num_heads, mamba_state_size, mamba_num_groups: V, H, K, G of the Mamba-2 mixers;
+            num_heads None makes the inner width twice hidden_size.
+        delta_num_heads, delta_num_key_heads, delta_key_dim, delta_value_dim: H, G, K, V of the Gated DeltaNet mixers;
+            None: G = H, keys of 3/4 · hidden_size together, values twice as wide as keys.
+        num_attention_heads, num_key_value_heads, head_dim: of softmax attention; None: heads of 64, all with own keys.
+        rope_theta: base of the rotary frequencies of softmax attention.
+        rms_norm_eps: of every norm. initializer_range: standard deviation of linear and embedding weights.
+        use_cache: whether a model in evaluation mode returns a cache. tie_word_embeddings: share input and output ones.
+        bos_token_id, eos_token_id, pad_token_id: special tokens, for ``generate`` and data collators.
+
+    Raises:
+        TypeError, ValueError: a field does not fit; the message names it, what came and what is needed.
+    """
+
+    model_type = "loglinear"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    # Widths that may be left out are None here and integers from __post_init__ on.
+    mixer: str | list[str] = "log_linear_mamba2"
+    vocab_size: int = 32_000
+    hidden_size: int = 1536
+    num_hidden_layers: int = 21
+    intermediate_size: int = None  # type: ignore[assignment]
+    max_position_embeddings: int = 16_384
+    conv_size: int = 4
+    mamba_head_dim: int = 64
+    mamba_num_heads: int = None  # type: ignore[assignment]
+    mamba_state_size: int = 128
+    mamba_num_groups: int = 1
+    delta_num_heads: int = 6
+    delta_num_key_heads: int = None  # type: ignore[assignment]
+    delta_key_dim: int = None  # type: ignore[assignment]
+    delta_value_dim: int = None  # type: ignore[assignment]
+    num_attention_heads: int = None  # type: ignore[assignment]
+    num_key_value_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
+    rope_theta: float = 500_000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        self._check_integers()
+        self._derive_widths()
+        self.validate()
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_mixers(self) -> list[str]:
+        """Name of each layer's mixer."""
+        return [self.mixer] * self.num_hidden_layers if isinstance(self.mixer, str) else list(self.mixer)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of cache that each layer needs (``DynamicCache(config=...)`` and ``StaticCache`` read it)."""
+        return [LAYER_TYPES[name] for name in self.layer_mixers]
+
+    @property
+    def num_levels(self) -> int:
+        """Levels with a λ of their own."""
+        return num_levels(self.max_position_embeddings)
+
+    def validate(self) -> None:
+        """Check every field; transformers calls this before it saves. Replaces its own list of allowed layer types."""
+        self._check_integers()
+        self._check_mixers()
+        for heads, groups in _MULTIPLES.items():
+            have, divisor = getattr(self, heads), getattr(self, groups)
+            if have % divisor:
+                raise ValueError(f"{heads} must be a multiple of {groups}={divisor}: got {have}")
+        if "attention" in self.layer_mixers and self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary positions turn pairs): got {self.head_dim}")
+
+    def _check_integers(self) -> None:
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if value is None:  # left out, and not derived yet
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an integer: got {value!r}")
+            least = 0 if name == "intermediate_size" else 1
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}: got {value}")
+
+    def _check_mixers(self) -> None:
+        names = [self.mixer] if isinstance(self.mixer, str) else self.mixer
+        if not isinstance(names, list) or any(name not in LAYER_TYPES for name in names):
+            raise ValueError(f"mixer must be one of {list(MIXERS)} or a list of them: got {self.mixer!r}")
+        if isinstance(self.mixer, list) and len(names) != self.num_hidden_layers:
+            raise ValueError(
+                f"mixer must name {self.num_hidden_layers} layers (num_hidden_layers): got {len(names)} names"
+            )
+
+    def _derive_widths(self) -> None:
+        """Fill in the widths that were left out, so that a saved config is complete."""
+        hidden = self.hidden_size
+
+        def default(name: str, value: int) -> None:
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+        default("intermediate_size", -(-8 * hidden // (3 * 64)) * 64)
+        default("mamba_num_heads", max(1, 2 * hidden // self.mamba_head_dim))
+        default("delta_num_key_heads", self.delta_num_heads)
+        default("delta_key_dim", max(1, 3 * hidden // (4 * self.delta_num_heads)))
+        default("delta_value_dim", 2 * self.delta_key_dim)
+        default("num_attention_heads", max(1, hidden // 64))
+        default("num_key_value_heads", self.num_attention_heads)
+        default("head_dim", hidden // self.num_attention_heads)

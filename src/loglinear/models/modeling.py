@@ -1,0 +1,279 @@
+"""LogLinearModel and LogLinearForCausalLM: one pre-norm decoder for every mixer.
+
+Special about this file: nothing in it knows which mixer a layer holds, and nothing below it knows about padding. Tokens are
+packed once on the way in (``layout.py``), states travel in a cache of mixer states (``cache.py``), and everything else is
+the plain decoder ``x += mixer(norm(x)); x += mlp(norm(x))``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, RMSNorm, SoftmaxAttention
+from loglinear.layers.initialization import StatedInit
+from loglinear.models.cache import MixerCacheLayer, check_cache
+from loglinear.models.configuration import LogLinearConfig
+from loglinear.models.layout import TokenLayout, plan_layout
+
+
+def build_mixer(config: LogLinearConfig, name: str) -> nn.Module:
+    """The mixer called ``name`` in ``config.mixer``, at the config's sizes."""
+    if name == "attention":
+        return SoftmaxAttention(
+            config.hidden_size,
+            num_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            num_kv_heads=config.num_key_value_heads,
+            rope_theta=config.rope_theta,
+        )
+    shared: dict[str, Any] = {
+        "num_levels": config.num_levels,
+        "conv_width": config.conv_size,
+        "norm_eps": config.rms_norm_eps,
+        "log_linear": name.startswith("log_linear_"),
+    }
+    if name.endswith("mamba2"):
+        return LogLinearMamba2(
+            config.hidden_size,
+            num_heads=config.mamba_num_heads,
+            head_dim=config.mamba_head_dim,
+            state_size=config.mamba_state_size,
+            num_groups=config.mamba_num_groups,
+            **shared,
+        )
+    return LogLinearGatedDeltaNet(
+        config.hidden_size,
+        num_heads=config.delta_num_heads,
+        num_key_heads=config.delta_num_key_heads,
+        key_dim=config.delta_key_dim,
+        value_dim=config.delta_value_dim,
+        **shared,
+    )
+
+
+class LogLinearMLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) · up(x))`` (Shazeer 2020)."""
+
+    def __init__(self, config: LogLinearConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class LogLinearBlock(GradientCheckpointingLayer):
+    """One layer: mixer and MLP, each behind its norm and beside the residual stream."""
+
+    def __init__(self, config: LogLinearConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = build_mixer(config, config.layer_mixers[layer_idx])
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
+        self.mlp = LogLinearMLP(config) if config.intermediate_size else None
+
+    def forward(self, hidden: Tensor, layout: TokenLayout, past_key_values: Cache | None = None) -> Tensor:
+        """hidden as ``layout.pack`` leaves it; reads and replaces this layer's state in the cache."""
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        assert cache is None or isinstance(cache, MixerCacheLayer)  # check_cache saw to it
+        mixed, state = self.mixer(
+            self.mixer_norm(hidden),
+            state=None if cache is None else cache.state,
+            output_state=cache is not None,
+            cu_seqlens=None if layout.cu_seqlens is None else layout.cu_seqlens.to(hidden.device),  # device_map="auto"
+            cu_seqlens_cpu=layout.cu_seqlens_cpu,
+        )
+        if cache is not None:
+            cache.store(state, columns=layout.length)
+        hidden = hidden + mixed
+        return hidden if self.mlp is None else hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class LogLinearPreTrainedModel(PreTrainedModel):
+    """Initialisation and what transformers needs to know of both models."""
+
+    config: LogLinearConfig
+    config_class = LogLinearConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["LogLinearBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+    _is_stateful = True
+
+    def __init__(self, config: LogLinearConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._is_stateful = "loglinear_recurrent" in config.layer_types  # attention alone can take tokens back
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights for linear layers and embeddings; mixers and convolutions state their own."""
+        if isinstance(module, StatedInit):
+            for name, value in module.initial_values().items():
+                init.copy_(module.get_parameter(name), value)  # leaves alone what a checkpoint has brought
+        else:
+            super()._init_weights(module)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that optimisers must not decay: A_log, dt_bias, D and L of every mixer."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, StatedInit)
+            for name in module.no_weight_decay
+        }
+
+
+class LogLinearModel(LogLinearPreTrainedModel):
+    """The decoder without its output layer."""
+
+    def __init__(self, config: LogLinearConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(LogLinearBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of every token.
+
+        Args:
+            input_ids: int64 ``[B, T]``, or ``inputs_embeds [B, T, hidden_size]`` in their place.
+            attention_mask: ``[B, T]`` (with a cache ``[B, past + T]``), 0 for padding. Padding may stand anywhere and never
+                changes what real tokens compute; its own outputs are those of a zero hidden state.
+            position_ids: ``[B, T]``, only to find packed documents: where they do not go on by one, a document starts.
+                Positions themselves are counted per row and document, from the cache on.
+            cu_seq_lens_q: integer ``[n + 1]``, packed documents in a batch of one (``DataCollatorWithFlattening``).
+            past_key_values: ``DynamicCache(config=model.config)`` or ``StaticCache``; it is updated in place.
+            use_cache: whether to return a cache; None is ``config.use_cache`` in evaluation mode and no in training.
+            output_hidden_states: whether to return the embeddings and every layer's output too.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit; the message names it, what came and what is needed.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions must be false: no mixer of this model forms an attention matrix")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = hidden.shape[:2]
+        past_length = 0
+        if past_key_values is not None:
+            check_cache(past_key_values, len(self.layers))
+            past_length = past_key_values.get_seq_length()
+        layout = plan_layout(batch, length, attention_mask, position_ids, cu_seq_lens_q, past_length)
+        past_key_values = self._choose_cache(past_key_values, use_cache, layout)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        collected = [hidden]
+        hidden = layout.pack(hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, layout, past_key_values=past_key_values)
+            if output_hidden_states:
+                collected.append(layout.unpack(hidden))
+        last = layout.unpack(self.norm(hidden))
+        return BaseModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=past_key_values,
+            hidden_states=(*collected[:-1], last) if output_hidden_states else None,
+        )
+
+    def _choose_cache(self, cache: Cache | None, use_cache: bool | None, layout: TokenLayout) -> Cache | None:
+        """The cache to update: the caller's, a new one, or none."""
+        checkpointing = self.training and any(layer.gradient_checkpointing for layer in self.layers)
+        if cache is not None:
+            if layout.documents:
+                raise ValueError(
+                    "past_key_values must be None for packed documents: a cache holds one sequence per row"
+                )
+            if checkpointing:
+                raise ValueError("past_key_values must be None under gradient checkpointing: layers run twice")
+            return cache
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        wanted = use_cache and not layout.documents and not checkpointing
+        return DynamicCache(config=self.config) if wanted else None
+
+
+class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
+    """The decoder with its output layer: language-model loss, and ``generate``."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LogLinearConfig) -> None:
+        super().__init__(config)
+        self.model = LogLinearModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss when ``labels`` are given.
+
+        Args:
+            labels: int64 ``[B, T]``, token ids, -100 where no loss is wanted; they are shifted inside.
+            logits_to_keep: how many last columns to compute logits for (0: all), or the columns themselves.
+            The others: as in ``LogLinearModel.forward``.
+
+        Returns:
+            logits ``[B, T, vocab_size]``; the loss is the mean negative log-likelihood in nats per target token, or the sum
+            over ``num_items_in_batch`` when the Trainer passes that.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, columns])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )

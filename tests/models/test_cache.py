@@ -1,0 +1,97 @@
+"""Cache layers: what transformers asks of them, and caches that were not made for this model."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from loglinear.models import cache_nbytes
+
+
+@pytest.fixture
+def filled(make_model, tokens, mixer):
+    """A model, three texts, and a cache that has read them."""
+    model, ids = make_model(mixer), tokens(3, 70)
+    with torch.no_grad():
+        return model, ids, model(ids).past_key_values
+
+
+@torch.no_grad()
+def check_rows(model, ids, cache, rows):
+    """The cache must go on as if it had read ``ids[rows]``."""
+    more = torch.arange(3, 8).expand(len(rows), -1)
+    want = model(torch.cat([ids[rows], more], dim=1)).logits[:, -5:]
+    torch.testing.assert_close(model(more, past_key_values=cache).logits, want, rtol=0, atol=1e-9)
+
+
+def test_reorder(filled):
+    model, ids, cache = filled
+    cache.reorder_cache(torch.tensor([2, 0, 0], dtype=torch.int32))
+    check_rows(model, ids, cache, [2, 0, 0])
+
+
+def test_select(filled):
+    model, ids, cache = filled
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.batch_size == 1
+    check_rows(model, ids, cache, [1])
+
+
+def test_repeat(filled):
+    model, ids, cache = filled
+    cache.batch_repeat_interleave(2)
+    check_rows(model, ids, cache, [0, 0, 1, 1, 2, 2])
+
+
+def test_reset(filled):
+    model, ids, cache = filled
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache_nbytes(cache) == 0
+    with torch.no_grad():
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+def test_crop(filled, mixer):
+    model, ids, cache = filled
+    cache.crop(0)
+    assert cache.get_seq_length() == 70
+    if mixer == "attention":
+        cache.crop(-6)
+        assert cache.get_seq_length() == 64
+        check_rows(model, ids[:, :64], cache, [0, 1, 2])
+        with pytest.raises(ValueError, match=r"tokens_to_remove must be in \[-69, 0\]: got 3"):
+            cache.crop(3)
+    else:
+        with pytest.raises(ValueError, match="tokens_to_remove must be 0 for recurrent and log-linear states"):
+            cache.crop(-1)
+
+
+def test_bytes_are_those_of_the_tensors(filled, mixer):
+    """Attention grows by every token, linear models not at all, log-linear ones by a bucket per doubling of chunks."""
+    model, ids, cache = filled
+    with torch.no_grad():
+        longer = model(ids.repeat(1, 8)).past_key_values  # 560 tokens: 8 chunks, in one bucket, and 48 more
+        double = model(ids.repeat(1, 16)).past_key_values
+    sizes = [cache_nbytes(one) for one in (cache, longer, double)]
+    rows, heads, width = 3, 2, 6
+    if mixer == "attention":
+        assert sizes == [3 * (2 * 8 * rows * tokens * heads * width + 8 * rows) for tokens in (70, 560, 1120)]
+    elif mixer in ("mamba2", "gated_deltanet"):
+        assert sizes[0] == sizes[1] == sizes[2]
+    elif isinstance(mixer, str):
+        growth = [sizes[1] - sizes[0], sizes[2] - sizes[1]]
+        assert 0 < growth[1] < growth[0] < sizes[0]
+
+
+@torch.no_grad()
+def test_foreign_caches_are_refused(make_model, tokens, mixer):
+    model, ids = make_model(mixer), tokens(1, 4)
+    for cache in (DynamicCache(), DynamicCache(config=make_model(mixer, num_hidden_layers=3).config)):
+        cache.layers = cache.layers[:2]
+        with pytest.raises(TypeError, match=r"made for this model, with DynamicCache\(config=model.config\)"):
+            model(ids, past_key_values=cache)
+    with pytest.raises(TypeError, match=r"made for this model.*got \(\)"):
+        model(ids, past_key_values=())
+    layer = StaticCache(config=model.config, max_cache_len=8).layers[0]
+    with pytest.raises(TypeError, match="holds whole mixer states"):
+        layer.update(torch.zeros(1), torch.zeros(1))

@@ -1,0 +1,74 @@
+"""LogLinearConfig: derived widths, layer types, and errors that say what is needed."""
+
+import json
+
+import pytest
+
+from loglinear.models import LogLinearConfig
+
+
+def test_widths_follow_the_hidden_size():
+    config = LogLinearConfig(hidden_size=256, num_hidden_layers=2)
+    assert config.intermediate_size == 704  # 8/3 · 256 = 682.7, up to a multiple of 64
+    assert config.mamba_num_heads == 8
+    assert (config.delta_num_heads, config.delta_num_key_heads) == (6, 6)
+    assert (config.delta_key_dim, config.delta_value_dim) == (32, 64)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 4, 64)
+    assert LogLinearConfig(hidden_size=256, mamba_num_heads=5).mamba_num_heads == 5
+
+
+def test_levels_follow_the_context():
+    assert LogLinearConfig(max_position_embeddings=16_384).num_levels == 15
+    assert LogLinearConfig(max_position_embeddings=16_385).num_levels == 16
+    assert LogLinearConfig(max_position_embeddings=1).num_levels == 1
+
+
+def test_a_saved_config_is_complete_and_comes_back(tmp_path):
+    config = LogLinearConfig(mixer=["attention", "mamba2"], num_hidden_layers=2, hidden_size=128)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["mixer"] == ["attention", "mamba2"]
+    assert saved["mamba_num_heads"] == 4
+    assert LogLinearConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert config.layer_types == ["loglinear_attention", "loglinear_recurrent"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mixer": "mamba"}, "mixer must be one of .* or a list of them: got 'mamba'"),
+        ({"mixer": 3}, "mixer must be one of .* or a list of them: got 3"),
+        ({"mixer": ["mamba2", "attn"]}, r"got \['mamba2', 'attn'\]"),
+        ({"mixer": ["mamba2"]}, r"mixer must name 21 layers \(num_hidden_layers\): got 1 names"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1: got 0"),
+        ({"mamba_head_dim": 0}, "mamba_head_dim must be at least 1: got 0"),
+        ({"delta_num_heads": 0}, "delta_num_heads must be at least 1: got 0"),
+        ({"intermediate_size": -1}, "intermediate_size must be at least 0: got -1"),
+        ({"mamba_num_groups": 5}, "mamba_num_heads must be a multiple of mamba_num_groups=5: got 48"),
+        ({"delta_num_key_heads": 4}, "delta_num_heads must be a multiple of delta_num_key_heads=4: got 6"),
+        ({"num_key_value_heads": 7}, "num_attention_heads must be a multiple of num_key_value_heads=7: got 24"),
+        ({"mixer": "attention", "head_dim": 5}, r"head_dim must be even \(rotary positions turn pairs\): got 5"),
+    ],
+)
+def test_errors_name_field_value_and_need(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LogLinearConfig(**fields)
+
+
+def test_types_are_checked():
+    with pytest.raises(TypeError, match="hidden_size must be an integer: got '256'"):
+        LogLinearConfig(hidden_size="256")
+    with pytest.raises(TypeError, match=r"mamba_num_heads must be an integer: got 2\.5"):
+        LogLinearConfig(mamba_num_heads=2.5)
+
+
+def test_a_config_is_checked_again_before_it_is_saved(tmp_path):
+    config = LogLinearConfig(hidden_size=128)
+    config.mixer = "mamba3"
+    with pytest.raises(ValueError, match="mixer must be one of"):
+        config.save_pretrained(tmp_path)
+
+
+def test_mlps_can_be_left_out(make_model):
+    model = make_model("mamba2", intermediate_size=0)
+    assert not any("mlp" in name for name, _ in model.named_parameters())

@@ -1,0 +1,114 @@
+"""Training: the loss, gradient checkpointing, and transformers' Trainer with resuming."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, Trainer, TrainingArguments
+
+from loglinear.models import LogLinearForCausalLM
+
+# transformers 5.23 prefers activation_checkpointing_enable, which 5.17 does not have.
+renamed = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+
+
+def test_loss_is_the_mean_over_targets(make_model, tokens, mixer):
+    model, ids = make_model(mixer), tokens(2, 30)
+    labels = ids.clone()
+    labels[0, :11] = -100
+    out = model(ids, labels=labels)
+    log_probs = F.log_softmax(out.logits[:, :-1], dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    want = -log_probs[labels[:, 1:] != -100].mean()
+    torch.testing.assert_close(out.loss.double(), want, rtol=1e-6, atol=0)
+
+
+def test_logits_to_keep(make_model, tokens):
+    model, ids = make_model("mamba2"), tokens(2, 30)
+    logits = model(ids).logits
+    assert torch.equal(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    assert torch.equal(model(ids, logits_to_keep=torch.tensor([4, 0])).logits, logits[:, [4, 0]])
+
+
+@renamed
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(make_model, tokens, mixer, use_reentrant):
+    model, ids = make_model(mixer).train(), tokens(2, 70)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+
+    def gradients():
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    want = gradients()
+    calls = []
+    handle = model.model.layers[1].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    got = gradients()
+    handle.remove()
+    assert len(calls) == 2, "the layer must have run again in the backward pass"
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-12)
+
+
+@renamed
+def test_gradient_checkpointing_and_a_cache_exclude_each_other(make_model, tokens):
+    model, ids = make_model("log_linear_mamba2").train(), tokens(1, 8)
+    model.gradient_checkpointing_enable()
+    assert model(ids, use_cache=True).past_key_values is None
+    with pytest.raises(ValueError, match="past_key_values must be None under gradient checkpointing"):
+        model(ids, past_key_values=DynamicCache(config=model.config))
+
+
+def test_training_makes_no_cache_unless_asked(make_model, tokens):
+    model, ids = make_model("log_linear_mamba2"), tokens(1, 8)
+    assert model(ids).past_key_values is not None
+    model.train()
+    assert model(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 8
+
+
+def cycle(length=40, period=5):
+    """Sixteen texts that repeat five tokens: easy to learn, and not by frequency alone."""
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(3, 60, (16, period), generator=generator)
+    return [{"input_ids": s.repeat(length // period), "labels": s.repeat(length // period)} for s in starts]
+
+
+def make_trainer(config, output, steps):
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        save_steps=4,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    return Trainer(LogLinearForCausalLM(config), arguments, train_dataset=cycle())
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", ["log_linear_mamba2", "log_linear_gated_deltanet", "attention"])
+def test_trainer_learns_and_resumes(config_of, name, tmp_path):
+    """The loss falls well below that of token frequencies, and a run cut at step 4 goes on as if it had not been."""
+    config = config_of(name, initializer_range=0.05)
+    whole = make_trainer(config, tmp_path / "whole", steps=24)
+    whole.train()
+    curve = losses(whole)
+    assert curve[0] == pytest.approx(torch.log(torch.tensor(61.0)).item(), abs=0.3)
+    assert sum(curve[-4:]) / 4 < 0.8 * curve[0]
+
+    first = make_trainer(config, tmp_path / "cut", steps=4)
+    first.train()
+    resumed = make_trainer(config, tmp_path / "cut", steps=8)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == curve[:8]
