@@ -17,7 +17,7 @@ from torch import Tensor
 CHUNK_SIZE = 64  # tokens per leaf of the tree in every state: K·V of a leaf state equals its raw keys at K = V = 64
 
 
-class _TensorState:
+class TensorState:
     """Row operations shared by both states: every field is a tensor whose first axis is the batch, None, or an int."""
 
     position: Tensor
@@ -81,7 +81,7 @@ class _TensorState:
 
 
 @dataclass
-class LogLinearState(_TensorState):
+class LogLinearState(TensorState):
     """State of log-linear attention after ``position`` tokens: O(log T) buckets and the raw tokens of the open chunk.
 
     Slot m of ``entries`` holds the bucket of ``2**m`` closed chunks on the query path of chunk ``position // C`` and is
@@ -108,7 +108,7 @@ class LogLinearState(_TensorState):
 
 
 @dataclass
-class LinearState(_TensorState):
+class LinearState(TensorState):
     """State of the plain linear model after ``position`` tokens (int64 ``[B]``): one matrix ``state [B, H, K, V]``."""
 
     position: Tensor

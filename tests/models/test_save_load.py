@@ -68,6 +68,18 @@ def test_a_linear_checkpoint_starts_a_log_linear_model(make_model, linear, tmp_p
     assert scale.dl_proj.weight.std().item() == pytest.approx(config.initializer_range, rel=0.2)
 
 
+def test_a_parameter_missing_beside_loaded_ones(make_model, tmp_path):
+    """An older Mamba-2 without a skip: D starts at 1 and its neighbours keep what the checkpoint says."""
+    model = make_model("mamba2")
+    weights = {key: value for key, value in model.state_dict().items() if not key.endswith(".D")}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    loaded = LogLinearForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    for old, new in zip(model.model.layers, loaded.model.layers):
+        assert torch.equal(new.mixer.A_log, old.mixer.A_log)
+        assert torch.equal(new.mixer.dt_bias, old.mixer.dt_bias)
+        assert torch.equal(new.mixer.D, torch.ones(4, dtype=torch.float64))
+
+
 def test_initialisation_survives_the_loader(config_of):
     """transformers initialises models its own way after ours: dt_bias, A_log and D must keep their meaning."""
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.state import LinearState, LogLinearState, _TensorState
+from loglinear.state import LinearState, LogLinearState, TensorState
 
 
 @dataclass
@@ -59,7 +59,7 @@ class RecurrentMixerState:
 
 
 @dataclass
-class KVState(_TensorState):
+class KVState(TensorState):
     """State of a softmax attention mixer: every key and value so far.
 
     Row b's tokens stand at the front, in order: entry i is live when ``i < position[b]``, whatever stands behind it has no

@@ -13,12 +13,6 @@ from transformers import PreTrainedConfig
 
 from loglinear.fenwick import num_levels
 
-_INTEGERS = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "conv_size"),
-    *("mamba_head_dim", "mamba_num_heads", "mamba_state_size", "mamba_num_groups"),
-    *("delta_num_heads", "delta_num_key_heads", "delta_key_dim", "delta_value_dim"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim"),
-)
 _MULTIPLES = {
     "mamba_num_heads": "mamba_num_groups",
     "delta_num_heads": "delta_num_key_heads",
@@ -125,9 +119,9 @@ class LogLinearConfig(PreTrainedConfig):
             raise ValueError(f"head_dim must be even (rotary positions turn pairs): got {self.head_dim}")
 
     def _check_integers(self) -> None:
-        for name in _INTEGERS:
+        for name, kind in LogLinearConfig.__annotations__.items():
             value = getattr(self, name)
-            if value is None:  # left out, and not derived yet
+            if kind != "int" or value is None:  # None: left out, and not derived yet
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer: got {value!r}")

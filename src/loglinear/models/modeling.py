@@ -89,11 +89,13 @@ class LogLinearBlock(GradientCheckpointingLayer):
         """hidden as ``layout.pack`` leaves it; reads and replaces this layer's state in the cache."""
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         assert cache is None or isinstance(cache, MixerCacheLayer)  # check_cache saw to it
+        # Layers may lie on different devices (device_map="auto").
+        cu_seqlens = None if layout.cu_seqlens is None else layout.cu_seqlens.to(hidden.device)
         mixed, state = self.mixer(
             self.mixer_norm(hidden),
             state=None if cache is None else cache.state,
             output_state=cache is not None,
-            cu_seqlens=None if layout.cu_seqlens is None else layout.cu_seqlens.to(hidden.device),  # device_map="auto"
+            cu_seqlens=cu_seqlens,
             cu_seqlens_cpu=layout.cu_seqlens_cpu,
         )
         if cache is not None:

@@ -122,7 +122,7 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
     scale = checks.check_scale(scale)
     stateless = initial_state is None and not output_final_state
     with torch.autocast(device, enabled=False):
-        if stateless and level_scales is not None and torch.compiler.is_compiling():
+        if stateless and torch.compiler.is_compiling():
             return registration.attention(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
         checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))

@@ -40,7 +40,7 @@ def attention(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
-    level_scales: Tensor,
+    level_scales: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
@@ -61,18 +61,19 @@ def attention_backward(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
-    level_scales: Tensor,
+    level_scales: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, level_scales, then g and beta where they are given."""
-    given = [x for x in (q, k, v, level_scales, g, beta) if x is not None]
+    """Gradients of q, k, v, then of g, beta and level_scales where they are given."""
+    optional = (g, beta, level_scales)
+    given = [q, k, v, *(x for x in optional if x is not None)]
     lengths = sequence_lengths(q, cu_seqlens, None)
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, *gates: Tensor) -> Tensor:
-        rest = iter(gates)
-        gate, rate = (None if x is None else next(rest) for x in (g, beta))
-        return run(q, k, v, gate, rate, level_scales, scale, lengths)[0]
+    def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        values = iter(rest)
+        gate, rate, scales = (None if x is None else next(values) for x in optional)
+        return run(q, k, v, gate, rate, scales, scale, lengths)[0]
 
     # torch.func records a graph of its own: below a custom operator plain autograd is switched off.
     return [x.contiguous() for x in torch.func.vjp(forward, *given)[1](do)]
@@ -80,7 +81,7 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(do, q, k, v, g, beta, level_scales, scale, cu_seqlens):
-    return [x.new_empty(x.shape) for x in (q, k, v, level_scales, g, beta) if x is not None]
+    return [x.new_empty(x.shape) for x in (q, k, v, g, beta, level_scales) if x is not None]
 
 
 def _save(ctx, inputs, output):
@@ -91,10 +92,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, do):
     *tensors, cu_seqlens = ctx.saved_tensors
     grads = list(attention_backward(do, *tensors, ctx.scale, cu_seqlens))
-    dq, dk, dv, dscales = grads[:4]
-    rest = iter(grads[4:])
-    dg, dbeta = (None if x is None else next(rest) for x in tensors[3:5])
-    return dq, dk, dv, dg, dbeta, dscales, None, None
+    rest = iter(grads[3:])
+    return *grads[:3], *(None if x is None else next(rest) for x in tensors[3:]), None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)
