@@ -1,0 +1,167 @@
+"""What a user installs: a wheel that holds everything, needs torch alone, and carries no trace of where it was made."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M).group(1)
+
+# Run in the empty environment: hides every installed package but torch's own requirements, minus triton.
+USE_THE_WHEEL = """
+import sys
+from importlib import metadata
+
+wheel = sys.argv[1]
+needed, pending = set(), ["torch"]
+while pending:
+    name = pending.pop().lower().replace("_", "-")
+    if name not in needed and name != "triton":
+        try:
+            required = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        needed.add(name)
+        pending += [re.match(r"[A-Za-z0-9._-]+", line).group() for line in required if "extra ==" not in line]
+owners = metadata.packages_distributions()
+hidden = {top for top, dists in owners.items() if not {d.lower().replace("_", "-") for d in dists} & needed}
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in hidden - {"loglinear"}:
+            raise ModuleNotFoundError(f"No module named {name!r} (hidden)", name=name)
+
+sys.meta_path.insert(0, Hide())
+sys.path.insert(0, wheel)
+assert {"triton", "transformers", "tyro"} & set(owners) <= hidden, sorted(hidden)
+
+import torch
+import loglinear
+
+assert loglinear.__file__.startswith(wheel), loglinear.__file__
+q, k, v = torch.randn(1, 70, 1, 8), torch.randn(1, 70, 1, 8), torch.randn(1, 70, 2, 8)
+ones = torch.ones(1, 70, 2, 8)
+o, state = loglinear.log_linear_attention(q, k, v, None, ones, output_final_state=True)
+expected = torch.tril(q[0, :, 0] @ k[0, :, 0].T) @ v[0].transpose(0, 1)
+torch.testing.assert_close(o[0].transpose(0, 1), expected, rtol=1e-4, atol=1e-4)
+assert state.position.tolist() == [70]
+assert not {"triton", "transformers"} & set(sys.modules)
+try:
+    loglinear.LogLinearConfig
+except ModuleNotFoundError as error:
+    assert error.name == "transformers", error
+else:
+    raise AssertionError("the models need transformers")
+print(loglinear.__version__)
+"""
+
+
+def run(*command, **kwargs):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy of the sources: a build folder left in the tree could hide a missing file."""
+    copy = tmp_path_factory.mktemp("sources")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", copy / "dist", copy)
+    (built,) = (copy / "dist").glob("*.whl")
+    return built
+
+
+def test_wheel_holds_every_module_the_marker_and_the_licence(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
+    package = {name for name in names if name.startswith("loglinear/")}
+    assert package == modules | {"loglinear/py.typed"}
+    info = f"loglinear-{VERSION}.dist-info"
+    assert names - package == {
+        f"{info}/{file}"
+        for file in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
+    }
+
+
+def test_wheel_works_in_an_empty_environment_without_triton(wheel, tmp_path):
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        tmp_path / "site",
+        wheel,
+    )
+    script = tmp_path / "use.py"
+    script.write_text("import re\n" + USE_THE_WHEEL)
+    version = run(sys.executable, "-I", "-W", "error::FutureWarning", script, tmp_path / "site", cwd=tmp_path)
+    assert version.strip() == VERSION
+
+
+def test_versions_agree():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (\S+)$", citation, re.M).group(1) == VERSION
+    package = (ROOT / "src/loglinear/__init__.py").read_text(encoding="utf-8")
+    assert re.search(r'^__version__ = "(.+)"$', package, re.M).group(1) == VERSION
+
+
+def test_constraints_pin_what_the_wheel_asks_for(wheel):
+    """Every requirement but the build backend has exactly one pin, so that a fresh machine gets what was tested."""
+    pins = re.findall(r"^([\w-]+)==\S+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    pins = [name.lower().replace("_", "-") for name in pins]
+    metadata = zipfile.ZipFile(wheel).read(f"loglinear-{VERSION}.dist-info/METADATA").decode()
+    asked = {name.lower() for name in re.findall(r"^Requires-Dist: ([\w-]+)", metadata, re.M)}
+    assert {"torch", "triton", "transformers", "pytest"} < asked
+    assert asked - set(pins) - {"loglinear", "setuptools"} == set()
+    assert len(pins) == len(set(pins))
+
+
+def committed_files() -> list[Path]:
+    """What git would commit; without git, everything outside hidden and generated folders."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    except (OSError, subprocess.CalledProcessError):
+        skip = {".venv", ".git", "out", "build", "dist", "__pycache__"}
+        return [path for path in ROOT.rglob("*") if path.is_file() and not skip & set(path.relative_to(ROOT).parts)]
+
+
+# An absolute path below a folder that differs from machine to machine; the look-behind spares URLs and relative paths.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~$}])/(?:home|Users|root|work|workspace|mnt|scratch|gpfs|nfs|tmp|private|opt|usr/local)/[\w.-]|[A-Z]:\\\\?Users"
+)
+
+
+def test_no_file_holds_a_path_of_a_machine():
+    files = committed_files()
+    assert ROOT / "README.md" in files
+    found = []
+    for path in files:
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        hits = [match.group() for match in MACHINE_PATH.finditer(text)]
+        found += [f"{path.relative_to(ROOT)}: {hit}" for hit in hits]
+        if str(ROOT) in text:
+            found.append(f"{path.relative_to(ROOT)}: the checkout's own path")
+    assert found == []
+
+
+@pytest.mark.parametrize("folder", ["home", "Users", "work", "tmp", "usr/local"])
+def test_machine_paths_are_recognised(folder):
+    path = "/" + folder + "/someone/model.pt"
+    for text in (f'open("{path}")', f"cd {path}", path, f"PATH={path}"):
+        assert MACHINE_PATH.search(text)
+    for text in (f"https://host{path}", f"docs{path}", "a / b", "#!/usr/bin/env bash"):
+        assert not MACHINE_PATH.search(text)
