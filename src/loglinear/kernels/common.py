@@ -1,0 +1,245 @@
+"""What every kernel shares: where a chunk lies, bit arithmetic, decays, and the λ mask inside a chunk.
+
+Special about this file: a level is computed from the bits of two positions, in registers. There is no table of levels.
+
+Legend of all kernels: B batch, T tokens, C chunk, N chunks, H value heads, G q/k groups, K, V widths, L levels. A *row* is
+one chunk of one sequence, numbered through the batch; a *group* is ``GROUP`` consecutive chunks, aligned in the sequence.
+Logs of decays are float32 in base 2. Offsets that can pass 2^31 elements are int64.
+
+Decays. A gate is clamped at ``GATE_FLOOR``, where exp has underflowed to zero in float32, so that a hard reset (-inf)
+acts as one and every sum of logs stays finite: a difference of two sums is never inf - inf. Differences are taken only
+inside a chunk. Float32 inputs keep the sums as a pair (value, rounding error), so that they stay exact to 2^-30 after
+a reset too; 16-bit inputs keep the value alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(8)  # chunks per group: three levels of the tree are built in registers
+LOG_GROUP = tl.constexpr(3)
+SUB = tl.constexpr(16)  # tokens per sub-block of the mask: pairs in two sub-blocks share one level
+LOG_SUB = tl.constexpr(4)
+GATE_FLOOR = tl.constexpr(-128.0)  # exp(-128) < 2^-149, the smallest float32
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory for results and intermediates. Tests replace it by memory full of NaN."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@triton.jit
+def log2_of_power(x):
+    """Exponent of a power of two (int32 scalar or tensor)."""
+    return (x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def bit_length(x):
+    """Bits needed to write 0 <= x < 2^24: the level at which two positions with this XOR see each other."""
+    return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
+
+
+@triton.jit
+def lowbit(e):
+    return e & -e
+
+
+@triton.jit
+def path_length(n, n0):
+    """Number of entries above n0 on the query path of chunk n."""
+    count = 0
+    e = n
+    while e > n0:
+        e = e & (e - 1)
+        count += 1
+    return count
+
+
+@triton.jit
+def locate(unit, unit_sequence, sequences, T, N, NG, units, PACKED: tl.constexpr):
+    """Where a row or group lies: (first token of its sequence, tokens, first row, first group, n0, sequence).
+
+    n0 is the absolute number of the sequence's first chunk: 0 unless it continues an earlier one.
+
+    PACKED reads them from tables (see problem.py); otherwise all sequences have T tokens, N chunks and NG groups, and
+    ``units`` is N or NG. tokens = -1 marks a unit past the last one.
+    """
+    if PACKED:
+        index = tl.load(unit_sequence + unit)
+        entry = sequences + tl.maximum(index, 0) * 5
+        start = tl.load(entry)
+        length = tl.where(index < 0, -1, tl.load(entry + 1))
+        row0 = tl.load(entry + 2)
+        group0 = tl.load(entry + 3)
+        n0 = tl.load(entry + 4)
+    else:
+        index = unit // units
+        start = index * T
+        length = T
+        row0 = index * N
+        group0 = index * NG
+        n0 = index * 0
+    return start, length, row0, group0, n0, index
+
+
+@triton.jit
+def load_tile(base, stride, valid, C: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, first):
+    """Tile ``[C, TILE]`` of columns from ``first`` on; ``base`` points at the chunk's first token, column 0 of a head.
+
+    Offsets inside a chunk are int32: as int64 they would hold registers through every loop.
+    """
+    columns = first + tl.arange(0, TILE)
+    pointers = base + (tl.arange(0, C)[:, None] * stride + columns[None, :])
+    if WIDTH % TILE == 0:
+        tile = tl.load(pointers, mask=valid[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(base, stride, valid, tile, C: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, first):
+    """Write a tile where ``load_tile`` reads one."""
+    columns = first + tl.arange(0, TILE)
+    pointers = base + (tl.arange(0, C)[:, None] * stride + columns[None, :])
+    value = tile.to(base.dtype.element_ty)
+    if WIDTH % TILE == 0:
+        tl.store(pointers, value, mask=valid[:, None])
+    else:
+        tl.store(pointers, value, mask=valid[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def state_tile(base, first_k, first_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Pointers and mask of tile ``[BK, BV]`` of one state ``[K, V]``."""
+    rows = first_k + tl.arange(0, BK)
+    columns = first_v + tl.arange(0, BV)
+    mask = (rows < K)[:, None] & (columns < V)[None, :]
+    return base + (rows[:, None] * V + columns[None, :]), mask
+
+
+@triton.jit
+def load_state(base, first_k, first_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    pointers, mask = state_tile(base, first_k, first_v, K, V, BK, BV)
+    if K % BK == 0 and V % BV == 0:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_state(
+    base, tile, active, first_k, first_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    pointers, mask = state_tile(base, first_k, first_v, K, V, BK, BV)
+    if active:
+        if K % BK == 0 and V % BV == 0:
+            tl.store(pointers, tile.to(base.dtype.element_ty))
+        else:
+            tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_sum(sums, offsets, valid, plane, EXACT: tl.constexpr):
+    """Cumulative log-decay at ``offsets``, zero where not valid: (value, its rounding error or 0)."""
+    high = tl.load(sums + offsets, mask=valid, other=0.0)
+    low = tl.load(sums + plane + offsets, mask=valid, other=0.0) if EXACT else 0.0
+    return high, low
+
+
+@triton.jit
+def decay_between(late_high, late_low, early_high, early_low, EXACT: tl.constexpr):
+    """exp2 of the log-decay from an earlier to a later token of a chunk. Capped at 1, for rows that are masked later."""
+    difference = late_high - early_high
+    if EXACT:
+        difference += late_low - early_low
+    return tl.exp2(tl.minimum(difference, 0.0))
+
+
+@triton.jit
+def local_levels(C: tl.constexpr):
+    """Levels inside a chunk of C tokens: (``[C, SUB]`` in a row's own sub-block, ``[C, C/SUB]`` towards whole others)."""
+    t = tl.arange(0, C)
+    own = bit_length((t % SUB)[:, None] ^ tl.arange(0, SUB)[None, :])
+    other = LOG_SUB + bit_length((t // SUB)[:, None] ^ tl.arange(0, C // SUB)[None, :])
+    return own, other
+
+
+@triton.jit
+def local_scales(scales, valid, stride, factor, L, C: tl.constexpr):
+    """λ of a row towards its own sub-block ``[C, SUB]`` and towards the earlier ones ``[C, C/SUB]``, times ``factor``.
+
+    ``scales`` points at the first token of the chunk, level 0. Zero above the diagonal and for rows that are not valid.
+    """
+    t = tl.arange(0, C)
+    own, other = local_levels(C)
+    below = (tl.arange(0, SUB)[None, :] <= (t % SUB)[:, None]) & valid[:, None]
+    before = (tl.arange(0, C // SUB)[None, :] < (t // SUB)[:, None]) & valid[:, None]
+    row = t[:, None] * stride
+    near = tl.load(scales + (row + tl.minimum(own, L - 1)), mask=below, other=0.0).to(tl.float32) * factor
+    far = tl.load(scales + (row + tl.minimum(other, L - 1)), mask=before, other=0.0).to(tl.float32) * factor
+    return near, far
+
+
+@triton.jit
+def local_decays(sums, size, plane, C: tl.constexpr, EXACT: tl.constexpr):
+    """Decays inside a chunk of ``size`` tokens, as (near ``[C, SUB]``, far ``[C, C/SUB]``, column ``[C/SUB, SUB]``).
+
+    From token s to t: near in one sub-block; otherwise far[t, block of s] * column[s], over the end of s's sub-block.
+    Both factors are at most 1, and there are C + C²/SUB + C·SUB exponentials instead of C².
+    """
+    t = tl.arange(0, C)
+    block = tl.arange(0, C // SUB)
+    inner = tl.arange(0, SUB)
+    row_high, row_low = load_sum(sums, t, t < size, plane, EXACT)
+    near = (t // SUB * SUB)[:, None] + inner[None, :]
+    near_high, near_low = load_sum(sums, near, near < size, plane, EXACT)
+    end = block * SUB + SUB - 1
+    end_high, end_low = load_sum(sums, end, end < size, plane, EXACT)
+    column = block[:, None] * SUB + inner[None, :]
+    column_high, column_low = load_sum(sums, column, column < size, plane, EXACT)
+    if EXACT:
+        near_decay = decay_between(row_high[:, None], row_low[:, None], near_high, near_low, True)
+        far_decay = decay_between(row_high[:, None], row_low[:, None], end_high[None, :], end_low[None, :], True)
+        column_decay = decay_between(end_high[:, None], end_low[:, None], column_high, column_low, True)
+    else:
+        near_decay = decay_between(row_high[:, None], 0.0, near_high, 0.0, False)
+        far_decay = decay_between(row_high[:, None], 0.0, end_high[None, :], 0.0, False)
+        column_decay = decay_between(end_high[:, None], 0.0, column_high, 0.0, False)
+    return near_decay, far_decay, column_decay
+
+
+@triton.jit
+def assemble_mask(near, far, column, C: tl.constexpr):
+    """``[C, C/SUB, SUB]`` mask from its parts: ``near`` in a row's own sub-block, ``far * column`` in the others."""
+    own = (tl.arange(0, C) // SUB)[:, None] == tl.arange(0, C // SUB)[None, :]
+    return tl.where(own[:, :, None], near[:, None, :], far[:, :, None] * column[None, :, :])
+
+
+@triton.jit
+def path_weights(scales, stride_s, valid, row_sums, entry_log, rows, n, n0, h, L, H: tl.constexpr, C: tl.constexpr,
+                 LOG_C: tl.constexpr, TREE: tl.constexpr):  # fmt: skip
+    """``λ exp2(log-decay)`` ``[C, TREE]`` of each row towards the entry of every tree level on the path of chunk n.
+
+    Loads all that a walk needs but the states, at once: inside the walk no product waits for a load of its weight.
+    """
+    m = tl.arange(0, TREE)
+    on_path = ((n >> m) & 1 == 1) & ((n >> m << m) > n0)
+    unit = (rows + (n >> m << m) - 1).to(tl.int64) * H + h
+    logs = tl.load(entry_log + unit, mask=on_path, other=0.0)
+    since = tl.cumsum(logs, axis=0) - logs
+    level = tl.minimum(m + (LOG_C + 1), L - 1)
+    pointers = scales + tl.arange(0, C)[:, None] * stride_s + level[None, :]
+    scale = tl.load(pointers, mask=valid[:, None] & on_path[None, :], other=0.0).to(tl.float32)
+    return scale * tl.exp2(row_sums[:, None] + since[None, :])
+
+
+@triton.jit
+def column(matrix, m, WIDTH: tl.constexpr):
+    """Column m of ``[C, WIDTH]``."""
+    return tl.sum(tl.where(tl.arange(0, WIDTH)[None, :] == m, matrix, 0.0), axis=1)

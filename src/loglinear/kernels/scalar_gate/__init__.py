@@ -1,0 +1,10 @@
+"""SCALAR GATE: log-linear attention whose transition is ``exp(g)``, forward and backward, as Triton kernels.
+
+Special about this package: no autograd and no argument checks; ``loglinear.ops`` has both. Stages, in order:
+chunk_states, node_states, output; then, mirrored, node_grads, chunk_grads, local_grads, query_grads, key_grads, gate_grads.
+"""
+
+from loglinear.kernels.scalar_gate.backward import backward
+from loglinear.kernels.scalar_gate.forward import Saved, forward
+
+__all__ = ["Saved", "backward", "forward"]

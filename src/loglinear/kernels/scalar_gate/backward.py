@@ -1,0 +1,247 @@
+"""BACKWARD of the scalar gate: six to nine launches, in the order in which the gradients flow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from loglinear.kernels import common
+from loglinear.kernels.scalar_gate.chunk_grads import chunk_grads_kernel
+from loglinear.kernels.scalar_gate.forward import Saved, common_constants, padded, token_rows
+from loglinear.kernels.scalar_gate.gate_grads import gate_grads_kernel
+from loglinear.kernels.scalar_gate.key_grads import head_sums_kernel, key_grads_kernel
+from loglinear.kernels.scalar_gate.local_grads import local_grads_kernel
+from loglinear.kernels.scalar_gate.node_grads import segment_sums_kernel, window_grads_kernel
+from loglinear.kernels.scalar_gate.problem import Problem, describe
+from loglinear.kernels.scalar_gate.query_grads import query_grads_kernel
+from loglinear.kernels.scalar_gate.value_grads import value_grads_kernel
+from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward pass was given, laid out by ``token_rows``, and the gradient of its output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    level_scales: Tensor
+    do: Tensor
+    factor: float
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Shares of q·dq and k·dk that the gate's gradient is made of; empty without a gate. See gate_grads.py."""
+
+    rows: Tensor
+    columns: Tensor
+    chunks: Tensor
+    levels: Tensor
+    crossings: Tensor
+
+
+def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
+    """(BK, BV, number of tiles) of kernels whose program owns a tile of a state."""
+    K, V = problem.key_width, problem.value_width
+    tile_k, tile_v = min(problem.config.block_k, padded(K)), min(launch.block_v, padded(V))
+    return tile_k, tile_v, triton.cdiv(K, tile_k) * triton.cdiv(V, tile_v)
+
+
+def allocate_gains(problem: Problem, device: torch.device, gated: bool) -> Gains:
+    H, tokens = problem.heads, problem.tokens
+    tiles = state_tiles(problem, problem.config.chunk_grads)[2]
+    shapes = (
+        (H, tokens),
+        (H, tokens),
+        (problem.rows, H),
+        (problem.tree_levels, H, problem.rows),
+        (problem.row_groups, H, max(problem.high_levels, 1), tiles),
+    )
+    return Gains(*(common.scratch(shape if gated else (0,), torch.float32, device) for shape in shapes))
+
+
+def launch_node_grads(problem: Problem, x: Inputs, saved: Saved) -> Tensor:
+    """Gradients of the entries of whole groups, ``[groups, H, K, V]`` by the group that ends them."""
+    H, K, V, levels = problem.heads, problem.key_width, problem.value_width, problem.high_levels
+    launch, segment = problem.config.windows, problem.config.segment
+    segment_levels = max(levels - segment.bit_length(), 0)
+    slots = problem.row_groups // segment + 1 + (0 if problem.sequences is None else problem.sequences.shape[0])
+    if problem.sequences is None:
+        slots += problem.batch
+    node_grads = common.scratch((problem.row_groups if levels else 0, H, K, V), x.v.dtype, x.v.device)
+    if levels == 0:
+        return node_grads
+    segments = common.scratch((segment_levels, slots, H, K, V), x.v.dtype, x.v.device)
+    tile_k, tile_v, tiles = state_tiles(problem, launch)
+    constants = common_constants(problem, x.v.dtype)
+    constants.pop("EXACT")
+    window_grads_kernel[(levels * problem.row_groups * H * tiles,)](
+        x.q, x.do, x.level_scales, saved.sums, saved.chunk_log, node_grads, segments, problem.group_sequence,
+        *problem.table, saved.sums.stride(0), x.q.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor,
+        problem.levels, problem.row_groups, slots, **constants, BK=tile_k, BV=tile_v, SEGMENT=segment,
+        HIGH_LEVELS=levels, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    if segment_levels:
+        block = min(2048, triton.next_power_of_2(K * V))
+        segment_sums_kernel[(segment_levels * problem.row_groups * H * triton.cdiv(K * V, block),)](
+            segments, saved.group_log, node_grads, problem.group_sequence, *problem.table, problem.row_groups, slots,
+            H=H, STATE=K * V, C=problem.config.chunk, SEGMENT=segment, BLOCK=block, PACKED=problem.packed, num_warps=4,
+        )  # fmt: skip
+    return node_grads
+
+
+def launch_chunk_grads(problem: Problem, x: Inputs, saved: Saved, node_grads: Tensor, gains: Gains) -> Tensor:
+    """Gradients of the states of all chunks, ``[rows, H, K, V]``."""
+    H, K, V = problem.heads, problem.key_width, problem.value_width
+    launch = problem.config.chunk_grads
+    tile_k, tile_v, tiles = state_tiles(problem, launch)
+    chunk_grads = common.scratch((problem.rows, H, K, V), x.v.dtype, x.v.device)
+    constants = common_constants(problem, x.v.dtype)
+    constants.pop("EXACT")
+    chunk_grads_kernel[(problem.row_groups * H * tiles,)](
+        x.q, x.do, x.level_scales, saved.sums, saved.chunk_log, saved.group_log, saved.group_states, node_grads,
+        chunk_grads, gains.crossings, problem.group_sequence, *problem.table, saved.sums.stride(0), x.q.stride(1),
+        x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, max(problem.high_levels, 1), **constants,
+        BK=tile_k, BV=tile_v, HAS_GATE=x.g is not None, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return chunk_grads
+
+
+def head_blocks(problem: Problem) -> tuple[int, int]:
+    """(heads that a program of the query and key sides handles in turn, number of such blocks)."""
+    heads = problem.config.heads_per_program(problem.heads_per_group)
+    return heads, problem.heads // heads
+
+
+def launch_local_grads(problem: Problem, x: Inputs, saved: Saved, gains: Gains) -> tuple[Tensor, Tensor]:
+    """(dλ of the levels inside a chunk, gradient of the scores ``[rows, head blocks, C, C]``)."""
+    chunk, launch = problem.config.chunk, problem.config.local
+    heads, blocks = head_blocks(problem)
+    dscales = common.scratch(tuple(x.level_scales.shape), x.level_scales.dtype, x.v.device)
+    score_grads = common.scratch((problem.rows, blocks, chunk, chunk), x.v.dtype, x.v.device)
+    local_grads_kernel[(problem.rows * blocks,)](
+        x.q, x.k, x.v, x.do, x.level_scales, saved.sums, score_grads, dscales, gains.rows, problem.row_sequence,
+        *problem.table, problem.tokens, saved.sums.stride(0), x.q.stride(1), x.k.stride(1), x.v.stride(1),
+        x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype),
+        LOG_C=chunk.bit_length() - 1, BK=padded(problem.key_width),
+        BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
+        HAS_GATE=x.g is not None, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return dscales, score_grads
+
+
+def launch_value_grads(problem: Problem, x: Inputs, saved: Saved, chunk_grads: Tensor, gains: Gains) -> Tensor:
+    """dv."""
+    launch = problem.config.value
+    heads, blocks = head_blocks(problem)
+    dv = common.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
+    value_grads_kernel[(problem.rows * blocks,)](
+        x.q, x.k, x.v, x.do, x.level_scales, saved.sums, chunk_grads, dv, gains.columns, gains.chunks,
+        problem.row_sequence, *problem.table, problem.tokens, saved.sums.stride(0), x.q.stride(1), x.k.stride(1),
+        x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels,
+        **common_constants(problem, x.v.dtype), BK=padded(problem.key_width),
+        BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, HAS_GATE=x.g is not None,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return dv
+
+
+def partial_sums(problem: Problem, like: Tensor) -> Tensor:
+    """Where programs put their share of dq or dk: the result itself if one program has all heads of a group."""
+    parts = head_blocks(problem)[1] // problem.groups
+    shape = (parts, problem.tokens, problem.groups, problem.key_width)
+    return common.scratch(shape, like.dtype if parts == 1 else torch.float32, like.device)
+
+
+def sum_heads(partial: Tensor, like: Tensor) -> Tensor:
+    """The gradient itself, of like's shape and dtype."""
+    if partial.shape[0] == 1:
+        return partial.view(like.shape)
+    total = common.scratch(tuple(like.shape), like.dtype, like.device)
+    size, block = total.numel(), 1024
+    head_sums_kernel[(triton.cdiv(size, block),)](
+        partial, total, size, PARTS=partial.shape[0], BLOCK=block, num_warps=4
+    )
+    return total
+
+
+def launch_query_grads(
+    problem: Problem, x: Inputs, saved: Saved, score_grads: Tensor, dscales: Tensor, gains: Gains
+) -> Tensor:
+    """dq; completes dλ and the gains of the rows."""
+    launch = problem.config.query
+    partial = partial_sums(problem, x.q)
+    heads, blocks = head_blocks(problem)
+    constants = common_constants(problem, x.v.dtype)
+    constants.pop("EXACT")
+    query_grads_kernel[(problem.rows * blocks,)](
+        x.q, x.k, x.do, x.level_scales, saved.sums, saved.entries, saved.entry_log, score_grads, partial, dscales,
+        gains.rows, gains.levels, problem.row_sequence, *problem.table, problem.tokens, saved.sums.stride(0),
+        x.q.stride(1), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **constants,
+        LOG_C=problem.config.chunk.bit_length() - 1, BK=padded(problem.key_width),
+        BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
+        HAS_GATE=x.g is not None, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return sum_heads(partial, x.q)
+
+
+def launch_key_grads(problem: Problem, x: Inputs, saved: Saved, chunk_grads: Tensor, score_grads: Tensor) -> Tensor:
+    """dk."""
+    launch = problem.config.key
+    partial = partial_sums(problem, x.k)
+    heads, blocks = head_blocks(problem)
+    key_grads_kernel[(problem.rows * blocks,)](
+        x.q, x.v, saved.sums, chunk_grads, score_grads, partial, problem.row_sequence, *problem.table, problem.tokens,
+        saved.sums.stride(0), x.q.stride(1), x.v.stride(1), **common_constants(problem, x.v.dtype),
+        BK=padded(problem.key_width), BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return sum_heads(partial, x.k)
+
+
+def launch_gate_grads(problem: Problem, x: Inputs, gains: Gains) -> Tensor:
+    """dg."""
+    dg = common.scratch(tuple(x.g.shape), x.g.dtype, x.g.device)
+    tiles = state_tiles(problem, problem.config.chunk_grads)[2]
+    gate_grads_kernel[(problem.row_groups * problem.heads,)](
+        x.g, gains.crossings, gains.levels, gains.chunks, gains.rows, gains.columns, dg, problem.group_sequence,
+        *problem.table, problem.tokens, x.g.stride(1), problem.rows, problem.high_levels, H=problem.heads,
+        C=problem.config.chunk, TILES=tiles, PACKED=problem.packed, num_warps=4,
+    )  # fmt: skip
+    return dg
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    level_scales: Tensor,
+    saved: Saved,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    config: ScalarGateConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of ``forward``: (dq, dk, dv, dg, dlevel_scales), each contiguous and of its input's dtype; dg None if g is.
+
+    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward`` and what it saved.
+    """
+    config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
+    gate = None if g is None else token_rows(g)
+    x = Inputs(*(token_rows(y) for y in (q, k, v)), gate, token_rows(level_scales), token_rows(do), scale)
+    problem = describe(x.q, x.v, x.level_scales, cu_seqlens, config)
+    gains = allocate_gains(problem, v.device, g is not None)
+    node_grads = launch_node_grads(problem, x, saved)
+    chunk_grads = launch_chunk_grads(problem, x, saved, node_grads, gains)
+    dv = launch_value_grads(problem, x, saved, chunk_grads, gains)
+    dscales, score_grads = launch_local_grads(problem, x, saved, gains)
+    dq = launch_query_grads(problem, x, saved, score_grads, dscales, gains)
+    dk = launch_key_grads(problem, x, saved, chunk_grads, score_grads)
+    dg = None if gate is None else launch_gate_grads(problem, x, gains)
+    return dq, dk, dv, dg, dscales

@@ -1,0 +1,112 @@
+"""OUTPUT: each chunk attends to itself under the λ mask, then walks the entries that cover everything before it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.common import (
+    assemble_mask,
+    column,
+    load_state,
+    load_tile,
+    local_decays,
+    local_scales,
+    locate,
+    log2_of_power,
+    lowbit,
+    path_length,
+    path_weights,
+    store_tile,
+)
+
+
+@triton.jit
+def walk(acc, q_tile, weights, entries, rows, n, n0, h, first_v, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+         BK: tl.constexpr, BV: tl.constexpr, TREE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Add ``weight ∘ (Q S_e)`` for each entry e on the query path of chunk n; weights ``[C, TREE]`` by tree level.
+
+    Rows are scaled after the product: it costs V multiplications a row instead of K, in float32.
+    """
+    e = n
+    for _ in range(path_length(n, n0)):
+        span = lowbit(e)
+        unit = (rows + e - 1).to(tl.int64) * H + h
+        state = load_state(entries + unit * (K * V), 0, first_v, K, V, BK, BV)
+        weight = column(weights, log2_of_power(span), TREE)
+        acc += weight[:, None] * tl.dot(q_tile, state, input_precision=PRECISION)
+        e -= span
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
+def output_kernel(
+    q,
+    k,
+    v,
+    level_scales,
+    sums,
+    entries,
+    entry_log,
+    o,
+    row_sequence,
+    sequences,
+    T,
+    N,
+    NG,
+    all_tokens,
+    sums_stride,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_s,
+    factor,
+    L,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    TREE: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    EXACT: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: tiles of V x H x rows, rows fastest, so that running programs share the entries of few heads in L2.
+
+    One head a program: sharing Q Kᵀ among heads costs more registers than the product is worth. float32: scores, mask,
+    accumulator.
+    """
+    rows = tl.num_programs(0) // (H * ((V + BV - 1) // BV))
+    pid = tl.program_id(0)
+    row = pid % rows
+    h = pid // rows % H
+    first_v = pid // (rows * H) * BV
+    start, length, row0, _, n0, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
+    if length < 0:
+        return
+    local = row - row0
+    in_chunk = tl.arange(0, C)
+    size = length - local * C
+    valid = in_chunk < size
+    origin = (start + local * C).to(tl.int64)
+    q_tile = load_tile(q + origin * stride_q + h // (H // G) * K, stride_q, valid, C, K, BK, 0)
+    k_tile = load_tile(k + origin * stride_k + h // (H // G) * K, stride_k, valid, C, K, BK, 0)
+    v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first_v)
+    scales = level_scales + origin * stride_s + h * L
+    head_sums = sums + h.to(tl.int64) * sums_stride + origin
+    row_sums = tl.load(head_sums + in_chunk, mask=valid, other=0.0)
+    weights = path_weights(scales, stride_s, valid, row_sums, entry_log, row0 - n0, n0 + local, n0, h, L, H, C, LOG_C,
+                           TREE)  # fmt: skip
+    near, far = local_scales(scales, valid, stride_s, factor, L, C)
+    near_decay, far_decay, columns = local_decays(head_sums, size, all_tokens, C, EXACT)
+    mask = assemble_mask(near * near_decay, far * far_decay, columns, C)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    weighted = (scores * tl.reshape(mask, [C, C])).to(v_tile.dtype)
+    acc = tl.dot(weighted, v_tile, input_precision=PRECISION)
+    acc = walk(acc, q_tile, weights * factor, entries, row0 - n0, n0 + local, n0, h, first_v, H, K, V, BK, BV, TREE,
+               PRECISION)  # fmt: skip
+    store_tile(o + origin * (H * V) + h * V, H * V, valid, acc, C, V, BV, first_v)

@@ -1,0 +1,129 @@
+"""What the host knows before it launches: sizes, strides and, for packed sequences, the table of chunks.
+
+Special about this file: nothing here waits for the device. For packed sequences the number of chunks is only bounded
+(``T // C + sequences``); programs past the last chunk see a sequence of -1 tokens and return.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from loglinear.kernels.common import GROUP
+from loglinear.kernels.tuning import ScalarGateConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of one call, and the tables that place its chunks.
+
+    ``unit_sequence`` maps rows, then groups, to their sequence (-1: none); ``sequences [n, 5]`` holds per sequence its
+    first token, tokens, first row, first group and the absolute number of its first chunk. Both are None if not packed.
+    """
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    key_width: int
+    value_width: int
+    levels: int
+    rows: int
+    row_groups: int
+    chunks: int
+    config: ScalarGateConfig
+    unit_sequence: Tensor | None
+    sequences: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def packed(self) -> bool:
+        return self.sequences is not None
+
+    @property
+    def chunk_groups(self) -> int:
+        """Groups of chunks in one sequence, at most."""
+        return triton.cdiv(self.chunks, GROUP.value)
+
+    @property
+    def tree_levels(self) -> int:
+        """Levels of the tree over chunks, at least 1: the widest entry that a query reads has 2^(this - 1) chunks."""
+        return max((self.chunks - 1).bit_length(), 1)
+
+    @property
+    def high_levels(self) -> int:
+        """Levels of the tree over groups: those of ``tree_levels`` above a group."""
+        return (self.chunk_groups - 1).bit_length()
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.groups
+
+    @property
+    def table(self) -> tuple:
+        """The arguments by which a kernel finds its sequence: sequences, T, N, NG."""
+        return self.sequences, self.length, self.chunks, self.chunk_groups
+
+    @property
+    def row_sequence(self) -> Tensor | None:
+        return None if self.unit_sequence is None else self.unit_sequence[: self.rows]
+
+    @property
+    def group_sequence(self) -> Tensor | None:
+        return None if self.unit_sequence is None else self.unit_sequence[self.rows :]
+
+
+def describe(
+    q: Tensor, v: Tensor, level_scales: Tensor, cu_seqlens: Tensor | None, config: ScalarGateConfig
+) -> Problem:
+    """The problem of one call. Shapes are the caller's business; ``cu_seqlens [n+1]`` stays on the device."""
+    batch, length, groups, key_width = q.shape
+    chunk = config.chunk
+    if cu_seqlens is None:
+        chunks = triton.cdiv(length, chunk)
+        rows, row_groups = batch * chunks, batch * triton.cdiv(chunks, GROUP.value)
+        unit_sequence = sequences = None
+    else:
+        count = cu_seqlens.numel() - 1
+        chunks = triton.cdiv(length, chunk)
+        rows = length // chunk + count
+        row_groups = rows // GROUP.value + count
+        unit_sequence, sequences = packed_tables(cu_seqlens, rows, row_groups, chunk)
+    return Problem(
+        batch=batch,
+        length=length,
+        heads=v.shape[2],
+        groups=groups,
+        key_width=key_width,
+        value_width=v.shape[3],
+        levels=level_scales.shape[-1],
+        rows=rows,
+        row_groups=row_groups,
+        chunks=chunks,
+        config=config,
+        unit_sequence=unit_sequence,
+        sequences=sequences,
+    )
+
+
+def packed_tables(cu_seqlens: Tensor, rows: int, row_groups: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Tables of ``Problem`` for packed sequences, computed on the device of ``cu_seqlens``."""
+    bounds = cu_seqlens.to(torch.int64)
+    length = bounds[1:] - bounds[:-1]
+    chunks = (length + chunk - 1) // chunk
+    groups = (chunks + GROUP.value - 1) // GROUP.value
+    row_end, group_end = chunks.cumsum(0), groups.cumsum(0)
+    columns = (bounds[:-1], length, row_end - chunks, group_end - groups, torch.zeros_like(length))
+    sequences = torch.stack(columns, dim=1).to(torch.int32).contiguous()
+    units = []
+    for end, count in ((row_end, rows), (group_end, row_groups)):
+        unit = torch.arange(count, device=bounds.device)
+        index = torch.searchsorted(end, unit, right=True)
+        units.append(torch.where(index < length.numel(), index, -1))
+    return torch.cat(units).to(torch.int32), sequences

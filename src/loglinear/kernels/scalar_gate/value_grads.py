@@ -1,0 +1,117 @@
+"""VALUE GRADIENTS: dV, from the chunk itself and from one gradient that holds everything after it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.common import (
+    assemble_mask,
+    decay_between,
+    load_state,
+    load_sum,
+    load_tile,
+    local_decays,
+    local_scales,
+    locate,
+    store_tile,
+)
+
+
+@triton.jit
+def to_chunk_end(sums, size, in_chunk, plane, C: tl.constexpr, EXACT: tl.constexpr):
+    """Decay from each token to the end of its chunk ``[C]``."""
+    high, low = load_sum(sums, in_chunk, in_chunk < size, plane, EXACT)
+    last_high, last_low = load_sum(sums, tl.minimum(size, C) - 1, True, plane, EXACT)
+    return decay_between(last_high, last_low, high, low, EXACT)
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
+def value_grads_kernel(
+    q,
+    k,
+    v,
+    do,
+    level_scales,
+    sums,
+    chunk_grads,
+    dv,
+    column_gain,  # [H, B*T] k·dk = v·dv, without the diagonal
+    chunk_gain,  # [rows, H] k·dk of a chunk, from later chunks
+    row_sequence,
+    sequences,
+    T,
+    N,
+    NG,
+    all_tokens,
+    sums_stride,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_do,
+    stride_s,
+    factor,
+    L,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: H/HEADS x rows, rows fastest. float32: scores, mask, accumulators.
+
+    The diagonal is added apart from the product, in float32: see local_grads.
+    """
+    rows = tl.num_programs(0) // (H // HEADS)
+    pid = tl.program_id(0)
+    row = pid % rows
+    block = pid // rows
+    start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
+    if length < 0:
+        return
+    local = row - row0
+    in_chunk = tl.arange(0, C)
+    size = length - local * C
+    valid = in_chunk < size
+    origin = (start + local * C).to(tl.int64)
+    group_head = block * HEADS // (H // G)
+    q_tile = load_tile(q + origin * stride_q + group_head * K, stride_q, valid, C, K, BK, 0)
+    k_tile = load_tile(k + origin * stride_k + group_head * K, stride_k, valid, C, K, BK, 0)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    is_diagonal = in_chunk[:, None] == in_chunk[None, :]
+    own_score = tl.sum(tl.where(is_diagonal, scores, 0.0), axis=1)
+    scores = tl.where(is_diagonal, 0.0, scores)
+    for i in range(HEADS):
+        h = block * HEADS + i
+        scales = level_scales + origin * stride_s + h * L
+        head_sums = sums + h.to(tl.int64) * sums_stride + origin
+        near, far = local_scales(scales, valid, stride_s, factor, L, C)
+        near_decay, far_decay, column = local_decays(head_sums, size, all_tokens, C, EXACT)
+        mask = assemble_mask(near * near_decay, far * far_decay, column, C)
+        weights = (scores * tl.reshape(mask, [C, C])).to(do.dtype.element_ty)
+        own_scale = tl.load(scales + in_chunk * stride_s, mask=valid, other=0.0).to(tl.float32) * factor
+        decay = to_chunk_end(head_sums, size, in_chunk, all_tokens, C, EXACT)
+        column_part = tl.zeros([C], tl.float32)
+        chunk_part = 0.0
+        for first_v in tl.static_range(0, V, BV):
+            do_tile = load_tile(do + origin * stride_do + h * V, stride_do, valid, C, V, BV, first_v)
+            state = load_state(chunk_grads + (row.to(tl.int64) * H + h) * (K * V), 0, first_v, K, V, BK, BV)
+            later = tl.dot(k_tile, state, input_precision=PRECISION) * decay[:, None]
+            if HAS_GATE:
+                v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first_v).to(tl.float32)
+                chunk_part += tl.sum(tl.sum(later * v_tile, axis=1), axis=0)
+            total = tl.dot(tl.trans(weights), do_tile, acc=later, input_precision=PRECISION)
+            if HAS_GATE:
+                column_part += tl.sum(total * v_tile, axis=1)
+            total += (own_score * own_scale)[:, None] * do_tile.to(tl.float32)
+            store_tile(dv + origin * (H * V) + h * V, H * V, valid, total, C, V, BV, first_v)
+        if HAS_GATE:
+            tl.store(column_gain + h.to(tl.int64) * all_tokens + origin + in_chunk, column_part, mask=valid)
+            tl.store(chunk_gain + row.to(tl.int64) * H + h, chunk_part)

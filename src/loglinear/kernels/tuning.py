@@ -1,0 +1,97 @@
+"""Which tiles each kernel uses: a table, not a search. Chosen by dtype and widths alone, never by T or B.
+
+Special about this file: results must not depend on batch neighbours, so nothing here may look at the number of tokens or
+sequences: another chunk size is another order of summation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's shape: tile of V (or of K where a kernel tiles K), warps, software-pipelining depth."""
+
+    warps: int
+    stages: int
+    block_v: int = 64
+
+
+@dataclass(frozen=True)
+class ScalarGateConfig:
+    """Chunk size, heads that one program of the local, value, query and key kernels handles in turn, and all launches.
+
+    ``heads`` is an upper bound: a program takes the largest divisor of heads per group that does not pass it. Their dq, dk
+    and score gradients add up in registers, so more heads mean fewer partial sums in memory.
+    ``segment`` is the largest number of groups whose entry gradient one program sums.
+    """
+
+    chunk: int
+    heads: int
+    segment: int
+    block_k: int
+    states: Launch
+    output: Launch
+    windows: Launch
+    chunk_grads: Launch
+    local: Launch
+    value: Launch
+    query: Launch
+    key: Launch
+
+    def heads_per_program(self, heads_per_group: int) -> int:
+        return max(n for n in range(1, min(self.heads, heads_per_group) + 1) if heads_per_group % n == 0)
+
+
+def scalar_gate_config(dtype: torch.dtype, key_width: int, value_width: int) -> ScalarGateConfig:
+    """The configuration for inputs of this dtype and these widths."""
+    if dtype == torch.float32:
+        return float32_config(max(key_width, 16))
+    if key_width > 128:
+        return low_precision_config(chunk=64, warps=8)
+    # Depths measured one kernel at a time: H200, Triton 3.6, bf16, B=2, T=16,384, H=48, G=1, K=128, V=64, 2026-11-22.
+    config = low_precision_config(chunk=64, warps=4)
+    deep, flat = Launch(warps=4, stages=3), Launch(warps=4, stages=1)
+    return dataclasses.replace(config, states=deep, windows=deep, key=deep, chunk_grads=flat)
+
+
+def low_precision_config(chunk: int, warps: int, block_k: int = 128, heads: int = 12) -> ScalarGateConfig:
+    """16-bit inputs: tensor cores, accumulators of at most 64 registers a thread."""
+    wide = Launch(warps=warps, stages=2)
+    return ScalarGateConfig(
+        chunk=chunk,
+        heads=heads,
+        segment=8,
+        block_k=block_k,
+        states=wide,
+        output=wide,
+        windows=wide,
+        chunk_grads=wide,
+        local=wide,
+        value=wide,
+        query=wide,
+        key=wide,
+    )
+
+
+def float32_config(key_width: int) -> ScalarGateConfig:
+    """Float32 inputs: IEEE products on the ordinary units, so tiles are small."""
+    small = Launch(warps=4, stages=1, block_v=32)
+    return ScalarGateConfig(
+        chunk=32,
+        heads=4,
+        segment=8,
+        block_k=min(64, key_width),
+        states=small,
+        output=small,
+        windows=small,
+        chunk_grads=small,
+        local=small,
+        value=small,
+        query=small,
+        key=small,
+    )
