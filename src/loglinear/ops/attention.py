@@ -1,8 +1,8 @@
 """The public functions: log-linear attention with a scalar gate, and with the delta rule.
 
 Special about this file: it only checks, normalises and dispatches. The algorithm is ``reference/chunkwise.py``; eager CPU
-calls run it directly (differentiable twice, with gradients through states); under ``torch.compile`` the same code is one
-opaque operator, ``loglinear::attention``, registered in ``registration.py``.
+calls run it directly (differentiable twice, with gradients through states). On CUDA, and under ``torch.compile``, a call
+without states is one operator, ``loglinear::attention``, registered in ``registration.py``.
 
 What a query sees, for 8 tokens (the number is the level, whose λ weights it; a bucket of equal numbers is one state):
 
@@ -54,7 +54,8 @@ def log_linear_attention(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: int32 or int64 ``[n + 1]``, offsets of n sequences packed along T in a batch of one; each has a tree of
             its own. Empty sequences are allowed.
-        cu_seqlens_cpu: the same on the CPU; spares a device synchronisation when q is on an accelerator.
+        cu_seqlens_cpu: the same on the CPU. Where kernels run, offsets are checked only if they are given here too, so that
+            nothing waits for the device; elsewhere it spares that wait.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of v, and the final state (None unless asked for), with gradients through both.
@@ -120,9 +121,12 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
         q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
     checks.check_inputs(q, k, v, g, beta, level_scales)
     scale = checks.check_scale(scale)
+    checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
     stateless = initial_state is None and not output_final_state
     with torch.autocast(device, enabled=False):
-        if stateless and torch.compiler.is_compiling():
+        if stateless and (torch.compiler.is_compiling() or registration.has_kernel(q, v, beta, level_scales)):
+            if cu_seqlens_cpu is not None:
+                checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
             return registration.attention(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
         checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))

@@ -73,13 +73,12 @@ def check_scale(scale: float | None) -> float:
     return float(scale)
 
 
-def sequence_lengths(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> tuple[int, ...]:
-    """New tokens of each sequence, on the host: rows of the batch, or the packed sequences of its only row."""
-    batch, length = q.shape[:2]
+def check_packing(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> None:
+    """Types, shapes and devices of the offsets; their values are ``sequence_lengths``'s to check."""
     if cu_seqlens is None:
         if cu_seqlens_cpu is not None:
             raise ValueError("cu_seqlens_cpu needs cu_seqlens: got cu_seqlens=None")
-        return (length,) * batch
+        return
     for name, tensor in {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": cu_seqlens_cpu}.items():
         if tensor is None:
             continue
@@ -95,8 +94,18 @@ def sequence_lengths(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tenso
             f"cu_seqlens_cpu must be a CPU copy of cu_seqlens, of shape {list(cu_seqlens.shape)}: "
             f"got shape {list(cu_seqlens_cpu.shape)} on {cu_seqlens_cpu.device}"
         )
-    if batch != 1:
-        raise ValueError(f"q must have a batch of 1 when cu_seqlens packs sequences: got B={batch}")
+    if q.shape[0] != 1:
+        raise ValueError(f"q must have a batch of 1 when cu_seqlens packs sequences: got B={q.shape[0]}")
+
+
+def sequence_lengths(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> tuple[int, ...]:
+    """New tokens of each sequence, on the host: rows of the batch, or the packed sequences of its only row.
+
+    Reads ``cu_seqlens_cpu`` where there is one; otherwise waits for the device that holds ``cu_seqlens``.
+    """
+    batch, length = q.shape[:2]
+    if cu_seqlens is None:
+        return (length,) * batch
     ends = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
     if ends[0] != 0 or ends[-1] != length:
         raise ValueError(f"cu_seqlens must run from 0 to T={length}: got {ends[0]} to {ends[-1]}")

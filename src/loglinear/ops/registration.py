@@ -1,10 +1,16 @@
 """``loglinear::attention``: the op as PyTorch's compiler, checkpointing and FSDP2 see it, with fake and backward.
 
-Special about this file: the backward operator recomputes the forward, so that nothing but the inputs is kept. Eager code
-on the CPU does not come through here: it differentiates ``chunkwise`` directly, which is faster and can be done twice.
+Special about this file: the backward operator recomputes the states, so that nothing but the inputs is kept. On CUDA it is
+the Triton kernels where they fit. Eager code on the CPU, and every call with a state, does not come through here: it
+differentiates ``chunkwise`` directly, which can be done twice and through states.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +18,21 @@ from torch import Tensor
 from loglinear.ops.checks import sequence_lengths
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import LinearState, LogLinearState
+
+MAX_WIDTH = 256  # K and V of the kernels; wider heads run the plain torch form
+
+
+@lru_cache(maxsize=1)
+def scalar_gate() -> Any:
+    """The Triton kernels, or None where Triton is not installed. Imported on first use: importing loglinear is not."""
+    return import_module("loglinear.kernels.scalar_gate") if find_spec("triton") is not None else None
+
+
+def has_kernel(q: Tensor, v: Tensor, beta: Tensor | None, level_scales: Tensor | None) -> bool:
+    """Whether the kernels take these inputs: scalar gate, CUDA, at most 32 bits, K and V up to 256."""
+    if not q.is_cuda or beta is not None or level_scales is None or v.dtype == torch.float64:
+        return False
+    return q.shape[3] <= MAX_WIDTH and v.shape[3] <= MAX_WIDTH and scalar_gate() is not None
 
 
 def run(
@@ -45,6 +66,8 @@ def attention(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """o of either public op, without states. Shapes as there."""
+    if has_kernel(q, v, beta, level_scales):
+        return scalar_gate().forward(q, k, v, g, level_scales, scale, cu_seqlens)
     return run(q, k, v, g, beta, level_scales, scale, sequence_lengths(q, cu_seqlens, None))[0].contiguous()
 
 
@@ -66,6 +89,9 @@ def attention_backward(
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of q, k, v, then of g, beta and level_scales where they are given."""
+    if has_kernel(q, v, beta, level_scales):
+        dq, dk, dv, dg, dscales = scalar_gate().backward(do, q, k, v, g, level_scales, scale, cu_seqlens)
+        return [dq, dk, dv, *(() if dg is None else (dg,)), dscales]
     optional = (g, beta, level_scales)
     given = [q, k, v, *(x for x in optional if x is not None)]
     lengths = sequence_lengths(q, cu_seqlens, None)

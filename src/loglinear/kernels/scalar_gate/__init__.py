@@ -5,6 +5,6 @@ chunk_states, node_states, output; then, mirrored, node_grads, chunk_grads, loca
 """
 
 from loglinear.kernels.scalar_gate.backward import backward
-from loglinear.kernels.scalar_gate.forward import Saved, forward
+from loglinear.kernels.scalar_gate.forward import forward
 
-__all__ = ["Saved", "backward", "forward"]
+__all__ = ["backward", "forward"]

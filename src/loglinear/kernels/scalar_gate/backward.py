@@ -1,4 +1,4 @@
-"""BACKWARD of the scalar gate: six to nine launches, in the order in which the gradients flow."""
+"""BACKWARD of the scalar gate: its launches, in the order in which the gradients flow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loglinear.kernels import common
 from loglinear.kernels.scalar_gate.chunk_grads import chunk_grads_kernel
-from loglinear.kernels.scalar_gate.forward import Saved, common_constants, padded, token_rows
+from loglinear.kernels.scalar_gate.forward import States, common_constants, launch_states, padded, token_rows
 from loglinear.kernels.scalar_gate.gate_grads import gate_grads_kernel
 from loglinear.kernels.scalar_gate.key_grads import head_sums_kernel, key_grads_kernel
 from loglinear.kernels.scalar_gate.local_grads import local_grads_kernel
@@ -65,7 +65,7 @@ def allocate_gains(problem: Problem, device: torch.device, gated: bool) -> Gains
     return Gains(*(common.scratch(shape if gated else (0,), torch.float32, device) for shape in shapes))
 
 
-def launch_node_grads(problem: Problem, x: Inputs, saved: Saved) -> Tensor:
+def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
     """Gradients of the entries of whole groups, ``[groups, H, K, V]`` by the group that ends them."""
     H, K, V, levels = problem.heads, problem.key_width, problem.value_width, problem.high_levels
     launch, segment = problem.config.windows, problem.config.segment
@@ -81,21 +81,21 @@ def launch_node_grads(problem: Problem, x: Inputs, saved: Saved) -> Tensor:
     constants = common_constants(problem, x.v.dtype)
     constants.pop("EXACT")
     window_grads_kernel[(levels * problem.row_groups * H * tiles,)](
-        x.q, x.do, x.level_scales, saved.sums, saved.chunk_log, node_grads, segments, problem.group_sequence,
-        *problem.table, saved.sums.stride(0), x.q.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor,
+        x.q, x.do, x.level_scales, states.sums, states.chunk_log, node_grads, segments, problem.group_sequence,
+        *problem.table, states.sums.stride(0), x.q.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor,
         problem.levels, problem.row_groups, slots, **constants, BK=tile_k, BV=tile_v, SEGMENT=segment,
         HIGH_LEVELS=levels, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if segment_levels:
         block = min(2048, triton.next_power_of_2(K * V))
         segment_sums_kernel[(segment_levels * problem.row_groups * H * triton.cdiv(K * V, block),)](
-            segments, saved.group_log, node_grads, problem.group_sequence, *problem.table, problem.row_groups, slots,
+            segments, states.group_log, node_grads, problem.group_sequence, *problem.table, problem.row_groups, slots,
             H=H, STATE=K * V, C=problem.config.chunk, SEGMENT=segment, BLOCK=block, PACKED=problem.packed, num_warps=4,
         )  # fmt: skip
     return node_grads
 
 
-def launch_chunk_grads(problem: Problem, x: Inputs, saved: Saved, node_grads: Tensor, gains: Gains) -> Tensor:
+def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: Tensor, gains: Gains) -> Tensor:
     """Gradients of the states of all chunks, ``[rows, H, K, V]``."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     launch = problem.config.chunk_grads
@@ -104,8 +104,8 @@ def launch_chunk_grads(problem: Problem, x: Inputs, saved: Saved, node_grads: Te
     constants = common_constants(problem, x.v.dtype)
     constants.pop("EXACT")
     chunk_grads_kernel[(problem.row_groups * H * tiles,)](
-        x.q, x.do, x.level_scales, saved.sums, saved.chunk_log, saved.group_log, saved.group_states, node_grads,
-        chunk_grads, gains.crossings, problem.group_sequence, *problem.table, saved.sums.stride(0), x.q.stride(1),
+        x.q, x.do, x.level_scales, states.sums, states.chunk_log, states.group_log, states.group_states, node_grads,
+        chunk_grads, gains.crossings, problem.group_sequence, *problem.table, states.sums.stride(0), x.q.stride(1),
         x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, max(problem.high_levels, 1), **constants,
         BK=tile_k, BV=tile_v, HAS_GATE=x.g is not None, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -118,15 +118,15 @@ def head_blocks(problem: Problem) -> tuple[int, int]:
     return heads, problem.heads // heads
 
 
-def launch_local_grads(problem: Problem, x: Inputs, saved: Saved, gains: Gains) -> tuple[Tensor, Tensor]:
+def launch_local_grads(problem: Problem, x: Inputs, states: States, gains: Gains) -> tuple[Tensor, Tensor]:
     """(dλ of the levels inside a chunk, gradient of the scores ``[rows, head blocks, C, C]``)."""
     chunk, launch = problem.config.chunk, problem.config.local
     heads, blocks = head_blocks(problem)
     dscales = common.scratch(tuple(x.level_scales.shape), x.level_scales.dtype, x.v.device)
     score_grads = common.scratch((problem.rows, blocks, chunk, chunk), x.v.dtype, x.v.device)
     local_grads_kernel[(problem.rows * blocks,)](
-        x.q, x.k, x.v, x.do, x.level_scales, saved.sums, score_grads, dscales, gains.rows, problem.row_sequence,
-        *problem.table, problem.tokens, saved.sums.stride(0), x.q.stride(1), x.k.stride(1), x.v.stride(1),
+        x.q, x.k, x.v, x.do, x.level_scales, states.sums, score_grads, dscales, gains.rows, problem.row_sequence,
+        *problem.table, problem.tokens, states.sums.stride(0), x.q.stride(1), x.k.stride(1), x.v.stride(1),
         x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype),
         LOG_C=chunk.bit_length() - 1, BK=padded(problem.key_width),
         BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
@@ -135,14 +135,14 @@ def launch_local_grads(problem: Problem, x: Inputs, saved: Saved, gains: Gains) 
     return dscales, score_grads
 
 
-def launch_value_grads(problem: Problem, x: Inputs, saved: Saved, chunk_grads: Tensor, gains: Gains) -> Tensor:
+def launch_value_grads(problem: Problem, x: Inputs, states: States, chunk_grads: Tensor, gains: Gains) -> Tensor:
     """dv."""
     launch = problem.config.value
     heads, blocks = head_blocks(problem)
     dv = common.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
     value_grads_kernel[(problem.rows * blocks,)](
-        x.q, x.k, x.v, x.do, x.level_scales, saved.sums, chunk_grads, dv, gains.columns, gains.chunks,
-        problem.row_sequence, *problem.table, problem.tokens, saved.sums.stride(0), x.q.stride(1), x.k.stride(1),
+        x.q, x.k, x.v, x.do, x.level_scales, states.sums, chunk_grads, dv, gains.columns, gains.chunks,
+        problem.row_sequence, *problem.table, problem.tokens, states.sums.stride(0), x.q.stride(1), x.k.stride(1),
         x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels,
         **common_constants(problem, x.v.dtype), BK=padded(problem.key_width),
         BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, HAS_GATE=x.g is not None,
@@ -171,7 +171,7 @@ def sum_heads(partial: Tensor, like: Tensor) -> Tensor:
 
 
 def launch_query_grads(
-    problem: Problem, x: Inputs, saved: Saved, score_grads: Tensor, dscales: Tensor, gains: Gains
+    problem: Problem, x: Inputs, states: States, score_grads: Tensor, dscales: Tensor, gains: Gains
 ) -> Tensor:
     """dq; completes dλ and the gains of the rows."""
     launch = problem.config.query
@@ -180,8 +180,8 @@ def launch_query_grads(
     constants = common_constants(problem, x.v.dtype)
     constants.pop("EXACT")
     query_grads_kernel[(problem.rows * blocks,)](
-        x.q, x.k, x.do, x.level_scales, saved.sums, saved.entries, saved.entry_log, score_grads, partial, dscales,
-        gains.rows, gains.levels, problem.row_sequence, *problem.table, problem.tokens, saved.sums.stride(0),
+        x.q, x.k, x.do, x.level_scales, states.sums, states.entries, states.entry_log, score_grads, partial, dscales,
+        gains.rows, gains.levels, problem.row_sequence, *problem.table, problem.tokens, states.sums.stride(0),
         x.q.stride(1), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **constants,
         LOG_C=problem.config.chunk.bit_length() - 1, BK=padded(problem.key_width),
         BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
@@ -190,14 +190,14 @@ def launch_query_grads(
     return sum_heads(partial, x.q)
 
 
-def launch_key_grads(problem: Problem, x: Inputs, saved: Saved, chunk_grads: Tensor, score_grads: Tensor) -> Tensor:
+def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: Tensor, score_grads: Tensor) -> Tensor:
     """dk."""
     launch = problem.config.key
     partial = partial_sums(problem, x.k)
     heads, blocks = head_blocks(problem)
     key_grads_kernel[(problem.rows * blocks,)](
-        x.q, x.v, saved.sums, chunk_grads, score_grads, partial, problem.row_sequence, *problem.table, problem.tokens,
-        saved.sums.stride(0), x.q.stride(1), x.v.stride(1), **common_constants(problem, x.v.dtype),
+        x.q, x.v, states.sums, chunk_grads, score_grads, partial, problem.row_sequence, *problem.table, problem.tokens,
+        states.sums.stride(0), x.q.stride(1), x.v.stride(1), **common_constants(problem, x.v.dtype),
         BK=padded(problem.key_width), BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -223,25 +223,26 @@ def backward(
     v: Tensor,
     g: Tensor | None,
     level_scales: Tensor,
-    saved: Saved,
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     config: ScalarGateConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of ``forward``: (dq, dk, dv, dg, dlevel_scales), each contiguous and of its input's dtype; dg None if g is.
 
-    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward`` and what it saved.
+    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
     """
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     gate = None if g is None else token_rows(g)
     x = Inputs(*(token_rows(y) for y in (q, k, v)), gate, token_rows(level_scales), token_rows(do), scale)
     problem = describe(x.q, x.v, x.level_scales, cu_seqlens, config)
     gains = allocate_gains(problem, v.device, g is not None)
-    node_grads = launch_node_grads(problem, x, saved)
-    chunk_grads = launch_chunk_grads(problem, x, saved, node_grads, gains)
-    dv = launch_value_grads(problem, x, saved, chunk_grads, gains)
-    dscales, score_grads = launch_local_grads(problem, x, saved, gains)
-    dq = launch_query_grads(problem, x, saved, score_grads, dscales, gains)
-    dk = launch_key_grads(problem, x, saved, chunk_grads, score_grads)
+    states = launch_states(problem, x.k, x.v, x.g)
+    dscales, score_grads = launch_local_grads(problem, x, states, gains)
+    dq = launch_query_grads(problem, x, states, score_grads, dscales, gains)
+    # The entries go before their gradients come: these two are most of the memory.
+    states = states._replace(entries=None)
+    chunk_grads = launch_chunk_grads(problem, x, states, launch_node_grads(problem, x, states), gains)
+    dv = launch_value_grads(problem, x, states, chunk_grads, gains)
+    dk = launch_key_grads(problem, x, states, chunk_grads, score_grads)
     dg = None if gate is None else launch_gate_grads(problem, x, gains)
     return dq, dk, dv, dg, dscales

@@ -1,4 +1,4 @@
-"""FORWARD of the scalar gate: three launches, and what the backward needs of them."""
+"""FORWARD of the scalar gate: three launches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from loglinear.kernels.scalar_gate.problem import Problem, describe
 from loglinear.kernels.tuning import ScalarGateConfig, scalar_gate_config
 
 
-class Saved(NamedTuple):
-    """Intermediates of a forward pass. A *row* is a chunk of a sequence, through the batch; logs are in base 2.
+class States(NamedTuple):
+    """What is known of the chunks before any query is read. A *row* is a chunk of a sequence, through the batch; logs in base 2.
+
+    The backward builds it anew: that costs less than a tenth of it, and a model keeps no states of any layer meanwhile.
 
     sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[rows, H]`` float32.
     group_log: ``[groups, H]``. entries: ``[rows, H, K, V]``, the Fenwick array. group_states: ``[groups, H, K, V]``.
@@ -27,7 +29,7 @@ class Saved(NamedTuple):
     chunk_log: Tensor
     entry_log: Tensor
     group_log: Tensor
-    entries: Tensor
+    entries: Tensor | None
     group_states: Tensor
 
 
@@ -57,40 +59,47 @@ def padded(width: int) -> int:
     return max(triton.next_power_of_2(width), 16)
 
 
-def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None) -> Saved:
+def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None) -> States:
     """Leaves and in-group entries of all chunks; the entries of several groups are left for ``launch_node_states``."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     exact, device = v.dtype == torch.float32, v.device
     sums = common.scratch((H, 2 if exact else 1, problem.tokens), torch.float32, device)
     logs = [common.scratch((n, H), torch.float32, device) for n in (problem.rows, problem.rows, problem.row_groups)]
-    states = [common.scratch((n, H, K, V), v.dtype, device) for n in (problem.rows, problem.row_groups)]
-    saved = Saved(sums, *logs, *states)
+    matrices = [common.scratch((n, H, K, V), v.dtype, device) for n in (problem.rows, problem.row_groups)]
+    states = States(sums, *logs, *matrices)
     launch = problem.config.states
     tile_k, tile_v = min(problem.config.block_k, padded(K)), min(launch.block_v, padded(V))
     grid = (problem.row_groups * H * triton.cdiv(K, tile_k) * triton.cdiv(V, tile_v),)
     gate = sums if g is None else g
     chunk_states_kernel[grid](
-        k, v, gate, *saved[:4], *states, problem.group_sequence, *problem.table, problem.tokens, sums.stride(0),
+        k, v, gate, *states, problem.group_sequence, *problem.table, problem.tokens, sums.stride(0),
         k.stride(1), v.stride(1), gate.stride(1), **common_constants(problem, v.dtype), BK=tile_k, BV=tile_v,
         HAS_GATE=g is not None, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return saved
+    return states
 
 
-def launch_node_states(problem: Problem, saved: Saved) -> None:
+def launch_node_states(problem: Problem, states: States) -> None:
     """Entries of two groups or more."""
     if problem.chunk_groups < 2:
         return
     state = problem.key_width * problem.value_width
     block = min(2048, triton.next_power_of_2(state))
     node_states_kernel[(problem.row_groups * problem.heads * triton.cdiv(state, block),)](
-        saved.group_states, saved.group_log, saved.entries, saved.entry_log, problem.group_sequence, *problem.table,
+        states.group_states, states.group_log, states.entries, states.entry_log, problem.group_sequence, *problem.table,
         H=problem.heads, STATE=state, C=problem.config.chunk, BLOCK=block, PACKED=problem.packed, num_warps=4,
     )  # fmt: skip
 
 
+def launch_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None) -> States:
+    """The whole Fenwick array."""
+    states = launch_chunk_states(problem, k, v, g)
+    launch_node_states(problem, states)
+    return states
+
+
 def launch_output(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, factor: float, saved: Saved
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, factor: float, states: States
 ) -> Tensor:
     """o, from the chunks themselves and the entries before them."""
     launch = problem.config.output
@@ -98,8 +107,8 @@ def launch_output(
     o = common.scratch(tuple(v.shape), v.dtype, v.device)
     grid = (problem.rows * problem.heads * triton.cdiv(problem.value_width, tile_v),)
     output_kernel[grid](
-        q, k, v, level_scales, saved.sums, saved.entries, saved.entry_log, o, problem.row_sequence, *problem.table,
-        problem.tokens, saved.sums.stride(0), q.stride(1), k.stride(1), v.stride(1), level_scales.stride(1), factor,
+        q, k, v, level_scales, states.sums, states.entries, states.entry_log, o, problem.row_sequence, *problem.table,
+        problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1), level_scales.stride(1), factor,
         problem.levels, **common_constants(problem, v.dtype), LOG_C=problem.config.chunk.bit_length() - 1,
         TREE=padded(problem.tree_levels), BK=padded(problem.key_width), BV=tile_v, num_warps=launch.warps,
         num_stages=launch.stages,
@@ -116,7 +125,7 @@ def forward(
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     config: ScalarGateConfig | None = None,
-) -> tuple[Tensor, Saved]:
+) -> Tensor:
     """Log-linear attention with a scalar gate, from nothing before the first token.
 
     Args:
@@ -126,11 +135,10 @@ def forward(
         cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
 
     Returns:
-        o ``[B, T, H, V]`` of v's dtype, contiguous, and what ``backward`` needs.
+        o ``[B, T, H, V]`` of v's dtype, contiguous.
     """
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     q, k, v, level_scales = (token_rows(x) for x in (q, k, v, level_scales))
     problem = describe(q, v, level_scales, cu_seqlens, config)
-    saved = launch_chunk_states(problem, k, v, None if g is None else token_rows(g))
-    launch_node_states(problem, saved)
-    return launch_output(problem, q, k, v, level_scales, scale, saved), saved
+    states = launch_states(problem, k, v, None if g is None else token_rows(g))
+    return launch_output(problem, q, k, v, level_scales, scale, states)

@@ -1,0 +1,65 @@
+"""Timing on a CUDA device, and rows of results as data.
+
+Special about this file: a time is the median of ``triton.testing.do_bench``, which clears L2 before every repetition, so
+that all times are cold; the spread is the 20th and 80th percentile. A row carries all that is needed to read it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """Short hash of the checkout, marked if it differs from the commit; "unknown" outside a repository."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment() -> dict:
+    """GPU, versions, commit and date: the columns that all rows of a run share."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def milliseconds(function: Callable[[], object], budget_ms: int = 200) -> tuple[float, float, float]:
+    """(median, 20th percentile, 80th percentile) of one call, over about ``budget_ms`` of repetitions."""
+    median, low, high = triton.testing.do_bench(function, warmup=50, rep=budget_ms, quantiles=[0.5, 0.2, 0.8])
+    return median, low, high
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Largest number of bytes allocated during one call, above what was allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def append(name: str, rows: list[dict]) -> Path:
+    """Append rows to ``results/<name>.jsonl``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.jsonl"
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path

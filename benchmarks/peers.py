@@ -1,0 +1,136 @@
+"""The ops that ours are timed against, each behind one signature; those that are not installed are left out.
+
+Special about this file: a peer is built only when it is asked for, and a failure to import it is a reason, not an error.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one measurement."""
+
+    B: int
+    T: int
+    H: int
+    G: int
+    K: int
+    V: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def levels(self) -> int:
+        return max(self.T - 1, 0).bit_length() + 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """Something to time: ``call()`` gives the output, ``inputs`` are what it is differentiated by."""
+
+    call: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...]
+
+    def forward_backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        gradient = torch.randn_like(self.call())
+        return lambda: torch.autograd.grad(self.call(), self.inputs, gradient)
+
+
+def inputs(shape: Shape, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
+    """q, k, v, g, level_scales: normal, gates of a Mamba-2 layer at its initialisation, λ of softplus(1 + noise)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    B, T, H, G, K, V = shape.B, shape.T, shape.H, shape.G, shape.K, shape.V
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    step = torch.exp(torch.rand(B, T, H, generator=generator, device=device) * 4.6 - 6.9)  # log-uniform [1e-3, 1e-1]
+    rate = 1 + 15 * torch.rand(H, generator=generator, device=device)
+    return {
+        "q": (normal(B, T, G, K) / K**0.5).to(shape.dtype),
+        "k": normal(B, T, G, K).to(shape.dtype),
+        "v": normal(B, T, H, V).to(shape.dtype),
+        "g": -step * rate,
+        "level_scales": torch.nn.functional.softplus(1 + 0.1 * normal(B, T, H, shape.levels)),
+    }
+
+
+def differentiable(shape: Shape) -> tuple[Tensor, ...]:
+    return tuple(x.requires_grad_() for x in inputs(shape).values())
+
+
+def fla_log_linear(shape: Shape) -> Run:
+    from fla.ops.log_linear_attn import chunk_log_linear_attn
+
+    q, k, v, g, scales = differentiable(shape)
+    return Run(lambda: chunk_log_linear_attn(q, k, v, g, scales)[0], (q, k, v, g, scales))
+
+
+def fla_simple_gla(shape: Shape) -> Run:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    q, k, v, g, _ = differentiable(shape)
+    repeat = shape.H // shape.G
+    q, k = (x.detach().repeat_interleave(repeat, 2).requires_grad_() for x in (q, k))
+    return Run(lambda: chunk_simple_gla(q, k, v, g)[0], (q, k, v, g))
+
+
+def mamba2_ssd(shape: Shape, chunk: int) -> Run:
+    """Mamba-2's SSD: dt = 1 would fix the decay, so dt is the step and x is divided by nothing: the same work."""
+    load_mamba_without_extensions()
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    q, k, v, g, _ = differentiable(shape)
+    rate = -torch.ones(shape.H, device=v.device)
+    step = (-g).detach().requires_grad_()
+    return Run(lambda: mamba_chunk_scan_combined(v, step, rate, k, q, chunk), (q, k, v, step))
+
+
+def load_mamba_without_extensions() -> None:
+    """Let ``mamba_ssm.ops`` be imported without ``mamba_ssm/__init__.py``, which needs compiled extensions."""
+    if "mamba_ssm" in sys.modules:
+        return
+    spec = importlib.machinery.PathFinder.find_spec("mamba_ssm")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError("mamba_ssm is not installed")
+    package = types.ModuleType("mamba_ssm")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["mamba_ssm"] = package
+
+
+def softmax_attention(shape: Shape, heads: int, width: int, backend: SDPBackend) -> Run:
+    """Causal softmax attention of ``heads`` heads of ``width``."""
+    q, k, v = (
+        torch.randn(shape.B, heads, shape.T, width, dtype=shape.dtype, device="cuda", requires_grad=True)
+        for _ in range(3)
+    )
+
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return Run(call, (q, k, v))
+
+
+def peers(heads: int, width: int) -> dict[str, Callable[[Shape], Run]]:
+    """All peers by name. Softmax attention runs at ``heads`` heads of ``width``."""
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    return {
+        "fla log_linear_attn": fla_log_linear,
+        "fla simple_gla": fla_simple_gla,
+        "mamba2 ssd chunk 64": lambda shape: mamba2_ssd(shape, 64),
+        "mamba2 ssd chunk 128": lambda shape: mamba2_ssd(shape, 128),
+        "mamba2 ssd chunk 256": lambda shape: mamba2_ssd(shape, 256),
+        f"flash attention 2, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, flash),
+        f"cudnn attention, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, cudnn),
+    }

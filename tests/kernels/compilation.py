@@ -1,0 +1,116 @@
+"""Compile the launches of a host function for a GPU that is not there, and read what the compiler says of each.
+
+Special about this file: the launches are recorded from the real host code on meta tensors, so that a signature here can
+not differ from one on a device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
+    torch.float64: "fp64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One launch: the kernel, its arguments by name and its launch options."""
+
+    kernel: JITFunction
+    arguments: dict
+    options: dict
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler reports of one kernel on one target. registers and spills are None where it does not say."""
+
+    name: str
+    target: str
+    registers: int | None
+    spills: int | None
+    shared: int
+    warps: int
+
+
+@contextmanager
+def recording():
+    """Within this context kernels are not launched but listed."""
+    launches: list[Recorded] = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        names = [p.name for p in self.params]
+        options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+        launches.append(Recorded(self, dict(zip(names, args)) | kwargs, options, grid))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+def record(function: Callable, *args, **kwargs) -> list[Recorded]:
+    with recording() as launches:
+        function(*args, **kwargs)
+    return launches
+
+
+def source(launch: Recorded) -> ASTSource:
+    """The kernel specialised as Triton's own launcher would: ints of 1 are constants, multiples of 16 are marked."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def build(launch: Recorded, target: GPUTarget) -> tuple[Resources, object]:
+    compiled = triton.compile(source(launch), target=target, options=dict(launch.options))
+    registers = spills = None
+    if target.backend == "cuda":
+        registers, spills = cubin_usage(compiled.asm["cubin"])
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = max(int(x) for x in re.findall(r"\.vgpr_count:\s+(\d+)", text))
+        spills = max(int(x) for x in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))
+    name = launch.kernel.fn.__name__
+    metadata = compiled.metadata
+    return Resources(
+        name, f"{target.backend}:{target.arch}", registers, spills, metadata.shared, metadata.num_warps
+    ), compiled
+
+
+def cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of local memory a thread), read by the cuobjdump that Triton carries."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])

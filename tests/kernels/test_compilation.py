@@ -1,0 +1,77 @@
+"""The kernels compile for GPUs that are not there, within their shared memory and with few spills.
+
+Special about this file: the numbers are recorded as properties of the test (``pytest --junitxml``), and printed by
+``python tests/kernels/test_compilation.py``, which is where the table of docs/kernels.md comes from.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+
+from loglinear.kernels import scalar_gate
+from loglinear.kernels.tuning import scalar_gate_config
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from compilation import Resources, build, recording
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Bytes of local memory a thread that no kernel may exceed on Hopper, where the kernels are tuned.
+SPILLED_BYTES = 96
+# Compiled for every target; the others, built of the same parts, for Hopper alone, to keep the test short.
+EVERYWHERE = ("chunk_states_kernel", "output_kernel", "local_grads_kernel", "segment_sums_kernel", "gate_grads_kernel")
+
+
+def launches(T: int = 16384, H: int = 16, G: int = 1, K: int = 128, V: int = 64, dtype=torch.bfloat16) -> list:
+    """The launches of a forward and a backward pass, each kernel once."""
+
+    def meta(*size: int, kind=dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    x = {
+        "q": meta(2, T, G, K),
+        "k": meta(2, T, G, K),
+        "v": meta(2, T, H, V),
+        "g": meta(2, T, H, kind=torch.float32),
+        "level_scales": meta(2, T, H, 12, kind=torch.float32),
+    }
+    config = scalar_gate_config(dtype, K, V)
+    with recording() as found:
+        scalar_gate.forward(**x, config=config)
+        scalar_gate.backward(x["v"], **x, config=config)
+    return list({launch.kernel: launch for launch in found}.values())
+
+
+def resources(target: str, names: tuple[str, ...] = (), **sizes) -> list[Resources]:
+    chosen = [launch for launch in launches(**sizes) if not names or launch.kernel.fn.__name__ in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # triton 3.9 announces a changed default for 3.10
+        return [build(launch, TARGETS[target])[0] for launch in chosen]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile(target, record_property):
+    for found in resources(target, () if target == "sm_90" else EVERYWHERE):
+        record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
+        assert found.shared <= SHARED_MEMORY[target], f"{found} needs more shared memory than {target} has"
+        if target == "sm_90":
+            assert found.spills <= SPILLED_BYTES, f"{found} spills"
+
+
+if __name__ == "__main__":
+    for name in TARGETS:
+        for found in resources(name):
+            print(f"| {name} | {found.name} | {found.warps} | {found.registers} | {found.spills} | {found.shared} |")
