@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from loglinear import log_linear_attention
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -67,6 +69,11 @@ def inputs(shape: Shape, device: str = "cuda", seed: int = 0) -> dict[str, Tenso
 
 def differentiable(shape: Shape) -> tuple[Tensor, ...]:
     return tuple(x.requires_grad_() for x in inputs(shape).values())
+
+
+def loglinear_op(shape: Shape) -> Run:
+    leaves = differentiable(shape)
+    return Run(lambda: log_linear_attention(*leaves)[0], leaves)
 
 
 def fla_log_linear(shape: Shape) -> Run:

@@ -17,29 +17,24 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from loglinear.kernels import scalar_gate
 from loglinear.kernels.tuning import scalar_gate_config
 from measure import append, environment, milliseconds, peak_bytes
-from peers import Shape, inputs, peers
+from peers import Shape, inputs, loglinear_op, peers
 from stages import sweep, time_stages
 from verify import Failure, verify
 
 
-def measure_ours(shape: Shape, config, budget_ms: int) -> list[dict]:
-    """Rows of our forward, forward + backward and every kernel."""
+def measure_ours(shape: Shape, config, budget_ms: int, stages: bool) -> list[dict]:
+    """Rows of the public op, forward and forward + backward, as its user calls it, and of every kernel."""
+    run = loglinear_op(shape)
+    rows = []
+    for what, call in (("forward", run.call), ("forward+backward", run.forward_backward())):
+        rows.append(row("loglinear", what, milliseconds(call, budget_ms), peak_bytes(call)))
     x = inputs(shape)
     do = torch.randn_like(x["v"])
-
-    def both():
-        o = scalar_gate.forward(**x, config=config)
-        return o, scalar_gate.backward(do, **x, config=config)
-
-    rows = []
-    for what, call in (("forward", lambda: scalar_gate.forward(**x, config=config)), ("forward+backward", both)):
-        rows.append(row("loglinear", what, milliseconds(call, budget_ms), peak_bytes(call)))
-    held = 2 * sum(y.numel() * y.element_size() for y in x.values()) + 2 * do.numel() * do.element_size()
-    rows[-1]["inputs_outputs_gradients_bytes"] = held
-    rows += [row("loglinear", name, time) for name, time in time_stages(x, do, config, budget_ms // 4).items()]
+    rows[-1]["inputs_outputs_gradients_bytes"] = 2 * sum(y.numel() * y.element_size() for y in (*x.values(), do))
+    if stages:
+        rows += [row("loglinear", name, time) for name, time in time_stages(x, do, config, budget_ms // 4).items()]
     return rows
 
 
@@ -81,6 +76,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget-ms", type=int, default=200, help="repetitions of one measurement, in milliseconds")
     parser.add_argument("--sweep", action="store_true", help="time every configuration instead")
     parser.add_argument("--only", default="", help="with --sweep: part of a kernel's name")
+    parser.add_argument("--stages", action="store_true", help="time every kernel too")
+    parser.add_argument("--commit", help="hash to record where the checkout has no .git")
     parser.add_argument("--skip-check", action="store_true", help="for profiling; no rows are written")
     return parser.parse_args()
 
@@ -91,6 +88,8 @@ def main() -> None:
         raise SystemExit("benchmarks/scalar_gate.py needs a CUDA device")
     shape = Shape(args.B, args.T, args.H, args.G, args.K, args.V, getattr(torch, args.dtype))
     columns = environment() | dataclasses.asdict(shape) | {"dtype": args.dtype}
+    if args.commit:
+        columns["commit"] = args.commit
     if args.sweep:
         print(append("scalar_gate_sweep", [r | columns for r in sweep(shape, args.only, args.budget_ms)]))
         return
@@ -100,7 +99,7 @@ def main() -> None:
             print(verify(shape, config))
         except Failure as failure:
             raise SystemExit(f"wrong results, nothing timed: {failure}") from failure
-    rows = measure_ours(shape, config, args.budget_ms)
+    rows = measure_ours(shape, config, args.budget_ms, args.stages)
     show(rows)
     for name, build in peers(args.softmax_heads, args.softmax_width).items():
         if args.peers == "all" or (args.peers and args.peers in name):
