@@ -63,7 +63,7 @@ def inputs(shape: Shape, device: str = "cuda", seed: int = 0) -> dict[str, Tenso
         "k": normal(B, T, G, K).to(shape.dtype),
         "v": normal(B, T, H, V).to(shape.dtype),
         "g": -step * rate,
-        "level_scales": torch.nn.functional.softplus(1 + 0.1 * normal(B, T, H, shape.levels)),
+        "level_scales": torch.nn.functional.softplus(1 + 0.1 * normal(B, T, H, shape.levels)).to(shape.dtype),
     }
 
 

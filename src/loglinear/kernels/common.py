@@ -31,6 +31,21 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def launch(kernels: dict, kernel, programs: int, *arguments, **constants) -> None:
+    """Start ``programs`` programs of a kernel; ``constants`` are its compile-time arguments and launch options.
+
+    Triton looks at every argument of every launch to find the right compilation, which takes longer than a short kernel
+    runs. ``kernels`` remembers what it found; its owner keeps one for each kind of call (see ``problem.known_kernels``).
+    """
+    if kernel in kernels:
+        compiled, values = kernels[kernel]
+        compiled[(programs, 1, 1)](*arguments, *values)
+        return
+    compiled = kernel[(programs,)](*arguments, **constants)
+    if compiled is not None:  # None in the interpreter
+        kernels[kernel] = compiled, [constants[name] for name in kernel.arg_names[len(arguments) :]]
+
+
 @triton.jit
 def log2_of_power(x):
     """Exponent of a power of two (int32 scalar or tensor)."""

@@ -124,10 +124,12 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
     stateless = initial_state is None and not output_final_state
     with torch.autocast(device, enabled=False):
-        if stateless and (torch.compiler.is_compiling() or registration.has_kernel(q, v, beta, level_scales)):
-            if cu_seqlens_cpu is not None:
-                checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
+        if stateless and cu_seqlens_cpu is not None:
+            checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
+        if stateless and torch.compiler.is_compiling():
             return registration.attention(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
+        if stateless and registration.has_kernel(q, v, beta, level_scales):
+            return registration.ScalarGate.apply(q, k, v, g, level_scales, scale, cu_seqlens), None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
         checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
         o, state = registration.run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)

@@ -123,3 +123,19 @@ def _backward(ctx, do):
 
 
 attention.register_autograd(_backward, setup_context=_save)
+
+
+class ScalarGate(torch.autograd.Function):
+    """The same kernels for eager calls: a custom operator costs the host more than a short sequence costs the GPU."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, level_scales, scale, cu_seqlens):
+        ctx.save_for_backward(q, k, v, g, level_scales, cu_seqlens)
+        ctx.scale = scale
+        return scalar_gate().forward(q, k, v, g, level_scales, scale, cu_seqlens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        *inputs, cu_seqlens = ctx.saved_tensors
+        return *scalar_gate().backward(do, *inputs, ctx.scale, cu_seqlens), None, None

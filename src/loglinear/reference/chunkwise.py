@@ -10,7 +10,7 @@ The algorithm in five lines (stages: chunk states, node states, output):
 5. What the query of the next chunk would read is the state for decoding.
 
 Loops run over levels only. A state given on the way in is a row of entries with the identity as transition, so training,
-prefill, chunked prefill and decoding are one function at different T. Source: Guo et al. 2025, section 3.3, and DESIGN 3.
+prefill, chunked prefill and decoding are one function at different T. Source: Guo et al. 2025, section 3.3, and docs/algorithm.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ and three operations on the summaries A of spans: ``compose(later, earlier)``, `
 A state is a pair (S, log) and a query a pair (rows, weight): their true values are ``exp(log) S`` and ``exp(weight) rows``,
 which lets a scalar gate move both through time by an addition.
 
-Layout here is heads first, ``[..., T, width]``: a span is the last but one axis. Source: DESIGN of the library, section 1;
+Layout here is heads first, ``[..., T, width]``: a span is the last but one axis. Source: docs/algorithm.md;
 Guo et al. 2025, sections 3.2 to 3.4; Yang et al. 2024 for the WY/UT form of the delta rule.
 """
 

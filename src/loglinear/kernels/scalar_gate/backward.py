@@ -80,7 +80,8 @@ def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
     tile_k, tile_v, tiles = state_tiles(problem, launch)
     constants = common_constants(problem, x.v.dtype)
     constants.pop("EXACT")
-    window_grads_kernel[(levels * problem.row_groups * H * tiles,)](
+    common.launch(
+        problem.kernels, window_grads_kernel, levels * problem.row_groups * H * tiles,
         x.q, x.do, x.level_scales, states.sums, states.chunk_log, node_grads, segments, problem.group_sequence,
         *problem.table, states.sums.stride(0), x.q.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor,
         problem.levels, problem.row_groups, slots, **constants, BK=tile_k, BV=tile_v, SEGMENT=segment,
@@ -88,7 +89,8 @@ def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
     )  # fmt: skip
     if segment_levels:
         block = min(2048, triton.next_power_of_2(K * V))
-        segment_sums_kernel[(segment_levels * problem.row_groups * H * triton.cdiv(K * V, block),)](
+        common.launch(
+            problem.kernels, segment_sums_kernel, segment_levels * problem.row_groups * H * triton.cdiv(K * V, block),
             segments, states.group_log, node_grads, problem.group_sequence, *problem.table, problem.row_groups, slots,
             H=H, STATE=K * V, C=problem.config.chunk, SEGMENT=segment, BLOCK=block, PACKED=problem.packed, num_warps=4,
         )  # fmt: skip
@@ -103,7 +105,8 @@ def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: 
     chunk_grads = common.scratch((problem.rows, H, K, V), x.v.dtype, x.v.device)
     constants = common_constants(problem, x.v.dtype)
     constants.pop("EXACT")
-    chunk_grads_kernel[(problem.row_groups * H * tiles,)](
+    common.launch(
+        problem.kernels, chunk_grads_kernel, problem.row_groups * H * tiles,
         x.q, x.do, x.level_scales, states.sums, states.chunk_log, states.group_log, states.group_states, node_grads,
         chunk_grads, gains.crossings, problem.group_sequence, *problem.table, states.sums.stride(0), x.q.stride(1),
         x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, max(problem.high_levels, 1), **constants,
@@ -124,8 +127,9 @@ def launch_local_grads(problem: Problem, x: Inputs, states: States, gains: Gains
     heads, blocks = head_blocks(problem)
     dscales = common.scratch(tuple(x.level_scales.shape), x.level_scales.dtype, x.v.device)
     score_grads = common.scratch((problem.rows, blocks, chunk, chunk), x.v.dtype, x.v.device)
-    local_grads_kernel[(problem.rows * blocks,)](
-        x.q, x.k, x.v, x.do, x.level_scales, states.sums, score_grads, dscales, gains.rows, problem.row_sequence,
+    common.launch(
+        problem.kernels, local_grads_kernel, problem.rows * blocks,
+        x.q, x.k, x.v, x.do, x.level_scales, states.sums, score_grads, dscales, gains.rows, gains.columns, problem.row_sequence,
         *problem.table, problem.tokens, states.sums.stride(0), x.q.stride(1), x.k.stride(1), x.v.stride(1),
         x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype),
         LOG_C=chunk.bit_length() - 1, BK=padded(problem.key_width),
@@ -140,7 +144,8 @@ def launch_value_grads(problem: Problem, x: Inputs, states: States, chunk_grads:
     launch = problem.config.value
     heads, blocks = head_blocks(problem)
     dv = common.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    value_grads_kernel[(problem.rows * blocks,)](
+    common.launch(
+        problem.kernels, value_grads_kernel, problem.rows * blocks,
         x.q, x.k, x.v, x.do, x.level_scales, states.sums, chunk_grads, dv, gains.columns, gains.chunks,
         problem.row_sequence, *problem.table, problem.tokens, states.sums.stride(0), x.q.stride(1), x.k.stride(1),
         x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels,
@@ -158,14 +163,22 @@ def partial_sums(problem: Problem, like: Tensor) -> Tensor:
     return common.scratch(shape, like.dtype if parts == 1 else torch.float32, like.device)
 
 
-def sum_heads(partial: Tensor, like: Tensor) -> Tensor:
+def sum_heads(problem: Problem, partial: Tensor, like: Tensor) -> Tensor:
     """The gradient itself, of like's shape and dtype."""
     if partial.shape[0] == 1:
         return partial.view(like.shape)
     total = common.scratch(tuple(like.shape), like.dtype, like.device)
     size, block = total.numel(), 1024
-    head_sums_kernel[(triton.cdiv(size, block),)](
-        partial, total, size, PARTS=partial.shape[0], BLOCK=block, num_warps=4
+    common.launch(
+        problem.kernels,
+        head_sums_kernel,
+        triton.cdiv(size, block),
+        partial,
+        total,
+        size,
+        PARTS=partial.shape[0],
+        BLOCK=block,
+        num_warps=4,
     )
     return total
 
@@ -179,7 +192,8 @@ def launch_query_grads(
     heads, blocks = head_blocks(problem)
     constants = common_constants(problem, x.v.dtype)
     constants.pop("EXACT")
-    query_grads_kernel[(problem.rows * blocks,)](
+    common.launch(
+        problem.kernels, query_grads_kernel, problem.rows * blocks,
         x.q, x.k, x.do, x.level_scales, states.sums, states.entries, states.entry_log, score_grads, partial, dscales,
         gains.rows, gains.levels, problem.row_sequence, *problem.table, problem.tokens, states.sums.stride(0),
         x.q.stride(1), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **constants,
@@ -187,7 +201,7 @@ def launch_query_grads(
         BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
         HAS_GATE=x.g is not None, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return sum_heads(partial, x.q)
+    return sum_heads(problem, partial, x.q)
 
 
 def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: Tensor, score_grads: Tensor) -> Tensor:
@@ -195,20 +209,22 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: T
     launch = problem.config.key
     partial = partial_sums(problem, x.k)
     heads, blocks = head_blocks(problem)
-    key_grads_kernel[(problem.rows * blocks,)](
+    common.launch(
+        problem.kernels, key_grads_kernel, problem.rows * blocks,
         x.q, x.v, states.sums, chunk_grads, score_grads, partial, problem.row_sequence, *problem.table, problem.tokens,
         states.sums.stride(0), x.q.stride(1), x.v.stride(1), **common_constants(problem, x.v.dtype),
         BK=padded(problem.key_width), BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return sum_heads(partial, x.k)
+    return sum_heads(problem, partial, x.k)
 
 
 def launch_gate_grads(problem: Problem, x: Inputs, gains: Gains) -> Tensor:
     """dg."""
     dg = common.scratch(tuple(x.g.shape), x.g.dtype, x.g.device)
     tiles = state_tiles(problem, problem.config.chunk_grads)[2]
-    gate_grads_kernel[(problem.row_groups * problem.heads,)](
+    common.launch(
+        problem.kernels, gate_grads_kernel, problem.row_groups * problem.heads,
         x.g, gains.crossings, gains.levels, gains.chunks, gains.rows, gains.columns, dg, problem.group_sequence,
         *problem.table, problem.tokens, x.g.stride(1), problem.rows, problem.high_levels, H=problem.heads,
         C=problem.config.chunk, TILES=tiles, PACKED=problem.packed, num_warps=4,
@@ -234,7 +250,8 @@ def backward(
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     gate = None if g is None else token_rows(g)
     x = Inputs(*(token_rows(y) for y in (q, k, v)), gate, token_rows(level_scales), token_rows(do), scale)
-    problem = describe(x.q, x.v, x.level_scales, cu_seqlens, config)
+    given = (x.q, x.k, x.v, x.g, x.level_scales, x.do)
+    problem = describe(given, x.q, x.v, x.level_scales, cu_seqlens, config)
     gains = allocate_gains(problem, v.device, g is not None)
     states = launch_states(problem, x.k, x.v, x.g)
     dscales, score_grads = launch_local_grads(problem, x, states, gains)

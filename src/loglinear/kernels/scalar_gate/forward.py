@@ -17,7 +17,7 @@ from loglinear.kernels.tuning import ScalarGateConfig, scalar_gate_config
 
 
 class States(NamedTuple):
-    """What is known of the chunks before any query is read. A *row* is a chunk of a sequence, through the batch; logs in base 2.
+    """What is known of the chunks before any query is read. A *row* is a chunk of a sequence of the batch; logs in base 2.
 
     The backward builds it anew: that costs less than a tenth of it, and a model keeps no states of any layer meanwhile.
 
@@ -69,9 +69,10 @@ def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None
     states = States(sums, *logs, *matrices)
     launch = problem.config.states
     tile_k, tile_v = min(problem.config.block_k, padded(K)), min(launch.block_v, padded(V))
-    grid = (problem.row_groups * H * triton.cdiv(K, tile_k) * triton.cdiv(V, tile_v),)
+    grid = problem.row_groups * H * triton.cdiv(K, tile_k) * triton.cdiv(V, tile_v)
     gate = sums if g is None else g
-    chunk_states_kernel[grid](
+    common.launch(
+        problem.kernels, chunk_states_kernel, grid,
         k, v, gate, *states, problem.group_sequence, *problem.table, problem.tokens, sums.stride(0),
         k.stride(1), v.stride(1), gate.stride(1), **common_constants(problem, v.dtype), BK=tile_k, BV=tile_v,
         HAS_GATE=g is not None, num_warps=launch.warps, num_stages=launch.stages,
@@ -85,7 +86,8 @@ def launch_node_states(problem: Problem, states: States) -> None:
         return
     state = problem.key_width * problem.value_width
     block = min(2048, triton.next_power_of_2(state))
-    node_states_kernel[(problem.row_groups * problem.heads * triton.cdiv(state, block),)](
+    common.launch(
+        problem.kernels, node_states_kernel, problem.row_groups * problem.heads * triton.cdiv(state, block),
         states.group_states, states.group_log, states.entries, states.entry_log, problem.group_sequence, *problem.table,
         H=problem.heads, STATE=state, C=problem.config.chunk, BLOCK=block, PACKED=problem.packed, num_warps=4,
     )  # fmt: skip
@@ -105,8 +107,9 @@ def launch_output(
     launch = problem.config.output
     tile_v = min(launch.block_v, padded(problem.value_width))
     o = common.scratch(tuple(v.shape), v.dtype, v.device)
-    grid = (problem.rows * problem.heads * triton.cdiv(problem.value_width, tile_v),)
-    output_kernel[grid](
+    grid = problem.rows * problem.heads * triton.cdiv(problem.value_width, tile_v)
+    common.launch(
+        problem.kernels, output_kernel, grid,
         q, k, v, level_scales, states.sums, states.entries, states.entry_log, o, problem.row_sequence, *problem.table,
         problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1), level_scales.stride(1), factor,
         problem.levels, **common_constants(problem, v.dtype), LOG_C=problem.config.chunk.bit_length() - 1,
@@ -139,6 +142,7 @@ def forward(
     """
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     q, k, v, level_scales = (token_rows(x) for x in (q, k, v, level_scales))
-    problem = describe(q, v, level_scales, cu_seqlens, config)
-    states = launch_states(problem, k, v, None if g is None else token_rows(g))
+    g = None if g is None else token_rows(g)
+    problem = describe((q, k, v, g, level_scales), q, v, level_scales, cu_seqlens, config)
+    states = launch_states(problem, k, v, g)
     return launch_output(problem, q, k, v, level_scales, scale, states)

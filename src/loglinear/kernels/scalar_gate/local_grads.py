@@ -60,6 +60,7 @@ def local_grads_kernel(
     score_grads,  # [rows, H / HEADS, C, C]
     dlevel_scales,
     row_gain,  # [H, B*T] q·dq inside the chunk, without the diagonal
+    column_gain,  # [H, B*T] k·dk likewise: sums of the same float32 products, so that their difference keeps its digits
     row_sequence,
     sequences,
     T,
@@ -124,15 +125,19 @@ def local_grads_kernel(
             dp = tl.dot(do_tile, tl.trans(v_tile), acc=dp, input_precision=PRECISION)
         own_dp = tl.sum(tl.where(is_diagonal, dp, 0.0), axis=1)
         dp = tl.reshape(dp, [C, NB, SUB])
-        dscores += dp * assemble_mask(near * near_decay, far * far_decay, column, C)
-        gradient, row_part = level_gradients(scores * dp, near, far, near_decay, far_decay, column,
+        mask = assemble_mask(near * near_decay, far * far_decay, column, C)
+        dscores += dp * mask
+        pairs = scores * dp
+        gradient, row_part = level_gradients(pairs, near, far, near_decay, far_decay, column,
                                              own_score * own_dp, factor, L, C, LEVELS, LOG_C)  # fmt: skip
         columns = tl.arange(0, LEVELS)
         place = dlevel_scales + origin * (H * L) + h * L + (in_chunk[:, None] * (H * L) + columns[None, :])
         written = valid[:, None] & (columns < tl.minimum(L, LOG_C + 1))[None, :]
         tl.store(place, gradient.to(dlevel_scales.dtype.element_ty), mask=written)
         if HAS_GATE:
-            tl.store(row_gain + h.to(tl.int64) * all_tokens + origin + in_chunk, row_part, mask=valid)
+            gains = h.to(tl.int64) * all_tokens + origin + in_chunk
+            tl.store(row_gain + gains, row_part, mask=valid)
+            tl.store(column_gain + gains, tl.reshape(tl.sum(pairs * mask, axis=0), [C]), mask=valid)
     target = score_grads + (row.to(tl.int64) * (H // HEADS) + block) * (C * C)
     ds = tl.reshape(dscores, [C, C]).to(score_grads.dtype.element_ty)
     tl.store(target + in_chunk[:, None] * C + in_chunk[None, :], ds)

@@ -7,6 +7,7 @@ Special about this file: nothing here waits for the device. For packed sequences
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -37,6 +38,7 @@ class Problem:
     config: ScalarGateConfig
     unit_sequence: Tensor | None
     sequences: Tensor | None
+    kernels: dict
 
     @property
     def tokens(self) -> int:
@@ -79,10 +81,25 @@ class Problem:
         return None if self.unit_sequence is None else self.unit_sequence[self.rows :]
 
 
+@lru_cache(maxsize=256)
+def known_kernels(*kind) -> dict:
+    """What ``common.launch`` has compiled for one kind of call: the same config, device, dtypes, sizes and alignments."""
+    return {}
+
+
 def describe(
-    q: Tensor, v: Tensor, level_scales: Tensor, cu_seqlens: Tensor | None, config: ScalarGateConfig
+    given: tuple[Tensor | None, ...],
+    q: Tensor,
+    v: Tensor,
+    level_scales: Tensor,
+    cu_seqlens: Tensor | None,
+    config: ScalarGateConfig,
 ) -> Problem:
-    """The problem of one call. Shapes are the caller's business; ``cu_seqlens [n+1]`` stays on the device."""
+    """The problem of one call. Shapes are the caller's business; ``cu_seqlens [n+1]`` stays on the device.
+
+    ``given`` are all tensors of the call that kernels read, for ``known_kernels``.
+    """
+    kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in (*given, cu_seqlens)]
     batch, length, groups, key_width = q.shape
     chunk = config.chunk
     if cu_seqlens is None:
@@ -109,6 +126,7 @@ def describe(
         config=config,
         unit_sequence=unit_sequence,
         sequences=sequences,
+        kernels=known_kernels(config, v.device, *kind),
     )
 
 

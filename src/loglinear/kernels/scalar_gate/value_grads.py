@@ -36,7 +36,7 @@ def value_grads_kernel(
     sums,
     chunk_grads,
     dv,
-    column_gain,  # [H, B*T] k·dk = v·dv, without the diagonal
+    column_gain,  # [H, B*T] k·dk = v·dv, without the diagonal; completed here
     chunk_gain,  # [rows, H] k·dk of a chunk, from later chunks
     row_sequence,
     sequences,
@@ -98,20 +98,18 @@ def value_grads_kernel(
         weights = (scores * tl.reshape(mask, [C, C])).to(do.dtype.element_ty)
         own_scale = tl.load(scales + in_chunk * stride_s, mask=valid, other=0.0).to(tl.float32) * factor
         decay = to_chunk_end(head_sums, size, in_chunk, all_tokens, C, EXACT)
-        column_part = tl.zeros([C], tl.float32)
-        chunk_part = 0.0
+        later_part = tl.zeros([C], tl.float32)
         for first_v in tl.static_range(0, V, BV):
             do_tile = load_tile(do + origin * stride_do + h * V, stride_do, valid, C, V, BV, first_v)
             state = load_state(chunk_grads + (row.to(tl.int64) * H + h) * (K * V), 0, first_v, K, V, BK, BV)
             later = tl.dot(k_tile, state, input_precision=PRECISION) * decay[:, None]
             if HAS_GATE:
                 v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first_v).to(tl.float32)
-                chunk_part += tl.sum(tl.sum(later * v_tile, axis=1), axis=0)
+                later_part += tl.sum(later * v_tile, axis=1)
             total = tl.dot(tl.trans(weights), do_tile, acc=later, input_precision=PRECISION)
-            if HAS_GATE:
-                column_part += tl.sum(total * v_tile, axis=1)
             total += (own_score * own_scale)[:, None] * do_tile.to(tl.float32)
             store_tile(dv + origin * (H * V) + h * V, H * V, valid, total, C, V, BV, first_v)
         if HAS_GATE:
-            tl.store(column_gain + h.to(tl.int64) * all_tokens + origin + in_chunk, column_part, mask=valid)
-            tl.store(chunk_gain + row.to(tl.int64) * H + h, chunk_part)
+            gains = column_gain + h.to(tl.int64) * all_tokens + origin + in_chunk
+            tl.store(gains, tl.load(gains, mask=valid, other=0.0) + later_part, mask=valid)
+            tl.store(chunk_gain + row.to(tl.int64) * H + h, tl.sum(later_part, axis=0))
