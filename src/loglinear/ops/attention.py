@@ -132,5 +132,7 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
             return registration.ScalarGate.apply(q, k, v, g, level_scales, scale, cu_seqlens), None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
         checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
-        o, state = registration.run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)
+        # What a state holds depends on its positions: no single graph, and no recompilation at every token either.
+        run = torch.compiler.disable(registration.run) if torch.compiler.is_compiling() else registration.run
+        o, state = run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)
     return o, state if output_final_state else None

@@ -136,11 +136,20 @@ def check_state(
         raise ValueError(f"initial_state must have one row per sequence ({rows}): got {state.batch_size}")
     if state.device != q.device:
         raise ValueError(f"initial_state must be on the device of q ({q.device}): got {state.device}")
+    for name, value in vars(state).items():
+        if isinstance(value, Tensor) and value.device != q.device:
+            raise ValueError(f"initial_state.{name} must be on the device of q ({q.device}): got {value.device}")
     if isinstance(state, LinearState):
         _shape("initial_state.state", state.state, "[B, H, K, V]", (rows, heads, width, value_width))
         return
     size = state.chunk_size
     _shape("initial_state.entries", state.entries, "[B, M, H, K, V]", (rows, None, heads, width, value_width))
+    slots = int(state.position.max() // size).bit_length() if rows and state.device.type == "cpu" else 0
+    if state.entries.shape[1] < slots:
+        raise ValueError(
+            f"initial_state.entries must have M >= {slots} slots for position {int(state.position.max())}: "
+            f"got M={state.entries.shape[1]}"
+        )
     _shape("initial_state.decay", state.decay, "[B, M, H]", (rows, state.entries.shape[1], heads))
     _shape("initial_state.open_k", state.open_k, "[B, C, G, K]", (rows, size, groups, width))
     _shape("initial_state.open_v", state.open_v, "[B, C, H, V]", (rows, size, heads, value_width))

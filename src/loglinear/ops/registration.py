@@ -101,8 +101,11 @@ def attention_backward(
         gate, rate, scales = (None if x is None else next(values) for x in optional)
         return run(q, k, v, gate, rate, scales, scale, lengths)[0]
 
-    # torch.func records a graph of its own: below a custom operator plain autograd is switched off.
-    return [x.contiguous() for x in torch.func.vjp(forward, *given)[1](do)]
+    # Below a custom operator autograd is switched off; torch.func.vjp would do, but not under a TorchDispatchMode.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        given = [x.detach().requires_grad_() for x in given]
+        grads = torch.autograd.grad(forward(*given), given, do, allow_unused=True, materialize_grads=True)
+    return [x.contiguous() for x in grads]
 
 
 @attention_backward.register_fake

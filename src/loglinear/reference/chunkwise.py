@@ -10,7 +10,7 @@ The algorithm in five lines (stages: chunk states, node states, output):
 5. What the query of the next chunk would read is the state for decoding.
 
 Loops run over levels only. A state given on the way in is a row of entries with the identity as transition, so training,
-prefill, chunked prefill and decoding are one function at different T. Source: Guo et al. 2025, section 3.3, and docs/algorithm.md.
+prefill, chunked prefill and decoding are one function at different T. Source: Guo et al. 2025, section 3.3.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def chunkwise(
     chunk_size = tree.chunk_size if tree is not None else chunk_size
     num_slots = tree.entries.shape[1] if tree is not None else 0
     # A linear model has no tree to align with: its chunks start where its new tokens do.
-    layout = build_layout(lengths, (0,) * len(lengths) if linear else positions, num_slots, chunk_size, q.device)
+    layout = build_layout(
+        lengths, (0,) * len(lengths) if linear else positions, num_slots, chunk_size, q.device, linear
+    )
 
     def chunks(x: Tensor, opened: Tensor | None) -> Tensor:
         """``[B, T, ...]`` -> ``[N, C, ...]``; empty slots hold zeros, which write nothing and decay nothing."""
@@ -88,7 +90,7 @@ def chunkwise(
         out, entries, decay = _tree(span, rows[2], scales, transition, layout, tree)
         open_k, open_v, open_g = (_open_tokens(x, layout) for x in (k, v, g))
         rate = None if beta is None else _open_tokens(beta, layout)
-        final = LogLinearState(layout.position, entries, decay, open_k, open_v, open_g, rate, chunk_size)
+        final = LogLinearState(layout.position.clone(), entries, decay, open_k, open_v, open_g, rate, chunk_size)
     out = out.transpose(1, 2).reshape(-1, *out.shape[1:2], out.shape[-1])
     out = out if layout.regular else out.index_select(0, layout.place)
     return out.reshape(*q.shape[:2], *out.shape[1:]), final
@@ -181,7 +183,7 @@ def _linear(
         raise TypeError(f"initial_state must be a LinearState when level_scales is None: got {type(state).__name__}")
     head = span.state.shape[1:]
     count = layout.position.shape[0]
-    carry = span.state.new_zeros(count, *head) if state is None else state.state.to(span.state.dtype)
+    carry = span.state.new_zeros(count, *head) if state is None else state.state.to(span.state.dtype, copy=True)
     sizes = [len(chunk) for _, chunk in layout.waves]
     before = []
     if sizes:

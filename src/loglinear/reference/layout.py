@@ -29,7 +29,8 @@ class Layout:
         open_chunk: ``[S]``, the chunk that stays open, and ``open_live [S, C]``, which of its tokens exist.
         position: ``[S]``, tokens seen at the end.
         num_slots: M' of the final state.
-        waves: per step i the pairs (sequence, chunk): the i-th chunk of every sequence that has one.
+        waves: for the linear form only (it loops over chunks), per step i the pairs (sequence, chunk): the i-th chunk of
+            every sequence that has one.
     """
 
     num_chunks: int
@@ -57,21 +58,32 @@ def _ragged_arange(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=64)
 def build_layout(
-    lengths: tuple[int, ...], positions: tuple[int, ...], num_slots: int, chunk_size: int, device: torch.device
+    lengths: tuple[int, ...],
+    positions: tuple[int, ...],
+    num_slots: int,
+    chunk_size: int,
+    device: torch.device,
+    linear: bool = False,
 ) -> Layout:
     """Lay out ``lengths[s]`` new tokens of each sequence s that has already seen ``positions[s]`` tokens.
 
     Args:
         lengths, positions: tokens, each >= 0. num_slots: M of the initial state (0 without one).
         chunk_size: C, a power of two. device: where the tables are wanted.
+        linear: whether waves are wanted.
     """
     # The tables outlive the call: they must not belong to a torch.func transform, inference mode or default device.
     with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.device("cpu"):
-        return _build_layout(lengths, positions, num_slots, chunk_size, device)
+        return _build_layout(lengths, positions, num_slots, chunk_size, device, linear)
 
 
 def _build_layout(
-    lengths: tuple[int, ...], positions: tuple[int, ...], num_slots: int, chunk_size: int, device: torch.device
+    lengths: tuple[int, ...],
+    positions: tuple[int, ...],
+    num_slots: int,
+    chunk_size: int,
+    device: torch.device,
+    linear: bool,
 ) -> Layout:
     length, start = torch.tensor(lengths, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
     first_chunk, used = start // chunk_size, start % chunk_size
@@ -110,7 +122,8 @@ def _build_layout(
 
     final = end // chunk_size
     live = end % chunk_size
-    waves = [(w := (chunks > i).nonzero().squeeze(1), offset[w] + i) for i in range(max(chunks.tolist(), default=0))]
+    steps = max(chunks.tolist(), default=0) if linear else 0
+    waves = [(w := (chunks > i).nonzero().squeeze(1), offset[w] + i) for i in range(steps)]
 
     def move(tables: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         return [(left.to(device), right.to(device)) for left, right in tables]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from loglinear.kernels import common
@@ -15,7 +14,7 @@ from loglinear.kernels.scalar_gate.gate_grads import gate_grads_kernel
 from loglinear.kernels.scalar_gate.key_grads import head_sums_kernel, key_grads_kernel
 from loglinear.kernels.scalar_gate.local_grads import local_grads_kernel
 from loglinear.kernels.scalar_gate.node_grads import segment_sums_kernel, window_grads_kernel
-from loglinear.kernels.scalar_gate.problem import Problem, describe
+from loglinear.kernels.scalar_gate.problem import Problem, cdiv, describe
 from loglinear.kernels.scalar_gate.query_grads import query_grads_kernel
 from loglinear.kernels.scalar_gate.value_grads import value_grads_kernel
 from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config
@@ -49,7 +48,7 @@ def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
     """(BK, BV, number of tiles) of kernels whose program owns a tile of a state."""
     K, V = problem.key_width, problem.value_width
     tile_k, tile_v = min(problem.config.block_k, padded(K)), min(launch.block_v, padded(V))
-    return tile_k, tile_v, triton.cdiv(K, tile_k) * triton.cdiv(V, tile_v)
+    return tile_k, tile_v, cdiv(K, tile_k) * cdiv(V, tile_v)
 
 
 def allocate_gains(problem: Problem, device: torch.device, gated: bool) -> Gains:
@@ -88,9 +87,9 @@ def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
         HIGH_LEVELS=levels, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if segment_levels:
-        block = min(2048, triton.next_power_of_2(K * V))
+        block = min(2048, padded(K * V))
         common.launch(
-            problem.kernels, segment_sums_kernel, segment_levels * problem.row_groups * H * triton.cdiv(K * V, block),
+            problem.kernels, segment_sums_kernel, segment_levels * problem.row_groups * H * cdiv(K * V, block),
             segments, states.group_log, node_grads, problem.group_sequence, *problem.table, problem.row_groups, slots,
             H=H, STATE=K * V, C=problem.config.chunk, SEGMENT=segment, BLOCK=block, PACKED=problem.packed, num_warps=4,
         )  # fmt: skip
@@ -172,7 +171,7 @@ def sum_heads(problem: Problem, partial: Tensor, like: Tensor) -> Tensor:
     common.launch(
         problem.kernels,
         head_sums_kernel,
-        triton.cdiv(size, block),
+        cdiv(size, block),
         partial,
         total,
         size,

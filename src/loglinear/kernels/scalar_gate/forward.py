@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from loglinear.kernels import common
 from loglinear.kernels.scalar_gate.chunk_states import chunk_states_kernel
 from loglinear.kernels.scalar_gate.node_states import node_states_kernel
 from loglinear.kernels.scalar_gate.output import output_kernel
-from loglinear.kernels.scalar_gate.problem import Problem, describe
+from loglinear.kernels.scalar_gate.problem import Problem, cdiv, describe
 from loglinear.kernels.tuning import ScalarGateConfig, scalar_gate_config
 
 
@@ -56,7 +55,7 @@ def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
 
 def padded(width: int) -> int:
     """Width of a tile that holds a whole row: a power of two, at least 16."""
-    return max(triton.next_power_of_2(width), 16)
+    return max(1 << (width - 1).bit_length(), 16)
 
 
 def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None) -> States:
@@ -69,7 +68,7 @@ def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None
     states = States(sums, *logs, *matrices)
     launch = problem.config.states
     tile_k, tile_v = min(problem.config.block_k, padded(K)), min(launch.block_v, padded(V))
-    grid = problem.row_groups * H * triton.cdiv(K, tile_k) * triton.cdiv(V, tile_v)
+    grid = problem.row_groups * H * cdiv(K, tile_k) * cdiv(V, tile_v)
     gate = sums if g is None else g
     common.launch(
         problem.kernels, chunk_states_kernel, grid,
@@ -85,9 +84,9 @@ def launch_node_states(problem: Problem, states: States) -> None:
     if problem.chunk_groups < 2:
         return
     state = problem.key_width * problem.value_width
-    block = min(2048, triton.next_power_of_2(state))
+    block = min(2048, padded(state))
     common.launch(
-        problem.kernels, node_states_kernel, problem.row_groups * problem.heads * triton.cdiv(state, block),
+        problem.kernels, node_states_kernel, problem.row_groups * problem.heads * cdiv(state, block),
         states.group_states, states.group_log, states.entries, states.entry_log, problem.group_sequence, *problem.table,
         H=problem.heads, STATE=state, C=problem.config.chunk, BLOCK=block, PACKED=problem.packed, num_warps=4,
     )  # fmt: skip
@@ -107,7 +106,7 @@ def launch_output(
     launch = problem.config.output
     tile_v = min(launch.block_v, padded(problem.value_width))
     o = common.scratch(tuple(v.shape), v.dtype, v.device)
-    grid = problem.rows * problem.heads * triton.cdiv(problem.value_width, tile_v)
+    grid = problem.rows * problem.heads * cdiv(problem.value_width, tile_v)
     common.launch(
         problem.kernels, output_kernel, grid,
         q, k, v, level_scales, states.sums, states.entries, states.entry_log, o, problem.row_sequence, *problem.table,

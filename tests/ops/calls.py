@@ -1,0 +1,68 @@
+"""The two public ops called alike, by argument name: the delta rule when there is a beta."""
+
+import torch
+
+import loglinear
+from loglinear import reference
+from oracle import make_inputs, per_value_head
+
+C = 64  # the ops' chunk size: where their bits change
+
+
+def inputs(gate, *, linear=False, hard=False, L=9, **kwargs):
+    """``make_inputs``; ``linear`` switches the tree off, ``hard`` puts -inf and -1e30 among the gates."""
+    grad = kwargs.pop("grad", False)
+    x = make_inputs(gate=gate, L=L, **kwargs)
+    if hard:
+        T = x["g"].shape[1]
+        x["g"][:, [t for t in (0, 5, C - 1, C, C + 1, 100, 130) if t < T]] = -torch.inf
+        x["g"][:, 70:73] = -1e30
+    if linear:
+        del x["level_scales"]
+    return {name: tensor.requires_grad_(grad) for name, tensor in x.items()}
+
+
+def run(x, state=None, **kwargs):
+    """``(o, final_state)``."""
+    op = loglinear.log_linear_delta_rule if "beta" in x else loglinear.log_linear_attention
+    return op(**{"g": None, "level_scales": None, **x}, initial_state=state, output_final_state=True, **kwargs)
+
+
+def output(x, **kwargs):
+    """o, asked for alone."""
+    op = loglinear.log_linear_delta_rule if "beta" in x else loglinear.log_linear_attention
+    o, state = op(**{"g": None, "level_scales": None, **x}, **kwargs)
+    assert state is None
+    return o
+
+
+def dense(q, k, v, level_scales=None, g=None, beta=None):
+    """The dense reference (itself tested against the oracle), for lengths at which the oracle would take minutes."""
+    heads = v.shape[2]
+    q, k = per_value_head(q, heads).transpose(1, 2), per_value_head(k, heads).transpose(1, 2)
+    g = torch.zeros_like(v[..., 0]) if g is None else g
+    transition = reference.Scalar(g.mT) if beta is None else reference.DeltaRule(g.mT, beta.mT, k)
+    scales = None if level_scales is None else level_scales.transpose(1, 2)
+    return reference.dense(q, k, v.transpose(1, 2), transition, scales).transpose(1, 2)
+
+
+def tokens(x, left, right):
+    return {name: tensor[:, left:right] for name, tensor in x.items()}
+
+
+def rows(x, index):
+    return {name: tensor[index] for name, tensor in x.items()}
+
+
+def meaning(state):
+    """What a state says, whatever the split between its matrices and their logs: a list of tensors to compare."""
+    if isinstance(state, loglinear.LinearState):
+        return [state.state]
+    buckets = state.decay.exp()[..., None, None] * state.entries
+    parts = [buckets, state.open_k, state.open_v, state.open_g.exp(), state.open_beta]
+    return [part for part in parts if part is not None]
+
+
+def fields(state):
+    """Every tensor of a state by name."""
+    return {name: value for name, value in vars(state).items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,257 @@
+"""The public ops against the definition: every length, group, width, number of levels, gate and dtype, with gradients."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from calls import C, dense, fields, inputs, output, run, tokens
+
+import loglinear
+from oracle import LOW_PRECISION_FACTOR, SAME_NUMBERS, TOLERANCES, error, gradients, oracle, oracle_row
+
+GATES = ("identity", "scalar", "delta")
+gates = pytest.mark.parametrize("gate", GATES)
+EXACT = TOLERANCES[torch.float64]
+
+
+def assert_same(x, expected, wanted, tolerance, **kwargs):
+    """Output and every gradient of the op within ``tolerance``, all finite, in the dtypes of v and of the arguments."""
+    o = output(x, **kwargs)
+    assert o.dtype == x["v"].dtype
+    assert o.isfinite().all()
+    assert error(o, expected) <= tolerance
+    for name, have, want in zip(x, gradients(o, x.values()), wanted, strict=True):
+        assert have.dtype == x[name].dtype, name
+        assert have.isfinite().all(), name
+        assert error(have, want) <= tolerance, name
+
+
+@pytest.mark.parametrize(
+    ("op", "names"),
+    [
+        (
+            loglinear.log_linear_attention,
+            "q k v g level_scales scale initial_state output_final_state cu_seqlens",
+        ),
+        (
+            loglinear.log_linear_delta_rule,
+            "q k v g beta level_scales scale initial_state output_final_state use_qk_l2norm_in_kernel cu_seqlens",
+        ),
+    ],
+)
+def test_signature(op, names):
+    """The field's names, in the field's order; anything more comes after them and is optional."""
+    parameters = inspect.signature(op).parameters
+    assert list(parameters)[: len(names.split())] == names.split()
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    required = ("q", "k", "v", "g", "beta", "level_scales")
+    assert [name for name in parameters if name not in defaults] == [n for n in required if n in names.split()]
+    switches = ("output_final_state", "use_qk_l2norm_in_kernel")
+    assert all(default is (False if name in switches else None) for name, default in defaults.items())
+    assert op is getattr(loglinear.ops, op.__name__)
+
+
+@pytest.mark.parametrize(
+    ("gate", "hard"),
+    [("identity", False), ("scalar", False), ("delta", False), ("scalar", True), ("delta", True)],
+    ids=["identity", "scalar", "delta", "scalar-hard", "delta-hard"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_against_the_oracle(gate, hard, dtype):
+    """Three chunks, groups, and (hard) gates of -inf and -1e30 at and around the chunk's border."""
+    x = inputs(gate, hard=hard, T=150, dtype=dtype, grad=True)
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in x.items()}
+    expected = oracle(**exact)
+    assert_same(x, expected, gradients(expected, exact.values()), TOLERANCES[dtype])
+
+
+@gates
+@pytest.mark.parametrize("T", [0, 1, C - 1, C, C + 1, 2 * C - 1, 2 * C, 2 * C + 1, 4 * C, 8 * C - 1, 8 * C, 8 * C + 1])
+def test_every_length(gate, T):
+    x = inputs(gate, T=T, L=11, grad=True)
+    expected = dense(**x)
+    assert_same(x, expected, gradients(expected, x.values()), EXACT)
+
+
+@gates
+@pytest.mark.parametrize(("G", "H"), [(1, 1), (1, 6), (2, 6), (3, 6), (6, 6)])
+def test_value_heads_share_query_heads_in_order(gate, G, H):
+    x = inputs(gate, B=1, T=C + 3, G=G, H=H, grad=True)
+    expected = oracle(**x)
+    assert_same(x, expected, gradients(expected, x.values()), EXACT)
+
+
+@gates
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (7, 2), (2, 33), (64, 64), (256, 3)])
+def test_every_width(gate, K, V):
+    x = inputs(gate, B=1, T=2 * C + 2, K=K, V=V, grad=True)
+    expected = dense(**x)
+    assert_same(x, expected, gradients(expected, x.values()), EXACT)
+
+
+@gates
+@pytest.mark.parametrize("L", [1, 2, 6, 7, 8, 9, 10, 20])
+def test_levels_beyond_the_last_share_it(gate, L):
+    """T = 300 needs 10 levels; 7 lie within a chunk."""
+    x = inputs(gate, B=1, T=300, L=L, grad=True)
+    expected = dense(**x)
+    assert_same(x, expected, gradients(expected, x.values()), EXACT)
+    if L < 10:
+        x = {name: tensor.detach() for name, tensor in x.items()}
+        last = x["level_scales"][..., -1:].expand(-1, -1, -1, 10 - L)
+        filled = {**x, "level_scales": torch.cat([x["level_scales"], last], -1)}
+        assert torch.equal(output(x), output(filled))
+
+
+@gates
+def test_gradcheck(gate):
+    x = inputs(gate, B=1, T=C + 2, H=1, G=1, K=1, V=1, L=8, grad=True)
+    assert torch.autograd.gradcheck(lambda *y: output(dict(zip(x, y))), tuple(x.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@pytest.mark.parametrize("value", [-torch.inf, -3e38, -1e30, -1e4, -0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_gates(gate, value, dtype):
+    """The sums overflow to -inf, or stay 0: the token alone is left, or nothing decays."""
+    x = inputs(gate, B=1, T=2 * C + 5, dtype=dtype)
+    x["g"] = torch.full_like(x["g"], value)
+    x = {name: tensor.requires_grad_() for name, tensor in x.items()}
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in x.items()}
+    expected = dense(**exact)
+    if value < 0:
+        q, k = (exact[n].repeat_interleave(2, 2) for n in ("q", "k"))
+        own = exact["level_scales"][..., 0] * (q * k).sum(-1) * exact.get("beta", torch.ones(1))
+        assert error(expected, own[..., None] * exact["v"]) <= EXACT
+    assert_same(x, expected, gradients(expected, exact.values()), TOLERANCES[dtype])
+
+
+def test_no_gate_is_a_gate_of_zero():
+    for gate in ("scalar", "delta"):
+        x = inputs(gate, T=150)
+        zero = {**x, "g": torch.zeros_like(x["g"])}
+        assert torch.equal(output({**x, "g": None}), output(zero))
+
+
+@gates
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_at_most_twice_plain_torch(gate, dtype):
+    """Against float64 on the same rounded inputs; plain torch is the dense formula at that dtype (its solve in float32)."""
+    x = inputs(gate, T=2 * C + 22, K=16, V=16, dtype=dtype, grad=True)
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in x.items()}
+    expected = oracle(**exact)
+    plain = {name: tensor.detach().clone().requires_grad_() for name, tensor in x.items()}
+    o, p = output(x), plain_torch(**plain)
+    assert o.dtype == p.dtype == dtype
+    assert error(o, expected) <= LOW_PRECISION_FACTOR * error(p, expected)
+    wanted = gradients(expected, exact.values())
+    for name, have, bar, want in zip(x, gradients(o, x.values()), gradients(p, plain.values()), wanted):
+        assert have.dtype == dtype
+        assert error(have, want) <= LOW_PRECISION_FACTOR * error(bar, want), name
+
+
+def plain_torch(q, k, v, level_scales, g=None, beta=None):
+    """What one would write in a few lines: masked attention, everything at the dtype that torch's operators give."""
+    T, group = v.shape[1], v.shape[2] // q.shape[2]
+    q, k = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (q, k))
+    v, level_scales = v.transpose(1, 2), level_scales.transpose(1, 2)
+    t = torch.arange(T)
+    level = torch.tensor([[int(a ^ b).bit_length() for b in range(T)] for a in range(T)])
+    mask = level_scales.gather(-1, level.clamp(max=level_scales.shape[-1] - 1).expand(*v.shape[:2], T, T)).tril()
+    sums = torch.zeros_like(v[..., 0]) if g is None else g.mT.cumsum(-1)
+    decay = (sums[..., :, None] - sums[..., None, :]).masked_fill(t[:, None] < t, -torch.inf).exp()
+    scores = (q @ k.mT) * decay
+    if beta is not None:
+        overlap = torch.eye(T, dtype=q.dtype) + (beta.mT[..., None] * (k @ k.mT) * decay).tril(-1)
+        rates = torch.diag_embed(beta.mT)
+        solved = torch.linalg.solve_triangular(overlap.float(), rates.float(), upper=False, unitriangular=True)
+        scores = scores @ solved.to(q.dtype)
+    return ((scores * mask) @ v).transpose(1, 2)
+
+
+@gates
+def test_scale(gate):
+    x = inputs(gate, B=1, T=40)
+    assert error(output(x, scale=-0.25), oracle(**x, scale=-0.25)) <= EXACT
+    assert torch.equal(output(x, scale=1), output(x))
+
+
+def test_l2_norm_of_queries_and_keys():
+    x = inputs("delta", T=C + 9, grad=True)
+    x["k"] = (3 * x["k"].detach()).requires_grad_()
+
+    def unit(y):
+        return y / torch.sqrt((y * y).sum(-1, keepdim=True) + 1e-6)
+
+    expected = oracle(**{**x, "q": unit(x["q"]), "k": unit(x["k"])})
+    assert_same(x, expected, gradients(expected, x.values()), EXACT, use_qk_l2norm_in_kernel=True)
+
+
+@gates
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_rounds_only_the_output(gate, dtype):
+    """Gates and λ in float32 beside narrow q, k and v, as models have them, and a scale: the bits of float32, rounded once."""
+    x = inputs(gate, T=C + 9, dtype=torch.float32)
+    narrow = {name: t.to(dtype) if name in ("q", "k", "v") else t for name, t in x.items()}
+    wide = {name: t.float() for name, t in narrow.items()}
+    assert torch.equal(output(narrow, scale=0.3), output(wide, scale=0.3).to(dtype))
+
+
+@gates
+@pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
+def test_an_empty_batch_and_no_tokens(gate, linear):
+    for B, T in ((0, 70), (2, 0), (0, 0)):
+        x = inputs(gate, B=B, T=T, linear=linear, grad=True)
+        o, state = run(x)
+        assert o.shape == (B, T, 4, 5)
+        assert state.position.tolist() == [0] * B
+        assert all(tensor.eq(0).all() for tensor in fields(state).values())
+        assert [tuple(x.shape) for x in gradients(o, x.values())] == [tuple(x.shape) for x in x.values()]
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+def test_a_long_sequence_row_by_row(gate):
+    """T = 20,000 in float32: rows sampled at and around powers of two, each against its own O(T) sum."""
+    T = 20_000
+    x = inputs(gate, B=1, T=T, H=2, G=1, K=8, V=4, L=15, dtype=torch.float32)
+    x["g"] = x["g"] * 0.005  # slow enough that the first tokens still reach the last
+    o = output(x)[0]
+    alone = {name: tensor[0] for name, tensor in x.items()}
+    for t in (0, 8191, 8192, 12_345, 16_383, 16_384, T - 1):
+        assert error(o[t], torch.from_numpy(oracle_row(t, **alone))) <= TOLERANCES[torch.float32], t
+
+
+@gates
+@pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
+def test_linear_form_is_lambda_one(gate, linear):
+    """Without level_scales the op is the linear model; with λ = 1 it is the same numbers through the tree."""
+    x = inputs(gate, T=300, linear=linear, grad=True)
+    if not linear:
+        x["level_scales"] = torch.ones_like(x["level_scales"], requires_grad=True)
+    names = [name for name in x if name != "level_scales"]
+    expected = dense(**{name: x[name] for name in names})
+    o = output(x)
+    assert error(o, expected) <= EXACT
+    variables = [x[name] for name in names]
+    for name, have, want in zip(names, gradients(o, variables), gradients(expected, variables)):
+        assert error(have, want) <= EXACT, name
+
+
+@gates
+def test_causality_across_chunks(gate):
+    """Other tokens from t on, whatever they are, leave every bit before t alone."""
+    x, other = inputs(gate, T=300), inputs(gate, T=300, seed=1)
+    for t in (1, C - 1, C, C + 1, 200):
+        mixed = {name: torch.cat([x[name][:, :t], other[name][:, t:]], 1) for name in x}
+        assert torch.equal(output(x)[:, :t], output(mixed)[:, :t]), t
+        assert error(output(tokens(x, 0, t)), output(x)[:, :t]) <= SAME_NUMBERS, t
+
+
+def test_not_shift_invariant():
+    """Zeros on the left are not padding: levels move with position (the reason a state carries positions)."""
+    x = inputs("scalar", B=1, T=100)
+    padded = {name: torch.cat([torch.zeros_like(tensor[:, :5]), tensor], 1) for name, tensor in x.items()}
+    relative = error(output(padded)[:, 5:], output(x))
+    assert relative > 0.1
+    assert math.isfinite(relative)

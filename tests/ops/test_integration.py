@@ -1,0 +1,222 @@
+"""Inside PyTorch: compile, opcheck, autocast, checkpointing, graphs used twice, strides, and work that grows with log T."""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from calls import C, fields, inputs, meaning, output, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import loglinear
+from loglinear.reference.layout import build_layout
+from oracle import SAME_NUMBERS, error, gradients
+
+gates = pytest.mark.parametrize("gate", ["scalar", "delta"])
+both_forms = pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
+
+
+@pytest.fixture
+def compiled():
+    """``torch.compile`` into one graph, or an error; nothing is kept for the next test."""
+    torch._dynamo.reset()
+    yield partial(torch.compile, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+@gates
+@both_forms
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_compiled_is_eager(compiled, gate, linear, dynamic, packed):
+    """One graph, forward and backward; with dynamic shapes, one graph for every length."""
+    function = compiled(lambda x, **kwargs: 2 * output(x, **kwargs), dynamic=dynamic)
+    for i, T in enumerate((C + 7, 2 * C + 1, 5 * C) if dynamic else (C + 7,)):
+        x = inputs(gate, B=1 if packed else 2, T=T, seed=T, linear=linear, grad=True)
+        kwargs = {"cu_seqlens": torch.tensor([0, 5, 5, T])} if packed else {}
+        with torch.compiler.set_stance("fail_on_recompile" if dynamic and i else "default"):
+            o = function(x, **kwargs)
+            have = gradients(o, x.values())
+        expected = 2 * output(x, **kwargs)
+        assert error(o, expected) <= SAME_NUMBERS
+        for name, *pair in zip(x, have, gradients(expected, x.values())):
+            assert error(*pair) <= SAME_NUMBERS, name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's own, where the graph breaks
+def test_compiled_with_states(compiled):
+    """A state's slots depend on its positions, hence not one graph; the numbers are eager's."""
+    x, new = inputs("scalar", T=C + 7), inputs("scalar", T=1, seed=1)
+    function = compiled(run, fullgraph=False)
+    o, state = function(x)
+    step, state = function(new, state)
+    expected, eager = run(x)
+    expected_step, eager = run(new, eager)
+    assert error(o, expected) <= SAME_NUMBERS
+    assert error(step, expected_step) <= SAME_NUMBERS
+    assert max(map(error, meaning(state), meaning(eager))) <= SAME_NUMBERS
+
+
+@gates
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("missing", ["nothing", "g", "level_scales"])
+def test_opcheck(gate, packed, missing):
+    """Schema, fake implementation, autograd registration, and AOT dispatch with static and dynamic shapes."""
+    x = inputs(gate, B=1 if packed else 2, T=C + 3, grad=True)
+    names = ("q", "k", "v", "g", "beta", "level_scales")
+    args = [None if name == missing else x.get(name) for name in names]
+    bounds = torch.tensor([0, 9, C + 3]) if packed else None
+    torch.library.opcheck(torch.ops.loglinear.attention.default, (*args, 0.5, bounds))
+    args = [None if value is None else value.detach() for value in args]
+    backward = (torch.randn_like(x["v"]), *args, 0.5, bounds)
+    before = [value.clone() if isinstance(value, torch.Tensor) else value for value in backward]
+    torch.library.opcheck(torch.ops.loglinear.attention_backward.default, backward)
+    assert all(torch.equal(v, old) for v, old in zip(backward, before) if isinstance(v, torch.Tensor))
+
+
+@gates
+@both_forms
+def test_autocast_is_the_explicit_cast(gate, linear):
+    """q, k, v to bfloat16; gates and λ as they are; gradients in the dtype of the float32 arguments."""
+    x = inputs(gate, T=C + 9, dtype=torch.float32, linear=linear, grad=True)
+    cast = {name: t.bfloat16() if name in ("q", "k", "v") else t for name, t in x.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = run(x)
+    expected, wanted = run(cast)
+    assert o.dtype == torch.bfloat16
+    assert torch.equal(o, expected)
+    assert all(map(torch.equal, fields(state).values(), fields(wanted).values()))
+    for name, *pair in zip(x, gradients(o, x.values()), gradients(expected, x.values())):
+        assert pair[0].dtype == torch.float32
+        assert torch.equal(*pair), name
+
+
+@gates
+@both_forms
+def test_checkpointing(gate, linear):
+    x = inputs(gate, T=2 * C + 9, linear=linear, grad=True)
+    names = list(x)
+    o = checkpoint(lambda *values: output(dict(zip(names, values))), *x.values(), use_reentrant=False)
+    expected = output(x)
+    assert torch.equal(o, expected)
+    assert all(map(torch.equal, gradients(o, x.values()), gradients(expected, x.values())))
+
+
+@gates
+@both_forms
+def test_a_graph_kept_can_be_walked_twice(gate, linear):
+    x = inputs(gate, T=3 * C + 9, linear=linear, grad=True)
+    o, state = run(x)
+    outputs = [o, *fields(state).values()]
+    assert all(map(torch.equal, gradients(outputs, x.values()), gradients(outputs, x.values())))
+
+
+@gates
+@both_forms
+def test_gradients_of_gradients(gate, linear):
+    """Two chunks, hence the tree and its in-place sums."""
+    x = inputs(gate, B=1, T=C + 2, H=1, G=1, K=1, V=1, L=8, linear=linear, grad=True)
+    assert torch.autograd.gradgradcheck(lambda *y: output(dict(zip(x, y))), tuple(x.values()), fast_mode=True)
+
+
+@gates
+def test_func_transforms_agree_with_autograd(gate):
+    x = inputs(gate, T=C + 9, grad=True)
+    o = output(x)
+    have = torch.func.grad(lambda y: output(y).square().sum())({name: t.detach() for name, t in x.items()})
+    wanted = torch.autograd.grad(o.square().sum(), list(x.values()))
+    assert all(error(have[name], want) <= SAME_NUMBERS for name, want in zip(x, wanted))
+    # whatever ran first must not leave a trace in what runs later at the same shape
+    assert torch.equal(output(x), o)
+
+
+@gates
+@both_forms
+def test_training_after_inference_mode(gate, linear):
+    """Tables kept from a call in inference mode must serve a later one that is differentiated."""
+    build_layout.cache_clear()
+    x = inputs(gate, T=C + 11, linear=linear, grad=True)
+    with torch.inference_mode():
+        expected, _ = run(x)
+    o, state = run(x)
+    assert torch.equal(o, expected)
+    assert sum(gradient.norm() for gradient in gradients([o, *fields(state).values()], x.values())) > 0
+
+
+@gates
+@both_forms
+def test_strides_do_not_matter(gate, linear):
+    """Heads-first storage, reversed storage, and one key for all rows and one gate for all heads (stride 0)."""
+    x = inputs(gate, T=2 * C, linear=linear)
+    x["k"] = x["k"][:1].expand(2, -1, -1, -1)
+    x["g"] = x["g"][..., :1].expand(-1, -1, 4)
+    layouts = {
+        "heads first": {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in x.items()},
+        "every other": {n: torch.stack([t, t + 1], 2).flatten(1, 2)[:, ::2] for n, t in x.items()},
+        "expanded": x,
+    }
+    copies = {name: t.clone(memory_format=torch.contiguous_format).requires_grad_() for name, t in x.items()}
+    expected = output(copies)
+    for how, y in layouts.items():
+        assert how == "every other" or not all(t.is_contiguous() for t in y.values())
+        y = {name: t.detach().requires_grad_() for name, t in y.items()}
+        o = output(y)
+        assert error(o, expected) <= SAME_NUMBERS, how
+        for name, *pair in zip(y, gradients(o, y.values()), gradients(expected, copies.values())):
+            assert error(*pair) <= SAME_NUMBERS, (how, name)
+
+
+@gates
+def test_inputs_are_not_written_to(gate):
+    x = inputs(gate, T=4 * C, grad=True)
+    before = {name: t.detach().clone() for name, t in x.items()}
+    gradients(output(x), x.values())
+    assert all(t._version == 0 and torch.equal(t, before[name]) for name, t in x.items())
+
+
+class Count(TorchDispatchMode):
+    """Counts the operators that reach the backend."""
+
+    operators = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+@gates
+def test_loops_run_over_levels_only(gate):
+    """Doubling T adds the operators of one level, always as many; a loop over chunks or tokens would double them."""
+
+    def operators(T):
+        build_layout.cache_clear()  # the tables of the partition count as well
+        x = inputs(gate, B=1, T=T, H=1, G=1, K=1, V=1, L=16, grad=True)
+        with Count() as count:
+            o, _ = run(x)
+            gradients(o, x.values())
+        return count.operators
+
+    counts = [operators(C << k) for k in range(2, 8)]
+    steps = {later - earlier for earlier, later in pairwise(counts)}
+    assert len(steps) == 1, counts
+    assert steps.pop() < 300
+
+
+@gates
+def test_the_work_of_packed_sequences_does_not_grow_with_their_number(gate):
+    def operators(sequences):
+        build_layout.cache_clear()
+        x = inputs(gate, B=1, T=sequences * 70, H=1, G=1, K=1, V=1, L=8)
+        bounds = torch.arange(sequences + 1) * 70
+        with Count() as count:
+            run(x, cu_seqlens=bounds)
+        return count.operators
+
+    assert operators(3) == operators(50)
+
+
+def test_public_names():
+    for name in ("log_linear_attention", "log_linear_delta_rule", "LogLinearState", "LinearState"):
+        assert getattr(loglinear, name) is getattr(loglinear.ops, name)
+        assert name in loglinear.__all__

@@ -1,0 +1,110 @@
+"""Neighbours do not exist: a packed sequence, a row of a batch and a sequence alone are the same bits."""
+
+import pytest
+import torch
+from calls import C, fields, inputs, output, run, tokens
+
+from oracle import gradients
+
+LENGTHS = [0, 1, 5, C, C + 1, 0, 2 * C - 1, 1, 3 * C, 130, 0]
+BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0)
+KINDS = {
+    "scalar": {"gate": "scalar"},
+    "delta": {"gate": "delta"},
+    "scalar, resets": {"gate": "scalar", "hard": True},
+    "linear scalar": {"gate": "scalar", "linear": True},
+    "linear delta": {"gate": "delta", "linear": True},
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+
+def assert_row(state, row, alone):
+    """Row ``row`` holds the bits of ``alone``; slots that only a longer neighbour needs are empty."""
+    for name, tensor in fields(state).items():
+        mine, own = tensor[row], getattr(alone, name)[0]
+        if name in ("entries", "decay"):
+            assert mine[len(own) :].eq(0).all()
+            mine = mine[: len(own)]
+        assert torch.equal(mine, own), (row, name)
+
+
+def assert_same_gradients(x, have, y, want, cut):
+    for name, *pair in zip(x, gradients(have, x.values()), gradients(want, y.values()), strict=True):
+        assert torch.equal(cut(pair[0]), pair[1]), name
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_sequences_are_each_alone(kind, dtype):
+    """Empty and one-token sequences among them; outputs, final states and gradients, bit for bit."""
+    x = inputs(**kind, B=1, T=sum(LENGTHS), dtype=dtype, grad=True)
+    o, state = run(x, cu_seqlens=BOUNDS)
+    assert state.position.tolist() == LENGTHS
+    for row, (left, right) in enumerate(zip(BOUNDS.tolist(), BOUNDS.tolist()[1:])):
+        y = {name: t.detach()[:, left:right].clone().requires_grad_() for name, t in x.items()}
+        alone, alone_state = run(y)
+        assert torch.equal(o[:, left:right], alone)
+        assert_row(state, row, alone_state)
+        if right > left:
+            # one sequence's output alone: nothing may leak into the gradients of another
+            inside = gradients(o[:, left:right], x.values())
+            assert all(torch.equal(g[:, left:right], w) for g, w in zip(inside, gradients(alone, y.values())))
+            assert all(g[:, :left].eq(0).all() and g[:, right:].eq(0).all() for g in inside)
+
+
+@kinds
+def test_packed_sequences_continue_packed(kind):
+    """Each sequence goes on from its own row of the state; an empty one keeps its row, bit for bit."""
+    more = [3, 0, C, 1, 0, 0, 1, 2 * C + 9, 7, 0, 2]
+    x, y = inputs(**kind, B=1, T=sum(LENGTHS)), inputs(**kind, B=1, T=sum(more), seed=1)
+    bounds = torch.tensor([0, *more]).cumsum(0)
+    _, first = run(x, cu_seqlens=BOUNDS)
+    o, second = run(y, first, cu_seqlens=bounds)
+    assert second.position.tolist() == [a + b for a, b in zip(LENGTHS, more)]
+    for row, (left, right) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:])):
+        alone, alone_state = run(tokens(y, left, right), first.reorder(torch.tensor([row])))
+        assert torch.equal(o[:, left:right], alone)
+        assert_row(second, row, alone_state)
+        if more[row] == 0:
+            assert_row(second, row, first.reorder(torch.tensor([row])))
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, C - 1, 2 * C, 5 * C + 3])
+def test_a_row_alone_is_the_row_in_the_batch(kind, dtype, T):
+    x = inputs(**kind, B=5, T=T, K=16, V=8, dtype=dtype, grad=True)
+    o, state = run(x)
+    for row in (0, 3, 4):
+        y = {name: tensor.detach()[[row]].clone().requires_grad_() for name, tensor in x.items()}
+        alone, alone_state = run(y)
+        assert torch.equal(o[[row]], alone)
+        assert_row(state, row, alone_state)
+        assert_same_gradients(x, o[[row]], y, alone, lambda gradient, row=row: gradient[[row]])
+
+
+@kinds
+def test_the_same_bits_twice(kind):
+    x = inputs(**kind, T=5 * C + 3, K=16, V=8, dtype=torch.float32, grad=True)
+    first, second = output(x), output(x)
+    assert torch.equal(first, second)
+    assert all(map(torch.equal, gradients(first, x.values()), gradients(second, x.values())))
+
+
+def test_every_way_to_give_the_bounds():
+    x = inputs("delta", B=1, T=sum(LENGTHS))
+    expected = output(x, cu_seqlens=BOUNDS)
+    assert torch.equal(output(x, cu_seqlens=BOUNDS.int()), expected)
+    assert torch.equal(output(x, cu_seqlens=BOUNDS, cu_seqlens_cpu=BOUNDS), expected)
+    assert torch.equal(output(x, cu_seqlens=BOUNDS.int(), cu_seqlens_cpu=BOUNDS.int()), expected)
+    whole = torch.tensor([0, sum(LENGTHS)])
+    assert torch.equal(output(x, cu_seqlens=whole), output(x))
+    assert not torch.equal(output(x), expected)
+
+
+@pytest.mark.parametrize("kind", [KINDS["delta"], KINDS["linear scalar"]], ids=["log-linear", "linear"])
+def test_no_sequences_and_only_empty_ones(kind):
+    for bounds in ([0], [0, 0, 0]):
+        o, state = run(inputs(**kind, B=1, T=0), cu_seqlens=torch.tensor(bounds))
+        assert o.shape == (1, 0, 4, 5)
+        assert state.position.tolist() == [0] * (len(bounds) - 1)
