@@ -1,0 +1,121 @@
+"""``loglinear evaluate``: perplexity of a checkpoint, and its loss by position as a curve and as numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from loglinear.tasks.lm.config import DataConfig, Packing
+
+if TYPE_CHECKING:
+    from loglinear.cli.checkpoint import Checkpoint
+    from loglinear.tasks.lm.documents import Side, Source
+    from loglinear.tasks.lm.tokens import Windows
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """Perplexity and loss by position of a checkpoint, on its own validation data or on any other text."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of one of its checkpoints."""
+    data: str | None = None
+    """As for train; none: the data of the run, as its record tells."""
+    split: Literal["auto", "validation", "train", "all"] = "auto"
+    """Documents to use; auto: the validation documents of the data that the model was trained on, all of other data."""
+    suffixes: tuple[str, ...] | None = None
+    """Which files of a folder are read; none: as in training."""
+    text_field: str | None = None
+    """Field of a JSON line or a dataset row that holds the text; none: as in training."""
+    context: int | None = None
+    """Tokens in a sequence; none: as in training."""
+    packing: Packing | None = None
+    """As for train; none: as in training."""
+    sequences: int | None = None
+    """At most this many sequences, evenly spread over the data."""
+    batch_size: int = 8
+    """Sequences per forward pass."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on a GPU that has it, float32 otherwise."""
+    buckets: int = 32
+    """Ranges of positions in the curve."""
+    output: Path | None = None
+    """Folder for loss_by_position.json and .png; none: `evaluation` in the checkpoint's folder."""
+    cache: Path = field(default_factory=lambda: DataConfig().cache)
+    """Folder for tokenized data."""
+
+
+def evaluate(args: EvaluateArgs) -> dict:
+    """Write the curve and the numbers, print and return the summary."""
+    import torch
+    from rich.console import Console
+
+    from loglinear.cli.checkpoint import open_checkpoint
+    from loglinear.tasks.lm.evaluation import position_losses, summary
+    from loglinear.tasks.lm.figure import draw_losses
+    from loglinear.training.trainer import use_bfloat16
+
+    console = Console(soft_wrap=True)
+    checkpoint = open_checkpoint(args.checkpoint)
+    windows, described = sequences(args, checkpoint)
+    dtype = torch.bfloat16 if use_bfloat16(args.precision) else torch.float32
+    console.print(
+        f"{described['side']} documents of {described['data']}: {len(windows):,} sequences of {windows.context:,}"
+    )
+    with console.status("evaluating") as status:
+        losses = position_losses(
+            checkpoint.model, windows, args.batch_size, dtype, lambda done: status.update(f"{done}/{len(windows)}")
+        )
+    result = {"checkpoint": str(checkpoint.folder), **described, **summary(losses, args.buckets)}
+    output = args.output or checkpoint.folder / "evaluation"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "loss_by_position.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw_losses({args.checkpoint.name: losses}, output / "loss_by_position.png", args.buckets)
+    console.print(
+        f"loss {result['loss']:.4f} ± {result['standard_error']:.4f} nats per token, perplexity {result['perplexity']:.3f}"
+    )
+    console.print(f"curve and numbers: {output / 'loss_by_position.png'}, {output / 'loss_by_position.json'}")
+    return result
+
+
+def sequences(args: EvaluateArgs, checkpoint: Checkpoint) -> tuple[Windows, dict]:
+    """The sequences to evaluate on and, for the report, where they come from."""
+    from loglinear.tasks.lm.tokens import Windows, tokenize
+
+    source, side = _source(args, checkpoint.record)
+    trained = checkpoint.record["arguments"] if checkpoint.record else {}
+    context = args.context or trained.get("context") or checkpoint.model.config.max_position_embeddings
+    packing = args.packing or trained.get("packing", DataConfig.packing)
+    windows = Windows(tokenize(source, side, checkpoint.tokenizer, args.cache), context, packing)
+    described = {"data": source.data, "hash": source.hash, "side": side, "context": context, "packing": packing}
+    described |= windows.describe()
+    if args.sequences is not None:
+        windows.thin(args.sequences)
+    return windows, described
+
+
+def _source(args: EvaluateArgs, record: dict | None) -> tuple[Source, Side]:
+    """What to read and which side of it, so that a model is never evaluated on its own training text by default."""
+    from loglinear.tasks.lm.documents import Source
+
+    trained = record["arguments"] if record else {}
+    hashes = record["data"] if record else {}
+    data = args.data or trained.get("validation_data") or trained.get("data")
+    if data is None:
+        raise ValueError(f"data: needed, because no record beside {args.checkpoint} tells what it was trained on")
+    source = Source(
+        data,
+        args.suffixes or tuple(trained.get("suffixes", DataConfig.suffixes)),
+        args.text_field or trained.get("text_field", DataConfig.text_field),
+        trained.get("validation_fraction", DataConfig.validation_fraction),
+    )
+    if args.data is None and source.hash not in (hashes["hash"], hashes.get("validation_hash")):
+        raise ValueError(f"data: {data!r} is no longer what the model was trained on; name the text to evaluate on")
+    if args.split != "auto":
+        return source, args.split
+    was_split = trained.get("validation_data") is None and source.validation_fraction > 0
+    return source, "validation" if was_split and source.hash == hashes.get("hash") else "all"

@@ -1,0 +1,94 @@
+"""``loglinear generate``: a prompt in, the continuation streamed out, and what the past costs to remember."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from loglinear.cli.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """Continue a prompt. The text goes to the standard output, the size of the state to the standard error."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of one of its checkpoints."""
+    prompt: str | None = None
+    """Text to continue."""
+    prompt_file: Path | None = None
+    """File with the text to continue, instead of --prompt; - reads the standard input."""
+    max_new_tokens: int = 200
+    """Tokens to generate at most; the end-of-text token ends a text earlier."""
+    temperature: float = 0.8
+    """Below 1 prefers likely tokens; 0 takes the likeliest (greedy)."""
+    top_p: float = 0.95
+    """Sample among the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Of the sampling."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("prompt: give exactly one of prompt and prompt_file")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1: got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0: got {self.temperature}")
+
+
+def generate(args: GenerateArgs) -> str:
+    """Stream the continuation, print the size of the state, and return prompt and continuation."""
+    from loglinear.cli.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(args.checkpoint)
+    prompt = _prompt(args)
+    print(prompt, end="", flush=True)
+    continuation, state = continue_text(checkpoint, prompt, args, stream=True)
+    print(f"\n{state}", file=sys.stderr)
+    return prompt + continuation
+
+
+def continue_text(checkpoint: Checkpoint, prompt: str, args: GenerateArgs, stream: bool) -> tuple[str, str]:
+    """The continuation of ``prompt``, and a line that says how many bytes the model remembered it in."""
+    from transformers import TextStreamer, set_seed
+
+    tokenizer, model = checkpoint.tokenizer, checkpoint.model
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise ValueError("prompt: needs at least one token")
+    set_seed(args.seed)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    output = model.generate(  # type: ignore[operator]
+        **inputs.to(model.device),
+        **(sampling if args.temperature > 0 else {"do_sample": False}),
+        max_new_tokens=args.max_new_tokens,
+        use_cache=True,
+        return_dict_in_generate=True,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+    )
+    sequence, cache = output.sequences[0], output.past_key_values
+    return str(tokenizer.decode(sequence[length:], skip_special_tokens=True)), describe_state(cache)
+
+
+def describe_state(cache) -> str:
+    """Bytes of the cache by kind: recurrent and log-linear states, and the KV cache of softmax attention."""
+    from loglinear.models.cache import KVCacheLayer, RecurrentCacheLayer
+
+    parts = []
+    for name, kind in (("recurrent state", RecurrentCacheLayer), ("KV cache", KVCacheLayer)):
+        sizes = [layer.nbytes for layer in cache.layers if isinstance(layer, kind)]
+        if sizes:
+            parts.append(f"{name} {sum(sizes):,} bytes in {len(sizes)} layers")
+    return f"after {cache.get_seq_length():,} tokens: {', '.join(parts)}"
+
+
+def _prompt(args: GenerateArgs) -> str:
+    if args.prompt_file is None:
+        return args.prompt or ""
+    return sys.stdin.read() if str(args.prompt_file) == "-" else args.prompt_file.read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Tasks: data and evaluation. No model code."""

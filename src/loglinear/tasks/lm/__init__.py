@@ -1,0 +1,1 @@
+"""Language modelling: documents, tokens, sequences, and the loss by position. No model code."""

@@ -1,0 +1,65 @@
+"""From a DataConfig to a tokenizer and two sets of sequences, through the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from loglinear.tasks.lm.config import DataConfig
+from loglinear.tasks.lm.documents import Side, Source
+from loglinear.tasks.lm.tokenizer import cached_tokenizer, load_tokenizer, tokenizer_hash
+from loglinear.tasks.lm.tokens import Tokens, Windows, tokenize
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What a run trains and validates on. ``hashes`` identify the texts and the tokenizer."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: Windows
+    validation: Windows | None
+    hashes: dict[str, str]
+
+    def describe(self) -> dict:
+        """Hashes and counts, for the record."""
+        validation = None if self.validation is None else self.validation.describe()
+        return {**self.hashes, "train": self.train.describe(), "validation": validation}
+
+
+def load_data(config: DataConfig) -> TextData:
+    """Read, split, tokenize and pack. ``validation`` is None if ``validation_fraction`` is 0 and no other data is given.
+
+    Raises ValueError or FileNotFoundError naming the argument for text that is missing, empty or shorter than a context.
+    """
+    source = Source(config.data, config.suffixes, config.text_field, config.validation_fraction)
+    other = None
+    if config.validation_data is not None:
+        other = Source(config.validation_data, config.suffixes, config.text_field)
+    train_side: Side = "all" if other is not None or config.validation_fraction == 0 else "train"
+
+    hashes = {"hash": source.hash}
+    if config.tokenizer is None:
+        # The hash of the data does not say which of its documents the tokenizer may see.
+        key = f"{source.hash}-{train_side}-{config.validation_fraction}"
+        tokenizer = cached_tokenizer(source.documents(train_side), key, config.vocab_size, config.cache)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    hashes["tokenizer_hash"] = tokenizer_hash(tokenizer)
+
+    train = _pack(tokenize(source, train_side, tokenizer, config.cache), config, "training")
+    validation = None
+    if other is not None:
+        hashes["validation_hash"] = other.hash
+        validation = _pack(tokenize(other, "all", tokenizer, config.cache), config, "validation")
+    elif train_side == "train":
+        validation = _pack(tokenize(source, "validation", tokenizer, config.cache), config, "validation")
+    return TextData(tokenizer, train, validation, hashes)
+
+
+def _pack(tokens: Tokens, config: DataConfig, name: str) -> Windows:
+    try:
+        return Windows(tokens, config.context, config.packing)
+    except ValueError as error:
+        hint = "; give more text, a larger validation_fraction or validation_data" if name == "validation" else ""
+        raise ValueError(f"{name} data: {error}{hint}") from error

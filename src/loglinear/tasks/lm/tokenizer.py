@@ -1,0 +1,75 @@
+"""Tokenizers: one that exists, or a byte-level BPE trained on the spot and kept in the cache.
+
+Byte-level means that every text has a spelling: there is no unknown token, so perplexities count every character.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from loglinear.tasks.lm.atomic import atomic_folder
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"  # a token of its own: an embedding that pads is not trained
+TRAINING_CHARACTERS = 100_000_000  # the merges hardly change beyond this, while the trainer's memory grows
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most ``vocab_size`` entries, learned from the first 100 million characters.
+
+    Raises ValueError for a ``vocab_size`` that has no room for the 256 bytes and the two special tokens.
+    """
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size must be at least 258, the bytes and two special tokens: got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_characters(documents, TRAINING_CHARACTERS), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING)
+
+
+def cached_tokenizer(documents: Iterable[str], data_hash: str, vocab_size: int, cache: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that ``documents`` give, read from ``cache`` when the data with this hash gave it before."""
+    folder = cache / f"tokenizer-{data_hash}-{vocab_size}"
+    if not folder.exists():
+        with atomic_folder(folder) as unfinished:
+            train_tokenizer(documents, vocab_size).save_pretrained(unfinished)
+    return load_tokenizer(str(folder))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder or of a Hugging Face name. Raises ValueError if it cannot be used here."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {name!r} holds no tokenizer that loads: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer: {name!r} has no fast (tokenizers) form, which is needed")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer: {name!r} has no end-of-text token, which is needed between documents")
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Identity of what a tokenizer does to a text."""
+    content = tokenizer.backend_tokenizer.to_str() + str(tokenizer.eos_token_id)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+    for text in documents:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return

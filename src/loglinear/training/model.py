@@ -1,0 +1,31 @@
+"""From a ModelConfig and a tokenizer to a new model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from transformers import PreTrainedTokenizerFast
+
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.training.config import ModelConfig
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context: int) -> LogLinearForCausalLM:
+    """A freshly initialised model for texts of ``tokenizer``, with a λ for every level of ``context`` tokens.
+
+    Raises ValueError naming the field of ``config`` that does not fit.
+    """
+    fields = asdict(config)
+    # The embedding of a padding token gets no gradient, so a tokenizer that pads with its end-of-text token must not say so.
+    padding = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    fields["mixer"] = config.mixer[0] if len(config.mixer) == 1 else list(config.mixer)
+    return LogLinearForCausalLM(
+        LogLinearConfig(
+            **fields,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=context,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=padding,
+        )
+    )

@@ -1,0 +1,61 @@
+"""The record: one JSON file in the run's folder that says what the run is, on what it ran, and what came out.
+
+It is also what makes "the same command goes on" safe: a restart compares its arguments and its data with the record.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from loglinear.tasks.lm.atomic import write_atomically
+
+RECORD = "record.json"
+
+
+def read_record(folder: Path) -> dict | None:
+    """The record in ``folder``, None if there is none."""
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Replace the record in ``folder``, all at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def check_same_run(folder: Path, old: dict, new: dict) -> None:
+    """Raise ValueError naming every argument, or the data, in which ``new`` differs from the record in ``folder``."""
+    before, now = old["arguments"], new["arguments"]
+    differing = [
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    if not differing and old["data"] != new["data"]:
+        differing = ["the text behind data or validation_data, or the tokenizer, has changed"]
+    if differing:
+        raise ValueError(
+            f"{folder / RECORD} records another run: {'; '.join(differing)}. "
+            "Give the recorded arguments to go on with that run, or another --output to start a new one."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, and the device."""
+    packages = ("loglinear", "torch", "triton", "transformers", "accelerate", "tokenizers", "datasets")
+    found = {name: _version(name) for name in packages}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return {"python": platform.python_version(), **found, "device": device}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,92 @@
+"""The Trainer of transformers with our arguments: which parameters decay, and what a log line holds."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from loglinear.training.config import TrainConfig
+from loglinear.training.progress import Meter
+
+
+class LanguageModelTrainer(Trainer):
+    """Weight decay on matrices only, and the meter's readings in every training log."""
+
+    def __init__(self, *args, meter: Meter, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.meter = meter
+        self.add_callback(meter)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters with two axes or more that are not marked ``_no_weight_decay``."""
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
+        ]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.meter.read(self.state.global_step)}
+        super().log(logs, start_time)
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The Trainer's arguments for a run. Creating them joins the process group of torchrun or accelerate launch."""
+    optimizer = config.optimizer
+    # Transformers renamed this during its version 5.
+    known = {field.name for field in fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    options: dict[str, Any] = {
+        checkpointing: config.activation_checkpointing,
+        "max_steps": optimizer.steps,
+        "per_device_train_batch_size": optimizer.batch_size,
+        "per_device_eval_batch_size": optimizer.batch_size,
+        "gradient_accumulation_steps": optimizer.accumulate,
+        "learning_rate": optimizer.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": round(optimizer.warmup * optimizer.steps),
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.clip,
+        "bf16": use_bfloat16(optimizer.precision),
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "logging_steps": config.log_every,
+        "save_steps": config.save_every,
+        "eval_strategy": "steps" if config.data.has_validation else "no",
+        "eval_steps": config.evaluate_every,
+        "torch_compile": config.compile,
+        "ddp_find_unused_parameters": False,
+        "prediction_loss_only": True,
+        "disable_tqdm": True,
+        "log_level": "error",  # its warnings concern a resumed model's tied weights and the like
+        "report_to": "none",
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    if config.fsdp:
+        options |= {"fsdp": True, "fsdp_config": {"version": 2}}
+    arguments = TrainingArguments(str(config.output), **options)
+    if arguments.world_size == 1 and arguments.n_gpu > 1:
+        # One process on many GPUs would be DataParallel: slow, and batches as many times larger than asked for.
+        arguments._n_gpu = 1
+    if config.fsdp and (arguments.world_size < 2 or arguments.device.type == "cpu"):
+        # Accelerate would leave it out without a word.
+        raise ValueError(
+            f"fsdp: needs two or more accelerators and a process for each (torchrun): got {arguments.world_size} "
+            f"process(es) on {arguments.device.type}"
+        )
+    return arguments
+
+
+def use_bfloat16(precision: str) -> bool:
+    """Whether to compute under bfloat16 autocast."""
+    if precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return precision == "bfloat16"

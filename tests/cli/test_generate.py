@@ -1,0 +1,72 @@
+"""`loglinear generate`: the text of the plain computation, streamed, and the size of what was remembered."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loglinear.cli import main
+from loglinear.cli.generate import describe_state
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+
+PROMPT = "alpha beta gamma ( delta"
+
+
+def test_greedy_text_is_the_argmax_of_every_step(finished_run, capsys):
+    options = ["generate", str(finished_run), "--prompt", PROMPT, "--max-new-tokens", "12", "--temperature", "0"]
+    assert main(options) == 0
+    captured = capsys.readouterr()
+    tokenizer = AutoTokenizer.from_pretrained(finished_run)
+    model = AutoModelForCausalLM.from_pretrained(finished_run).eval()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    length = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(12):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert captured.out.strip() == (PROMPT + tokenizer.decode(ids[0, length:])).strip()
+    # The last token is written but never read.
+    assert f"after {length + 11} tokens: recurrent state" in captured.err
+
+
+def test_sampling_follows_the_seed_and_reads_a_file(finished_run, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    texts = []
+    for seed in ("1", "1", "2"):
+        options = ["--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "30", "--seed", seed]
+        assert main(["generate", str(finished_run), *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith(PROMPT) for text in texts)
+
+
+def test_the_state_is_counted_by_kind():
+    config = LogLinearConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, mamba_head_dim=8, mamba_state_size=8, head_dim=16,
+        num_attention_heads=1, mixer=["log_linear_mamba2", "attention"],
+    )  # fmt: skip
+    model = LogLinearForCausalLM(config).eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    recurrent, attention = (layer.state for layer in cache.layers)
+    assert attention.keys.shape[1] >= 10
+    expected = (
+        f"recurrent state {recurrent.nbytes:,} bytes in 1 layers, KV cache {attention.nbytes:,} bytes in 1 layers"
+    )
+    assert describe_state(cache) == f"after 10 tokens: {expected}"
+    assert int(re.findall(r"KV cache ([\d,]+)", expected)[0].replace(",", "")) >= 2 * 10 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--prompt", ""], "prompt: needs at least one token"), ([], "prompt: give exactly one")]
+)
+def test_a_missing_prompt_is_named(options, message, finished_run, capsys):
+    try:
+        status = main(["generate", str(finished_run), *options])
+    except SystemExit as stop:  # tyro reports what a dataclass refuses
+        status = stop.code
+    assert status in (1, 2)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,230 @@
+"""`loglinear train`: what it records, and that a run survives whatever kills it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from loglinear.cli import main
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.tasks.lm.config import DataConfig
+from loglinear.training.checkpoints import complete_checkpoints
+from loglinear.training.config import OptimizerConfig, TrainConfig
+from loglinear.training.trainer import LanguageModelTrainer
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "record.json").read_text())
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {log["step"]: log["loss"] for log in record(run)["history"] if "loss" in log}
+
+
+def tensorboard_losses(run: Path) -> dict[int, float]:
+    logs = EventAccumulator(str(run / "tensorboard"))
+    logs.Reload()
+    events = logs.Scalars("train/loss")
+    assert len(events) == len({event.step for event in events})
+    return {event.step: event.value for event in events}
+
+
+def assert_same_outcome(run: Path, expected: Path) -> None:
+    """The same loss at every step, bit by bit, and the same weights."""
+    assert losses(run) == losses(expected)
+    assert record(run)["metrics"] == record(expected)["metrics"]
+    weights, expected_weights = (load_file(folder / "model.safetensors") for folder in (run, expected))
+    assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
+
+
+def kill_after(start, output: Path, checkpoint: int, options: list[str]) -> None:
+    """Start a run, wait until it has written ``checkpoint``, and take the process away from under it."""
+    process = start("loglinear.cli", *options)
+    deadline = time.monotonic() + 120
+    while not any(int(path.name.split("-")[1]) >= checkpoint for path in complete_checkpoints(output)):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9
+
+
+def test_a_run_killed_twice_ends_like_an_unbroken_one(start, train_options, tmp_path):
+    # 90 steps of 4 sequences: several epochs, and checkpoints inside and at the border of one.
+    options = [*train_options, "--steps", "90", "--save-every", "3", "--evaluate-every", "45", "--accumulate", "2"]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert main([*options, "--output", str(unbroken)]) == 0
+    kill_after(start, broken, 6, [*options, "--output", str(broken)])
+    kill_after(start, broken, 48, [*options, "--output", str(broken)])
+    assert record(broken)["status"] == "running"
+    assert main([*options, "--output", str(broken)]) == 0
+    assert_same_outcome(broken, unbroken)
+    assert sorted(path.name for path in broken.glob("checkpoint-*")) == ["checkpoint-87", "checkpoint-90"]
+    # One value for each step, although some steps were taken twice.
+    assert tensorboard_losses(broken) == pytest.approx(losses(unbroken), rel=1e-6)
+
+
+def damaged_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """The finished run as it was before its end: no final model, and the record not closed."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "model.safetensors").unlink()
+    content = record(run)
+    content["status"] = "running"
+    (run / "record.json").write_text(json.dumps(content))
+    return run
+
+
+def test_a_half_written_checkpoint_is_not_used(finished_run, finished_options, tmp_path, capsys):
+    run = damaged_copy(finished_run, tmp_path)
+    (run / "checkpoint-12" / "complete").unlink()
+    (run / "checkpoint-12" / "optimizer.pt").write_bytes(b"half")
+    assert main([*finished_options, "--output", str(run)]) == 0
+    output = capsys.readouterr().out
+    assert f"removed {run / 'checkpoint-12'}" in output
+    assert f"going on from {run / 'checkpoint-8'}" in output
+    assert_same_outcome(run, finished_run)
+
+
+def test_a_run_killed_after_its_last_checkpoint_only_ends(finished_run, finished_options, tmp_path, capsys):
+    run = damaged_copy(finished_run, tmp_path)
+    assert main([*finished_options, "--output", str(run)]) == 0
+    assert "step 12/12  loss" not in capsys.readouterr().out
+    assert_same_outcome(run, finished_run)
+
+
+def test_a_complete_run_is_left_alone(finished_run, finished_options, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    assert main([*finished_options, "--output", str(finished_run)]) == 0
+    assert "complete: nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+def test_other_arguments_are_named(finished_run, finished_options, capsys):
+    changed = [*finished_options, "--output", str(finished_run), "--learning-rate", "0.5", "--seed", "3"]
+    assert main(changed) == 1
+    error = capsys.readouterr().err
+    for change in ("learning_rate was 0.001 and is now 0.5", "seed was 0 and is now 3"):
+        assert change in error
+    assert "batch_size" not in error
+
+
+def test_other_text_behind_the_same_arguments_is_named(finished_run, finished_options, texts, tmp_path, capsys):
+    run, moved = tmp_path / "run", tmp_path / "texts"
+    shutil.copytree(finished_run, run)
+    shutil.copytree(texts, moved)
+    content = record(run)
+    content["arguments"]["data"] = str(moved)
+    (run / "record.json").write_text(json.dumps(content))
+    options = [*finished_options, "--data", str(moved), "--output", str(run)]
+    assert main(options) == 0
+    (moved / "00.txt").write_text("another text " * 50)
+    assert main(options) == 1
+    assert "the text behind data" in capsys.readouterr().err
+
+
+def test_checkpoints_without_a_record_are_not_overwritten(finished_run, finished_options, tmp_path, capsys):
+    run = damaged_copy(finished_run, tmp_path)
+    (run / "record.json").unlink()
+    assert main([*finished_options, "--output", str(run)]) == 1
+    assert "has checkpoints but no record.json" in capsys.readouterr().err
+
+
+def test_the_record_says_what_ran(finished_run):
+    content = record(finished_run)
+    assert content["status"] == "complete"
+    assert content["arguments"]["context"] == 32
+    assert content["arguments"]["processes"] == 1
+    assert content["versions"]["torch"] == torch.__version__
+    data = content["data"]
+    assert data["train"]["documents"] == 12
+    assert data["validation"]["documents"] == 3
+    for side in ("train", "validation"):
+        assert data[side]["tokens"] == 32 * data[side]["sequences"] + data[side]["tail_tokens"]
+    weights = load_file(finished_run / "model.safetensors")
+    assert content["model"]["parameters"] == sum(weight.numel() for weight in weights.values())
+    logs = [log for log in content["history"] if "loss" in log]
+    assert all(log["tokens_per_second"] > 0 and log["memory_gib"] > 0 for log in logs)
+    assert logs[0]["loss"] > logs[-1]["loss"]
+
+
+def test_only_matrices_decay():
+    config = LogLinearConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, mamba_head_dim=8, mamba_state_size=8, delta_num_heads=2,
+        mixer=["log_linear_mamba2", "log_linear_gated_deltanet"],
+    )  # fmt: skip
+    model = LogLinearForCausalLM(config)
+    decaying = set(LanguageModelTrainer.get_decay_parameter_names(None, model))
+    others = {name.rpartition(".")[2] if "norm" not in name else "norm" for name, _ in model.named_parameters()}
+    kept = {name for name, parameter in model.named_parameters() if name not in decaying}
+    assert {name.rpartition(".")[2] for name in kept} >= {"A_log", "dt_bias", "D", "L"}
+    assert not any(name.endswith((".L", ".A_log", ".dt_bias", ".D", ".bias")) or "norm" in name for name in decaying)
+    assert {name for name in kept if name.endswith("proj.weight")} == set(), others
+    assert "model.embed_tokens.weight" in decaying
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=[pytest.mark.gpu, TWO_GPUS])])
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(mode, start, train_options, tmp_path):
+    options = [*train_options, "--steps", "6", "--save-every", "3"]
+    single, double = tmp_path / "single", tmp_path / "double"
+    assert main([*options, "--batch-size", "4", "--output", str(single)]) == 0
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "loglinear.cli"]
+    fsdp = ["--fsdp"] if mode == "fsdp" else []
+    process = start(*torchrun, *options, "--output", str(double), *fsdp)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert losses(double) == pytest.approx(losses(single), rel=1e-4)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (double, single))
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-2, atol=1e-4)
+    assert [path.name for path in complete_checkpoints(double)] == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "./no/such/file.txt"], "data: no file or folder './no/such/file.txt'"),
+        (["--context", "100000"], "training data: context must be at most"),
+        (["--vocab-size", "10"], "vocab_size must be at least 258"),
+        (["--mixer", "mamba3"], "mixer must be one of"),
+        (["--tokenizer", "./nowhere"], "tokenizer: './nowhere' holds no tokenizer"),
+        (
+            ["--fsdp"],
+            "fsdp: needs two or more accelerators and a process for each (torchrun): got 1 process(es) on cpu",
+        ),
+    ],
+)
+def test_mistakes_are_named_in_one_line(options, message, train_options, tmp_path, capsys):
+    assert main([*train_options, "--output", str(tmp_path / "run"), "--steps", "2", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("loglinear train: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(Path("run"), save_every=5, log_every=2), "save_every must be a multiple .* got 5 and 2"),
+        (lambda: TrainConfig(Path("run"), log_every=0), "log_every must be at least 1: got 0"),
+        (lambda: OptimizerConfig(warmup=2), r"warmup must be in \[0, 1\), a share of the steps: got 2"),
+        (lambda: OptimizerConfig(steps=0), "steps must be at least 1: got 0"),
+        (lambda: DataConfig(validation_fraction=1), r"validation_fraction must be in \[0, 1\): got 1"),
+        (lambda: DataConfig(context=1), "context must be at least 2 tokens.* got 1"),
+    ],
+)
+def test_options_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
