@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     for name, default in (("B", 2), ("T", 16384), ("H", 48), ("G", 1), ("K", 128), ("V", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--peers", default="all", help="part of a peer's name, 'all', or '' for none")
+    parser.add_argument("--peers", default="all", help="parts of names, with commas between; 'all', or '' for none")
     parser.add_argument("--softmax-heads", type=int, default=16)
     parser.add_argument("--softmax-width", type=int, default=96)
     parser.add_argument("--budget-ms", type=int, default=200, help="repetitions of one measurement, in milliseconds")
@@ -102,7 +102,7 @@ def main() -> None:
     rows = measure_ours(shape, config, args.budget_ms, args.stages)
     show(rows)
     for name, build in peers(args.softmax_heads, args.softmax_width).items():
-        if args.peers == "all" or (args.peers and args.peers in name):
+        if args.peers == "all" or any(part in name for part in args.peers.split(",") if part):
             found = measure_peer(name, build, shape, args.budget_ms)
             show(found)
             rows += found
