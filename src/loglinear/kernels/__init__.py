@@ -1,0 +1,8 @@
+"""Triton kernels, without autograd and without argument checks. Nothing here imports Triton before a kernel is asked for."""
+
+from importlib.util import find_spec
+
+
+def installed() -> bool:
+    """Whether Triton is there to be imported."""
+    return find_spec("triton") is not None

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loglinear import kernels
 from loglinear.ops.checks import sequence_lengths
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import LinearState, LogLinearState
@@ -25,7 +25,7 @@ MAX_WIDTH = 256  # K and V of the kernels; wider heads run the plain torch form
 @lru_cache(maxsize=1)
 def scalar_gate() -> Any:
     """The Triton kernels, or None where Triton is not installed. Imported on first use: importing loglinear is not."""
-    return import_module("loglinear.kernels.scalar_gate") if find_spec("triton") is not None else None
+    return import_module("loglinear.kernels.scalar_gate") if kernels.installed() else None
 
 
 def has_kernel(q: Tensor, v: Tensor, beta: Tensor | None, level_scales: Tensor | None) -> bool:
