@@ -7,20 +7,21 @@ statement then serves ``reset_parameters``, Hugging Face's loader (which fills o
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
-class StatedInit(nn.Module):
+class StatedInit(nn.Module, ABC):
     """A module that owns raw parameters. Their names in ``no_weight_decay`` are flagged ``_no_weight_decay = True``."""
 
     no_weight_decay: ClassVar[frozenset[str]] = frozenset()
 
+    @abstractmethod
     def initial_values(self) -> dict[str, Tensor]:
         """Initial value of each parameter of this module itself (not of its children), by name."""
-        raise NotImplementedError(f"{type(self).__name__} must state its initial values")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
