@@ -1,8 +1,8 @@
 """The public functions: log-linear attention with a scalar gate, and with the delta rule.
 
 Special about this file: it only checks, normalises and dispatches. The algorithm is ``reference/chunkwise.py``; eager CPU
-calls run it directly (differentiable twice, with gradients through states). On CUDA, and under ``torch.compile``, a call
-without states is one operator, ``loglinear::attention``, registered in ``registration.py``.
+calls run it directly (differentiable twice, with gradients through states). Calls without states are the kernels where they
+fit on CUDA, and one operator, ``loglinear::attention``, under ``torch.compile``; both stand in ``registration.py``.
 
 What a query sees, for 8 tokens (the number is the level, whose λ weights it; a bucket of equal numbers is one state):
 
@@ -124,15 +124,16 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
     stateless = initial_state is None and not output_final_state
     with torch.autocast(device, enabled=False):
-        if stateless and cu_seqlens_cpu is not None:
-            checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
-        if stateless and torch.compiler.is_compiling():
-            return registration.attention(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
-        if stateless and registration.has_kernel(q, v, beta, level_scales):
+        compiling = torch.compiler.is_compiling()
+        if stateless and (compiling or registration.has_kernel(q, v, beta, level_scales)):
+            if cu_seqlens_cpu is not None:
+                checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
+            if compiling:
+                return registration.attention(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
             return registration.ScalarGate.apply(q, k, v, g, level_scales, scale, cu_seqlens), None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
         checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
         # What a state holds depends on its positions: no single graph, and no recompilation at every token either.
-        run = torch.compiler.disable(registration.run) if torch.compiler.is_compiling() else registration.run
+        run = torch.compiler.disable(registration.run) if compiling else registration.run
         o, state = run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)
     return o, state if output_final_state else None
