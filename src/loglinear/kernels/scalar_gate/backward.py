@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import common
+from loglinear.kernels.head_sums import head_sums_kernel
+from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
 from loglinear.kernels.scalar_gate.chunk_grads import chunk_grads_kernel
-from loglinear.kernels.scalar_gate.forward import States, common_constants, launch_states, padded, token_rows
+from loglinear.kernels.scalar_gate.forward import States, common_constants, launch_states
 from loglinear.kernels.scalar_gate.gate_grads import gate_grads_kernel
-from loglinear.kernels.scalar_gate.key_grads import head_sums_kernel, key_grads_kernel
+from loglinear.kernels.scalar_gate.key_grads import key_grads_kernel
 from loglinear.kernels.scalar_gate.local_grads import local_grads_kernel
 from loglinear.kernels.scalar_gate.node_grads import segment_sums_kernel, window_grads_kernel
-from loglinear.kernels.scalar_gate.problem import Problem, cdiv, describe
 from loglinear.kernels.scalar_gate.query_grads import query_grads_kernel
 from loglinear.kernels.scalar_gate.value_grads import value_grads_kernel
 from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config

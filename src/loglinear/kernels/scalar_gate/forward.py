@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import common
+from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
 from loglinear.kernels.scalar_gate.chunk_states import chunk_states_kernel
 from loglinear.kernels.scalar_gate.node_states import node_states_kernel
 from loglinear.kernels.scalar_gate.output import output_kernel
-from loglinear.kernels.scalar_gate.problem import Problem, cdiv, describe
 from loglinear.kernels.tuning import ScalarGateConfig, scalar_gate_config
 
 
@@ -32,13 +32,6 @@ class States(NamedTuple):
     group_states: Tensor
 
 
-def token_rows(x: Tensor) -> Tensor:
-    """x ``[B, T, heads, width]`` or ``[B, T, heads]`` such that token b*T + t begins at (b*T + t) * x.stride(1)."""
-    inner = x.shape[2:]
-    packed = all(x.stride(i + 2) == inner[i + 1 :].numel() for i in range(len(inner)))
-    return x if packed and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
-
-
 def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
     """Compile-time arguments that all kernels over tokens share."""
     return dict(
@@ -51,11 +44,6 @@ def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
         PACKED=problem.packed,
         PRECISION="ieee" if dtype == torch.float32 else "tf32",
     )
-
-
-def padded(width: int) -> int:
-    """Width of a tile that holds a whole row: a power of two, at least 16."""
-    return max(1 << (width - 1).bit_length(), 16)
 
 
 def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None) -> States:

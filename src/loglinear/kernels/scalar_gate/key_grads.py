@@ -1,4 +1,4 @@
-"""KEY GRADIENTS: dK, from the chunk itself and from one gradient that holds everything after it; and sums over heads."""
+"""KEY GRADIENTS: dK, from the chunk itself and from one gradient that holds everything after it."""
 
 from __future__ import annotations
 
@@ -68,14 +68,3 @@ def key_grads_kernel(
         acc = tl.dot(weighted, tl.trans(state), acc=acc, input_precision=PRECISION)
     part = (block % BLOCKS).to(tl.int64) * all_tokens + origin
     store_tile(dk + part * (G * K) + group_head * K, G * K, valid, acc, C, K, BK, 0)
-
-
-@triton.jit(do_not_specialize=["size"])
-def head_sums_kernel(partial, total, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """``total [size] = sum of partial [PARTS, size]``, in order. Grid: blocks of ``size``. float32: accumulator."""
-    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = elements < size
-    acc = tl.zeros([BLOCK], tl.float32)
-    for i in range(PARTS):
-        acc += tl.load(partial + i * size.to(tl.int64) + elements, mask=inside, other=0.0)
-    tl.store(total + elements, acc.to(total.dtype.element_ty), mask=inside)

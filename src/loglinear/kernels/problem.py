@@ -21,6 +21,18 @@ def cdiv(x: int, y: int) -> int:
     return -(-x // y)
 
 
+def padded(width: int) -> int:
+    """Width of a tile that holds a whole row: a power of two, at least 16."""
+    return max(1 << (width - 1).bit_length(), 16)
+
+
+def token_rows(x: Tensor) -> Tensor:
+    """x ``[B, T, heads, width]`` or ``[B, T, heads]`` such that token b*T + t begins at (b*T + t) * x.stride(1)."""
+    inner = x.shape[2:]
+    packed = all(x.stride(i + 2) == inner[i + 1 :].numel() for i in range(len(inner)))
+    return x if packed and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+
+
 @dataclass(frozen=True)
 class Problem:
     """Sizes of one call, and the tables that place its chunks.
