@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from loglinear.kernels.replay import recording
+
 GROUP = tl.constexpr(8)  # chunks per group: three levels of the tree are built in registers
 LOG_GROUP = tl.constexpr(3)
 SUB = tl.constexpr(16)  # tokens per sub-block of the mask: pairs in two sub-blocks share one level
@@ -28,22 +30,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory for results and intermediates. Tests replace it by memory full of NaN."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    note = recording()
+    if note is not None:
+        note.allocated(memory)
+    return memory
 
 
 def launch(kernels: dict, kernel, programs: int, *arguments, **constants) -> None:
-    """Start ``programs`` programs of a kernel; ``constants`` are its compile-time arguments and launch options.
-
-    Triton looks at every argument of every launch to find the right compilation, which takes longer than a short kernel
-    runs. ``kernels`` remembers what it found; its owner keeps one for each kind of call (see ``problem.known_kernels``).
-    """
-    if kernel in kernels:
-        compiled, values = kernels[kernel]
-        compiled[(programs, 1, 1)](*arguments, *values)
-        return
+    """Start ``programs`` programs of a kernel; ``constants`` are its compile-time arguments and launch options."""
     compiled = kernel[(programs,)](*arguments, **constants)
-    if compiled is not None:  # None in the interpreter
-        kernels[kernel] = compiled, [constants[name] for name in kernel.arg_names[len(arguments) :]]
+    note = recording()
+    if note is not None:
+        values = [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        note.launched(compiled, programs, [*arguments, *values])
 
 
 @triton.jit
@@ -177,6 +177,15 @@ def decay_between(late_high, late_low, early_high, early_low, EXACT: tl.constexp
 
 
 @triton.jit
+def to_chunk_end(sums, size, plane, C: tl.constexpr, EXACT: tl.constexpr):
+    """Decay from each token of a chunk of ``size`` tokens to its end ``[C]``."""
+    in_chunk = tl.arange(0, C)
+    high, low = load_sum(sums, in_chunk, in_chunk < size, plane, EXACT)
+    last_high, last_low = load_sum(sums, tl.minimum(size, C) - 1, True, plane, EXACT)
+    return decay_between(last_high, last_low, high, low, EXACT)
+
+
+@triton.jit
 def local_levels(C: tl.constexpr):
     """Levels inside a chunk of C tokens: (``[C, SUB]`` in a row's own sub-block, ``[C, C/SUB]`` towards whole others)."""
     t = tl.arange(0, C)
@@ -204,13 +213,13 @@ def local_scales(scales, valid, stride, factor, L, C: tl.constexpr):
 @triton.jit
 def local_decays(sums, size, plane, C: tl.constexpr, EXACT: tl.constexpr):
     """Decays inside a chunk of ``size`` tokens, as (near ``[C, SUB]``, far ``[C, C/SUB]``, column ``[C/SUB, SUB]``).
-
     From token s to t: near in one sub-block; otherwise far[t, block of s] * column[s], over the end of s's sub-block.
     Both factors are at most 1, and there are C + C²/SUB + C·SUB exponentials instead of C².
     """
     t = tl.arange(0, C)
     block = tl.arange(0, C // SUB)
     inner = tl.arange(0, SUB)
+    # Each view of the sums is loaded anew: to move one between register layouts costs more than the cache does.
     row_high, row_low = load_sum(sums, t, t < size, plane, EXACT)
     near = (t // SUB * SUB)[:, None] + inner[None, :]
     near_high, near_low = load_sum(sums, near, near < size, plane, EXACT)
@@ -258,3 +267,23 @@ def path_weights(scales, stride_s, valid, row_sums, entry_log, rows, n, n0, h, L
 def column(matrix, m, WIDTH: tl.constexpr):
     """Column m of ``[C, WIDTH]``."""
     return tl.sum(tl.where(tl.arange(0, WIDTH)[None, :] == m, matrix, 0.0), axis=1)
+
+
+@triton.jit
+def pair_decays(high, low, EXACT: tl.constexpr):
+    """Decay ``[C, C]`` from a token (column) to a later one (row) of a chunk, from its sums; 1 above the diagonal."""
+    if EXACT:
+        decays = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], True)
+    else:
+        decays = decay_between(high[:, None], 0.0, high[None, :], 0.0, False)
+    return decays
+
+
+@triton.jit
+def set_bits_before(n):
+    """Bits set in 0, 1, … n - 1 together, n < 2^24: the lengths of all query paths before chunk n."""
+    count = 0
+    for bit in range(bit_length(n)):
+        block = 1 << bit
+        count += (n >> (bit + 1) << bit) + tl.maximum((n & (2 * block - 1)) - block, 0)
+    return count

@@ -56,7 +56,7 @@ def scalar_gate_config(dtype: torch.dtype, key_width: int, value_width: int) -> 
     # Depths measured one kernel at a time: H200, Triton 3.6, bf16, B=2, T=16,384, H=48, G=1, K=128, V=64, 2026-11-22.
     config = low_precision_config(chunk=64, warps=4)
     deep, flat = Launch(warps=4, stages=3), Launch(warps=4, stages=1)
-    return dataclasses.replace(config, states=deep, windows=deep, key=deep, chunk_grads=flat)
+    return dataclasses.replace(config, states=deep, output=flat, windows=deep, value=deep, key=deep, chunk_grads=deep)
 
 
 def low_precision_config(chunk: int, warps: int, block_k: int = 128, heads: int = 12) -> ScalarGateConfig:
@@ -95,3 +95,50 @@ def float32_config(key_width: int) -> ScalarGateConfig:
         query=small,
         key=small,
     )
+
+
+@dataclass(frozen=True)
+class DeltaRuleConfig:
+    """Chunk size and all launches. ``block_v`` is a tile of the K + V columns of a map, or of V where a kernel tiles V.
+
+    ``segment`` is the largest number of chunks whose share of an entry's gradient one program sums: a power of two, at least
+    a group.
+    """
+
+    chunk: int
+    segment: int
+    chunk_maps: Launch
+    group_maps: Launch
+    output: Launch
+    path_queries: Launch
+    path_grads: Launch
+    entry_grads: Launch
+    group_grads: Launch
+    unit_grads: Launch
+    score_grads: Launch
+    map_grads: Launch
+    key_grads: Launch
+
+
+def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> DeltaRuleConfig:
+    """The configuration for inputs of this dtype and these widths."""
+    if dtype == torch.float32:
+        return uniform_delta_config(32, Launch(warps=4, stages=1, block_v=32))
+    if key_width > 128:
+        config = uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64))
+        return dataclasses.replace(config, map_grads=Launch(warps=8, stages=2, block_v=32))
+    config = uniform_delta_config(64, Launch(warps=4, stages=2, block_v=64))
+    wide = Launch(warps=8, stages=2, block_v=128)
+    return dataclasses.replace(
+        config,
+        output=Launch(warps=4, stages=3, block_v=128),
+        path_grads=Launch(warps=4, stages=1, block_v=64),
+        entry_grads=wide,
+        unit_grads=wide,
+        map_grads=Launch(warps=4, stages=3, block_v=32),
+    )
+
+
+def uniform_delta_config(chunk: int, launch: Launch, segment: int = 16) -> DeltaRuleConfig:
+    """Every kernel launched alike."""
+    return DeltaRuleConfig(chunk, segment, *[launch] * (len(dataclasses.fields(DeltaRuleConfig)) - 2))

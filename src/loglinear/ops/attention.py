@@ -18,6 +18,8 @@ What a query sees, for 8 tokens (the number is the level, whose λ weights it; a
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -114,16 +116,17 @@ def _unit(x: Tensor, name: str) -> Tensor:
 
 def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu):
     device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if torch.is_autocast_enabled(
-        device
-    ):  # as the field's ops: matrix operands take autocast's dtype, gates keep theirs
+    without_autocast: AbstractContextManager = nullcontext()
+    if torch.is_autocast_enabled(device):
+        # As the field's ops: matrix operands take autocast's dtype, gates keep theirs.
         low = torch.get_autocast_dtype(device)
         q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
+        without_autocast = torch.autocast(device, enabled=False)
     checks.check_inputs(q, k, v, g, beta, level_scales)
     scale = checks.check_scale(scale)
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
     stateless = initial_state is None and not output_final_state
-    with torch.autocast(device, enabled=False):
+    with without_autocast:
         compiling = torch.compiler.is_compiling()
         if stateless and (compiling or registration.has_kernel(q, v, beta, level_scales)):
             if cu_seqlens_cpu is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loglinear.state import LinearState, LogLinearState
 
+_known: set[tuple] = set()  # kinds of inputs that have passed; a check of metadata costs more than a short kernel
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,6 +35,23 @@ def check_inputs(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, level_scales: Tensor | None
 ) -> None:
     """Ranks, sizes, dtypes, devices and, on the CPU, the sign of g."""
+    given = (q, k, v, g, beta, level_scales)
+    if torch.compiler.is_compiling() or not all(x is None or isinstance(x, Tensor) for x in given):
+        return check_kinds(*given)
+    kind = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in given)
+    if kind not in _known:
+        check_kinds(*given)
+        if len(_known) > 4096:
+            _known.clear()
+        _known.add(kind)
+    if g is not None and g.device.type == "cpu" and bool((g.detach() > 0).any()):
+        raise ValueError(f"g must be a log decay, at most 0: got a maximum of {g.max().item():g}")
+
+
+def check_kinds(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, level_scales: Tensor | None
+) -> None:
+    """Ranks, sizes, dtypes and devices."""
     _shape("q", q, "[B, T, G, K]", (None,) * 4)
     batch, length, groups, width = q.shape
     _shape("k", k, "[B, T, G, K]", (batch, length, groups, width))
@@ -58,8 +76,6 @@ def check_inputs(
     for name, tensor in {"k": k, "v": v}.items():
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q ({q.dtype}): got {tensor.dtype}")
-    if g is not None and g.device.type == "cpu" and not torch.compiler.is_compiling() and bool((g.detach() > 0).any()):
-        raise ValueError(f"g must be a log decay, at most 0: got a maximum of {g.max().item():g}")
 
 
 def check_scale(scale: float | None) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from loglinear.kernels import common
 from loglinear.kernels.head_sums import head_sums_kernel
 from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
+from loglinear.kernels.replay import replay
 from loglinear.kernels.scalar_gate.chunk_grads import chunk_grads_kernel
 from loglinear.kernels.scalar_gate.forward import States, common_constants, launch_states
 from loglinear.kernels.scalar_gate.gate_grads import gate_grads_kernel
@@ -42,7 +43,7 @@ class Gains:
     columns: Tensor
     chunks: Tensor
     levels: Tensor
-    crossings: Tensor
+    beyond: Tensor
 
 
 def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
@@ -60,7 +61,7 @@ def allocate_gains(problem: Problem, device: torch.device, gated: bool) -> Gains
         (H, tokens),
         (problem.rows, H),
         (problem.tree_levels, H, problem.rows),
-        (problem.row_groups, H, max(problem.high_levels, 1), tiles),
+        (problem.rows, H, tiles),
     )
     return Gains(*(common.scratch(shape if gated else (0,), torch.float32, device) for shape in shapes))
 
@@ -107,9 +108,9 @@ def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: 
     constants.pop("EXACT")
     common.launch(
         problem.kernels, chunk_grads_kernel, problem.row_groups * H * tiles,
-        x.q, x.do, x.level_scales, states.sums, states.chunk_log, states.group_log, states.group_states, node_grads,
-        chunk_grads, gains.crossings, problem.group_sequence, *problem.table, states.sums.stride(0), x.q.stride(1),
-        x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, max(problem.high_levels, 1), **constants,
+        x.q, x.do, x.level_scales, states.sums, states.chunk_log, states.group_log, states.entries, node_grads,
+        chunk_grads, gains.beyond, problem.group_sequence, *problem.table, states.sums.stride(0), x.q.stride(1),
+        x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **constants,
         BK=tile_k, BV=tile_v, HAS_GATE=x.g is not None, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return chunk_grads
@@ -225,7 +226,7 @@ def launch_gate_grads(problem: Problem, x: Inputs, gains: Gains) -> Tensor:
     tiles = state_tiles(problem, problem.config.chunk_grads)[2]
     common.launch(
         problem.kernels, gate_grads_kernel, problem.row_groups * problem.heads,
-        x.g, gains.crossings, gains.levels, gains.chunks, gains.rows, gains.columns, dg, problem.group_sequence,
+        x.g, gains.beyond, gains.levels, gains.chunks, gains.rows, gains.columns, dg, problem.group_sequence,
         *problem.table, problem.tokens, x.g.stride(1), problem.rows, problem.high_levels, H=problem.heads,
         C=problem.config.chunk, TILES=tiles, PACKED=problem.packed, num_warps=4,
     )  # fmt: skip
@@ -247,19 +248,35 @@ def backward(
 
     ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
     """
+    inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, level_scales)]
+    return replay(run_backward, [*inputs, cu_seqlens], scale, config)  # type: ignore[return-value]
+
+
+def run_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    level_scales: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    config: ScalarGateConfig | None,
+) -> tuple[Tensor | None, ...]:
+    """The launches of ``backward``."""
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
-    gate = None if g is None else token_rows(g)
-    x = Inputs(*(token_rows(y) for y in (q, k, v)), gate, token_rows(level_scales), token_rows(do), scale)
-    given = (x.q, x.k, x.v, x.g, x.level_scales, x.do)
-    problem = describe(given, x.q, x.v, x.level_scales, cu_seqlens, config)
+    x = Inputs(q, k, v, g, level_scales, do, scale)
+    problem = describe((q, k, v, g, level_scales, do), q, v, level_scales, cu_seqlens, config)
     gains = allocate_gains(problem, v.device, g is not None)
-    states = launch_states(problem, x.k, x.v, x.g)
+    states = launch_states(problem, k, v, g, leaves=True)
     dscales, score_grads = launch_local_grads(problem, x, states, gains)
     dq = launch_query_grads(problem, x, states, score_grads, dscales, gains)
-    # The entries go before their gradients come: these two are most of the memory.
+    node_grads = launch_node_grads(problem, x, states)
+    chunk_grads = launch_chunk_grads(problem, x, states, node_grads, gains)
+    # The entries go before the results of the key side come: they are a third of the memory.
     states = states._replace(entries=None)
-    chunk_grads = launch_chunk_grads(problem, x, states, launch_node_grads(problem, x, states), gains)
+    del node_grads
     dv = launch_value_grads(problem, x, states, chunk_grads, gains)
     dk = launch_key_grads(problem, x, states, chunk_grads, score_grads)
-    dg = None if gate is None else launch_gate_grads(problem, x, gains)
+    dg = None if g is None else launch_gate_grads(problem, x, gains)
     return dq, dk, dv, dg, dscales

@@ -66,11 +66,15 @@ def chunk_states_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    LEAVES: tl.constexpr,
     EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: groups x H x tiles of [K, V], tiles fastest. float32: accumulators, logs."""
+    """Grid: groups x H x tiles of [K, V], tiles fastest. float32: accumulators, logs.
+
+    LEAVES: whether entries of a single chunk, every other one, are stored; their logs are in any case.
+    """
     TILES_V: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = (K + BK - 1) // BK * TILES_V
     pid = tl.program_id(0)
@@ -112,7 +116,8 @@ def chunk_states_kernel(
         # The entry that closes a group of a longer entry is node_states' to write.
         closes_group = (c + 1 == GROUP) & ((first_chunk // GROUP) % 2 == 1)
         entry = tl.where(is_prefix, prefix, pair)
-        store_state(entries + row * (K * V), entry, active & (not closes_group), first_k, first_v, K, V, BK, BV)
+        stored = active & (not closes_group) & (LEAVES | (c % 2 == 1))
+        store_state(entries + row * (K * V), entry, stored, first_k, first_v, K, V, BK, BV)
         if tile == 0:
             head_sums = sums + h.to(tl.int64) * sums_stride + origin + in_chunk
             tl.store(head_sums, high, mask=valid)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loglinear.kernels import common
 from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
+from loglinear.kernels.replay import replay
 from loglinear.kernels.scalar_gate.chunk_states import chunk_states_kernel
 from loglinear.kernels.scalar_gate.node_states import node_states_kernel
 from loglinear.kernels.scalar_gate.output import output_kernel
@@ -46,8 +47,8 @@ def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
     )
 
 
-def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None) -> States:
-    """Leaves and in-group entries of all chunks; the entries of several groups are left for ``launch_node_states``."""
+def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, leaves: bool) -> States:
+    """Entries inside groups, those of a single chunk only with ``leaves``; ``launch_node_states`` adds the longer ones."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     exact, device = v.dtype == torch.float32, v.device
     sums = common.scratch((H, 2 if exact else 1, problem.tokens), torch.float32, device)
@@ -62,7 +63,7 @@ def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None
         problem.kernels, chunk_states_kernel, grid,
         k, v, gate, *states, problem.group_sequence, *problem.table, problem.tokens, sums.stride(0),
         k.stride(1), v.stride(1), gate.stride(1), **common_constants(problem, v.dtype), BK=tile_k, BV=tile_v,
-        HAS_GATE=g is not None, num_warps=launch.warps, num_stages=launch.stages,
+        HAS_GATE=g is not None, LEAVES=leaves, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return states
 
@@ -80,9 +81,9 @@ def launch_node_states(problem: Problem, states: States) -> None:
     )  # fmt: skip
 
 
-def launch_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None) -> States:
-    """The whole Fenwick array."""
-    states = launch_chunk_states(problem, k, v, g)
+def launch_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, leaves: bool) -> States:
+    """The Fenwick array, without the entries of a single chunk (which ``output`` does not read) or with them."""
+    states = launch_chunk_states(problem, k, v, g, leaves)
     launch_node_states(problem, states)
     return states
 
@@ -127,9 +128,22 @@ def forward(
     Returns:
         o ``[B, T, H, V]`` of v's dtype, contiguous.
     """
+    inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, level_scales)]
+    return replay(run_forward, [*inputs, cu_seqlens], scale, config)[0]
+
+
+def run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    level_scales: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    config: ScalarGateConfig | None,
+) -> tuple[Tensor]:
+    """The launches of ``forward``."""
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
-    q, k, v, level_scales = (token_rows(x) for x in (q, k, v, level_scales))
-    g = None if g is None else token_rows(g)
     problem = describe((q, k, v, g, level_scales), q, v, level_scales, cu_seqlens, config)
-    states = launch_states(problem, k, v, g)
-    return launch_output(problem, q, k, v, level_scales, scale, states)
+    states = launch_states(problem, k, v, g, leaves=False)
+    return (launch_output(problem, q, k, v, level_scales, scale, states),)

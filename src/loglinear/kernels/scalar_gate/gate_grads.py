@@ -1,8 +1,9 @@
-"""GATE GRADIENTS: dg of a token is the sum over all pairs (query, key) that its decay lies between.
+"""GATE GRADIENTS: dg of a token is the sum over all pairs (query, key) that its decay lies between, and a sum only.
 
-Pairs that span the end of a group come level by level from sums over at most half a block of the tree (*crossings* before
-the middle of the block, *level gains* after it), so that nothing is ever subtracted over more than a group. Inside it,
-pairs enter with the query (q·dq) and leave with the key (k·dk), backwards: a chunk's total, then a token at a time.
+For a token of chunk n these are pairs within the chunk (the only difference: sums of the same float32 products), pairs of
+its later queries with earlier chunks, of its earlier keys with later chunks, and pairs that skip the chunk. Keys before it are
+the entries on its query path; what an entry passes to queries after chunk n is what it passes to the rest of its window, level
+gain by level gain, and beyond the window, which chunk_grads has computed. So no error is carried from chunk to chunk.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def strided_sum(base, stride, count):
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "rows", "high_levels"])
 def gate_grads_kernel(
     g,
-    crossings,  # [groups, H, levels, TILES]
+    beyond,  # [rows, H, TILES]
     level_gain,  # [tree levels, H, rows]
     chunk_gain,  # [rows, H]
     row_gain,  # [H, B*T]
@@ -54,33 +55,23 @@ def gate_grads_kernel(
     start, length, row0, group0, n0, _ = locate(group, group_sequence, sequences, T, N, NG, NG, PACKED)
     if length < 0:
         return
-    oldest = n0 // GROUP
-    j = oldest + group - group0
+    j = n0 // GROUP + group - group0
     chunks = (length + C - 1) // C
-    end = (n0 + chunks + GROUP - 1) // GROUP
-    crossing = 0.0
-    for level in range(high_levels):
-        span = tl.cast(1, tl.int32) << level
-        middle = j // (2 * span) * (2 * span) + span  # first group of the window of this level's entry
-        if j < middle:
-            if middle < end:
-                # Keys of the entry's groups up to j, for the queries of the whole window.
-                first = tl.maximum(middle - span, oldest)
-                unit = (group0 + first - oldest).to(tl.int64) * H + h
-                for t in range(TILES):
-                    base = crossings + (unit * high_levels + level) * TILES + t
-                    crossing += strided_sum(base, H * high_levels * TILES, j + 1 - first)
-        else:
-            # Queries of the window's chunks after j, for the keys of the whole entry, if it has any here.
-            first = (j + 1) * GROUP - n0
-            last = tl.minimum((middle + span) * GROUP - n0, chunks)
-            if (last > first) & (middle * GROUP > n0):
-                base = level_gain + (h + (level + LOG_GROUP) * H).to(tl.int64) * rows + row0 + first
-                crossing += strided_sum(base, 1, last - first)
     in_chunk = tl.arange(0, C)
-    tree_levels = tl.arange(0, 32)
+    m = tl.arange(0, 32)
+    # Per tree level: what queries after the chunk, in the window that it lies in, get from the entry before that window.
+    later = tl.zeros([32], tl.float32)
+    for i in range(high_levels):
+        level = LOG_GROUP + i
+        entry = (j * GROUP) >> level << level
+        first = (j + 1) * GROUP - n0
+        last = tl.minimum(entry + (tl.cast(1, tl.int32) << level) - n0, chunks)
+        if ((j * GROUP >> level) & 1 == 1) & (entry > n0) & (first < last):
+            base = level_gain + (level * H + h).to(tl.int64) * rows + row0 + first
+            later = tl.where(m == level, strided_sum(base, 1, last - first), later)
     for i in range(GROUP):
-        local = j * GROUP + GROUP - 1 - i - n0
+        n = j * GROUP + GROUP - 1 - i
+        local = n - n0
         if (local >= 0) & (local < chunks):
             position = local * C + in_chunk
             valid = position < length
@@ -88,13 +79,22 @@ def gate_grads_kernel(
             gains = h.to(tl.int64) * all_tokens + tokens
             gain = tl.load(row_gain + gains, mask=valid, other=0.0)
             loss = tl.load(column_gain + gains, mask=valid, other=0.0)
+            entry = n >> m << m
+            reads = ((n >> m) & 1 == 1) & (entry > n0)
+            place = (m * H + h).to(tl.int64) * rows + row0 + local
+            own = tl.load(level_gain + place, mask=reads, other=0.0)
+            passes = reads & (entry + (tl.cast(1, tl.int32) << m) < n0 + chunks)
+            # What a single chunk passes on is all that it passes less what this chunk takes: one difference is harmless.
+            unit = (row0 + local).to(tl.int64) * H + h
+            skips = tl.where(reads, later, 0.0)
+            skips += tl.load(chunk_gain + unit - H + 0 * m, mask=passes & (m == 0), other=0.0)
+            skips -= tl.where(passes & (m == 0), own, 0.0)
+            for t in range(TILES):
+                place = ((row0 + entry - 1 - n0).to(tl.int64) * H + h) * TILES + t
+                skips += tl.load(beyond + place, mask=passes & (m > 0), other=0.0)
+            crossing = tl.sum(skips, axis=0) + tl.load(chunk_gain + unit)
             gradient = crossing + tl.cumsum(gain - loss, axis=0, reverse=True)
             gate = tl.load(g + tokens.to(tl.int64) * stride_g + h, mask=valid, other=0.0)
             gradient = tl.where(gate.to(tl.float32) > GATE_FLOOR, gradient, 0.0)
             tl.store(dg + tokens.to(tl.int64) * H + h, gradient.to(dg.dtype.element_ty), mask=valid)
-            # Over the chunk's beginning: pairs of its queries with earlier chunks come in, those of its keys with later go.
-            n = n0 + local
-            place = (tree_levels * H + h).to(tl.int64) * rows + row0 + local
-            reads = ((n >> tree_levels) & 1 == 1) & ((n >> tree_levels << tree_levels) > n0)
-            entered = tl.sum(tl.load(level_gain + place, mask=reads, other=0.0), axis=0)
-            crossing += entered - tl.load(chunk_gain + (row0 + local).to(tl.int64) * H + h)
+            later = tl.where((n - 1) >> m == n >> m, later + own, 0.0)

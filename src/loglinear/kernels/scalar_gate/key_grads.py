@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import load_state, load_tile, locate, store_tile
-from loglinear.kernels.scalar_gate.value_grads import to_chunk_end
+from loglinear.kernels.common import load_state, load_tile, locate, store_tile, to_chunk_end
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
@@ -61,7 +60,7 @@ def key_grads_kernel(
     for i in range(HEADS * TILES_V):
         h = block * HEADS + i // TILES_V
         first_v = i % TILES_V * BV
-        decay = to_chunk_end(sums + h.to(tl.int64) * sums_stride + origin, size, in_chunk, all_tokens, C, EXACT)
+        decay = to_chunk_end(sums + h.to(tl.int64) * sums_stride + origin, size, all_tokens, C, EXACT)
         v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first_v)
         state = load_state(chunk_grads + (row.to(tl.int64) * H + h) * (K * V), 0, first_v, K, V, BK, BV)
         weighted = (v_tile.to(tl.float32) * decay[:, None]).to(v_tile.dtype)

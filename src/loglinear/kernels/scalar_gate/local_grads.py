@@ -112,11 +112,16 @@ def local_grads_kernel(
     own_score = tl.sum(tl.where(is_diagonal, scores, 0.0), axis=1)
     scores = tl.reshape(tl.where(is_diagonal, 0.0, scores), [C, NB, SUB])
     dscores = tl.zeros([C, NB, SUB], tl.float32)
+    # λ of the next head is on its way while this one is computed.
+    next_near, next_far = local_scales(
+        level_scales + origin * stride_s + block * HEADS * L, valid, stride_s, factor, L, C
+    )
     for i in range(HEADS):
         h = block * HEADS + i
-        scales = level_scales + origin * stride_s + h * L
         head_sums = sums + h.to(tl.int64) * sums_stride + origin
-        near, far = local_scales(scales, valid, stride_s, factor, L, C)
+        near, far = next_near, next_far
+        ahead = tl.minimum(h + 1, block * HEADS + HEADS - 1)
+        next_near, next_far = local_scales(level_scales + origin * stride_s + ahead * L, valid, stride_s, factor, L, C)
         near_decay, far_decay, column = local_decays(head_sums, size, all_tokens, C, EXACT)
         dp = tl.zeros([C, C], tl.float32)
         for first_v in tl.static_range(0, V, BV):

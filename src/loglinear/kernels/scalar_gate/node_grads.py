@@ -14,18 +14,25 @@ from loglinear.kernels.common import GROUP, load_tile, locate, log2_of_power, st
 
 
 @triton.jit
-def chunk_gradient(q, do, level_scales, sums, origin, valid, stride_q, stride_do, stride_s, factor, first_k, first_v,
-                   C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
-    """``(λ exp2(log-decay since the chunk began) ∘ Q)ᵀ dO`` of one chunk: the weight goes to dO, the narrower of the two.
+def chunk_weight(level_scales, sums, origin, valid, stride_s, factor, C: tl.constexpr):
+    """``λ exp2(log-decay since the chunk began)`` of a chunk's tokens ``[C]``, ``level_scales`` pointing at the entry's level.
 
-    Pointers are at token 0 of a head, ``level_scales`` at the entry's level; ``origin`` (int64) is the chunk's first token.
+    Loaded one step ahead of its use: as one number a token it can not be copied to shared memory in the background.
     """
     in_chunk = tl.arange(0, C)
+    scale = tl.load(level_scales + origin * stride_s + in_chunk * stride_s, mask=valid, other=0.0).to(tl.float32)
+    return scale * factor * tl.exp2(tl.load(sums + origin + in_chunk, mask=valid, other=0.0))
+
+
+@triton.jit
+def chunk_gradient(q, do, weight, origin, valid, stride_q, stride_do, first_k, first_v, C: tl.constexpr, K: tl.constexpr,
+                   V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``(weight ∘ Q)ᵀ dO`` of one chunk: the weight goes to dO, the narrower of the two.
+
+    q and do point at token 0 of a head; ``origin`` (int64) is the chunk's first token.
+    """
     q_tile = load_tile(q + origin * stride_q, stride_q, valid, C, K, BK, first_k)
     do_tile = load_tile(do + origin * stride_do, stride_do, valid, C, V, BV, first_v)
-    scale = tl.load(level_scales + origin * stride_s + in_chunk * stride_s, mask=valid, other=0.0).to(tl.float32)
-    weight = scale * factor * tl.exp2(tl.load(sums + origin + in_chunk, mask=valid, other=0.0))
     weighted = (do_tile.to(tl.float32) * weight[:, None]).to(do_tile.dtype)
     return tl.dot(tl.trans(q_tile), weighted, input_precision=PRECISION)
 
@@ -91,14 +98,21 @@ def window_grads_kernel(
     first = j * GROUP - n0
     last = tl.minimum(first + run * GROUP, (length + C - 1) // C) - 1
     total = tl.zeros([BK, BV], tl.float32)
+    origin = (start + last * C).to(tl.int64)
+    weight = chunk_weight(head_scales, head_sums, origin, last * C + in_chunk < length, stride_s, factor, C)
+    decay = tl.load(chunk_log + (row0 + last).to(tl.int64) * H + h)
     for i in range(last + 1 - first):
         local = last - i
         position = local * C + in_chunk
+        now, now_decay = weight, tl.exp2(decay)
         origin = (start + local * C).to(tl.int64)
-        decay = tl.exp2(tl.load(chunk_log + (row0 + local).to(tl.int64) * H + h))
-        total = total * decay + chunk_gradient(
-            q + h // (H // G) * K, do + h * V, head_scales, head_sums, origin, position < length, stride_q, stride_do,
-            stride_s, factor, first_k, first_v, C, K, V, BK, BV, PRECISION,
+        before = tl.maximum(local - 1, first)
+        weight = chunk_weight(head_scales, head_sums, (start + before * C).to(tl.int64), before * C + in_chunk < length,
+                              stride_s, factor, C)  # fmt: skip
+        decay = tl.load(chunk_log + (row0 + before).to(tl.int64) * H + h)
+        total = total * now_decay + chunk_gradient(
+            q + h // (H // G) * K, do + h * V, now, origin, position < length, stride_q, stride_do, first_k, first_v, C, K,
+            V, BK, BV, PRECISION,
         )  # fmt: skip
     if span <= SEGMENT:
         slot = group0 + entry - 1 - n0 // GROUP

@@ -1,4 +1,8 @@
-"""OUTPUT: each chunk attends to itself under the λ mask, then walks the entries that cover everything before it."""
+"""OUTPUT: each chunk attends to itself under the λ mask, then walks the entries that cover everything before it.
+
+Special about this file: where the first entry of the path is a single chunk, the queries attend to that chunk itself. One
+level covers it, so this takes no mask; and half of all entries need neither be written nor read.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +22,19 @@ from loglinear.kernels.common import (
     path_length,
     path_weights,
     store_tile,
+    to_chunk_end,
 )
 
 
 @triton.jit
 def walk(acc, q_tile, weights, entries, rows, n, n0, h, first_v, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
          BK: tl.constexpr, BV: tl.constexpr, TREE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Add ``weight ∘ (Q S_e)`` for each entry e on the query path of chunk n; weights ``[C, TREE]`` by tree level.
+    """Add ``weight ∘ (Q S_e)`` for each entry e of two chunks or more on the query path of chunk n.
 
-    Rows are scaled after the product: it costs V multiplications a row instead of K, in float32.
+    weights ``[C, TREE]`` by tree level. Rows are scaled after the product, in float32: V multiplications a row, not K.
     """
-    e = n
-    for _ in range(path_length(n, n0)):
+    e = n & -2
+    for _ in range(path_length(e, n0)):
         span = lowbit(e)
         unit = (rows + e - 1).to(tl.int64) * H + h
         state = load_state(entries + unit * (K * V), 0, first_v, K, V, BK, BV)
@@ -37,6 +42,19 @@ def walk(acc, q_tile, weights, entries, rows, n, n0, h, first_v, H: tl.constexpr
         acc += weight[:, None] * tl.dot(q_tile, state, input_precision=PRECISION)
         e -= span
     return acc
+
+
+@triton.jit
+def attend_to_previous(acc, q_tile, weight, k, v, sums, stride_k, stride_v, plane, first_v, C: tl.constexpr,
+                       K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
+    """Add ``weight ∘ (Q Kᵀ decay) V`` of one whole chunk; k, v and sums point at its first token. weight: ``[C]``."""
+    whole = tl.arange(0, C) < C
+    k_tile = load_tile(k, stride_k, whole, C, K, BK, 0)
+    v_tile = load_tile(v, stride_v, whole, C, V, BV, first_v)
+    decay = to_chunk_end(sums, C, plane, C, EXACT)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * decay[None, :]
+    return acc + weight[:, None] * tl.dot(scores.to(v_tile.dtype), v_tile, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
@@ -89,24 +107,30 @@ def output_kernel(
     if length < 0:
         return
     local = row - row0
+    n = n0 + local
     in_chunk = tl.arange(0, C)
     size = length - local * C
     valid = in_chunk < size
     origin = (start + local * C).to(tl.int64)
     q_tile = load_tile(q + origin * stride_q + h // (H // G) * K, stride_q, valid, C, K, BK, 0)
-    k_tile = load_tile(k + origin * stride_k + h // (H // G) * K, stride_k, valid, C, K, BK, 0)
-    v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first_v)
+    k_head = k + origin * stride_k + h // (H // G) * K
+    v_head = v + origin * stride_v + h * V
+    k_tile = load_tile(k_head, stride_k, valid, C, K, BK, 0)
+    v_tile = load_tile(v_head, stride_v, valid, C, V, BV, first_v)
     scales = level_scales + origin * stride_s + h * L
     head_sums = sums + h.to(tl.int64) * sums_stride + origin
     row_sums = tl.load(head_sums + in_chunk, mask=valid, other=0.0)
-    weights = path_weights(scales, stride_s, valid, row_sums, entry_log, row0 - n0, n0 + local, n0, h, L, H, C, LOG_C,
-                           TREE)  # fmt: skip
+    weights = factor * path_weights(scales, stride_s, valid, row_sums, entry_log, row0 - n0, n, n0, h, L, H, C, LOG_C,
+                                    TREE)  # fmt: skip
     near, far = local_scales(scales, valid, stride_s, factor, L, C)
     near_decay, far_decay, columns = local_decays(head_sums, size, all_tokens, C, EXACT)
     mask = assemble_mask(near * near_decay, far * far_decay, columns, C)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     weighted = (scores * tl.reshape(mask, [C, C])).to(v_tile.dtype)
     acc = tl.dot(weighted, v_tile, input_precision=PRECISION)
-    acc = walk(acc, q_tile, weights * factor, entries, row0 - n0, n0 + local, n0, h, first_v, H, K, V, BK, BV, TREE,
-               PRECISION)  # fmt: skip
+    if (n % 2 == 1) & (local > 0):
+        acc = attend_to_previous(acc, q_tile, column(weights, 0, TREE), k_head - C * stride_k, v_head - C * stride_v,
+                                 head_sums - C, stride_k, stride_v, all_tokens, first_v, C, K, V, BK, BV, EXACT,
+                                 PRECISION)  # fmt: skip
+    acc = walk(acc, q_tile, weights, entries, row0 - n0, n, n0, h, first_v, H, K, V, BK, BV, TREE, PRECISION)
     store_tile(o + origin * (H * V) + h * V, H * V, valid, acc, C, V, BV, first_v)

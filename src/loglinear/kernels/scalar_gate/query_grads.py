@@ -24,6 +24,15 @@ def entry_product(do_head, stride_do, valid, do_tile, entry, C: tl.constexpr, K:
     return product
 
 
+@triton.jit
+def path_step(scales, entry_log, rows, e, h, n0, in_chunk, stride_s, valid, L, H: tl.constexpr, LOG_C: tl.constexpr):
+    """(λ ``[C]`` towards entry e, its log-decay), zero past the end of the path; loaded one step ahead of their use."""
+    level = tl.minimum(log2_of_power(tl.maximum(lowbit(e), 1)) + LOG_C + 1, L - 1)
+    inside = valid & (tl.zeros_like(in_chunk) + e > n0)
+    scale = tl.load(scales + (in_chunk * stride_s + level), mask=inside, other=0.0).to(tl.float32)
+    return scale, tl.load(entry_log + (rows + e - 1).to(tl.int64) * H + h, mask=e > n0, other=0.0)
+
+
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def query_grads_kernel(
     q,
@@ -86,41 +95,47 @@ def query_grads_kernel(
     ds = tl.load(source + in_chunk[:, None] * C + in_chunk[None, :])
     acc = tl.dot(ds, k_tile, input_precision=PRECISION)
     columns = tl.arange(0, LEVELS)
+    steps = path_length(n, n0)
     for i in range(HEADS):
         h = block * HEADS + i
         scales = level_scales + origin * stride_s + h * L
+        gains = row_gain + h.to(tl.int64) * all_tokens + origin + in_chunk
+        place = dlevel_scales + origin * (H * L) + h * L + (in_chunk[:, None] * (H * L) + columns[None, :])
         row_sums = tl.load(sums + h.to(tl.int64) * sums_stride + origin + in_chunk, mask=valid, other=0.0)
+        scale, log = path_step(scales, entry_log, row0 - n0, n, h, n0, in_chunk, stride_s, valid, L, H, LOG_C)
+        if HAS_GATE:
+            row_part = tl.load(gains, mask=valid, other=0.0)
         do_head = do + origin * stride_do + h * V
         do_tile = load_tile(do_head, stride_do, valid, C, V, BV, 0)
         gradient = tl.zeros([C, LEVELS], tl.float32)
-        row_part = tl.zeros([C], tl.float32)
         e = n
         since = 0.0
-        for _ in range(path_length(n, n0)):
-            span = lowbit(e)
+        for _ in range(steps):
             unit = (row0 + e - 1 - n0).to(tl.int64) * H + h
-            tree_level = log2_of_power(span)
+            tree_level = log2_of_power(lowbit(e))
             level = tl.minimum(tree_level + LOG_C + 1, L - 1)
-            scale = tl.load(scales + (in_chunk * stride_s + level), mask=valid, other=0.0).to(tl.float32) * factor
+            decay = tl.exp2(row_sums + since)
+            now = scale * factor
+            since += log
+            e = e & (e - 1)
+            scale, log = path_step(scales, entry_log, row0 - n0, e, h, n0, in_chunk, stride_s, valid, L, H, LOG_C)
             entry = entries + unit * (K * V)
             product = entry_product(do_head, stride_do, valid, do_tile, entry, C, K, V, BK, BV, PRECISION)
-            decay = tl.exp2(row_sums + since)
             gain = tl.sum(product * q_tile.to(tl.float32), axis=1) * decay
-            acc += (scale * decay)[:, None] * product
+            acc += (now * decay)[:, None] * product
             gradient += tl.where(columns[None, :] == level, (gain * factor)[:, None], 0.0)
             if HAS_GATE:
-                row_part += gain * scale
-                place = (tree_level * H + h).to(tl.int64) * rows + row
-                tl.store(level_gain + place, tl.sum(gain * scale, axis=0))
-            since += tl.load(entry_log + unit)
-            e -= span
-        place = dlevel_scales + origin * (H * L) + h * L + (in_chunk[:, None] * (H * L) + columns[None, :])
-        in_levels = valid[:, None] & (columns < L)[None, :]
-        inside = valid[:, None] & (columns < tl.minimum(L, LOG_C + 1))[None, :]
-        gradient += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(place, gradient.to(dlevel_scales.dtype.element_ty), mask=in_levels)
+                row_part += gain * now
+                level_place = (tree_level * H + h).to(tl.int64) * rows + row
+                tl.store(level_gain + level_place, tl.sum(gain * now, axis=0))
+        if L <= LOG_C + 1:  # the last level inside the chunk is that of all entries too
+            inside = valid[:, None] & (columns < L)[None, :]
+            gradient += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(place, gradient.to(dlevel_scales.dtype.element_ty), mask=inside)
+        else:
+            outside = valid[:, None] & ((columns > LOG_C) & (columns < L))[None, :]
+            tl.store(place, gradient.to(dlevel_scales.dtype.element_ty), mask=outside)
         if HAS_GATE:
-            gains = row_gain + h.to(tl.int64) * all_tokens + origin + in_chunk
-            tl.store(gains, tl.load(gains, mask=valid, other=0.0) + row_part, mask=valid)
+            tl.store(gains, row_part, mask=valid)
     part = (block % BLOCKS).to(tl.int64) * all_tokens + origin
     store_tile(dq + part * (G * K) + group_head * K, G * K, valid, acc, C, K, BK, 0)

@@ -7,23 +7,14 @@ import triton.language as tl
 
 from loglinear.kernels.common import (
     assemble_mask,
-    decay_between,
     load_state,
-    load_sum,
     load_tile,
     local_decays,
     local_scales,
     locate,
     store_tile,
+    to_chunk_end,
 )
-
-
-@triton.jit
-def to_chunk_end(sums, size, in_chunk, plane, C: tl.constexpr, EXACT: tl.constexpr):
-    """Decay from each token to the end of its chunk ``[C]``."""
-    high, low = load_sum(sums, in_chunk, in_chunk < size, plane, EXACT)
-    last_high, last_low = load_sum(sums, tl.minimum(size, C) - 1, True, plane, EXACT)
-    return decay_between(last_high, last_low, high, low, EXACT)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
@@ -88,16 +79,25 @@ def value_grads_kernel(
     is_diagonal = in_chunk[:, None] == in_chunk[None, :]
     own_score = tl.sum(tl.where(is_diagonal, scores, 0.0), axis=1)
     scores = tl.where(is_diagonal, 0.0, scores)
+    # λ of the next head is on its way while this one is computed.
+    next_near, next_far = local_scales(
+        level_scales + origin * stride_s + block * HEADS * L, valid, stride_s, factor, L, C
+    )
     for i in range(HEADS):
         h = block * HEADS + i
         scales = level_scales + origin * stride_s + h * L
         head_sums = sums + h.to(tl.int64) * sums_stride + origin
-        near, far = local_scales(scales, valid, stride_s, factor, L, C)
+        near, far = next_near, next_far
+        ahead = tl.minimum(h + 1, block * HEADS + HEADS - 1)
+        next_near, next_far = local_scales(level_scales + origin * stride_s + ahead * L, valid, stride_s, factor, L, C)
         near_decay, far_decay, column = local_decays(head_sums, size, all_tokens, C, EXACT)
         mask = assemble_mask(near * near_decay, far * far_decay, column, C)
         weights = (scores * tl.reshape(mask, [C, C])).to(do.dtype.element_ty)
         own_scale = tl.load(scales + in_chunk * stride_s, mask=valid, other=0.0).to(tl.float32) * factor
-        decay = to_chunk_end(head_sums, size, in_chunk, all_tokens, C, EXACT)
+        decay = to_chunk_end(head_sums, size, all_tokens, C, EXACT)
+        gains = column_gain + h.to(tl.int64) * all_tokens + origin + in_chunk
+        if HAS_GATE:
+            inner_part = tl.load(gains, mask=valid, other=0.0)
         later_part = tl.zeros([C], tl.float32)
         for first_v in tl.static_range(0, V, BV):
             do_tile = load_tile(do + origin * stride_do + h * V, stride_do, valid, C, V, BV, first_v)
@@ -110,6 +110,5 @@ def value_grads_kernel(
             total += (own_score * own_scale)[:, None] * do_tile.to(tl.float32)
             store_tile(dv + origin * (H * V) + h * V, H * V, valid, total, C, V, BV, first_v)
         if HAS_GATE:
-            gains = column_gain + h.to(tl.int64) * all_tokens + origin + in_chunk
-            tl.store(gains, tl.load(gains, mask=valid, other=0.0) + later_part, mask=valid)
+            tl.store(gains, inner_part + later_part, mask=valid)
             tl.store(chunk_gain + row.to(tl.int64) * H + h, tl.sum(later_part, axis=0))

@@ -1,0 +1,202 @@
+"""REPLAY: the first call of a kind is written down while it runs; later ones repeat its launches from one allocation.
+
+Special about this file: below some thousand tokens the host is slower than the GPU. Working out sizes, allocating thirty
+tensors and Triton's look at every argument of every launch take ten times as long as the launches themselves, and depend on
+dtypes, shapes, strides and alignments alone: they are done once for each kind of call. Scratch that is never alive at the
+same time shares memory, as the kernels of a call run one after the other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256  # bytes, of every buffer in the arena
+_local = threading.local()
+
+
+@dataclass
+class Buffer:
+    """Scratch of a recorded call, alive from launch ``first`` to launch ``last``. Sizes and addresses in bytes."""
+
+    address: int
+    size: int
+    first: int
+    last: int = -1
+    offset: int = 0
+
+    def holds(self, address: int) -> bool:
+        return self.address <= address < self.address + max(self.size, 1)
+
+
+@dataclass
+class Launch:
+    """One launch: the compiled kernel, its arguments, and where addresses go: (index, input or buffer, bytes after it)."""
+
+    compiled: Any
+    programs: int
+    arguments: list
+    places: list[tuple[int, int | Buffer, int]]
+
+
+@dataclass
+class Recording:
+    """What a call does, while it does it. Inputs are known by identity, scratch by address."""
+
+    inputs: list[Tensor | None]
+    buffers: list[Buffer] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+    complete: bool = True
+
+    def allocated(self, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        self.buffers.append(Buffer(tensor.data_ptr(), size, len(self.launches)))
+
+    def find(self, tensor: Tensor) -> Buffer | None:
+        """The newest buffer that holds the tensor: memory of an older one may have been given out again."""
+        return next((b for b in reversed(self.buffers) if b.holds(tensor.data_ptr())), None)
+
+    def launched(self, compiled, programs: int, arguments: list) -> None:
+        """Note a launch. The interpreter compiles nothing, so there ``compiled`` is None and nothing can be repeated."""
+        places: list[tuple[int, int | Buffer, int]] = []
+        for index, argument in enumerate(arguments):
+            if not isinstance(argument, Tensor):
+                continue
+            given = next((i for i, x in enumerate(self.inputs) if x is argument), None)
+            buffer = self.find(argument) if given is None else None
+            if given is not None:
+                places.append((index, given, 0))
+            elif buffer is not None:
+                buffer.last = len(self.launches)
+                places.append((index, buffer, argument.data_ptr() - buffer.address))
+            else:
+                self.complete = False
+            arguments[index] = 0
+        if compiled is None:
+            self.complete = False
+        elif self.complete:
+            self.launches.append(Launch(compiled, programs, arguments, places))
+
+    def finish(self, results: tuple[Tensor | None, ...]) -> Tape | None:
+        """The tape, or None where a launch or a result used memory that is neither an input's nor scratch."""
+        kept = [None if x is None else self.find(x) for x in results]
+        whole = all(x is None or (b is not None and b.address == x.data_ptr()) for x, b in zip(results, kept))
+        if not (self.complete and whole):
+            return None
+        bases = {id(b): len(self.inputs) + i for i, b in enumerate(kept) if b is not None}
+        transient = [b for b in self.buffers if id(b) not in bases]
+        arena = lay_out(transient)
+        last = len(self.inputs) + len(kept)
+        launches = []
+        for launch in self.launches:
+            addresses = []
+            for index, where, offset in launch.places:
+                if isinstance(where, Buffer):
+                    offset += 0 if id(where) in bases else where.offset
+                    where = bases.get(id(where), last)
+                addresses.append((index, where, offset))
+            launches.append((starter(launch.compiled, launch.programs), launch.arguments, addresses))
+        return Tape([None if x is None else (x.shape, x.dtype) for x in results], arena, launches)
+
+
+def lay_out(buffers: list[Buffer]) -> int:
+    """Give each buffer the lowest offset at which it meets none that is alive with it. Returns the bytes needed."""
+    placed: list[Buffer] = []
+    for buffer in buffers:
+        neighbours = sorted((b for b in placed if b.last >= buffer.first), key=lambda b: b.offset)
+        for other in neighbours:
+            if buffer.offset + buffer.size <= other.offset:
+                break
+            buffer.offset = max(buffer.offset, -(-(other.offset + other.size) // ALIGNMENT) * ALIGNMENT)
+        placed.append(buffer)
+    return max((b.offset + b.size for b in placed), default=0)
+
+
+def starter(compiled, programs: int) -> Callable:
+    """``start(stream, arguments)``: Triton's own launcher, without the search for the stream and the hooks of profilers."""
+    compiled[(programs, 1, 1)]  # loads the kernel's code onto the device
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def start(stream: int, arguments: list) -> None:
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+    return start
+
+
+def arena(size: int, device: torch.device) -> Tensor:
+    """Memory for all scratch of a replayed call. Tests fill it with NaN."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+@dataclass
+class Tape:
+    """A call of one kind, ready to be repeated: its results' shapes, bytes of scratch, and launches."""
+
+    results: list[tuple[torch.Size, torch.dtype] | None]
+    scratch: int
+    launches: list[tuple[Callable, list, list[tuple[int, int, int]]]]
+
+    def play(self, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
+        results = [None if x is None else torch.empty(x[0], dtype=x[1], device=device) for x in self.results]
+        memory = arena(self.scratch, device)
+        base = [0 if x is None else x.data_ptr() for x in (*inputs, *results, memory)]
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        for start, arguments, addresses in self.launches:
+            arguments = arguments.copy()
+            for index, where, offset in addresses:
+                arguments[index] = base[where] + offset
+            start(stream, arguments)
+        return tuple(results)
+
+
+@lru_cache(maxsize=512)
+def tape_of(*kind) -> list[Tape | None]:
+    """The tape of one kind of call: an empty list until there is one, ``[None]`` where there can be none."""
+    return []
+
+
+def recording() -> Recording | None:
+    """The recording of this thread, if a call is being recorded."""
+    return getattr(_local, "recording", None)
+
+
+def replay(
+    function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor | None], *settings
+) -> tuple[Tensor | None, ...]:
+    """``function(*inputs, *settings)``, from its tape if there is one.
+
+    Args:
+        function: allocates by ``common.scratch`` and launches by ``common.launch``, and does nothing else on the device. Its
+            results are whole scratch buffers.
+        inputs: at least one tensor; all on one device. settings: hashable; with the inputs' dtypes, shapes, strides and
+            alignment they decide all that the function does.
+    """
+    device = next(x for x in inputs if x is not None).device
+    kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
+    tapes = tape_of(function, device, *settings, *kind)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(tapes, function, inputs, settings, device)
+    return _run(tapes, function, inputs, settings, device)
+
+
+def _run(tapes, function, inputs, settings, device):
+    if not tapes:
+        # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
+        own = [None if x is None else x.detach() for x in inputs]
+        _local.recording = note = Recording(own)
+        try:
+            results = function(*own, *settings)
+        finally:
+            _local.recording = None
+        tapes.append(note.finish(results))
+        return results
+    if tapes[0] is None:
+        return function(*inputs, *settings)
+    return tapes[0].play(inputs, device)
