@@ -5,18 +5,20 @@ Special about this file: a peer is built only when it is asked for, and a failur
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loglinear import log_linear_attention
+from loglinear import log_linear_attention, log_linear_delta_rule
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,54 @@ def differentiable(shape: Shape) -> tuple[Tensor, ...]:
 def loglinear_op(shape: Shape) -> Run:
     leaves = differentiable(shape)
     return Run(lambda: log_linear_attention(*leaves)[0], leaves)
+
+
+def delta_inputs(shape: Shape, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
+    """q, k, v, g, beta, level_scales of a Gated DeltaNet layer: keys of unit length, β in (0, 1)."""
+    x = inputs(shape, device, seed)
+    k = torch.nn.functional.normalize(x["k"].float(), dim=-1).to(shape.dtype)
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    beta = torch.rand(*x["g"].shape, generator=generator, device=device)
+    return {"q": x["q"], "k": k, "v": x["v"], "g": x["g"], "beta": beta, "level_scales": x["level_scales"]}
+
+
+def loglinear_delta(shape: Shape) -> Run:
+    leaves = tuple(x.requires_grad_() for x in delta_inputs(shape).values())
+    return Run(lambda: log_linear_delta_rule(*leaves)[0], leaves)
+
+
+def fla_gated_delta(shape: Shape, folder: str | None = None) -> Run:
+    """The linear gated delta rule of the installed flash-linear-attention, or of the one unpacked in ``folder``."""
+    name = "fla.ops.gated_delta_rule.chunk"
+    chunk = importlib.import_module(name) if folder is None else import_from(folder, name)
+    q, k, v, g, beta, _ = (x.requires_grad_() for x in delta_inputs(shape).values())
+    beta = beta.detach().to(shape.dtype).requires_grad_()
+    return Run(lambda: chunk.chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0)[0], (q, k, v, g, beta))
+
+
+def import_from(folder: str, name: str) -> types.ModuleType:
+    """Import a module of a package unpacked in ``folder``, in place of one that is installed under the same name.
+
+    The ``__init__`` files above it are skipped: they import all of the package's models, and transformers with them.
+    """
+    if not Path(folder, *name.split(".")[:1]).is_dir():
+        raise ImportError(f"no {name.split('.')[0]} in {folder}")
+    root = name.split(".")[0]
+    installed = {key: sys.modules.pop(key) for key in list(sys.modules) if key.split(".")[0] == root}
+    try:
+        parts = name.split(".")[:-1]
+        for depth in range(1, len(parts) + 1):
+            package = types.ModuleType(".".join(parts[:depth]))
+            package.__path__ = [str(Path(folder, *parts[:depth]))]
+            sys.modules[package.__name__] = package
+        modules = types.ModuleType(f"{root}.modules")
+        modules.__path__ = [str(Path(folder, root, "modules"))]
+        sys.modules[modules.__name__] = modules
+        return importlib.import_module(name)
+    finally:
+        for key in [key for key in sys.modules if key.split(".")[0] == root]:
+            del sys.modules[key]
+        sys.modules.update(installed)
 
 
 def fla_log_linear(shape: Shape) -> Run:
@@ -138,6 +188,17 @@ def peers(heads: int, width: int) -> dict[str, Callable[[Shape], Run]]:
         "mamba2 ssd chunk 64": lambda shape: mamba2_ssd(shape, 64),
         "mamba2 ssd chunk 128": lambda shape: mamba2_ssd(shape, 128),
         "mamba2 ssd chunk 256": lambda shape: mamba2_ssd(shape, 256),
+        f"flash attention 2, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, flash),
+        f"cudnn attention, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, cudnn),
+    }
+
+
+def delta_peers(heads: int, width: int, old_fla: str) -> dict[str, Callable[[Shape], Run]]:
+    """The same for the delta rule; ``old_fla`` is a folder with flash-linear-attention 0.2.2, whose backward runs on Hopper."""
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    return {
+        "fla gated_delta_rule": fla_gated_delta,
+        "fla 0.2.2 gated_delta_rule": lambda shape: fla_gated_delta(shape, old_fla),
         f"flash attention 2, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, flash),
         f"cudnn attention, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, cudnn),
     }

@@ -19,21 +19,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from loglinear.kernels.tuning import scalar_gate_config
 from measure import append, environment, milliseconds, peak_bytes
-from peers import Shape, inputs, loglinear_op, peers
+from peers import Run, Shape, inputs, loglinear_op, peers
 from stages import sweep, time_stages
 from verify import Failure, verify
 
 
-def measure_ours(shape: Shape, config, budget_ms: int, stages: bool) -> list[dict]:
-    """Rows of the public op, forward and forward + backward, as its user calls it, and of every kernel."""
-    run = loglinear_op(shape)
+def measure_op(run: Run, budget_ms: int) -> list[dict]:
+    """Rows of the public op, forward and forward + backward, as its user calls it."""
     rows = []
     for what, call in (("forward", run.call), ("forward+backward", run.forward_backward())):
         rows.append(row("loglinear", what, milliseconds(call, budget_ms), peak_bytes(call)))
-    x = inputs(shape)
-    do = torch.randn_like(x["v"])
-    rows[-1]["inputs_outputs_gradients_bytes"] = 2 * sum(y.numel() * y.element_size() for y in (*x.values(), do))
+    given, o = run.inputs, run.call()
+    rows[-1]["inputs_bytes"] = sum(y.numel() * y.element_size() for y in (*given, o))  # with the gradient of o
+    rows[-1]["inputs_outputs_gradients_bytes"] = 2 * rows[-1]["inputs_bytes"]
+    return rows
+
+
+def measure_ours(shape: Shape, config, budget_ms: int, stages: bool) -> list[dict]:
+    """Rows of the public op and, if asked for, of every kernel."""
+    rows = measure_op(loglinear_op(shape), budget_ms)
     if stages:
+        x = inputs(shape)
+        do = torch.randn_like(x["v"])
         rows += [row("loglinear", name, time) for name, time in time_stages(x, do, config, budget_ms // 4).items()]
     return rows
 

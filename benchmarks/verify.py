@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.kernels import scalar_gate
+from loglinear.kernels import delta_rule, scalar_gate
+from loglinear.reference.chunkwise import chunkwise
 from loglinear.reference.dense import dense
 from loglinear.reference.transition import Scalar
-from peers import Shape, inputs
+from peers import Shape, delta_inputs, inputs
 
 # Relative error in norm. Low precision: twice what rounding the operands of plain torch costs (bf16 0.3-0.5%).
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -35,6 +36,23 @@ def head_oracle(x: dict[str, Tensor], do: Tensor, b: int, h: int) -> list[Tensor
 def relative(x: Tensor, expected: Tensor) -> float:
     error = (x.double() - expected).norm() / expected.norm()
     return float("inf") if error.isnan() else error.item()
+
+
+def verify_delta_rule(shape: Shape, longest: int = 4096, seed: int = 1) -> str:
+    """The same for the delta rule; the oracle is the chunkwise form in float64, all heads at once."""
+    small = Shape(1, min(shape.T, longest), shape.H // shape.G, 1, shape.K, shape.V, shape.dtype)
+    x = delta_inputs(small, seed=seed)
+    do = torch.randn_like(x["v"])
+    got = (delta_rule.forward(**x), *delta_rule.backward(do, **x))
+    q, k, v, g, beta, scales = (leaf.double().requires_grad_() for leaf in x.values())
+    o, _ = chunkwise(q, k, v, g, scales, beta)
+    expected = (o, *torch.autograd.grad(o, (q, k, v, g, beta, scales), do.double()))
+    names = ("o", "dq", "dk", "dv", "dg", "dbeta", "dlevel_scales")
+    errors = {name: relative(a, b) for name, a, b in zip(names, got, expected)}
+    line = ", ".join(f"{name} {error:.2e}" for name, error in errors.items())
+    if max(errors.values()) > LIMITS[shape.dtype]:
+        raise Failure(f"relative errors {line}; the limit is {LIMITS[shape.dtype]:.1e}")
+    return f"correct at T={small.T}: relative errors {line}"
 
 
 def verify(shape: Shape, config, longest: int = 4096, seed: int = 1) -> str:

@@ -254,9 +254,11 @@ def path_weights(scales, stride_s, valid, row_sums, entry_log, rows, n, n0, h, L
     """
     m = tl.arange(0, TREE)
     on_path = ((n >> m) & 1 == 1) & ((n >> m << m) > n0)
-    unit = (rows + (n >> m << m) - 1).to(tl.int64) * H + h
-    logs = tl.load(entry_log + unit, mask=on_path, other=0.0)
-    since = tl.cumsum(logs, axis=0) - logs
+    # Logs of the entries before: a cumulative sum less the entry's own log would lose what a reset hides.
+    below = tl.maximum(m - 1, 0)
+    before = (m > 0) & ((n >> below) & 1 == 1) & ((n >> below << below) > n0)
+    unit = (rows + (n >> below << below) - 1).to(tl.int64) * H + h
+    since = tl.cumsum(tl.load(entry_log + unit, mask=before, other=0.0), axis=0)
     level = tl.minimum(m + (LOG_C + 1), L - 1)
     pointers = scales + tl.arange(0, C)[:, None] * stride_s + level[None, :]
     scale = tl.load(pointers, mask=valid[:, None] & on_path[None, :], other=0.0).to(tl.float32)

@@ -14,11 +14,21 @@ import torch
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel's shape: tile of V (or of K where a kernel tiles K), warps, software-pipelining depth."""
+    """One kernel's shape: warps, software-pipelining depth, tile of V (or of K where a kernel tiles K), registers a thread.
+
+    ``registers`` of None lets the compiler choose.
+    """
 
     warps: int
     stages: int
     block_v: int = 64
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict:
+        """As Triton's launch options."""
+        cap = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **cap}
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,9 @@ def scalar_gate_config(dtype: torch.dtype, key_width: int, value_width: int) -> 
         return low_precision_config(chunk=64, warps=8)
     # Depths measured one kernel at a time: H200, Triton 3.6, bf16, B=2, T=16,384, H=48, G=1, K=128, V=64, 2026-11-22.
     config = low_precision_config(chunk=64, warps=4)
-    deep, flat = Launch(warps=4, stages=3), Launch(warps=4, stages=1)
-    return dataclasses.replace(config, states=deep, output=flat, windows=deep, value=deep, key=deep, chunk_grads=deep)
+    deep = Launch(warps=4, stages=3)
+    output = Launch(warps=4, stages=1, registers=168)
+    return dataclasses.replace(config, states=deep, output=output, windows=deep, value=deep, key=deep, chunk_grads=deep)
 
 
 def low_precision_config(chunk: int, warps: int, block_k: int = 128, heads: int = 12) -> ScalarGateConfig:
@@ -123,18 +134,16 @@ class DeltaRuleConfig:
 def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> DeltaRuleConfig:
     """The configuration for inputs of this dtype and these widths."""
     if dtype == torch.float32:
-        return uniform_delta_config(32, Launch(warps=4, stages=1, block_v=32))
+        return uniform_delta_config(32, Launch(warps=8 if key_width > 64 else 4, stages=1, block_v=32))
     if key_width > 128:
         config = uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64))
         return dataclasses.replace(config, map_grads=Launch(warps=8, stages=2, block_v=32))
     config = uniform_delta_config(64, Launch(warps=4, stages=2, block_v=64))
-    wide = Launch(warps=8, stages=2, block_v=128)
     return dataclasses.replace(
         config,
-        output=Launch(warps=4, stages=3, block_v=128),
-        path_grads=Launch(warps=4, stages=1, block_v=64),
-        entry_grads=wide,
-        unit_grads=wide,
+        output=Launch(warps=4, stages=3),
+        entry_grads=Launch(warps=8, stages=3, block_v=128),
+        unit_grads=Launch(warps=8, stages=3, block_v=128),
         map_grads=Launch(warps=4, stages=3, block_v=32),
     )
 

@@ -133,7 +133,7 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
                 checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
             if compiling:
                 return registration.attention(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
-            return registration.ScalarGate.apply(q, k, v, g, level_scales, scale, cu_seqlens), None
+            return registration.Kernels.apply(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
         checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
         # What a state holds depends on its positions: no single graph, and no recompilation at every token either.

@@ -20,19 +20,61 @@ from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import LinearState, LogLinearState
 
 MAX_WIDTH = 256  # K and V of the kernels; wider heads run the plain torch form
+DELTA_RULE_SHARED_MEMORY = 160 << 10  # bytes that a multiprocessor must have: data-centre GPUs from 2020 on do
 
 
-@lru_cache(maxsize=1)
-def scalar_gate() -> Any:
-    """The Triton kernels, or None where Triton is not installed. Imported on first use: importing loglinear is not."""
-    return import_module("loglinear.kernels.scalar_gate") if kernels.installed() else None
+@lru_cache(maxsize=2)
+def kernels_of(delta: bool) -> Any:
+    """Forward and backward of one rule. Imported on first use: importing loglinear imports no Triton."""
+    return import_module("loglinear.kernels.delta_rule" if delta else "loglinear.kernels.scalar_gate")
+
+
+@lru_cache(maxsize=64)
+def device_has_kernels(device: torch.device, delta: bool) -> bool:
+    """Whether Triton is installed and this device's shared memory holds the tiles."""
+    if not kernels.installed():
+        return False
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return not delta or shared >= DELTA_RULE_SHARED_MEMORY
 
 
 def has_kernel(q: Tensor, v: Tensor, beta: Tensor | None, level_scales: Tensor | None) -> bool:
-    """Whether the kernels take these inputs: scalar gate, CUDA, at most 32 bits, K and V up to 256."""
-    if not q.is_cuda or beta is not None or level_scales is None or v.dtype == torch.float64:
+    """Whether the kernels take these inputs: CUDA, λ given, at most 32 bits, K and V up to 256."""
+    if not q.is_cuda or level_scales is None or v.dtype == torch.float64:
         return False
-    return q.shape[3] <= MAX_WIDTH and v.shape[3] <= MAX_WIDTH and scalar_gate() is not None
+    return q.shape[3] <= MAX_WIDTH and v.shape[3] <= MAX_WIDTH and device_has_kernels(q.device, beta is not None)
+
+
+def run_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """o by the kernels of either rule."""
+    rate = () if beta is None else (beta,)
+    return kernels_of(beta is not None).forward(q, k, v, g, *rate, level_scales, scale, cu_seqlens)
+
+
+def run_kernels_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dg, dβ, dλ) by the kernels of either rule, None where there is no input."""
+    rate = () if beta is None else (beta,)
+    *grads, dscales = kernels_of(beta is not None).backward(do, q, k, v, g, *rate, level_scales, scale, cu_seqlens)
+    return *grads, *(() if beta is not None else (None,)), dscales
 
 
 def run(
@@ -67,7 +109,7 @@ def attention(
 ) -> Tensor:
     """o of either public op, without states. Shapes as there."""
     if has_kernel(q, v, beta, level_scales):
-        return scalar_gate().forward(q, k, v, g, level_scales, scale, cu_seqlens)
+        return run_kernels(q, k, v, g, beta, level_scales, scale, cu_seqlens)
     return run(q, k, v, g, beta, level_scales, scale, sequence_lengths(q, cu_seqlens, None))[0].contiguous()
 
 
@@ -90,8 +132,8 @@ def attention_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v, then of g, beta and level_scales where they are given."""
     if has_kernel(q, v, beta, level_scales):
-        dq, dk, dv, dg, dscales = scalar_gate().backward(do, q, k, v, g, level_scales, scale, cu_seqlens)
-        return [dq, dk, dv, *(() if dg is None else (dg,)), dscales]
+        grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, scale, cu_seqlens)
+        return [x for x in grads if x is not None]
     optional = (g, beta, level_scales)
     given = [q, k, v, *(x for x in optional if x is not None)]
     lengths = sequence_lengths(q, cu_seqlens, None)
@@ -128,17 +170,18 @@ def _backward(ctx, do):
 attention.register_autograd(_backward, setup_context=_save)
 
 
-class ScalarGate(torch.autograd.Function):
+class Kernels(torch.autograd.Function):
     """The same kernels for eager calls: a custom operator costs the host more than a short sequence costs the GPU."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, level_scales, scale, cu_seqlens):
-        ctx.save_for_backward(q, k, v, g, level_scales, cu_seqlens)
+    def forward(ctx, q, k, v, g, beta, level_scales, scale, cu_seqlens):
+        ctx.save_for_backward(q, k, v, g, beta, level_scales, cu_seqlens)
         ctx.scale = scale
-        return scalar_gate().forward(q, k, v, g, level_scales, scale, cu_seqlens)
+        return run_kernels(q, k, v, g, beta, level_scales, scale, cu_seqlens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        *inputs, cu_seqlens = ctx.saved_tensors
-        return *scalar_gate().backward(do, *inputs, ctx.scale, cu_seqlens), None, None
+        q, k, v, g, beta, level_scales, cu_seqlens = ctx.saved_tensors
+        grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, ctx.scale, cu_seqlens)
+        return *grads, None, None

@@ -86,7 +86,7 @@ def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
         x.q, x.do, x.level_scales, states.sums, states.chunk_log, node_grads, segments, problem.group_sequence,
         *problem.table, states.sums.stride(0), x.q.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor,
         problem.levels, problem.row_groups, slots, **constants, BK=tile_k, BV=tile_v, SEGMENT=segment,
-        HIGH_LEVELS=levels, num_warps=launch.warps, num_stages=launch.stages,
+        HIGH_LEVELS=levels, **launch.options,
     )  # fmt: skip
     if segment_levels:
         block = min(2048, padded(K * V))
@@ -111,7 +111,7 @@ def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: 
         x.q, x.do, x.level_scales, states.sums, states.chunk_log, states.group_log, states.entries, node_grads,
         chunk_grads, gains.beyond, problem.group_sequence, *problem.table, states.sums.stride(0), x.q.stride(1),
         x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **constants,
-        BK=tile_k, BV=tile_v, HAS_GATE=x.g is not None, num_warps=launch.warps, num_stages=launch.stages,
+        BK=tile_k, BV=tile_v, HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
     return chunk_grads
 
@@ -135,7 +135,7 @@ def launch_local_grads(problem: Problem, x: Inputs, states: States, gains: Gains
         x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype),
         LOG_C=chunk.bit_length() - 1, BK=padded(problem.key_width),
         BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
-        HAS_GATE=x.g is not None, num_warps=launch.warps, num_stages=launch.stages,
+        HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
     return dscales, score_grads
 
@@ -152,7 +152,7 @@ def launch_value_grads(problem: Problem, x: Inputs, states: States, chunk_grads:
         x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels,
         **common_constants(problem, x.v.dtype), BK=padded(problem.key_width),
         BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, HAS_GATE=x.g is not None,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return dv
 
@@ -200,7 +200,7 @@ def launch_query_grads(
         x.q.stride(1), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **constants,
         LOG_C=problem.config.chunk.bit_length() - 1, BK=padded(problem.key_width),
         BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
-        HAS_GATE=x.g is not None, num_warps=launch.warps, num_stages=launch.stages,
+        HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
     return sum_heads(problem, partial, x.q)
 
@@ -215,7 +215,7 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: T
         x.q, x.v, states.sums, chunk_grads, score_grads, partial, problem.row_sequence, *problem.table, problem.tokens,
         states.sums.stride(0), x.q.stride(1), x.v.stride(1), **common_constants(problem, x.v.dtype),
         BK=padded(problem.key_width), BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return sum_heads(problem, partial, x.k)
 

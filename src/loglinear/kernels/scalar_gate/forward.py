@@ -63,7 +63,7 @@ def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None
         problem.kernels, chunk_states_kernel, grid,
         k, v, gate, *states, problem.group_sequence, *problem.table, problem.tokens, sums.stride(0),
         k.stride(1), v.stride(1), gate.stride(1), **common_constants(problem, v.dtype), BK=tile_k, BV=tile_v,
-        HAS_GATE=g is not None, LEAVES=leaves, num_warps=launch.warps, num_stages=launch.stages,
+        HAS_GATE=g is not None, LEAVES=leaves, **launch.options,
     )  # fmt: skip
     return states
 
@@ -101,8 +101,7 @@ def launch_output(
         q, k, v, level_scales, states.sums, states.entries, states.entry_log, o, problem.row_sequence, *problem.table,
         problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1), level_scales.stride(1), factor,
         problem.levels, **common_constants(problem, v.dtype), LOG_C=problem.config.chunk.bit_length() - 1,
-        TREE=padded(problem.tree_levels), BK=padded(problem.key_width), BV=tile_v, num_warps=launch.warps,
-        num_stages=launch.stages,
+        TREE=padded(problem.tree_levels), BK=padded(problem.key_width), BV=tile_v, **launch.options,
     )  # fmt: skip
     return o
 

@@ -1,0 +1,123 @@
+"""Replayed calls: what is repeated is what was recorded, with the addresses of the new tensors. No kernel runs here."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from loglinear.kernels import replay
+from loglinear.kernels.common import launch, scratch
+
+
+class Compiled:
+    """Stands for a compiled kernel: notes every launch that a tape makes of it."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, name):
+        self.name, self.calls = name, []
+
+    def __getitem__(self, grid):
+        return None
+
+    def run(self, *arguments):
+        self.calls.append(arguments)
+
+
+class Kernel:
+    """Stands for a kernel with the arguments of ``names``; counts its launches from the host code."""
+
+    def __init__(self, *names):
+        self.arg_names, self.compiled, self.launches = list(names), Compiled(names), 0
+
+    def __getitem__(self, grid):
+        def start(*arguments, **constants):
+            self.launches += 1
+            return self.compiled
+
+        return start
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A stream on the CPU, and an empty memory of tapes."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    replay.tape_of.cache_clear()
+    yield
+    replay.tape_of.cache_clear()
+
+
+def two_stages(first, second):
+    def function(x, y, factor):
+        middle = scratch((x.numel(), 3), x.dtype, x.device)
+        result = scratch(tuple(x.shape), x.dtype, x.device)
+        launch({}, first, 5, x, middle, factor, SIZE=4)
+        launch({}, second, 6, middle[1:], y, result, SIZE=8)
+        return result, None
+
+    return function
+
+
+def test_the_second_call_repeats_the_launches_with_its_own_addresses(host):
+    first, second = Kernel("x", "middle", "factor", "SIZE"), Kernel("middle", "y", "result", "SIZE")
+    function = two_stages(first, second)
+    x = torch.zeros(4)
+    replay.replay(function, [x, x], 0.5)  # one tensor for both inputs: the next call has two
+    a, b = torch.zeros(4), torch.zeros(4)
+    result, nothing = replay.replay(function, [a, b], 0.5)
+    assert nothing is None
+    assert result.shape == a.shape
+    assert (first.launches, second.launches) == (1, 1)
+    (call,) = first.compiled.calls
+    assert call[:6] == (5, 1, 1, 7, "function", "metadata")
+    assert call[9] == a.data_ptr()
+    middle = call[10]
+    assert call[11:] == (0.5, 4)
+    (call,) = second.compiled.calls
+    assert call[9:] == (middle + 12, b.data_ptr(), result.data_ptr(), 8)
+
+
+def test_another_kind_is_recorded_anew(host):
+    first, second = Kernel("x", "middle", "factor", "SIZE"), Kernel("middle", "y", "result", "SIZE")
+    function = two_stages(first, second)
+    x = torch.zeros(4)
+    for inputs, factor in (([x, x], 1.0), ([x, x], 2.0), ([torch.zeros(5), x], 1.0), ([x, torch.zeros(8)[::2]], 1.0)):
+        replay.replay(function, inputs, factor)
+    assert first.launches == 4
+    replay.replay(function, [x, x], 2.0)
+    assert first.launches == 4
+
+
+def test_what_can_not_be_repeated_runs_every_time(host):
+    kernel = Kernel("x", "SIZE")
+
+    def foreign(x):
+        launch({}, kernel, 1, x.clone(), SIZE=1)  # memory that is neither an input nor scratch
+        return (scratch((1,), x.dtype, x.device),)
+
+    for count in range(1, 4):
+        replay.replay(foreign, [torch.zeros(3)])
+        assert kernel.launches == count
+    assert not kernel.compiled.calls
+
+
+def test_an_error_leaves_no_recording_behind(host):
+    def fails(x):
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        replay.replay(fails, [torch.zeros(1)])
+    assert replay.recording() is None
+
+
+def test_buffers_share_memory_only_if_they_never_meet():
+    sizes, lives = (300, 40, 500, 300, 1, 700), ((0, 1), (0, 5), (1, 2), (2, 3), (3, 3), (4, 5))
+    buffers = [replay.Buffer(0, size, *life) for size, life in zip(sizes, lives)]
+    total = replay.lay_out(buffers)
+    for a, b in itertools.combinations(buffers, 2):
+        if a.first <= b.last and b.first <= a.last:
+            assert a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
+    assert all(b.offset % replay.ALIGNMENT == 0 and b.offset + b.size <= total for b in buffers)
+    assert total < sum(sizes)
