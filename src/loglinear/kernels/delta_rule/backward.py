@@ -1,0 +1,317 @@
+"""BACKWARD of the delta rule: its launches, in the order in which the gradients flow, for some heads at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels import common
+from loglinear.kernels.common import GROUP
+from loglinear.kernels.delta_rule.entry_grads import entry_grads_kernel, segment_sums_kernel
+from loglinear.kernels.delta_rule.forward import Maps, common_constants, launch_maps, launch_path_queries, variant
+from loglinear.kernels.delta_rule.group_grads import SPARE, group_grads_kernel
+from loglinear.kernels.delta_rule.key_grads import key_grads_kernel
+from loglinear.kernels.delta_rule.map_grads import map_grads_kernel
+from loglinear.kernels.delta_rule.path_grads import path_grads_kernel
+from loglinear.kernels.delta_rule.score_grads import PLANES, score_grads_kernel
+from loglinear.kernels.delta_rule.unit_grads import unit_grads_kernel
+from loglinear.kernels.head_sums import head_sums_kernel
+from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
+from loglinear.kernels.replay import replay
+from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config
+
+UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward pass was given, laid out by ``token_rows``, and the gradient of its output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor
+    level_scales: Tensor
+    do: Tensor
+    factor: float
+
+    def heads(self, first: int, count: int, per_group: int) -> Inputs:
+        """Those of ``count`` heads."""
+        groups = slice(first // per_group, cdiv(first + count, per_group))
+        heads = slice(first, first + count)
+        rest = (None if x is None else x[:, :, heads] for x in (self.v, self.g, self.beta, self.level_scales, self.do))
+        return Inputs(self.q[:, :, groups], self.k[:, :, groups], *rest, self.factor)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What the backward computes. dq and dk are ``[H/G, B*T, G, K]``: float32 partial sums, or the result if H == G."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor | None
+    dbeta: Tensor
+    dlevel_scales: Tensor
+
+    def heads(self, first: int, count: int, per_group: int) -> Gradients:
+        """Those of ``count`` heads: of whole groups, or of some heads of one group."""
+        groups = slice(first // per_group, cdiv(first + count, per_group))
+        parts = slice(first % per_group, first % per_group + min(count, per_group))
+        heads = slice(first, first + count)
+        rest = (None if x is None else x[:, :, heads] for x in (self.dv, self.dg, self.dbeta, self.dlevel_scales))
+        return Gradients(self.dq[parts, :, groups], self.dk[parts, :, groups], *rest)  # type: ignore[arg-type]
+
+
+def tiles(launch: Launch, width: int) -> tuple[int, int]:
+    """(width of a tile, number of tiles)."""
+    tile = min(launch.block_v, padded(width))
+    return tile, cdiv(width, tile)
+
+
+def constants_without(names: tuple[str, ...], problem: Problem, dtype: torch.dtype) -> dict:
+    return {name: x for name, x in common_constants(problem, dtype).items() if name not in names}
+
+
+def launch_path_grads(
+    problem: Problem, x: Inputs, out: Gradients, maps: Maps, queries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradients of the path's queries, those of the queries as seen from the start of their chunk ``[rows, H, C, K]``)."""
+    H, K, C = problem.heads, problem.key_width, problem.config.chunk
+    path_grads = common.scratch(tuple(queries.shape), x.v.dtype, x.v.device)
+    query_grads = common.scratch((problem.rows, H, C, K), x.v.dtype, x.v.device)
+    launch = problem.config.path_grads
+    common.launch(
+        problem.kernels, path_grads_kernel, problem.rows * H,
+        x.do, x.level_scales, maps.entries, queries, path_grads, query_grads, out.dlevel_scales, problem.path_starts,
+        problem.row_sequence, *problem.table, problem.path_entries, x.do.stride(1), x.level_scales.stride(1),
+        out.dlevel_scales.stride(1), x.factor, problem.levels, **constants_without(("G", "EXACT"), problem, x.v.dtype),
+        LOG_C=C.bit_length() - 1, BK=padded(K), BV=tiles(launch, problem.value_width)[0], LEVELS=padded(problem.levels),
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return path_grads, query_grads
+
+
+def launch_entry_grads(problem: Problem, x: Inputs, queries: Tensor, path_grads: Tensor, grads: Tensor) -> None:
+    """The first rows of ``grads``: the gradients of all entries."""
+    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
+    launch, segment = problem.config.entry_grads, problem.config.segment
+    block = min(launch.block_v, padded(max(K, V)))
+    count = cdiv(K, block) + cdiv(V, block)
+    levels = max(problem.tree_levels - segment.bit_length(), 0)
+    sequences = problem.batch if problem.sequences is None else problem.sequences.shape[0]
+    slots = problem.rows // segment + 1 + sequences
+    segments = common.scratch((levels, slots, H, K, K + V), x.v.dtype, x.v.device)
+    for long in (True, False) if levels else (False,):
+        units = problem.row_groups if long else problem.rows
+        common.launch(
+            variant(problem, "entries", long), entry_grads_kernel, (levels if long else 1) * units * H * count,
+            x.do, x.level_scales, queries, path_grads, segments if long else grads, problem.path_starts,
+            problem.group_sequence if long else problem.row_sequence, *problem.table, problem.path_entries,
+            x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, units, slots,
+            **constants_without(("G", "EXACT"), problem, x.v.dtype), LOG_C=C.bit_length() - 1, BK=padded(K), BN=block,
+            SEGMENT=segment, LONG=long, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+    if levels:
+        size = K * (K + V)
+        part = min(2048, padded(size))
+        common.launch(
+            problem.kernels, segment_sums_kernel, problem.row_groups * H * cdiv(size, part),
+            segments, grads, problem.group_sequence, *problem.table, problem.row_groups, slots, H=H, SIZE=size, C=C,
+            SEGMENT=segment, BLOCK=part, PACKED=problem.packed, num_warps=4,
+        )  # fmt: skip
+
+
+def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) -> Tensor:
+    """dA of every chunk ``[rows, H, K, K]``; leaves dS in ``grads``. From the top of the tree down."""
+    H, K, V = problem.heads, problem.key_width, problem.value_width
+    walk, outer = problem.config.group_grads, problem.config.unit_grads
+    block, blocks = tiles(walk, K + V)
+    tile_n = min(outer.block_v, padded(max(K, V)))
+    map_grads = grads
+    for t, tier in reversed(list(enumerate(problem.tiers))):
+        top = t + 1 == len(problem.tiers)
+        common.launch(
+            variant(problem, "groups", t), group_grads_kernel, tier.groups * H * blocks,
+            x.k, maps.groups[t - 1] if t else maps.writes, maps.sums, maps.chunk_log, map_grads, grads,
+            tier.group_sequence, *tier.table, problem.tokens, maps.sums.stride(0), x.k.stride(1), problem.rows,
+            **common_constants(problem, x.v.dtype), BK=padded(K), BN=block, TIER=t, TOP=top, num_warps=walk.warps,
+            num_stages=walk.stages,
+        )  # fmt: skip
+        map_grads = common.scratch((tier.units, H, K, K + V if t else K), x.v.dtype, x.v.device)
+        count = cdiv(K, tile_n) + (cdiv(V, tile_n) if t else 0)
+        common.launch(
+            variant(problem, "units", t), unit_grads_kernel, tier.groups * GROUP.value * H * count,
+            maps.prefixes[t], maps.entries, grads, map_grads, tier.group_sequence, *tier.table, problem.rows,
+            **constants_without(("G", "EXACT"), problem, x.v.dtype), BK=padded(K), BN=tile_n,
+            BW=min(walk.block_v, padded(K + V)), TIER=t, num_warps=outer.warps, num_stages=outer.stages,
+        )  # fmt: skip
+    return map_grads
+
+
+def launch_score_grads(
+    problem: Problem, x: Inputs, out: Gradients, maps: Maps, query_grads: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(the four matrices of each chunk's scores, gains of its queries); completes dλ."""
+    H, C = problem.heads, problem.config.chunk
+    launch = problem.config.score_grads
+    scores = common.scratch((problem.rows, H, PLANES.value, C, C), x.v.dtype, x.v.device)
+    gains = common.scratch((H, problem.tokens if x.g is not None else 0), torch.float32, x.v.device)
+    common.launch(
+        problem.kernels, score_grads_kernel, problem.rows * H,
+        x.q, x.k, x.v, x.do, x.level_scales, maps.sums, maps.solve, maps.writes, query_grads, scores, out.dlevel_scales,
+        gains, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1), x.k.stride(1),
+        x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), out.dlevel_scales.stride(1), x.factor, problem.levels,
+        **common_constants(problem, x.v.dtype), LOG_C=C.bit_length() - 1, BK=tiles(launch, problem.key_width)[0],
+        BV=tiles(launch, problem.value_width)[0], LEVELS=padded(problem.levels), HAS_GATE=x.g is not None,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return scores, gains
+
+
+def launch_map_grads(
+    problem: Problem, x: Inputs, out: Gradients, maps: Maps, grads: Tensor, map_grads: Tensor, query_grads: Tensor,
+    scores: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(shares of dk ``[rows, H, 2, C, K]``, gains of the chunks' ends, gains of the chunks); dv, and dT in ``scores``."""
+    H, K, C = problem.heads, problem.key_width, problem.config.chunk
+    launch, gated, device = problem.config.map_grads, x.g is not None, x.v.device
+    key_grads = common.scratch((problem.rows, H, 2, C, K), x.v.dtype, device)
+    ends = common.scratch((H, problem.tokens if gated else 0), torch.float32, device)
+    chunk_gains = common.scratch((problem.rows if gated else 0, H), torch.float32, device)
+    common.launch(
+        problem.kernels, map_grads_kernel, problem.rows * H,
+        x.k, x.v, x.do, maps.sums, maps.chunk_log, maps.solve, maps.writes, grads, map_grads, query_grads, scores,
+        key_grads, out.dv, ends, chunk_gains, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0),
+        x.k.stride(1), x.v.stride(1), x.do.stride(1), out.dv.stride(1), problem.rows,
+        **common_constants(problem, x.v.dtype), BK=padded(K), BN=min(launch.block_v, padded(max(K, problem.value_width))),
+        HAS_GATE=gated, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return key_grads, ends, chunk_gains
+
+
+def launch_key_grads(
+    problem: Problem, x: Inputs, out: Gradients, maps: Maps, query_grads: Tensor, scores: Tensor, key_grads: Tensor,
+    gains: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """dq, dk, dβ and dg."""
+    launch = problem.config.key_grads
+    gate, dgate = (maps.sums, maps.sums) if x.g is None or out.dg is None else (x.g, out.dg)
+    common.launch(
+        problem.kernels, key_grads_kernel, problem.rows * problem.heads,
+        x.q, x.k, gate, x.beta, maps.sums, maps.solve, query_grads, scores, key_grads, *gains, out.dq, out.dk, dgate,
+        out.dbeta, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1),
+        x.k.stride(1), gate.stride(1), x.beta.stride(1), out.dq.stride(1), out.dk.stride(1), dgate.stride(1),
+        out.dbeta.stride(1), out.dq.stride(0), out.dk.stride(0), **constants_without(("V",), problem, x.v.dtype),
+        BK=tiles(launch, problem.key_width)[0], HAS_GATE=x.g is not None, num_warps=launch.warps,
+        num_stages=launch.stages,
+    )  # fmt: skip
+
+
+def backward_of_heads(problem: Problem, x: Inputs, out: Gradients) -> None:
+    """The whole backward of the heads that x and out hold."""
+    K, V = problem.key_width, problem.value_width
+    maps = launch_maps(problem, x.k, x.v, x.g, x.beta, prefixes=True)
+    queries = launch_path_queries(problem, x.q, x.k, maps)
+    path_grads, query_grads = launch_path_grads(problem, x, out, maps, queries)
+    spare = SPARE.value * max(tier.groups for tier in problem.tiers)
+    grads = common.scratch((problem.rows + spare, problem.heads, K, K + V), x.v.dtype, x.v.device)
+    launch_entry_grads(problem, x, queries, path_grads, grads)
+    del queries, path_grads
+    map_grads = launch_tree_grads(problem, x, maps, grads)
+    maps = maps._replace(entries=maps.sums, groups=(), prefixes=())  # the largest go
+    scores, gains = launch_score_grads(problem, x, out, maps, query_grads)
+    key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, map_grads, query_grads, scores)
+    del grads, map_grads
+    launch_key_grads(problem, x, out, maps, query_grads, scores, key_grads, (gains, ends, chunk_gains))
+
+
+def heads_at_a_time(problem: Problem, x: Inputs) -> int:
+    """Heads whose intermediates fit into the bytes of inputs, output and gradients: whole groups or a part of one.
+
+    Heads do not meet but in the sums over a group, which are in a fixed order, so this changes no bit.
+    """
+    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
+    paths = problem.path_entries * (1 if problem.packed else problem.batch)
+    elements = problem.rows * (K * (K + V) * 4 + C * (2 * K + V + C)) + 2 * paths * C * K
+    given = sum(2 * y.numel() * y.element_size() for y in (x.q, x.k, x.v, x.do))
+    allowed = max(given, UNSLICED) // max(elements * x.v.element_size(), 1)
+    per_group = problem.heads_per_group
+    fitting = [n for n in range(1, H + 1) if H % n == 0 and (n % per_group == 0 or per_group % n == 0)]
+    return max((n for n in fitting if n <= allowed), default=1)
+
+
+def allocate_gradients(problem: Problem, x: Inputs) -> Gradients:
+    parts, device = problem.heads_per_group, x.v.device
+
+    def like(y: Tensor) -> Tensor:
+        return common.scratch(tuple(y.shape), y.dtype, device)
+
+    shape = (parts, problem.tokens, problem.groups, problem.key_width)
+    dq, dk = (common.scratch(shape, y.dtype if parts == 1 else torch.float32, device) for y in (x.q, x.k))
+    return Gradients(dq, dk, like(x.v), None if x.g is None else like(x.g), like(x.beta), like(x.level_scales))
+
+
+def sum_heads(problem: Problem, partial: Tensor, like: Tensor) -> Tensor:
+    """The gradient itself, of like's shape and dtype."""
+    if partial.shape[0] == 1:
+        return partial.view(like.shape)
+    total = common.scratch(tuple(like.shape), like.dtype, like.device)
+    size, block = total.numel(), 1024
+    common.launch(
+        problem.kernels, head_sums_kernel, cdiv(size, block), partial, total, size, PARTS=partial.shape[0], BLOCK=block,
+        num_warps=4,
+    )  # fmt: skip
+    return total
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    level_scales: Tensor,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    config: DeltaRuleConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of ``forward``: (dq, dk, dv, dg, dbeta, dlevel_scales), contiguous, of their inputs' dtypes; dg None if g is.
+
+    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
+    """
+    config = delta_rule_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
+    inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, beta, level_scales)]
+    return replay(run_backward, [*inputs, cu_seqlens], scale, config)  # type: ignore[return-value]
+
+
+def run_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    level_scales: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    config: DeltaRuleConfig,
+) -> tuple[Tensor | None, ...]:
+    """The launches of ``backward``."""
+    x = Inputs(q, k, v, g, beta, level_scales, do, scale)
+    problem = describe((q, k, v, g, beta, level_scales, do), q, v, level_scales, cu_seqlens, config)
+    out = allocate_gradients(problem, x)
+    count, per_group = heads_at_a_time(problem, x), problem.heads_per_group
+    if count == problem.heads:
+        backward_of_heads(problem, x, out)
+    else:
+        part = dataclasses.replace(problem, heads=count, groups=cdiv(count, per_group))
+        for first in range(0, problem.heads, count):
+            backward_of_heads(part, x.heads(first, count, per_group), out.heads(first, count, per_group))
+    dq, dk = sum_heads(problem, out.dq, q), sum_heads(problem, out.dk, k)
+    return dq, dk, out.dv, out.dg, out.dbeta, out.dlevel_scales

@@ -1,0 +1,190 @@
+"""FORWARD of the delta rule: chunk maps, one launch per tier of the tree, output."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels import common
+from loglinear.kernels.delta_rule.chunk_maps import chunk_maps_kernel
+from loglinear.kernels.delta_rule.group_maps import group_maps_kernel
+from loglinear.kernels.delta_rule.output import output_kernel
+from loglinear.kernels.delta_rule.path_queries import path_queries_kernel
+from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
+from loglinear.kernels.replay import replay
+from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
+
+
+class Maps(NamedTuple):
+    """What is known of the chunks before any query is read. ``low`` is v's dtype; logs are in base 2.
+
+    A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X that comes before the span leaves it as ``A X + S``.
+
+    sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk; two planes, value and rounding error, for
+        float32 inputs. chunk_log: ``[rows, H]`` float32.
+    solve: ``[rows, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
+    writes: ``[rows, H, C, K+V]`` low, ``[W | U]``.
+    entries: ``[rows, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at row0 + e - 1. The entry of all chunks of
+        the highest tier's group is there too, if the group is whole; no query reads it.
+    groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
+    prefixes: one ``[units, H, K, K+V]`` low per tier: the map of the units of a group before each unit; undefined where it
+        is ``[I | 0]`` or an entry: for units 0, 1, 2 and 4 of a group. Empty where it was not asked for.
+    """
+
+    sums: Tensor
+    chunk_log: Tensor
+    solve: Tensor
+    writes: Tensor
+    entries: Tensor
+    groups: tuple[Tensor, ...]
+    prefixes: tuple[Tensor, ...]
+
+
+def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
+    """Compile-time arguments that all kernels over tokens share."""
+    return dict(
+        H=problem.heads,
+        G=problem.groups,
+        K=problem.key_width,
+        V=problem.value_width,
+        C=problem.config.chunk,
+        EXACT=dtype == torch.float32,
+        PACKED=problem.packed,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+    )
+
+
+def variant(problem: Problem, *kind) -> dict:
+    """What ``common.launch`` remembers of one of several compilations of a kernel in one call."""
+    return problem.kernels.setdefault(kind, {})
+
+
+def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> tuple[Tensor, ...]:
+    """sums, chunk_log, solve and writes of ``Maps``."""
+    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
+    exact, device, rows = v.dtype == torch.float32, v.device, problem.rows
+    sums = common.scratch((H, 2 if exact else 1, problem.tokens), torch.float32, device)
+    chunk_log = common.scratch((rows, H), torch.float32, device)
+    solve = common.scratch((rows, H, C, C), v.dtype, device)
+    writes = common.scratch((rows, H, C, K + V), v.dtype, device)
+    launch = problem.config.chunk_maps
+    gate = sums if g is None else g
+    common.launch(
+        problem.kernels, chunk_maps_kernel, rows * H,
+        k, v, gate, beta, sums, chunk_log, solve, writes, problem.row_sequence, *problem.table, problem.tokens,
+        sums.stride(0), k.stride(1), v.stride(1), gate.stride(1), beta.stride(1), **common_constants(problem, v.dtype),
+        BK=min(launch.block_v, padded(K)), BV=min(launch.block_v, padded(V)), HAS_GATE=g is not None,
+        SOLVE="ieee" if exact else "tf32x3", num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return sums, chunk_log, solve, writes
+
+
+def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, prefixes: bool = False) -> Maps:
+    """All maps: of the chunks, the Fenwick array, and what the backward needs to go down the tree again."""
+    H, K, V = problem.heads, problem.key_width, problem.value_width
+    sums, chunk_log, solve, writes = launch_chunk_maps(problem, k, v, g, beta)
+
+    def maps(count: int) -> Tensor:
+        return common.scratch((count, H, K, K + V), v.dtype, v.device)
+
+    tiers = problem.tiers
+    entries = maps(problem.rows)
+    groups = tuple(maps(tier.groups) for tier in tiers[:-1])
+    before = tuple(maps(tier.units) for tier in tiers) if prefixes else ()
+    launch = problem.config.group_maps
+    block = min(launch.block_v, padded(K + V))
+    for t, tier in enumerate(tiers):
+        dense, top = t > 0, t + 1 == len(tiers)
+        common.launch(
+            variant(problem, t, prefixes), group_maps_kernel,
+            tier.groups * H * cdiv(K + V, block) * 2,
+            k, groups[t - 1] if dense else writes, sums, entries, entries if top else groups[t],
+            before[t] if prefixes else entries, tier.group_sequence, *tier.table, problem.tokens, sums.stride(0),
+            k.stride(1), **common_constants(problem, v.dtype), BK=padded(K), BN=block, TIER=t, TOP=top,
+            STORE_PREFIXES=prefixes, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+    return Maps(sums, chunk_log, solve, writes, entries, groups, before)
+
+
+def launch_output(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, factor: float, maps: Maps
+) -> Tensor:
+    """o, from the chunks themselves and the entries before them."""
+    launch = problem.config.output
+    K, V = problem.key_width, problem.value_width
+    tile = padded(K)
+    o = common.scratch(tuple(v.shape), v.dtype, v.device)
+    common.launch(
+        problem.kernels, output_kernel, problem.rows * problem.heads * cdiv(V, tile),
+        q, k, v, level_scales, maps.sums, maps.solve, maps.writes, maps.entries, o, problem.row_sequence,
+        *problem.table, problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1), v.stride(1),
+        level_scales.stride(1), factor, problem.levels, **common_constants(problem, v.dtype),
+        LOG_C=problem.config.chunk.bit_length() - 1, BK=tile,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return o
+
+
+def launch_path_queries(problem: Problem, q: Tensor, k: Tensor, maps: Maps) -> Tensor:
+    """``[slots, H, C, K]`` low: the queries of each chunk before each entry of its path, nearest entry first.
+
+    Entry i on the path of chunk n is at slot ``path_queries.path_start + i``.
+    """
+    slots = problem.path_entries * (1 if problem.packed else problem.batch)
+    shape = (slots, problem.heads, problem.config.chunk, problem.key_width)
+    queries = common.scratch(shape, q.dtype, q.device)
+    launch = problem.config.path_queries
+    common.launch(
+        problem.kernels, path_queries_kernel, problem.rows * problem.heads,
+        q, k, maps.sums, maps.writes, maps.entries, queries, problem.path_starts, problem.row_sequence, *problem.table,
+        problem.path_entries, problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1),
+        **common_constants(problem, q.dtype), BK=padded(problem.key_width), num_warps=launch.warps,
+        num_stages=launch.stages,
+    )  # fmt: skip
+    return queries
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    level_scales: Tensor,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    config: DeltaRuleConfig | None = None,
+) -> Tensor:
+    """Log-linear attention with the delta rule, from nothing before the first token.
+
+    Args:
+        q, k: ``[B, T, G, K]`` of v's dtype. v: ``[B, T, H, V]``, bfloat16, float16 or float32.
+        g: ``[B, T, H]`` natural log-decay <= 0, any floating dtype; -inf is a reset. None is no decay.
+        beta: ``[B, T, H]`` writing strength, any floating dtype. level_scales: λ ``[B, T, H, L]``, any floating dtype.
+        scale: factor of o. cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
+
+    Returns:
+        o ``[B, T, H, V]`` of v's dtype, contiguous.
+    """
+    config = delta_rule_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
+    inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, beta, level_scales)]
+    return replay(run_forward, [*inputs, cu_seqlens], scale, config)[0]
+
+
+def run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    level_scales: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    config: DeltaRuleConfig,
+) -> tuple[Tensor]:
+    """The launches of ``forward``."""
+    problem = describe((q, k, v, g, beta, level_scales), q, v, level_scales, cu_seqlens, config)
+    maps = launch_maps(problem, k, v, g, beta)
+    return (launch_output(problem, q, k, v, level_scales, scale, maps),)

@@ -1,0 +1,147 @@
+"""OUTPUT: each chunk attends to itself under the λ mask, then its queries walk the entries that cover everything before it.
+
+An entry says what to add, ``λ ∘ (Q S)``, and how to jump over it, ``Q <- Q A``: decay is part of A.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.common import (
+    SUB,
+    assemble_mask,
+    load_sum,
+    load_tile,
+    local_scales,
+    locate,
+    log2_of_power,
+    lowbit,
+    pair_decays,
+    path_length,
+    store_tile,
+)
+from loglinear.kernels.delta_rule.group_maps import load_square
+from loglinear.kernels.delta_rule.products import times_memory, token_products
+
+
+@triton.jit
+def entry_scales(scales, stride, valid, e, factor, L, C: tl.constexpr, LOG_C: tl.constexpr):
+    """λ ``[C]`` of each row towards entry e, times ``factor``. ``scales`` points at the chunk's first token, level 0."""
+    level = tl.minimum(log2_of_power(lowbit(e)) + (LOG_C + 1), L - 1)
+    return tl.load(scales + (tl.arange(0, C) * stride + level), mask=valid, other=0.0).to(tl.float32) * factor
+
+
+@triton.jit
+def local_products(q_head, k_head, stride_q, stride_k, valid, high, low, C: tl.constexpr, K: tl.constexpr,
+                   BK: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``tril(Q Kᵀ ∘ Γ)`` of a chunk, in the inputs' dtype."""
+    t = tl.arange(0, C)
+    products = token_products(q_head, k_head, stride_q, stride_k, valid, C, K, BK, PRECISION)
+    products *= pair_decays(high, low, EXACT)
+    return tl.where(t[:, None] >= t[None, :], products, 0.0).to(q_head.dtype.element_ty)
+
+
+@triton.jit
+def start_queries(q_tile, products, erased, high, PRECISION: tl.constexpr):
+    """Queries as seen from the start of their chunk, ``diag(γ) Q - P W``, in the inputs' dtype."""
+    queries = q_tile.to(tl.float32) * tl.exp2(high)[:, None]
+    return tl.dot(-products, erased, queries, input_precision=PRECISION).to(q_tile.dtype)
+
+
+@triton.jit
+def walk(acc, queries, entries, rows, n, scales, stride, valid, factor, L, h, first_v, H: tl.constexpr,
+         K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
+         PRECISION: tl.constexpr):  # fmt: skip
+    """Add ``λ ∘ (Q S)`` for every entry on the query path of chunk n, jumping over each with ``Q <- Q A``.
+
+    ``rows`` is row 0 of the sequence. A tile of S is as wide as A, so that they take turns in one loop: one of them arrives
+    while the other is multiplied, in the memory of two tiles and not of four.
+    """
+    MASKED: tl.constexpr = (K % BK != 0) or (V % BK != 0)
+    e = n
+    for step in range(2 * path_length(n, 0) - 1):
+        entry = entries + ((rows + e - 1).to(tl.int64) * H + h) * (K * (K + V))
+        jump = step % 2
+        first = tl.where(jump == 1, 0, K + first_v)
+        end = tl.where(jump == 1, K, K + V)
+        weight = tl.where(jump == 1, 0.0, entry_scales(scales, stride, valid, e, factor, L, C, LOG_C))
+        result = times_memory(queries, entry, first, 0, end, K + V, K, C, BK, BK, MASKED, PRECISION)
+        acc += weight[:, None] * result
+        queries = tl.where(jump == 1, result.to(queries.dtype), queries)
+        e -= lowbit(e) * jump
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
+def output_kernel(
+    q,
+    k,
+    v,
+    level_scales,
+    sums,
+    solve,
+    writes,
+    entries,
+    o,
+    row_sequence,
+    sequences,
+    T,
+    N,
+    NG,
+    all_tokens,
+    sums_stride,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_s,
+    factor,
+    L,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    BK: tl.constexpr,
+    EXACT: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: tiles of V, each as wide as K, x H x rows, rows fastest: running programs share the entries of few heads in L2.
+
+    float32: scores, masks, accumulators. The queries are rounded to the inputs' dtype before each entry.
+    """
+    rows = tl.num_programs(0) // (H * ((V + BK - 1) // BK))
+    pid = tl.program_id(0)
+    row = pid % rows
+    h = pid // rows % H
+    first_v = pid // (rows * H) * BK
+    start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
+    if length < 0:
+        return
+    n = row - row0
+    in_chunk = tl.arange(0, C)
+    size = length - n * C
+    valid = in_chunk < size
+    origin = (start + n * C).to(tl.int64)
+    unit = row.to(tl.int64) * H + h
+    q_head = q + origin * stride_q + h // (H // G) * K
+    k_head = k + origin * stride_k + h // (H // G) * K
+    high, low = load_sum(sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, EXACT)
+    products = local_products(q_head, k_head, stride_q, stride_k, valid, high, low, C, K, BK, EXACT, PRECISION)
+    q_tile = load_tile(q_head, stride_q, valid, C, K, BK, 0)
+    erased = load_square(writes + unit * (C * (K + V)), K + V, C, K, C, BK)
+    queries = start_queries(q_tile, products, erased, high, PRECISION)
+
+    solved = tl.load(solve + unit * (C * C) + in_chunk[:, None] * C + in_chunk[None, :])
+    scores = tl.dot(products, solved, input_precision=PRECISION)
+    scales = level_scales + origin * stride_s + h * L
+    near, far = local_scales(scales, valid, stride_s, factor, L, C)
+    mask = tl.reshape(assemble_mask(near, far, tl.full([C // SUB, SUB], 1.0, tl.float32), C), [C, C])
+    v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BK, first_v)
+    acc = tl.dot((scores * mask).to(v_tile.dtype), v_tile, input_precision=PRECISION)
+
+    acc = walk(acc, queries, entries, row0, n, scales, stride_s, valid, factor, L, h, first_v, H, K, V, C, LOG_C, BK,
+               PRECISION)  # fmt: skip
+    store_tile(o + origin * (H * V) + h * V, H * V, valid, acc, C, V, BK, first_v)
