@@ -18,20 +18,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from loglinear.kernels.tuning import scalar_gate_config
-from measure import append, environment, milliseconds, peak_bytes
+from measure import append, captured, environment, milliseconds, peak_bytes
 from peers import Run, Shape, inputs, loglinear_op, peers
 from stages import sweep, time_stages
 from verify import Failure, verify
 
 
+def time_op(name: str, run: Run, budget_ms: int, rows: list[dict]) -> None:
+    """Append rows of an op as its user calls it, forward and forward + backward, and of the latter as a CUDA graph."""
+    rows.append(row(name, "forward", milliseconds(run.call, budget_ms), peak_bytes(run.call)))
+    both = run.forward_backward()
+    rows.append(row(name, "forward+backward", milliseconds(both, budget_ms), peak_bytes(both)))
+    rows.append(row(name, "forward+backward, captured", milliseconds(captured(both), budget_ms)))
+
+
 def measure_op(run: Run, budget_ms: int) -> list[dict]:
-    """Rows of the public op, forward and forward + backward, as its user calls it."""
-    rows = []
-    for what, call in (("forward", run.call), ("forward+backward", run.forward_backward())):
-        rows.append(row("loglinear", what, milliseconds(call, budget_ms), peak_bytes(call)))
+    """Rows of the public op."""
+    rows: list[dict] = []
+    time_op("loglinear", run, budget_ms, rows)
     given, o = run.inputs, run.call()
-    rows[-1]["inputs_bytes"] = sum(y.numel() * y.element_size() for y in (*given, o))  # with the gradient of o
-    rows[-1]["inputs_outputs_gradients_bytes"] = 2 * rows[-1]["inputs_bytes"]
+    rows[1]["inputs_bytes"] = sum(y.numel() * y.element_size() for y in (*given, o))  # with the gradient of o
+    rows[1]["inputs_outputs_gradients_bytes"] = 2 * rows[1]["inputs_bytes"]
     return rows
 
 
@@ -54,10 +61,7 @@ def measure_peer(name: str, build, shape: Shape, budget_ms: int) -> list[dict]:
     """Rows of one peer; what it cannot do is a row that says why."""
     rows: list[dict] = []
     try:
-        run = build(shape)
-        rows.append(row(name, "forward", milliseconds(run.call, budget_ms), peak_bytes(run.call)))
-        both = run.forward_backward()
-        rows.append(row(name, "forward+backward", milliseconds(both, budget_ms), peak_bytes(both)))
+        time_op(name, build(shape), budget_ms, rows)
     except Exception as error:  # whatever a peer raises, the others are still to be timed
         rows.append({"name": name, "what": "failed", "reason": f"{type(error).__name__}: {error}"[:300]})
     return rows
@@ -69,7 +73,7 @@ def show(rows: list[dict]) -> None:
             print(f"{r['name']:32s} not timed: {r['reason']}")
         else:
             peak = "" if r["peak_bytes"] is None else f"  peak {r['peak_bytes'] / 2**20:8.0f} MiB"
-            print(f"{r['name']:32s} {r['what']:24s} {r['ms']:9.4f} ms  ({r['ms_p20']:.4f} … {r['ms_p80']:.4f}){peak}")
+            print(f"{r['name']:32s} {r['what']:26s} {r['ms']:9.4f} ms  ({r['ms_p20']:.4f} … {r['ms_p80']:.4f}){peak}")
 
 
 def arguments() -> argparse.Namespace:

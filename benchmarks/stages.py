@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from loglinear.kernels import scalar_gate
+from loglinear.kernels.replay import tape_of
 from loglinear.kernels.tuning import Launch, ScalarGateConfig, low_precision_config
 from measure import milliseconds
 from peers import Shape, inputs
@@ -35,6 +36,7 @@ def recording():
 
 def time_stages(x: dict[str, Tensor], do: Tensor, config: ScalarGateConfig, budget_ms: int, only: str = "") -> dict:
     """Kernel -> (median, 20th, 80th percentile); a kernel launched twice is two entries."""
+    tape_of.cache_clear()  # a replayed call does not pass by here
     with recording() as launches:
         scalar_gate.forward(**x, config=config)
         scalar_gate.backward(do, **x, config=config)

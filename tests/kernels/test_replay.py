@@ -53,8 +53,8 @@ def two_stages(first, second):
     def function(x, y, factor):
         middle = scratch((x.numel(), 3), x.dtype, x.device)
         result = scratch(tuple(x.shape), x.dtype, x.device)
-        launch({}, first, 5, x, middle, factor, SIZE=4)
-        launch({}, second, 6, middle[1:], y, result, SIZE=8)
+        launch(first, 5, x, middle, factor, SIZE=4)
+        launch(second, 6, middle[1:], y, result, SIZE=8)
         return result, None
 
     return function
@@ -94,7 +94,7 @@ def test_what_can_not_be_repeated_runs_every_time(host):
     kernel = Kernel("x", "SIZE")
 
     def foreign(x):
-        launch({}, kernel, 1, x.clone(), SIZE=1)  # memory that is neither an input nor scratch
+        launch(kernel, 1, x.clone(), SIZE=1)  # memory that is neither an input nor scratch
         return (scratch((1,), x.dtype, x.device),)
 
     for count in range(1, 4):

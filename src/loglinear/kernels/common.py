@@ -37,7 +37,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return memory
 
 
-def launch(kernels: dict, kernel, programs: int, *arguments, **constants) -> None:
+def launch(kernel, programs: int, *arguments, **constants) -> None:
     """Start ``programs`` programs of a kernel; ``constants`` are its compile-time arguments and launch options."""
     compiled = kernel[(programs,)](*arguments, **constants)
     note = recording()

@@ -7,7 +7,7 @@ Special about this file: nothing here waits for the device. For packed sequences
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,7 +75,6 @@ class Problem:
     config: ScalarGateConfig | DeltaRuleConfig
     unit_sequence: Tensor | None
     sequences: Tensor | None
-    kernels: dict
 
     @property
     def tokens(self) -> int:
@@ -166,25 +165,14 @@ def set_bits_before(n: int) -> int:
     return sum((n >> (bit + 1) << bit) + max((n & ((2 << bit) - 1)) - (1 << bit), 0) for bit in bits)
 
 
-@lru_cache(maxsize=256)
-def known_kernels(*kind) -> dict:
-    """What ``common.launch`` has compiled for one kind of call: the same config, device, dtypes, sizes and alignments."""
-    return {}
-
-
 def describe(
-    given: tuple[Tensor | None, ...],
     q: Tensor,
     v: Tensor,
     level_scales: Tensor,
     cu_seqlens: Tensor | None,
     config: ScalarGateConfig | DeltaRuleConfig,
 ) -> Problem:
-    """The problem of one call. Shapes are the caller's business; ``cu_seqlens [n+1]`` stays on the device.
-
-    ``given`` are all tensors of the call that kernels read, for ``known_kernels``.
-    """
-    kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in (*given, cu_seqlens)]
+    """The problem of one call. Shapes are the caller's business; ``cu_seqlens [n+1]`` stays on the device."""
     batch, length, groups, key_width = q.shape
     chunk = config.chunk
     if cu_seqlens is None:
@@ -211,7 +199,6 @@ def describe(
         config=config,
         unit_sequence=unit_sequence,
         sequences=sequences,
-        kernels=known_kernels(config, v.device, *kind),
     )
 
 

@@ -47,7 +47,7 @@ class Launch:
 
 @dataclass
 class Recording:
-    """What a call does, while it does it. Inputs are known by identity, scratch by address."""
+    """What a call does, while it does it. Inputs are known by identity, or their parts by address; scratch by address."""
 
     inputs: list[Tensor | None]
     buffers: list[Buffer] = field(default_factory=list)
@@ -62,21 +62,33 @@ class Recording:
         """The newest buffer that holds the tensor: memory of an older one may have been given out again."""
         return next((b for b in reversed(self.buffers) if b.holds(tensor.data_ptr())), None)
 
+    def place(self, tensor: Tensor) -> tuple[int | Buffer, int] | None:
+        """(number of the input or buffer that the tensor is a part of, bytes before it); None if there is none."""
+        given = next((i for i, x in enumerate(self.inputs) if x is tensor), None)
+        if given is not None:
+            return given, 0
+        buffer = self.find(tensor)
+        if buffer is not None:
+            return buffer, tensor.data_ptr() - buffer.address
+        # Part of an input: of one only, as the next call's inputs may share no memory where this one's do.
+        owners = [i for i, x in enumerate(self.inputs) if x is not None and spans(x, tensor.data_ptr())]
+        if len(owners) != 1:
+            return None
+        return owners[0], tensor.data_ptr() - self.inputs[owners[0]].data_ptr()  # type: ignore[union-attr]
+
     def launched(self, compiled, programs: int, arguments: list) -> None:
         """Note a launch. The interpreter compiles nothing, so there ``compiled`` is None and nothing can be repeated."""
         places: list[tuple[int, int | Buffer, int]] = []
         for index, argument in enumerate(arguments):
             if not isinstance(argument, Tensor):
                 continue
-            given = next((i for i, x in enumerate(self.inputs) if x is argument), None)
-            buffer = self.find(argument) if given is None else None
-            if given is not None:
-                places.append((index, given, 0))
-            elif buffer is not None:
-                buffer.last = len(self.launches)
-                places.append((index, buffer, argument.data_ptr() - buffer.address))
-            else:
+            place = self.place(argument)
+            if place is None:
                 self.complete = False
+                continue
+            if isinstance(place[0], Buffer):
+                place[0].last = len(self.launches)
+            places.append((index, *place))
             arguments[index] = 0
         if compiled is None:
             self.complete = False
@@ -103,6 +115,12 @@ class Recording:
                 addresses.append((index, where, offset))
             launches.append((starter(launch.compiled, launch.programs), launch.arguments, addresses))
         return Tape([None if x is None else (x.shape, x.dtype) for x in results], arena, launches)
+
+
+def spans(x: Tensor, address: int) -> bool:
+    """Whether the address lies between the first and the last element of x."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.numel() > 0 and x.data_ptr() <= address <= x.data_ptr() + last * x.element_size()
 
 
 def lay_out(buffers: list[Buffer]) -> int:

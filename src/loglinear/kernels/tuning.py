@@ -138,16 +138,26 @@ def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> D
     if key_width > 128:
         config = uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64))
         return dataclasses.replace(config, map_grads=Launch(warps=8, stages=2, block_v=32))
-    config = uniform_delta_config(64, Launch(warps=4, stages=2, block_v=64))
-    return dataclasses.replace(
-        config,
-        output=Launch(warps=4, stages=3),
-        entry_grads=Launch(warps=8, stages=3, block_v=128),
-        unit_grads=Launch(warps=8, stages=3, block_v=128),
-        map_grads=Launch(warps=4, stages=3, block_v=32),
-    )
+    return NARROW_DELTA_RULE
 
 
 def uniform_delta_config(chunk: int, launch: Launch, segment: int = 16) -> DeltaRuleConfig:
     """Every kernel launched alike."""
     return DeltaRuleConfig(chunk, segment, *[launch] * (len(dataclasses.fields(DeltaRuleConfig)) - 2))
+
+
+NARROW_DELTA_RULE = DeltaRuleConfig(
+    chunk=64,
+    segment=16,
+    chunk_maps=Launch(warps=4, stages=2, block_v=64),
+    group_maps=Launch(warps=4, stages=2, block_v=64),
+    output=Launch(warps=4, stages=3, block_v=64),
+    path_queries=Launch(warps=4, stages=2, block_v=64),
+    path_grads=Launch(warps=4, stages=2, block_v=64),
+    entry_grads=Launch(warps=8, stages=3, block_v=128),
+    group_grads=Launch(warps=4, stages=2, block_v=64),
+    unit_grads=Launch(warps=8, stages=3, block_v=128),
+    score_grads=Launch(warps=4, stages=2, block_v=64),
+    map_grads=Launch(warps=4, stages=3, block_v=32),
+    key_grads=Launch(warps=4, stages=2, block_v=64),
+)

@@ -11,7 +11,7 @@ from torch import Tensor
 from loglinear.kernels import common
 from loglinear.kernels.common import GROUP
 from loglinear.kernels.delta_rule.entry_grads import entry_grads_kernel, segment_sums_kernel
-from loglinear.kernels.delta_rule.forward import Maps, common_constants, launch_maps, launch_path_queries, variant
+from loglinear.kernels.delta_rule.forward import Maps, common_constants, launch_maps, launch_path_queries
 from loglinear.kernels.delta_rule.group_grads import SPARE, group_grads_kernel
 from loglinear.kernels.delta_rule.key_grads import key_grads_kernel
 from loglinear.kernels.delta_rule.map_grads import map_grads_kernel
@@ -86,7 +86,7 @@ def launch_path_grads(
     query_grads = common.scratch((problem.rows, H, C, K), x.v.dtype, x.v.device)
     launch = problem.config.path_grads
     common.launch(
-        problem.kernels, path_grads_kernel, problem.rows * H,
+        path_grads_kernel, problem.rows * H,
         x.do, x.level_scales, maps.entries, queries, path_grads, query_grads, out.dlevel_scales, problem.path_starts,
         problem.row_sequence, *problem.table, problem.path_entries, x.do.stride(1), x.level_scales.stride(1),
         out.dlevel_scales.stride(1), x.factor, problem.levels, **constants_without(("G", "EXACT"), problem, x.v.dtype),
@@ -109,7 +109,7 @@ def launch_entry_grads(problem: Problem, x: Inputs, queries: Tensor, path_grads:
     for long in (True, False) if levels else (False,):
         units = problem.row_groups if long else problem.rows
         common.launch(
-            variant(problem, "entries", long), entry_grads_kernel, (levels if long else 1) * units * H * count,
+            entry_grads_kernel, (levels if long else 1) * units * H * count,
             x.do, x.level_scales, queries, path_grads, segments if long else grads, problem.path_starts,
             problem.group_sequence if long else problem.row_sequence, *problem.table, problem.path_entries,
             x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, units, slots,
@@ -120,7 +120,7 @@ def launch_entry_grads(problem: Problem, x: Inputs, queries: Tensor, path_grads:
         size = K * (K + V)
         part = min(2048, padded(size))
         common.launch(
-            problem.kernels, segment_sums_kernel, problem.row_groups * H * cdiv(size, part),
+            segment_sums_kernel, problem.row_groups * H * cdiv(size, part),
             segments, grads, problem.group_sequence, *problem.table, problem.row_groups, slots, H=H, SIZE=size, C=C,
             SEGMENT=segment, BLOCK=part, PACKED=problem.packed, num_warps=4,
         )  # fmt: skip
@@ -136,7 +136,7 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
     for t, tier in reversed(list(enumerate(problem.tiers))):
         top = t + 1 == len(problem.tiers)
         common.launch(
-            variant(problem, "groups", t), group_grads_kernel, tier.groups * H * blocks,
+            group_grads_kernel, tier.groups * H * blocks,
             x.k, maps.groups[t - 1] if t else maps.writes, maps.sums, maps.chunk_log, map_grads, grads,
             tier.group_sequence, *tier.table, problem.tokens, maps.sums.stride(0), x.k.stride(1), problem.rows,
             **common_constants(problem, x.v.dtype), BK=padded(K), BN=block, TIER=t, TOP=top, num_warps=walk.warps,
@@ -145,7 +145,7 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
         map_grads = common.scratch((tier.units, H, K, K + V if t else K), x.v.dtype, x.v.device)
         count = cdiv(K, tile_n) + (cdiv(V, tile_n) if t else 0)
         common.launch(
-            variant(problem, "units", t), unit_grads_kernel, tier.groups * GROUP.value * H * count,
+            unit_grads_kernel, tier.groups * GROUP.value * H * count,
             maps.prefixes[t], maps.entries, grads, map_grads, tier.group_sequence, *tier.table, problem.rows,
             **constants_without(("G", "EXACT"), problem, x.v.dtype), BK=padded(K), BN=tile_n,
             BW=min(walk.block_v, padded(K + V)), TIER=t, num_warps=outer.warps, num_stages=outer.stages,
@@ -162,7 +162,7 @@ def launch_score_grads(
     scores = common.scratch((problem.rows, H, PLANES.value, C, C), x.v.dtype, x.v.device)
     gains = common.scratch((H, problem.tokens if x.g is not None else 0), torch.float32, x.v.device)
     common.launch(
-        problem.kernels, score_grads_kernel, problem.rows * H,
+        score_grads_kernel, problem.rows * H,
         x.q, x.k, x.v, x.do, x.level_scales, maps.sums, maps.solve, maps.writes, query_grads, scores, out.dlevel_scales,
         gains, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1), x.k.stride(1),
         x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), out.dlevel_scales.stride(1), x.factor, problem.levels,
@@ -184,7 +184,7 @@ def launch_map_grads(
     ends = common.scratch((H, problem.tokens if gated else 0), torch.float32, device)
     chunk_gains = common.scratch((problem.rows if gated else 0, H), torch.float32, device)
     common.launch(
-        problem.kernels, map_grads_kernel, problem.rows * H,
+        map_grads_kernel, problem.rows * H,
         x.k, x.v, x.do, maps.sums, maps.chunk_log, maps.solve, maps.writes, grads, map_grads, query_grads, scores,
         key_grads, out.dv, ends, chunk_gains, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0),
         x.k.stride(1), x.v.stride(1), x.do.stride(1), out.dv.stride(1), problem.rows,
@@ -202,7 +202,7 @@ def launch_key_grads(
     launch = problem.config.key_grads
     gate, dgate = (maps.sums, maps.sums) if x.g is None or out.dg is None else (x.g, out.dg)
     common.launch(
-        problem.kernels, key_grads_kernel, problem.rows * problem.heads,
+        key_grads_kernel, problem.rows * problem.heads,
         x.q, x.k, gate, x.beta, maps.sums, maps.solve, query_grads, scores, key_grads, *gains, out.dq, out.dk, dgate,
         out.dbeta, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1),
         x.k.stride(1), gate.stride(1), x.beta.stride(1), out.dq.stride(1), out.dk.stride(1), dgate.stride(1),
@@ -263,7 +263,7 @@ def sum_heads(problem: Problem, partial: Tensor, like: Tensor) -> Tensor:
     total = common.scratch(tuple(like.shape), like.dtype, like.device)
     size, block = total.numel(), 1024
     common.launch(
-        problem.kernels, head_sums_kernel, cdiv(size, block), partial, total, size, PARTS=partial.shape[0], BLOCK=block,
+        head_sums_kernel, cdiv(size, block), partial, total, size, PARTS=partial.shape[0], BLOCK=block,
         num_warps=4,
     )  # fmt: skip
     return total
@@ -304,7 +304,7 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """The launches of ``backward``."""
     x = Inputs(q, k, v, g, beta, level_scales, do, scale)
-    problem = describe((q, k, v, g, beta, level_scales, do), q, v, level_scales, cu_seqlens, config)
+    problem = describe(q, v, level_scales, cu_seqlens, config)
     out = allocate_gradients(problem, x)
     count, per_group = heads_at_a_time(problem, x), problem.heads_per_group
     if count == problem.heads:

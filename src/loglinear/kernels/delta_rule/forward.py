@@ -56,11 +56,6 @@ def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
     )
 
 
-def variant(problem: Problem, *kind) -> dict:
-    """What ``common.launch`` remembers of one of several compilations of a kernel in one call."""
-    return problem.kernels.setdefault(kind, {})
-
-
 def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> tuple[Tensor, ...]:
     """sums, chunk_log, solve and writes of ``Maps``."""
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
@@ -72,7 +67,7 @@ def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, 
     launch = problem.config.chunk_maps
     gate = sums if g is None else g
     common.launch(
-        problem.kernels, chunk_maps_kernel, rows * H,
+        chunk_maps_kernel, rows * H,
         k, v, gate, beta, sums, chunk_log, solve, writes, problem.row_sequence, *problem.table, problem.tokens,
         sums.stride(0), k.stride(1), v.stride(1), gate.stride(1), beta.stride(1), **common_constants(problem, v.dtype),
         BK=min(launch.block_v, padded(K)), BV=min(launch.block_v, padded(V)), HAS_GATE=g is not None,
@@ -98,7 +93,7 @@ def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: 
     for t, tier in enumerate(tiers):
         dense, top = t > 0, t + 1 == len(tiers)
         common.launch(
-            variant(problem, t, prefixes), group_maps_kernel,
+            group_maps_kernel,
             tier.groups * H * cdiv(K + V, block) * 2,
             k, groups[t - 1] if dense else writes, sums, entries, entries if top else groups[t],
             before[t] if prefixes else entries, tier.group_sequence, *tier.table, problem.tokens, sums.stride(0),
@@ -117,7 +112,7 @@ def launch_output(
     tile = padded(K)
     o = common.scratch(tuple(v.shape), v.dtype, v.device)
     common.launch(
-        problem.kernels, output_kernel, problem.rows * problem.heads * cdiv(V, tile),
+        output_kernel, problem.rows * problem.heads * cdiv(V, tile),
         q, k, v, level_scales, maps.sums, maps.solve, maps.writes, maps.entries, o, problem.row_sequence,
         *problem.table, problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1), v.stride(1),
         level_scales.stride(1), factor, problem.levels, **common_constants(problem, v.dtype),
@@ -137,7 +132,7 @@ def launch_path_queries(problem: Problem, q: Tensor, k: Tensor, maps: Maps) -> T
     queries = common.scratch(shape, q.dtype, q.device)
     launch = problem.config.path_queries
     common.launch(
-        problem.kernels, path_queries_kernel, problem.rows * problem.heads,
+        path_queries_kernel, problem.rows * problem.heads,
         q, k, maps.sums, maps.writes, maps.entries, queries, problem.path_starts, problem.row_sequence, *problem.table,
         problem.path_entries, problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1),
         **common_constants(problem, q.dtype), BK=padded(problem.key_width), num_warps=launch.warps,
@@ -185,6 +180,6 @@ def run_forward(
     config: DeltaRuleConfig,
 ) -> tuple[Tensor]:
     """The launches of ``forward``."""
-    problem = describe((q, k, v, g, beta, level_scales), q, v, level_scales, cu_seqlens, config)
+    problem = describe(q, v, level_scales, cu_seqlens, config)
     maps = launch_maps(problem, k, v, g, beta)
     return (launch_output(problem, q, k, v, level_scales, scale, maps),)

@@ -82,7 +82,7 @@ def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
     constants = common_constants(problem, x.v.dtype)
     constants.pop("EXACT")
     common.launch(
-        problem.kernels, window_grads_kernel, levels * problem.row_groups * H * tiles,
+        window_grads_kernel, levels * problem.row_groups * H * tiles,
         x.q, x.do, x.level_scales, states.sums, states.chunk_log, node_grads, segments, problem.group_sequence,
         *problem.table, states.sums.stride(0), x.q.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor,
         problem.levels, problem.row_groups, slots, **constants, BK=tile_k, BV=tile_v, SEGMENT=segment,
@@ -91,7 +91,7 @@ def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
     if segment_levels:
         block = min(2048, padded(K * V))
         common.launch(
-            problem.kernels, segment_sums_kernel, segment_levels * problem.row_groups * H * cdiv(K * V, block),
+            segment_sums_kernel, segment_levels * problem.row_groups * H * cdiv(K * V, block),
             segments, states.group_log, node_grads, problem.group_sequence, *problem.table, problem.row_groups, slots,
             H=H, STATE=K * V, C=problem.config.chunk, SEGMENT=segment, BLOCK=block, PACKED=problem.packed, num_warps=4,
         )  # fmt: skip
@@ -107,7 +107,7 @@ def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: 
     constants = common_constants(problem, x.v.dtype)
     constants.pop("EXACT")
     common.launch(
-        problem.kernels, chunk_grads_kernel, problem.row_groups * H * tiles,
+        chunk_grads_kernel, problem.row_groups * H * tiles,
         x.q, x.do, x.level_scales, states.sums, states.chunk_log, states.group_log, states.entries, node_grads,
         chunk_grads, gains.beyond, problem.group_sequence, *problem.table, states.sums.stride(0), x.q.stride(1),
         x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **constants,
@@ -129,7 +129,7 @@ def launch_local_grads(problem: Problem, x: Inputs, states: States, gains: Gains
     dscales = common.scratch(tuple(x.level_scales.shape), x.level_scales.dtype, x.v.device)
     score_grads = common.scratch((problem.rows, blocks, chunk, chunk), x.v.dtype, x.v.device)
     common.launch(
-        problem.kernels, local_grads_kernel, problem.rows * blocks,
+        local_grads_kernel, problem.rows * blocks,
         x.q, x.k, x.v, x.do, x.level_scales, states.sums, score_grads, dscales, gains.rows, gains.columns, problem.row_sequence,
         *problem.table, problem.tokens, states.sums.stride(0), x.q.stride(1), x.k.stride(1), x.v.stride(1),
         x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype),
@@ -146,7 +146,7 @@ def launch_value_grads(problem: Problem, x: Inputs, states: States, chunk_grads:
     heads, blocks = head_blocks(problem)
     dv = common.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
     common.launch(
-        problem.kernels, value_grads_kernel, problem.rows * blocks,
+        value_grads_kernel, problem.rows * blocks,
         x.q, x.k, x.v, x.do, x.level_scales, states.sums, chunk_grads, dv, gains.columns, gains.chunks,
         problem.row_sequence, *problem.table, problem.tokens, states.sums.stride(0), x.q.stride(1), x.k.stride(1),
         x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels,
@@ -171,7 +171,6 @@ def sum_heads(problem: Problem, partial: Tensor, like: Tensor) -> Tensor:
     total = common.scratch(tuple(like.shape), like.dtype, like.device)
     size, block = total.numel(), 1024
     common.launch(
-        problem.kernels,
         head_sums_kernel,
         cdiv(size, block),
         partial,
@@ -194,7 +193,7 @@ def launch_query_grads(
     constants = common_constants(problem, x.v.dtype)
     constants.pop("EXACT")
     common.launch(
-        problem.kernels, query_grads_kernel, problem.rows * blocks,
+        query_grads_kernel, problem.rows * blocks,
         x.q, x.k, x.do, x.level_scales, states.sums, states.entries, states.entry_log, score_grads, partial, dscales,
         gains.rows, gains.levels, problem.row_sequence, *problem.table, problem.tokens, states.sums.stride(0),
         x.q.stride(1), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **constants,
@@ -211,7 +210,7 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: T
     partial = partial_sums(problem, x.k)
     heads, blocks = head_blocks(problem)
     common.launch(
-        problem.kernels, key_grads_kernel, problem.rows * blocks,
+        key_grads_kernel, problem.rows * blocks,
         x.q, x.v, states.sums, chunk_grads, score_grads, partial, problem.row_sequence, *problem.table, problem.tokens,
         states.sums.stride(0), x.q.stride(1), x.v.stride(1), **common_constants(problem, x.v.dtype),
         BK=padded(problem.key_width), BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads,
@@ -225,7 +224,7 @@ def launch_gate_grads(problem: Problem, x: Inputs, gains: Gains) -> Tensor:
     dg = common.scratch(tuple(x.g.shape), x.g.dtype, x.g.device)
     tiles = state_tiles(problem, problem.config.chunk_grads)[2]
     common.launch(
-        problem.kernels, gate_grads_kernel, problem.row_groups * problem.heads,
+        gate_grads_kernel, problem.row_groups * problem.heads,
         x.g, gains.beyond, gains.levels, gains.chunks, gains.rows, gains.columns, dg, problem.group_sequence,
         *problem.table, problem.tokens, x.g.stride(1), problem.rows, problem.high_levels, H=problem.heads,
         C=problem.config.chunk, TILES=tiles, PACKED=problem.packed, num_warps=4,
@@ -266,7 +265,7 @@ def run_backward(
     """The launches of ``backward``."""
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     x = Inputs(q, k, v, g, level_scales, do, scale)
-    problem = describe((q, k, v, g, level_scales, do), q, v, level_scales, cu_seqlens, config)
+    problem = describe(q, v, level_scales, cu_seqlens, config)
     gains = allocate_gains(problem, v.device, g is not None)
     states = launch_states(problem, k, v, g, leaves=True)
     dscales, score_grads = launch_local_grads(problem, x, states, gains)

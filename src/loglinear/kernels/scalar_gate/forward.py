@@ -60,7 +60,7 @@ def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None
     grid = problem.row_groups * H * cdiv(K, tile_k) * cdiv(V, tile_v)
     gate = sums if g is None else g
     common.launch(
-        problem.kernels, chunk_states_kernel, grid,
+        chunk_states_kernel, grid,
         k, v, gate, *states, problem.group_sequence, *problem.table, problem.tokens, sums.stride(0),
         k.stride(1), v.stride(1), gate.stride(1), **common_constants(problem, v.dtype), BK=tile_k, BV=tile_v,
         HAS_GATE=g is not None, LEAVES=leaves, **launch.options,
@@ -75,7 +75,7 @@ def launch_node_states(problem: Problem, states: States) -> None:
     state = problem.key_width * problem.value_width
     block = min(2048, padded(state))
     common.launch(
-        problem.kernels, node_states_kernel, problem.row_groups * problem.heads * cdiv(state, block),
+        node_states_kernel, problem.row_groups * problem.heads * cdiv(state, block),
         states.group_states, states.group_log, states.entries, states.entry_log, problem.group_sequence, *problem.table,
         H=problem.heads, STATE=state, C=problem.config.chunk, BLOCK=block, PACKED=problem.packed, num_warps=4,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def launch_output(
     o = common.scratch(tuple(v.shape), v.dtype, v.device)
     grid = problem.rows * problem.heads * cdiv(problem.value_width, tile_v)
     common.launch(
-        problem.kernels, output_kernel, grid,
+        output_kernel, grid,
         q, k, v, level_scales, states.sums, states.entries, states.entry_log, o, problem.row_sequence, *problem.table,
         problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1), level_scales.stride(1), factor,
         problem.levels, **common_constants(problem, v.dtype), LOG_C=problem.config.chunk.bit_length() - 1,
@@ -143,6 +143,6 @@ def run_forward(
 ) -> tuple[Tensor]:
     """The launches of ``forward``."""
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
-    problem = describe((q, k, v, g, level_scales), q, v, level_scales, cu_seqlens, config)
+    problem = describe(q, v, level_scales, cu_seqlens, config)
     states = launch_states(problem, k, v, g, leaves=False)
     return (launch_output(problem, q, k, v, level_scales, scale, states),)
