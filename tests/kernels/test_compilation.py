@@ -13,8 +13,7 @@ import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 
-from loglinear.kernels import scalar_gate
-from loglinear.kernels.tuning import scalar_gate_config
+from loglinear.kernels import delta_rule, replay, scalar_gate
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -28,16 +27,18 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# Bytes of local memory a thread that no kernel may exceed on Hopper, where the kernels are tuned.
-SPILLED_BYTES = 128  # a thread; local_grads has 104 with triton 3.9, everything else fewer
+# Bytes of local memory a thread that no kernel may exceed on Hopper, where the kernels are tuned. local_grads has 144 with
+# triton 3.9: it holds λ of the next head through the products, and is faster so (0.38 ms against 0.43, docs/lab-notes.md).
+SPILLED_BYTES = 160
 # Compiled for every target; the others, built of the same parts, for Hopper alone, to keep the test short.
 EVERYWHERE = ("chunk_states_kernel", "output_kernel", "local_grads_kernel", "segment_sums_kernel", "gate_grads_kernel")
+DELTA_EVERYWHERE = ("chunk_maps_kernel", "group_grads_kernel", "key_grads_kernel")
 
 
-def launches(T: int = 16384, H: int = 16, G: int = 1, K: int = 128, V: int = 64, dtype=torch.bfloat16) -> list:
-    """The launches of a forward and a backward pass, each kernel once."""
+def launches(delta: bool, T: int = 16384, H: int = 16, G: int = 1, K: int = 128, V: int = 64) -> list:
+    """The launches of a forward and a backward pass in bfloat16, each kernel once."""
 
-    def meta(*size: int, kind=dtype) -> torch.Tensor:
+    def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
         return torch.empty(size, dtype=kind, device="meta")
 
     x = {
@@ -47,31 +48,40 @@ def launches(T: int = 16384, H: int = 16, G: int = 1, K: int = 128, V: int = 64,
         "g": meta(2, T, H, kind=torch.float32),
         "level_scales": meta(2, T, H, 12, kind=torch.float32),
     }
-    config = scalar_gate_config(dtype, K, V)
+    module = delta_rule if delta else scalar_gate
+    if delta:
+        x["beta"] = meta(2, T, H, kind=torch.float32)
+    replay.tape_of.cache_clear()
     with recording() as found:
-        scalar_gate.forward(**x, config=config)
-        scalar_gate.backward(x["v"], **x, config=config)
+        module.forward(**x)
+        module.backward(x["v"], **x)
     return list({launch.kernel: launch for launch in found}.values())
 
 
-def resources(target: str, names: tuple[str, ...] = (), **sizes) -> list[Resources]:
-    chosen = [launch for launch in launches(**sizes) if not names or launch.kernel.fn.__name__ in names]
+def resources(target: str, delta: bool, names: tuple[str, ...] = (), **sizes) -> list[Resources]:
+    chosen = [launch for launch in launches(delta, **sizes) if not names or launch.kernel.fn.__name__ in names]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # triton 3.9 announces a changed default for 3.10
         return [build(launch, TARGETS[target])[0] for launch in chosen]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile(target, record_property):
-    for found in resources(target, () if target == "sm_90" else EVERYWHERE):
+def test_kernels_compile(target, delta, record_property):
+    names = () if target == "sm_90" else DELTA_EVERYWHERE if delta else EVERYWHERE
+    if target == "gfx942":  # there the host asks for another precision of this kernel's inverse
+        names = tuple(name for name in names if name != "chunk_maps_kernel")
+    for found in resources(target, delta, names, **({"G": 16, "V": 128} if delta else {})):
         record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
-        assert found.shared <= SHARED_MEMORY[target], f"{found} needs more shared memory than {target} has"
+        # The ops leave the delta rule to plain torch where a multiprocessor has less than 160 KB (registration.py).
+        if not (delta and target == "gfx942"):
+            assert found.shared <= SHARED_MEMORY[target], f"{found} needs more shared memory than {target} has"
         if target == "sm_90":
             assert found.spills <= SPILLED_BYTES, f"{found} spills"
 
 
 if __name__ == "__main__":
     for name in TARGETS:
-        for found in resources(name):
+        for found in (*resources(name, False, H=48), *resources(name, True, G=16, V=128)):
             print(f"| {name} | {found.name} | {found.warps} | {found.registers} | {found.spills} | {found.shared} |")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from loglinear.ops import checks, registration
+from loglinear.ops.final_state import final_state
 from loglinear.state import LinearState, LogLinearState
 
 State = LogLinearState | LinearState
@@ -125,15 +126,18 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
     checks.check_inputs(q, k, v, g, beta, level_scales)
     scale = checks.check_scale(scale)
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
-    stateless = initial_state is None and not output_final_state
     with without_autocast:
         compiling = torch.compiler.is_compiling()
-        if stateless and (compiling or registration.has_kernel(q, v, beta, level_scales)):
-            if cu_seqlens_cpu is not None:
-                checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
-            if compiling:
-                return registration.attention(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
-            return registration.Kernels.apply(q, k, v, g, beta, level_scales, scale, cu_seqlens), None
+        if initial_state is None and not (compiling and output_final_state):
+            with_state = output_final_state and beta is None  # beside the kernels: the scalar gate's only
+            usable = not output_final_state or with_state
+            if compiling or (usable and registration.has_kernel(q, v, beta, level_scales)):
+                lengths: tuple[int, ...] = ()
+                if output_final_state or cu_seqlens_cpu is not None:
+                    lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
+                op = registration.attention if compiling else registration.Kernels.apply
+                o = op(q, k, v, g, beta, level_scales, scale, cu_seqlens)
+                return o, final_state(k, v, g, lengths, cu_seqlens is not None) if with_state else None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
         checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
         # What a state holds depends on its positions: no single graph, and no recompilation at every token either.

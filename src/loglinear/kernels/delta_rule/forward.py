@@ -71,7 +71,7 @@ def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, 
         k, v, gate, beta, sums, chunk_log, solve, writes, problem.row_sequence, *problem.table, problem.tokens,
         sums.stride(0), k.stride(1), v.stride(1), gate.stride(1), beta.stride(1), **common_constants(problem, v.dtype),
         BK=min(launch.block_v, padded(K)), BV=min(launch.block_v, padded(V)), HAS_GATE=g is not None,
-        SOLVE="ieee" if exact else "tf32x3", num_warps=launch.warps, num_stages=launch.stages,
+        SOLVE="tf32x3" if torch.version.hip is None and not exact else "ieee", num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return sums, chunk_log, solve, writes
 
