@@ -50,7 +50,8 @@ def host(monkeypatch):
 
 
 def two_stages(first, second):
-    def function(x, y, factor):
+    def function(inputs, factor):
+        x, y = inputs
         middle = scratch((x.numel(), 3), x.dtype, x.device)
         result = scratch(tuple(x.shape), x.dtype, x.device)
         launch(first, 5, x, middle, factor, SIZE=4)
@@ -93,7 +94,8 @@ def test_another_kind_is_recorded_anew(host):
 def test_what_can_not_be_repeated_runs_every_time(host):
     kernel = Kernel("x", "SIZE")
 
-    def foreign(x):
+    def foreign(inputs):
+        (x,) = inputs
         launch(kernel, 1, x.clone(), SIZE=1)  # memory that is neither an input nor scratch
         return (scratch((1,), x.dtype, x.device),)
 
@@ -104,7 +106,7 @@ def test_what_can_not_be_repeated_runs_every_time(host):
 
 
 def test_an_error_leaves_no_recording_behind(host):
-    def fails(x):
+    def fails(inputs):
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):

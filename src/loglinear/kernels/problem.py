@@ -7,7 +7,6 @@ Special about this file: nothing here waits for the device. For packed sequences
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,8 +57,9 @@ class Tier:
 class Problem:
     """Sizes of one call, and the tables that place its chunks.
 
-    ``unit_sequence`` maps rows, then groups, to their sequence (-1: none); ``sequences [n, 5]`` holds per sequence its
-    first token, tokens, first row, first group and the absolute number of its first chunk. Both are None if not packed.
+    ``tables`` are those of ``packed_tables``, none if not packed. ``unit_sequence`` maps rows, then groups, to their sequence
+    (-1: none); ``sequences [n, 5]`` holds per sequence its first token, tokens, first row, first group and the absolute
+    number of its first chunk.
     """
 
     batch: int
@@ -73,8 +73,7 @@ class Problem:
     row_groups: int
     chunks: int
     config: ScalarGateConfig | DeltaRuleConfig
-    unit_sequence: Tensor | None
-    sequences: Tensor | None
+    tables: tuple[Tensor, ...]
 
     @property
     def tokens(self) -> int:
@@ -82,7 +81,7 @@ class Problem:
 
     @property
     def packed(self) -> bool:
-        return self.sequences is not None
+        return len(self.tables) > 0
 
     @property
     def chunk_groups(self) -> int:
@@ -116,47 +115,36 @@ class Problem:
     def group_sequence(self) -> Tensor | None:
         return None if self.unit_sequence is None else self.unit_sequence[self.rows :]
 
-    @cached_property
+    @property
     def tiers(self) -> tuple[Tier, ...]:
         """The tree from its chunks up to the tier in which a sequence is one group."""
         sizes = self.rows, self.row_groups, self.chunks, self.chunk_groups
         tiers = [Tier(*sizes, self.row_sequence, self.group_sequence, self.table)]
-        while tiers[-1].sequence_groups > 1:
-            tiers.append(self._tier_above(tiers[-1], GROUP.value ** len(tiers)))
+        while (below := tiers[-1]).sequence_groups > 1:
+            groups = cdiv(below.sequence_groups, GROUP.value)
+            place, sequences = self.tables[2 * len(tiers) + 1 :][:2] if self.packed else (None, None)
+            total = self.batch * groups if place is None else place.shape[0]
+            table = sequences, below.sequence_groups, self.chunks, groups
+            tiers.append(Tier(below.groups, total, below.sequence_groups, groups, below.group_sequence, place, table))
         return tuple(tiers)
-
-    def _tier_above(self, below: Tier, size: int) -> Tier:
-        """The tier whose units are the groups of ``below``, each of ``size`` chunks."""
-        groups = cdiv(below.sequence_groups, GROUP.value)
-        table = below.sequence_groups, self.chunks, groups
-        if self.sequences is None:
-            sizes = below.groups, self.batch * groups, below.sequence_groups, groups
-            return Tier(*sizes, None, None, (None, *table))
-        chunks = (self.sequences[:, 1] + self.config.chunk - 1) // self.config.chunk
-        count = (chunks + size * GROUP.value - 1) // (size * GROUP.value)
-        end = count.cumsum(0)
-        columns = (below.table[0][:, 3], chunks, self.sequences[:, 2], end - count, torch.zeros_like(chunks))
-        sequences = torch.stack(columns, dim=1).to(torch.int32).contiguous()
-        total = below.groups // GROUP.value + chunks.numel()
-        place = places(end, total).to(torch.int32)
-        sizes = below.groups, total, below.sequence_groups, groups
-        return Tier(*sizes, below.group_sequence, place, (sequences, *table))
 
     @property
     def path_entries(self) -> int:
         """Entries on the query paths of all chunks of one sequence; if packed, a bound for all sequences together."""
         return set_bits_before(self.rows if self.packed else self.chunks)
 
-    @cached_property
+    @property
     def path_starts(self) -> Tensor | None:
         """``[n]`` number of path entries of all sequences before each; None if not packed: all have ``path_entries``."""
-        if self.sequences is None:
-            return None
-        chunks = (self.sequences[:, 1] + self.config.chunk - 1) // self.config.chunk
-        entries = torch.zeros_like(chunks)
-        for bit in range(self.chunks.bit_length()):
-            entries += (chunks >> (bit + 1) << bit) + ((chunks & ((2 << bit) - 1)) - (1 << bit)).clamp(min=0)
-        return (entries.cumsum(0) - entries).to(torch.int32)
+        return self.tables[2] if self.packed else None
+
+    @property
+    def unit_sequence(self) -> Tensor | None:
+        return self.tables[0] if self.packed else None
+
+    @property
+    def sequences(self) -> Tensor | None:
+        return self.tables[1] if self.packed else None
 
 
 def set_bits_before(n: int) -> int:
@@ -169,22 +157,16 @@ def describe(
     q: Tensor,
     v: Tensor,
     level_scales: Tensor,
-    cu_seqlens: Tensor | None,
+    tables: tuple[Tensor, ...],
     config: ScalarGateConfig | DeltaRuleConfig,
 ) -> Problem:
-    """The problem of one call. Shapes are the caller's business; ``cu_seqlens [n+1]`` stays on the device."""
+    """The problem of one call. Shapes are the caller's business."""
     batch, length, groups, key_width = q.shape
-    chunk = config.chunk
-    if cu_seqlens is None:
-        chunks = cdiv(length, chunk)
-        rows, row_groups = batch * chunks, batch * cdiv(chunks, GROUP.value)
-        unit_sequence = sequences = None
+    chunks = cdiv(length, config.chunk)
+    if tables:
+        rows, row_groups = packed_units(length, tables[1].shape[0], config.chunk)
     else:
-        count = cu_seqlens.numel() - 1
-        chunks = cdiv(length, chunk)
-        rows = length // chunk + count
-        row_groups = rows // GROUP.value + count
-        unit_sequence, sequences = packed_tables(cu_seqlens, rows, row_groups, chunk)
+        rows, row_groups = batch * chunks, batch * cdiv(chunks, GROUP.value)
     return Problem(
         batch=batch,
         length=length,
@@ -197,22 +179,54 @@ def describe(
         row_groups=row_groups,
         chunks=chunks,
         config=config,
-        unit_sequence=unit_sequence,
-        sequences=sequences,
+        tables=tables,
     )
 
 
-def packed_tables(cu_seqlens: Tensor, rows: int, row_groups: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Tables of ``Problem`` for packed sequences, computed on the device of ``cu_seqlens``."""
+def packed_units(length: int, sequences: int, chunk: int) -> tuple[int, int]:
+    """Bounds on the rows and groups of ``sequences`` sequences of ``length`` tokens together."""
+    rows = length // chunk + sequences
+    return rows, rows // GROUP.value + sequences
+
+
+def packed_tables(cu_seqlens: Tensor | None, length: int, chunk: int, tree: bool) -> tuple[Tensor, ...]:
+    """The tables of ``Problem``, on the device of ``cu_seqlens [n+1]``; none without it. Nothing waits for the device.
+
+    (unit_sequence, sequences), and with ``tree`` path_starts and two tables per tier from 1 on: group_sequence, sequences.
+    """
+    if cu_seqlens is None:
+        return ()
     bounds = cu_seqlens.to(torch.int64)
-    length = bounds[1:] - bounds[:-1]
-    chunks = (length + chunk - 1) // chunk
-    groups = (chunks + GROUP.value - 1) // GROUP.value
-    row_end, group_end = chunks.cumsum(0), groups.cumsum(0)
-    columns = (bounds[:-1], length, row_end - chunks, group_end - groups, torch.zeros_like(length))
-    sequences = torch.stack(columns, dim=1).to(torch.int32).contiguous()
-    units = [places(row_end, rows), places(group_end, row_groups)]
-    return torch.cat(units).to(torch.int32), sequences
+    size = bounds[1:] - bounds[:-1]
+    count = size.numel()
+    rows, groups = packed_units(length, count, chunk)
+    chunks = (size + chunk - 1) // chunk
+    row_end, group_end = chunks.cumsum(0), ((chunks + GROUP.value - 1) // GROUP.value).cumsum(0)
+    first_group = group_end - (chunks + GROUP.value - 1) // GROUP.value
+    nothing = torch.zeros_like(size)
+    columns = (bounds[:-1], size, row_end - chunks, first_group, nothing)
+    units = torch.cat([places(row_end, rows), places(group_end, groups)]).to(torch.int32)
+    tables = [units, torch.stack(columns, dim=1).to(torch.int32)]
+    if not tree:
+        return tuple(tables)
+    tables.append(path_starts(chunks, cdiv(length, chunk)))
+    span, longest = GROUP.value, cdiv(cdiv(length, chunk), GROUP.value)
+    while longest > 1:  # one tier above the last: its units are groups of ``span`` chunks
+        span, longest = span * GROUP.value, cdiv(longest, GROUP.value)
+        groups = groups // GROUP.value + count
+        end = ((chunks + span - 1) // span).cumsum(0)
+        first_unit, first_group = first_group, end - (chunks + span - 1) // span
+        columns = (first_unit, chunks, row_end - chunks, first_group, nothing)
+        tables += [places(end, groups).to(torch.int32), torch.stack(columns, dim=1).to(torch.int32)]
+    return tuple(tables)
+
+
+def path_starts(chunks: Tensor, longest: int) -> Tensor:
+    """``[n]`` path entries of all sequences before each; ``chunks [n]`` of at most ``longest``."""
+    entries = torch.zeros_like(chunks)
+    for bit in range(longest.bit_length()):
+        entries += (chunks >> (bit + 1) << bit) + ((chunks & ((2 << bit) - 1)) - (1 << bit)).clamp(min=0)
+    return (entries.cumsum(0) - entries).to(torch.int32)
 
 
 def places(end: Tensor, count: int) -> Tensor:

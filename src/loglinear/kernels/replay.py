@@ -187,7 +187,7 @@ def recording() -> Recording | None:
 def replay(
     function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor | None], *settings
 ) -> tuple[Tensor | None, ...]:
-    """``function(*inputs, *settings)``, from its tape if there is one.
+    """``function(inputs, *settings)``, from its tape if there is one.
 
     Args:
         function: allocates by ``common.scratch`` and launches by ``common.launch``, and does nothing else on the device. Its
@@ -210,11 +210,11 @@ def _run(tapes, function, inputs, settings, device):
         own = [None if x is None else x.detach() for x in inputs]
         _local.recording = note = Recording(own)
         try:
-            results = function(*own, *settings)
+            results = function(own, *settings)
         finally:
             _local.recording = None
         tapes.append(note.finish(results))
         return results
     if tapes[0] is None:
-        return function(*inputs, *settings)
+        return function(inputs, *settings)
     return tapes[0].play(inputs, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -57,6 +58,7 @@ class ScalarGateConfig:
         return max(n for n in range(1, min(self.heads, heads_per_group) + 1) if heads_per_group % n == 0)
 
 
+@lru_cache
 def scalar_gate_config(dtype: torch.dtype, key_width: int, value_width: int) -> ScalarGateConfig:
     """The configuration for inputs of this dtype and these widths."""
     if dtype == torch.float32:
@@ -131,6 +133,7 @@ class DeltaRuleConfig:
     key_grads: Launch
 
 
+@lru_cache
 def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> DeltaRuleConfig:
     """The configuration for inputs of this dtype and these widths."""
     if dtype == torch.float32:

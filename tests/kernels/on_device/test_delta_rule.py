@@ -10,7 +10,7 @@ import torch
 from cases import BFLOAT16, INTERPRETED
 from cases_delta import check_forward, config_for, make, run_forward
 
-from loglinear.kernels.problem import describe, set_bits_before
+from loglinear.kernels.problem import describe, packed_tables, set_bits_before
 
 # Chunk 16 in the interpreter (a group is 128 tokens), 32 to 128 on a GPU.
 LENGTHS = (1, 16, 17, 129, 273) if INTERPRETED else (1, 31, 32, 33, 63, 64, 65, 128, 129, 1000, 2048, 4097)
@@ -149,7 +149,8 @@ def test_tables_of_tiers_and_paths(device):
     bounds = torch.tensor((0, *(n * chunk for n in chunks)), device=device).cumsum(0)
     x = make(device, T=int(bounds[-1]))
     config = config_for(torch.float32, 16, 16)
-    problem = describe(tuple(x.values()), x["q"], x["v"], x["level_scales"], bounds, config)
+    tables = packed_tables(bounds, int(bounds[-1]), chunk, tree=True)
+    problem = describe(x["q"], x["v"], x["level_scales"], tables, config)
     assert [tier.sequence_groups for tier in problem.tiers] == [10, 2, 1]
     second, third = problem.tiers[1:]
     assert second.group_sequence[: 1 + 2 + 1 + 1].tolist() == [1, 2, 2, 4, -1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import BFLOAT16, INTERPRETED, NAMES, check, config_for, make, run
 
-from loglinear.kernels.problem import packed_tables, token_rows
+from loglinear.kernels.problem import packed_tables, packed_units, token_rows
 
 LENGTHS = (0, 18, 1, 0, 131, 0) if INTERPRETED else (0, 300, 1, 0, 2500, 64, 17, 0)
 
@@ -77,9 +77,11 @@ def test_tables_of_packed_sequences(device):
     chunk = config_for(torch.float32, 16, 16).chunk
     lengths = (0, chunk, 9 * chunk + 1, 0, 1)
     bounds = torch.tensor((0, *lengths), device=device).cumsum(0)
-    units, sequences = packed_tables(bounds, rows=14, row_groups=6, chunk=chunk)
-    assert units[:14].tolist() == [1, *[2] * 10, 4, -1, -1]
-    assert units[14:].tolist() == [1, 2, 2, 4, -1, -1]
+    units, sequences = packed_tables(bounds, sum(lengths), chunk, tree=False)
+    rows, groups = packed_units(sum(lengths), len(lengths), chunk)
+    assert (rows, groups) == (15, 6)
+    assert units[:rows].tolist() == [1, *[2] * 10, 4, -1, -1, -1]
+    assert units[rows:].tolist() == [1, 2, 2, 4, -1, -1]
     assert sequences[:, 1].tolist() == list(lengths)
     assert sequences[:, 2].tolist() == [0, 0, 1, 11, 11]
     assert sequences[:, 3].tolist() == [0, 0, 1, 3, 3]

@@ -19,7 +19,7 @@ from loglinear.kernels.delta_rule.path_grads import path_grads_kernel
 from loglinear.kernels.delta_rule.score_grads import PLANES, score_grads_kernel
 from loglinear.kernels.delta_rule.unit_grads import unit_grads_kernel
 from loglinear.kernels.head_sums import head_sums_kernel
-from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
+from loglinear.kernels.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config
 
@@ -287,24 +287,15 @@ def backward(
     """
     config = delta_rule_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, beta, level_scales)]
-    return replay(run_backward, [*inputs, cu_seqlens], scale, config)  # type: ignore[return-value]
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=True)
+    return replay(run_backward, [*inputs, *tables], scale, config)  # type: ignore[return-value]
 
 
-def run_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    level_scales: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    config: DeltaRuleConfig,
-) -> tuple[Tensor | None, ...]:
+def run_backward(inputs: list, scale: float, config: DeltaRuleConfig) -> tuple[Tensor | None, ...]:
     """The launches of ``backward``."""
+    do, q, k, v, g, beta, level_scales, *tables = inputs
     x = Inputs(q, k, v, g, beta, level_scales, do, scale)
-    problem = describe(q, v, level_scales, cu_seqlens, config)
+    problem = describe(q, v, level_scales, tuple(tables), config)
     out = allocate_gradients(problem, x)
     count, per_group = heads_at_a_time(problem, x), problem.heads_per_group
     if count == problem.heads:

@@ -12,7 +12,7 @@ from loglinear.kernels.delta_rule.chunk_maps import chunk_maps_kernel
 from loglinear.kernels.delta_rule.group_maps import group_maps_kernel
 from loglinear.kernels.delta_rule.output import output_kernel
 from loglinear.kernels.delta_rule.path_queries import path_queries_kernel
-from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
+from loglinear.kernels.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 
@@ -165,21 +165,13 @@ def forward(
     """
     config = delta_rule_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, beta, level_scales)]
-    return replay(run_forward, [*inputs, cu_seqlens], scale, config)[0]
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=True)
+    return replay(run_forward, [*inputs, *tables], scale, config)[0]
 
 
-def run_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    level_scales: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    config: DeltaRuleConfig,
-) -> tuple[Tensor]:
+def run_forward(inputs: list, scale: float, config: DeltaRuleConfig) -> tuple[Tensor]:
     """The launches of ``forward``."""
-    problem = describe(q, v, level_scales, cu_seqlens, config)
+    q, k, v, g, beta, level_scales, *tables = inputs
+    problem = describe(q, v, level_scales, tuple(tables), config)
     maps = launch_maps(problem, k, v, g, beta)
     return (launch_output(problem, q, k, v, level_scales, scale, maps),)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loglinear.kernels import common
 from loglinear.kernels.head_sums import head_sums_kernel
-from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
+from loglinear.kernels.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.scalar_gate.chunk_grads import chunk_grads_kernel
 from loglinear.kernels.scalar_gate.forward import States, common_constants, launch_states
@@ -247,25 +247,17 @@ def backward(
 
     ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
     """
-    inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, level_scales)]
-    return replay(run_backward, [*inputs, cu_seqlens], scale, config)  # type: ignore[return-value]
-
-
-def run_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    level_scales: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    config: ScalarGateConfig | None,
-) -> tuple[Tensor | None, ...]:
-    """The launches of ``backward``."""
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
+    inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, level_scales)]
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
+    return replay(run_backward, [*inputs, *tables], scale, config)  # type: ignore[return-value]
+
+
+def run_backward(inputs: list, scale: float, config: ScalarGateConfig) -> tuple[Tensor | None, ...]:
+    """The launches of ``backward``."""
+    do, q, k, v, g, level_scales, *tables = inputs
     x = Inputs(q, k, v, g, level_scales, do, scale)
-    problem = describe(q, v, level_scales, cu_seqlens, config)
+    problem = describe(q, v, level_scales, tuple(tables), config)
     gains = allocate_gains(problem, v.device, g is not None)
     states = launch_states(problem, k, v, g, leaves=True)
     dscales, score_grads = launch_local_grads(problem, x, states, gains)

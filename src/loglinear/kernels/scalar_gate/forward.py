@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import common
-from loglinear.kernels.problem import Problem, cdiv, describe, padded, token_rows
+from loglinear.kernels.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.scalar_gate.chunk_states import chunk_states_kernel
 from loglinear.kernels.scalar_gate.node_states import node_states_kernel
@@ -127,22 +127,15 @@ def forward(
     Returns:
         o ``[B, T, H, V]`` of v's dtype, contiguous.
     """
-    inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, level_scales)]
-    return replay(run_forward, [*inputs, cu_seqlens], scale, config)[0]
-
-
-def run_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    level_scales: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    config: ScalarGateConfig | None,
-) -> tuple[Tensor]:
-    """The launches of ``forward``."""
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
-    problem = describe(q, v, level_scales, cu_seqlens, config)
+    inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, level_scales)]
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
+    return replay(run_forward, [*inputs, *tables], scale, config)[0]
+
+
+def run_forward(inputs: list, scale: float, config: ScalarGateConfig) -> tuple[Tensor]:
+    """The launches of ``forward``."""
+    q, k, v, g, level_scales, *tables = inputs
+    problem = describe(q, v, level_scales, tuple(tables), config)
     states = launch_states(problem, k, v, g, leaves=False)
     return (launch_output(problem, q, k, v, level_scales, scale, states),)

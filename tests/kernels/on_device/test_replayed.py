@@ -1,0 +1,66 @@
+"""Replayed calls have the bits of recorded ones, with scratch full of NaN, for new tensors of the same kind."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from cases import INTERPRETED
+
+from loglinear.kernels import delta_rule, replay, scalar_gate
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="the interpreter has nothing to replay")]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch():
+    """The recorded call needs scratch that ``replay`` knows; here the arena of the replayed one is poisoned."""
+
+
+def make(device, delta: bool, T: int, seed: int, packed: bool) -> tuple[dict, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    B = 1 if packed else 2
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, device=device)
+
+    k = torch.nn.functional.normalize(normal(B, T, 2, 64), dim=-1)
+    x = {"q": normal(B, T, 2, 64), "k": k, "v": normal(B, T, 4, 64)}
+    x = {name: y.bfloat16() for name, y in x.items()} | {"g": -0.1 * normal(B, T, 4).abs()}
+    if delta:
+        x["beta"] = normal(B, T, 4).sigmoid()
+    x["level_scales"] = normal(B, T, 4, 12)
+    if packed:
+        x["cu_seqlens"] = torch.tensor([0, 70, 70, T - 1 - 10 * seed, T], device=device, dtype=torch.int32)
+    return x, normal(B, T, 4, 64).bfloat16()
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("delta", [False, True])
+def test_same_bits(device, monkeypatch, delta, packed, sliced):
+    rule = delta_rule if delta else scalar_gate
+    if sliced:
+        monkeypatch.setattr(importlib.import_module("loglinear.kernels.delta_rule.backward"), "UNSLICED", 0)
+
+    def both(seed):
+        x, do = make(device, delta, 1500, seed, packed)
+        return [rule.forward(**x), *rule.backward(do, **x)]
+
+    recorded = []
+    for seed in range(3):
+        replay.tape_of.cache_clear()
+        recorded.append(both(seed))
+    plain = replay.arena
+    played = []
+
+    def arena(size, device):
+        played.append(size)
+        return plain(size, device).fill_(255)  # NaN in every floating-point dtype
+
+    monkeypatch.setattr(replay, "arena", arena)
+    for seed, expected in enumerate(recorded):
+        for got, want in zip(both(seed), expected):
+            assert torch.equal(got, want)
+    assert len(played) == 6, "the calls were not replayed"
