@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from loglinear.kernels.common import GROUP
 from loglinear.kernels.tuning import DeltaRuleConfig, ScalarGateConfig
+
+_known_tables = WeakTensorKeyDictionary()  # offsets -> kind of tables -> tables
 
 
 def cdiv(x: int, y: int) -> int:
@@ -190,12 +193,29 @@ def packed_units(length: int, sequences: int, chunk: int) -> tuple[int, int]:
 
 
 def packed_tables(cu_seqlens: Tensor | None, length: int, chunk: int, tree: bool) -> tuple[Tensor, ...]:
-    """The tables of ``Problem``, on the device of ``cu_seqlens [n+1]``; none without it. Nothing waits for the device.
+    """The tables of ``Problem`` for ``cu_seqlens [n+1]``; none without it.
 
-    (unit_sequence, sequences), and with ``tree`` path_starts and two tables per tier from 1 on: group_sequence, sequences.
+    Every layer of a model, and its backward, asks for those of the same offsets: they are kept for as long as the tensor of
+    offsets lives and is not written to, on the stream that computed them. A CUDA graph computes its own.
     """
     if cu_seqlens is None:
         return ()
+    on_cuda = cu_seqlens.is_cuda
+    if cu_seqlens.is_inference() or (on_cuda and torch.cuda.is_current_stream_capturing()):
+        return compute_tables(cu_seqlens, length, chunk, tree)
+    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if on_cuda else 0
+    kind = (cu_seqlens._version, stream, length, chunk, tree)
+    known = _known_tables.setdefault(cu_seqlens, {})
+    if kind not in known:
+        known[kind] = compute_tables(cu_seqlens, length, chunk, tree)
+    return known[kind]
+
+
+def compute_tables(cu_seqlens: Tensor, length: int, chunk: int, tree: bool) -> tuple[Tensor, ...]:
+    """``packed_tables``, on the device of the offsets; nothing waits for it.
+
+    (unit_sequence, sequences), and with ``tree`` path_starts and two tables per tier from 1 on: group_sequence, sequences.
+    """
     bounds = cu_seqlens.to(torch.int64)
     size = bounds[1:] - bounds[:-1]
     count = size.numel()
