@@ -4,7 +4,7 @@
     python benchmarks/delta_rule.py --B 1 --H 8 --T 131072 --peers "fla gated"
 
 The peer "fla 0.2.2" is looked for in --old-fla: ``pip install --no-deps --target FOLDER flash-linear-attention==0.2.2``.
-Rows are appended to benchmarks/results/delta_rule.jsonl.
+Rows are appended to benchmarks/results/delta_rule.jsonl after each op (--sweep: delta_rule_sweep.jsonl).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from loglinear.kernels.tuning import delta_rule_config
 from measure import append, environment
 from peers import Shape, delta_peers, loglinear_delta
 from scalar_gate import measure_op, measure_peer, show
+from stages import sweep
 from verify import Failure, verify_delta_rule
 
 
@@ -34,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--softmax-width", type=int, default=128)
     parser.add_argument("--budget-ms", type=int, default=200, help="repetitions of one measurement, in milliseconds")
     parser.add_argument("--old-fla", default=".peers/fla-0.2.2", help="folder with flash-linear-attention 0.2.2")
+    parser.add_argument("--sweep", action="store_true", help="time every kernel under many configurations instead")
     parser.add_argument("--commit", help="hash to record where the checkout has no .git")
     return parser.parse_args()
 
@@ -43,21 +45,25 @@ def main() -> None:
     shape = Shape(args.B, args.T, args.H, args.G or args.H, args.K, args.V)
     columns = {**dataclasses.asdict(shape), "dtype": "bfloat16", **environment()}
     columns["commit"] = args.commit or columns["commit"]
+    if args.sweep:
+        print(append("delta_rule_sweep", [r | columns for r in sweep(shape, delta=True)]))
+        return
     try:
         print(verify_delta_rule(shape))
     except Failure as failure:
         raise SystemExit(f"wrong results, nothing timed: {failure}") from failure
     torch.cuda.empty_cache()
-    rows = measure_op(loglinear_delta(shape), args.budget_ms)
-    show(rows)
+    columns["config"] = dataclasses.asdict(delta_rule_config(shape.dtype, shape.K, shape.V))
+
+    def keep(rows: list[dict]) -> None:
+        show(rows)
+        append("delta_rule", [columns | r for r in rows])
+        torch.cuda.empty_cache()
+
+    keep(measure_op(loglinear_delta(shape), args.budget_ms))
     for name, build in delta_peers(args.softmax_heads, args.softmax_width, args.old_fla).items():
         if args.peers == "all" or any(part in name for part in args.peers.split(",") if part):
-            found = measure_peer(name, build, shape, args.budget_ms)
-            show(found)
-            rows += found
-            torch.cuda.empty_cache()
-    config = dataclasses.asdict(delta_rule_config(shape.dtype, shape.K, shape.V))
-    print(append("delta_rule", [columns | r | {"config": config} for r in rows]))
+            keep(measure_peer(name, build, shape, args.budget_ms))
 
 
 if __name__ == "__main__":

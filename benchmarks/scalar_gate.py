@@ -4,7 +4,7 @@
     python benchmarks/scalar_gate.py --T 4096 --peers ""      # ours alone
     python benchmarks/scalar_gate.py --sweep                  # every configuration, kernel by kernel, ours alone
 
-Rows are appended to benchmarks/results/scalar_gate.jsonl (--sweep: scalar_gate_sweep.jsonl).
+Rows are appended to benchmarks/results/scalar_gate.jsonl after each op (--sweep: scalar_gate_sweep.jsonl).
 """
 
 from __future__ import annotations
@@ -85,8 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--softmax-heads", type=int, default=16)
     parser.add_argument("--softmax-width", type=int, default=96)
     parser.add_argument("--budget-ms", type=int, default=200, help="repetitions of one measurement, in milliseconds")
-    parser.add_argument("--sweep", action="store_true", help="time every configuration instead")
-    parser.add_argument("--only", default="", help="with --sweep: part of a kernel's name")
+    parser.add_argument("--sweep", action="store_true", help="time every kernel under many configurations instead")
     parser.add_argument("--stages", action="store_true", help="time every kernel too")
     parser.add_argument("--commit", help="hash to record where the checkout has no .git")
     parser.add_argument("--skip-check", action="store_true", help="for profiling; no rows are written")
@@ -102,7 +101,7 @@ def main() -> None:
     if args.commit:
         columns["commit"] = args.commit
     if args.sweep:
-        print(append("scalar_gate_sweep", [r | columns for r in sweep(shape, args.only, args.budget_ms)]))
+        print(append("scalar_gate_sweep", [r | columns for r in sweep(shape, delta=False)]))
         return
     config = scalar_gate_config(shape.dtype, shape.K, shape.V)
     if not args.skip_check:
@@ -110,16 +109,18 @@ def main() -> None:
             print(verify(shape, config))
         except Failure as failure:
             raise SystemExit(f"wrong results, nothing timed: {failure}") from failure
-    rows = measure_ours(shape, config, args.budget_ms, args.stages)
-    show(rows)
+    columns["config"] = dataclasses.asdict(config)
+
+    def keep(rows: list[dict]) -> None:
+        show(rows)
+        if not args.skip_check:
+            append("scalar_gate", [columns | r for r in rows])
+        torch.cuda.empty_cache()
+
+    keep(measure_ours(shape, config, args.budget_ms, args.stages))
     for name, build in peers(args.softmax_heads, args.softmax_width).items():
         if args.peers == "all" or any(part in name for part in args.peers.split(",") if part):
-            found = measure_peer(name, build, shape, args.budget_ms)
-            show(found)
-            rows += found
-            torch.cuda.empty_cache()
-    if not args.skip_check:
-        print(append("scalar_gate", [columns | r | {"config": dataclasses.asdict(config)} for r in rows]))
+            keep(measure_peer(name, build, shape, args.budget_ms))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,34 @@
-"""Times of single kernels: each launch of a forward and backward pass is replayed alone, with its own arguments.
+"""Times of single kernels, as they are launched by a forward and backward pass, under one configuration or many.
 
-Special about this file: the launches are recorded from the host code, so that what is timed is what runs.
+Special about this file: the launches are those of the host code, caught on their way, so that what is timed is what runs. A
+sweep first compiles all candidates side by side, one process each: compiling takes far longer than timing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from contextlib import contextmanager
+from types import ModuleType
 from unittest import mock
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from loglinear.kernels import scalar_gate
+from loglinear.kernels import delta_rule, scalar_gate
 from loglinear.kernels.replay import tape_of
-from loglinear.kernels.tuning import Launch, ScalarGateConfig, low_precision_config
+from loglinear.kernels.tuning import (
+    DeltaRuleConfig,
+    Launch,
+    ScalarGateConfig,
+    low_precision_config,
+    uniform_delta_config,
+)
 from measure import milliseconds
-from peers import Shape, inputs
+from peers import Shape, delta_inputs, inputs
+
+Config = ScalarGateConfig | DeltaRuleConfig
 
 
 @contextmanager
@@ -30,57 +41,111 @@ def recording():
         launches.append((self.fn.__name__, lambda: run(self, *args, grid=grid, warmup=False, **kwargs)))
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
+    tape_of.cache_clear()  # a replayed call does not pass by here
     with mock.patch.object(JITFunction, "run", record):
         yield launches
 
 
-def time_stages(x: dict[str, Tensor], do: Tensor, config: ScalarGateConfig, budget_ms: int, only: str = "") -> dict:
-    """Kernel -> (median, 20th, 80th percentile); a kernel launched twice is two entries."""
-    tape_of.cache_clear()  # a replayed call does not pass by here
+def time_stages(x: dict[str, Tensor], do: Tensor, config: ScalarGateConfig, budget_ms: int) -> dict:
+    """Scalar gate: kernel -> (median, 20th, 80th percentile), cold cache; a kernel launched twice is two entries."""
     with recording() as launches:
         scalar_gate.forward(**x, config=config)
         scalar_gate.backward(do, **x, config=config)
     times: dict = {}
     for name, call in launches:
-        if only in name:
-            key = name if name not in times else f"{name} (again)"
-            times[key] = milliseconds(call, budget_ms)
+        times[name if name not in times else f"{name} (again)"] = milliseconds(call, budget_ms)
     return times
 
 
-def candidates() -> list[ScalarGateConfig]:
-    """Configurations worth timing: chunk, warps and depth for all kernels at once, heads per program."""
-    found = []
-    for chunk, warps, heads in ((64, 4, 4), (64, 4, 8), (64, 8, 8), (128, 8, 4), (128, 8, 8)):
-        base = low_precision_config(chunk, warps, block_k=128, heads=heads)
-        for stages in (1, 2, 3):
-            launches = {
-                field.name: dataclasses.replace(getattr(base, field.name), stages=stages)
-                for field in dataclasses.fields(base)
-                if isinstance(getattr(base, field.name), Launch)
-            }
-            found.append(dataclasses.replace(base, **launches))
+def rule_of(config: Config) -> ModuleType:
+    return scalar_gate if isinstance(config, ScalarGateConfig) else delta_rule
+
+
+def time_kernels(shape: Shape, config: Config, repetitions: int) -> dict[str, float]:
+    """Kernel -> milliseconds of all its launches in one forward and backward pass; those that do not fit are left out.
+
+    Each launch is repeated where it happens, before the next: the fastest way to time many configurations, with a warm cache.
+    """
+    x = inputs(shape) if isinstance(config, ScalarGateConfig) else delta_inputs(shape)
+    do = torch.randn_like(x["v"])
+    times: dict[str, float] = {}
+    failed: set[str] = set()
+    run = JITFunction.run
+
+    def timed(self, *args, grid, warmup, **kwargs):
+        name = self.fn.__name__.removesuffix("_kernel")
+        try:
+            compiled = run(self, *args, grid=grid, warmup=warmup, **kwargs)
+        except Exception as error:  # out of shared memory or registers: another configuration may fit
+            if name not in failed:
+                print(f"  {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+            failed.add(name)
+            return None
+        if repetitions:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            for _ in range(repetitions):
+                run(self, *args, grid=grid, warmup=warmup, **kwargs)
+            end.record()
+            torch.cuda.synchronize()
+            times[name] = times.get(name, 0.0) + begin.elapsed_time(end) / repetitions
+        return compiled
+
+    tape_of.cache_clear()
+    with mock.patch.object(JITFunction, "run", timed):
+        rule_of(config).forward(**x, config=config)
+        rule_of(config).backward(do, **x, config=config)
+    torch.cuda.synchronize()
+    return {name: time for name, time in times.items() if name not in failed}
+
+
+def uniform(config: Config, launch: Launch) -> Config:
+    """The configuration with every kernel launched alike."""
+    launches = {f.name: launch for f in dataclasses.fields(config) if isinstance(getattr(config, f.name), Launch)}
+    return dataclasses.replace(config, **launches)
+
+
+def candidates(delta: bool) -> list[tuple[str, Config]]:
+    """Configurations worth timing, with their names: chunk, warps, depth and tile, the same for all kernels."""
+    shapes = [(64, 4, (1, 2, 3), (64,)), (64, 8, (1, 2, 3), (64,)), (128, 8, (1, 2, 3), (64,))]
+    if delta:
+        shapes = [(64, 4, (1, 2, 3), (32, 64)), (64, 8, (2, 3), (64, 128)), (128, 8, (1, 2, 3), (32, 64, 128))]
+    found: list[tuple[str, Config]] = []
+    for chunk, warps, depths, tiles in shapes:
+        for stages in depths:
+            for tile in tiles:
+                launch = Launch(warps, stages, tile)
+                base = uniform_delta_config(chunk, launch) if delta else low_precision_config(chunk, warps, heads=12)
+                found.append((f"chunk {chunk} warps {warps} stages {stages} tile {tile}", uniform(base, launch)))
     return found
 
 
-def sweep(shape: Shape, only: str, budget_ms: int) -> list[dict]:
-    """Rows of every kernel under every candidate; candidates that do not fit the device are reported and left out."""
-    x = inputs(shape)
-    do = torch.randn_like(x["v"])
+def compile_candidate(shape: Shape, config: Config) -> None:
+    """Leave the kernels of a configuration in Triton's cache."""
+    try:
+        time_kernels(shape, config, repetitions=0)
+    except Exception as error:  # the same error comes again when it is timed
+        print(f"not compiled: {type(error).__name__}: {str(error)[:100]}", flush=True)
+
+
+def sweep(shape: Shape, delta: bool, processes: int = 12, repetitions: int = 5) -> list[dict]:
+    """Rows of every kernel under every candidate, and a line for each candidate and for the best of each kernel."""
+    named = candidates(delta)
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        pool.starmap(compile_candidate, [(shape, config) for _, config in named], chunksize=1)
     rows = []
-    for config in candidates():
-        launch = config.output
-        label = f"chunk {config.chunk} warps {launch.warps} stages {launch.stages} heads {config.heads}"
+    for label, config in named:
         try:
-            times = time_stages(x, do, config, budget_ms // 4, only)
-        except Exception as error:  # out of shared memory or registers: the next candidate may fit
+            times = time_kernels(shape, config, repetitions)
+        except Exception as error:
             print(f"{label}: {type(error).__name__}: {str(error)[:150]}", flush=True)
             continue
-        rows += [
-            {"kernel": name, "label": label, "ms": t[0], "ms_p20": t[1], "ms_p80": t[2]} for name, t in times.items()
-        ]
-        print(
-            f"{label}: " + "  ".join(f"{name.removesuffix('_kernel')} {t[0]:.3f}" for name, t in times.items()),
-            flush=True,
-        )
+        rows += [{"kernel": name, "label": label, "ms": time} for name, time in times.items()]
+        print(f"{label}: " + "  ".join(f"{name} {time:.3f}" for name, time in times.items()), flush=True)
+    for chunk in sorted({config.chunk for _, config in named}):
+        own = [r for r in rows if r["label"].startswith(f"chunk {chunk} ")]
+        best = [min((r for r in own if r["kernel"] == k), key=lambda r: r["ms"]) for k in {r["kernel"] for r in own}]
+        print(f"chunk {chunk}, best of each: {sum(r['ms'] for r in best):.3f} ms", flush=True)
+        for r in sorted(best, key=lambda r: -r["ms"]):
+            print(f"  {r['kernel']:16s} {r['ms']:.3f}  {r['label']}", flush=True)
     return rows
