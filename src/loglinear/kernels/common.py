@@ -160,6 +160,24 @@ def store_state(
 
 
 @triton.jit
+def gate_sums(g, stride, valid, HAS_GATE: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):
+    """Cumulative log2-decay of a chunk: (value, rounding error, decay to the end, total), after clamping the gate."""
+    if EXACT:
+        gate = tl.zeros([C], tl.float64)
+    else:
+        gate = tl.zeros([C], tl.float32)
+    if HAS_GATE:
+        raw = tl.load(g + tl.arange(0, C) * stride, mask=valid, other=0.0)
+        gate += tl.maximum(raw.to(gate.dtype), GATE_FLOOR) * LOG2_E
+    sums = tl.cumsum(gate, axis=0)
+    total = tl.sum(gate, axis=0)
+    high = sums.to(tl.float32)
+    low = (sums - high.to(sums.dtype)).to(tl.float32)
+    to_end = tl.exp2(tl.minimum((total - sums).to(tl.float32), 0.0))
+    return high, low, to_end, total.to(tl.float32)
+
+
+@triton.jit
 def load_sum(sums, offsets, valid, plane, EXACT: tl.constexpr):
     """Cumulative log-decay at ``offsets``, zero where not valid: (value, its rounding error or 0)."""
     high = tl.load(sums + offsets, mask=valid, other=0.0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from loglinear.kernels import common
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -15,3 +18,14 @@ def head_sums_kernel(partial, total, size, PARTS: tl.constexpr, BLOCK: tl.conste
     for i in range(PARTS):
         acc += tl.load(partial + i * size.to(tl.int64) + elements, mask=inside, other=0.0)
     tl.store(total + elements, acc.to(total.dtype.element_ty), mask=inside)
+
+
+def sum_heads(partial: Tensor, like: Tensor) -> Tensor:
+    """The gradient itself, of like's shape and dtype, from ``partial [parts, …]``; that memory where there is one part."""
+    if partial.shape[0] == 1:
+        return partial.view(like.shape)
+    total = common.scratch(tuple(like.shape), like.dtype, like.device)
+    size, block = total.numel(), 1024
+    programs = -(-size // block)
+    common.launch(head_sums_kernel, programs, partial, total, size, PARTS=partial.shape[0], BLOCK=block, num_warps=4)
+    return total

@@ -150,6 +150,20 @@ class Problem:
         return self.tables[1] if self.packed else None
 
 
+def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
+    """Compile-time arguments that all kernels over tokens share."""
+    return dict(
+        H=problem.heads,
+        G=problem.groups,
+        K=problem.key_width,
+        V=problem.value_width,
+        C=problem.config.chunk,
+        EXACT=dtype == torch.float32,
+        PACKED=problem.packed,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+    )
+
+
 def set_bits_before(n: int) -> int:
     """Bits set in 0, 1, … n - 1 together: the lengths of all query paths of n chunks."""
     bits = range(n.bit_length())

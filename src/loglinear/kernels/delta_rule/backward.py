@@ -11,15 +11,15 @@ from torch import Tensor
 from loglinear.kernels import common
 from loglinear.kernels.common import GROUP
 from loglinear.kernels.delta_rule.entry_grads import entry_grads_kernel, segment_sums_kernel
-from loglinear.kernels.delta_rule.forward import Maps, common_constants, launch_maps, launch_path_queries
+from loglinear.kernels.delta_rule.forward import Maps, launch_maps, launch_path_queries
 from loglinear.kernels.delta_rule.group_grads import SPARE, group_grads_kernel
 from loglinear.kernels.delta_rule.key_grads import key_grads_kernel
 from loglinear.kernels.delta_rule.map_grads import map_grads_kernel
 from loglinear.kernels.delta_rule.path_grads import path_grads_kernel
 from loglinear.kernels.delta_rule.score_grads import PLANES, score_grads_kernel
 from loglinear.kernels.delta_rule.unit_grads import unit_grads_kernel
-from loglinear.kernels.head_sums import head_sums_kernel
-from loglinear.kernels.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
+from loglinear.kernels.head_sums import sum_heads
+from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config
 
@@ -256,19 +256,6 @@ def allocate_gradients(problem: Problem, x: Inputs) -> Gradients:
     return Gradients(dq, dk, like(x.v), None if x.g is None else like(x.g), like(x.beta), like(x.level_scales))
 
 
-def sum_heads(problem: Problem, partial: Tensor, like: Tensor) -> Tensor:
-    """The gradient itself, of like's shape and dtype."""
-    if partial.shape[0] == 1:
-        return partial.view(like.shape)
-    total = common.scratch(tuple(like.shape), like.dtype, like.device)
-    size, block = total.numel(), 1024
-    common.launch(
-        head_sums_kernel, cdiv(size, block), partial, total, size, PARTS=partial.shape[0], BLOCK=block,
-        num_warps=4,
-    )  # fmt: skip
-    return total
-
-
 def backward(
     do: Tensor,
     q: Tensor,
@@ -304,5 +291,5 @@ def run_backward(inputs: list, scale: float, config: DeltaRuleConfig) -> tuple[T
         part = dataclasses.replace(problem, heads=count, groups=cdiv(count, per_group))
         for first in range(0, problem.heads, count):
             backward_of_heads(part, x.heads(first, count, per_group), out.heads(first, count, per_group))
-    dq, dk = sum_heads(problem, out.dq, q), sum_heads(problem, out.dk, k)
+    dq, dk = sum_heads(out.dq, q), sum_heads(out.dk, k)
     return dq, dk, out.dv, out.dg, out.dbeta, out.dlevel_scales

@@ -10,8 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import SUB, load_tile, locate, pair_decays
-from loglinear.kernels.scalar_gate.chunk_states import gate_sums
+from loglinear.kernels.common import SUB, gate_sums, load_tile, locate, pair_decays
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from loglinear.kernels.delta_rule.chunk_maps import chunk_maps_kernel
 from loglinear.kernels.delta_rule.group_maps import group_maps_kernel
 from loglinear.kernels.delta_rule.output import output_kernel
 from loglinear.kernels.delta_rule.path_queries import path_queries_kernel
-from loglinear.kernels.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
+from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 
@@ -40,20 +40,6 @@ class Maps(NamedTuple):
     entries: Tensor
     groups: tuple[Tensor, ...]
     prefixes: tuple[Tensor, ...]
-
-
-def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
-    """Compile-time arguments that all kernels over tokens share."""
-    return dict(
-        H=problem.heads,
-        G=problem.groups,
-        K=problem.key_width,
-        V=problem.value_width,
-        C=problem.config.chunk,
-        EXACT=dtype == torch.float32,
-        PACKED=problem.packed,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32",
-    )
 
 
 def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> tuple[Tensor, ...]:

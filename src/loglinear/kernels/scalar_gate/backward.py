@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import common
-from loglinear.kernels.head_sums import head_sums_kernel
-from loglinear.kernels.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
+from loglinear.kernels.head_sums import sum_heads
+from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.scalar_gate.chunk_grads import chunk_grads_kernel
-from loglinear.kernels.scalar_gate.forward import States, common_constants, launch_states
+from loglinear.kernels.scalar_gate.forward import States, launch_states
 from loglinear.kernels.scalar_gate.gate_grads import gate_grads_kernel
 from loglinear.kernels.scalar_gate.key_grads import key_grads_kernel
 from loglinear.kernels.scalar_gate.local_grads import local_grads_kernel
@@ -164,25 +164,6 @@ def partial_sums(problem: Problem, like: Tensor) -> Tensor:
     return common.scratch(shape, like.dtype if parts == 1 else torch.float32, like.device)
 
 
-def sum_heads(problem: Problem, partial: Tensor, like: Tensor) -> Tensor:
-    """The gradient itself, of like's shape and dtype."""
-    if partial.shape[0] == 1:
-        return partial.view(like.shape)
-    total = common.scratch(tuple(like.shape), like.dtype, like.device)
-    size, block = total.numel(), 1024
-    common.launch(
-        head_sums_kernel,
-        cdiv(size, block),
-        partial,
-        total,
-        size,
-        PARTS=partial.shape[0],
-        BLOCK=block,
-        num_warps=4,
-    )
-    return total
-
-
 def launch_query_grads(
     problem: Problem, x: Inputs, states: States, score_grads: Tensor, dscales: Tensor, gains: Gains
 ) -> Tensor:
@@ -201,7 +182,7 @@ def launch_query_grads(
         BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
         HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
-    return sum_heads(problem, partial, x.q)
+    return sum_heads(partial, x.q)
 
 
 def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: Tensor, score_grads: Tensor) -> Tensor:
@@ -216,7 +197,7 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: T
         BK=padded(problem.key_width), BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads,
         **launch.options,
     )  # fmt: skip
-    return sum_heads(problem, partial, x.k)
+    return sum_heads(partial, x.k)
 
 
 def launch_gate_grads(problem: Problem, x: Inputs, gains: Gains) -> Tensor:

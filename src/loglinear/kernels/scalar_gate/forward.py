@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import common
-from loglinear.kernels.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
+from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.scalar_gate.chunk_states import chunk_states_kernel
 from loglinear.kernels.scalar_gate.node_states import node_states_kernel
@@ -31,20 +31,6 @@ class States(NamedTuple):
     group_log: Tensor
     entries: Tensor | None
     group_states: Tensor
-
-
-def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
-    """Compile-time arguments that all kernels over tokens share."""
-    return dict(
-        H=problem.heads,
-        G=problem.groups,
-        K=problem.key_width,
-        V=problem.value_width,
-        C=problem.config.chunk,
-        EXACT=dtype == torch.float32,
-        PACKED=problem.packed,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32",
-    )
 
 
 def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, leaves: bool) -> States:
