@@ -52,6 +52,11 @@ def test_packed_sequences():
     compare(final_state(k, v, g, lengths, packed=True), reference(q, k, v, g, lengths), (k, v, g))
 
 
+def test_no_sequence():
+    q, k, v, g = make(1, 0)
+    compare(final_state(k, v, g, (), packed=True), reference(q, k, v, g, ()), (k, v, g))
+
+
 def test_resets():
     q, k, v, g = (x.detach().requires_grad_() for x in make(1, 450, resets=True))
     got, want = final_state(k, v, g, (450,), packed=False), reference(q, k, v, g, (450,))

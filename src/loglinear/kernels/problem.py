@@ -10,12 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from loglinear.kernels.common import GROUP
 from loglinear.kernels.tuning import DeltaRuleConfig, ScalarGateConfig
-
-_known_tables = WeakTensorKeyDictionary()  # offsets -> kind of tables -> tables
 
 
 def cdiv(x: int, y: int) -> int:
@@ -30,11 +27,13 @@ def padded(width: int) -> int:
 
 def token_rows(x: Tensor) -> Tensor:
     """x ``[B, T, heads, width]`` or ``[B, T, heads]`` such that token b*T + t begins at (b*T + t) * x.stride(1)."""
-    if x.is_contiguous():
+    if x.is_contiguous() and x.shape[1] != 1:  # contiguous says nothing of the strides of an axis of size 1
         return x
     inner = x.shape[2:]
     packed = all(x.stride(i + 2) == inner[i + 1 :].numel() for i in range(len(inner)))
-    return x if packed and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+    if packed and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -207,29 +206,12 @@ def packed_units(length: int, sequences: int, chunk: int) -> tuple[int, int]:
 
 
 def packed_tables(cu_seqlens: Tensor | None, length: int, chunk: int, tree: bool) -> tuple[Tensor, ...]:
-    """The tables of ``Problem`` for ``cu_seqlens [n+1]``; none without it.
-
-    Every layer of a model, and its backward, asks for those of the same offsets: they are kept for as long as the tensor of
-    offsets lives and is not written to, on the stream that computed them. A CUDA graph computes its own.
-    """
-    if cu_seqlens is None:
-        return ()
-    on_cuda = cu_seqlens.is_cuda
-    if cu_seqlens.is_inference() or (on_cuda and torch.cuda.is_current_stream_capturing()):
-        return compute_tables(cu_seqlens, length, chunk, tree)
-    stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream if on_cuda else 0
-    kind = (cu_seqlens._version, stream, length, chunk, tree)
-    known = _known_tables.setdefault(cu_seqlens, {})
-    if kind not in known:
-        known[kind] = compute_tables(cu_seqlens, length, chunk, tree)
-    return known[kind]
-
-
-def compute_tables(cu_seqlens: Tensor, length: int, chunk: int, tree: bool) -> tuple[Tensor, ...]:
-    """``packed_tables``, on the device of the offsets; nothing waits for it.
+    """The tables of ``Problem``, on the device of ``cu_seqlens [n+1]``; none without it. Nothing waits for the device.
 
     (unit_sequence, sequences), and with ``tree`` path_starts and two tables per tier from 1 on: group_sequence, sequences.
     """
+    if cu_seqlens is None:
+        return ()
     bounds = cu_seqlens.to(torch.int64)
     size = bounds[1:] - bounds[:-1]
     count = size.numel()

@@ -29,6 +29,8 @@ def final_state(k: Tensor, v: Tensor, g: Tensor | None, lengths: tuple[int, ...]
     if not packed:
         length = lengths[0] if lengths else 0
         return _state_of_rows(k, v, gate, length, slots, dtype)
+    if not lengths:
+        return _state_of_rows(k[:0], v[:0], gate[:0], 0, 0, dtype)
     rows, start = [], 0
     for length in lengths:
         part = slice(start, start + length)

@@ -56,10 +56,11 @@ def test_lengths_in_float32(device, T):
     check(device, T=T)
 
 
-def test_long_windows_are_summed_in_segments(device):
-    """Two tiers, and a window of more chunks than one program sums."""
+@pytest.mark.parametrize("chunks", [16, 19])
+def test_long_windows_are_summed_in_segments(device, chunks):
+    """Windows of more chunks than one program sums; with 16 chunks, an entry of two segments that no query reads."""
     config = dataclasses.replace(config_for(torch.float32, 16, 16), segment=8)
-    check(device, T=config.chunk * 18 + 1, config=config)
+    check(device, T=config.chunk * (chunks - 1) + 1, config=config)
 
 
 @pytest.mark.slow

@@ -60,6 +60,21 @@ def test_strided_inputs(device):
     assert_same_bits(run(transposed, do.expand(2, *do.shape[1:])), expected)
 
 
+def test_one_token_of_a_sequence_first_layout(device):
+    """PyTorch calls these contiguous, whatever the stride of the axis of one token is."""
+    x = make(device, B=2, T=1)
+    do = torch.randn_like(x["v"])
+    x["g"] = None
+
+    def sequence_first(y):
+        return y.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+
+    transposed = {name: y if y is None else sequence_first(y) for name, y in x.items()}
+    assert transposed["q"].is_contiguous()
+    assert transposed["q"].stride(1) != x["q"].stride(1)
+    assert_same_bits(run(transposed, sequence_first(do))[:4], run(x, do)[:4])
+
+
 def test_a_gradient_that_is_broadcast(device):
     x = make(device, T=20)
     do = torch.ones(1, device=device).expand(x["v"].shape)

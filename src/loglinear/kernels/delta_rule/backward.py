@@ -102,7 +102,8 @@ def launch_entry_grads(problem: Problem, x: Inputs, queries: Tensor, path_grads:
     launch, segment = problem.config.entry_grads, problem.config.segment
     block = min(launch.block_v, padded(max(K, V)))
     count = cdiv(K, block) + cdiv(V, block)
-    levels = max(problem.tree_levels - segment.bit_length(), 0)
+    # Those whose entries are longer than a segment, with the one that ends with the last chunk, which nothing reads.
+    levels = max(problem.chunks.bit_length() - segment.bit_length(), 0)
     sequences = problem.batch if problem.sequences is None else problem.sequences.shape[0]
     slots = problem.rows // segment + 1 + sequences
     segments = common.scratch((levels, slots, H, K, K + V), x.v.dtype, x.v.device)
