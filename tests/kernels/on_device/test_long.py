@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import INTERPRETED, LOW_PRECISION_FACTOR, NAMES, make, relative, run
+from cases import INTERPRETED, NAMES, make, relative, run
 
 from loglinear.reference.chunkwise import chunkwise
 
@@ -12,25 +12,27 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="minutes i
 MILLION = 1 << 20
 
 
-def by_chunks(x: dict, do: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """(o, dq, dk, dv, dg, dλ) of the chunkwise reference, computed in ``dtype``."""
-    leaves = [y.to(dtype).requires_grad_() for y in x.values()]
+# Twice what rounding the operands costs plain torch in bfloat16: 0.3 to 0.5% in the output and all gradients.
+BAR = 1e-2
+
+
+def by_chunks(x: dict, do: torch.Tensor) -> list[torch.Tensor]:
+    """(o, dq, dk, dv, dg, dλ) of the chunkwise reference in float64."""
+    leaves = [y.double().requires_grad_() for y in x.values()]
     o, _ = chunkwise(*leaves)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do.to(dtype))]
+    return [o.detach(), *torch.autograd.grad(o, leaves, do.double())]
 
 
 @pytest.mark.parametrize("gate", ["usual", "zero"])
-def test_a_million_tokens(device, gate):
-    """Against the chunkwise form in float64; the bar is twice its own error with operands rounded to bfloat16."""
-    x = make(device, T=MILLION, H=1, K=32, V=32, L=21, dtype=torch.bfloat16, gate=gate)
+@pytest.mark.parametrize("T", [65_536, MILLION])
+def test_up_to_a_million_tokens(device, T, gate):
+    """Against the chunkwise form in float64: all tokens, the first and the last thousand."""
+    x = make(device, T=T, H=1, K=32, V=32, L=21, dtype=torch.bfloat16, gate=gate)
     do = torch.randn_like(x["v"])
-    expected = by_chunks(x, do, torch.float64)
-    rounded = by_chunks(x, do, torch.bfloat16)
-    for name, got, want, plain in zip(NAMES, run(x, do), expected, rounded):
-        for part in (slice(None), slice(0, 1000), slice(MILLION - 1000, MILLION)):
-            bar = LOW_PRECISION_FACTOR * relative(plain[:, part], want[:, part])
+    for name, got, want in zip(NAMES, run(x, do), by_chunks(x, do)):
+        for part in (slice(None), slice(0, 1000), slice(T - 1000, T)):
             error = relative(got[:, part], want[:, part])
-            assert error <= bar, f"{name}[{part}] has relative error {error:.2e} > {bar:.2e}"
+            assert error <= BAR, f"{name}[{part}] has relative error {error:.2e} > {BAR:.2e}"
 
 
 def test_more_than_two_to_the_31_elements(device):
