@@ -149,9 +149,9 @@ class Problem:
         return self.tables[1] if self.packed else None
 
 
-def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
-    """Compile-time arguments that all kernels over tokens share."""
-    return dict(
+def common_constants(problem: Problem, dtype: torch.dtype, without: tuple[str, ...] = ()) -> dict:
+    """Compile-time arguments that all kernels over tokens share, but for those that a kernel does not take."""
+    constants = dict(
         H=problem.heads,
         G=problem.groups,
         K=problem.key_width,
@@ -161,6 +161,7 @@ def common_constants(problem: Problem, dtype: torch.dtype) -> dict:
         PACKED=problem.packed,
         PRECISION="ieee" if dtype == torch.float32 else "tf32",
     )
+    return {name: value for name, value in constants.items() if name not in without}
 
 
 def set_bits_before(n: int) -> int:

@@ -73,10 +73,6 @@ def tiles(launch: Launch, width: int) -> tuple[int, int]:
     return tile, cdiv(width, tile)
 
 
-def constants_without(names: tuple[str, ...], problem: Problem, dtype: torch.dtype) -> dict:
-    return {name: x for name, x in common_constants(problem, dtype).items() if name not in names}
-
-
 def launch_path_grads(
     problem: Problem, x: Inputs, out: Gradients, maps: Maps, queries: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -89,9 +85,9 @@ def launch_path_grads(
         path_grads_kernel, problem.rows * H,
         x.do, x.level_scales, maps.entries, queries, path_grads, query_grads, out.dlevel_scales, problem.path_starts,
         problem.row_sequence, *problem.table, problem.path_entries, x.do.stride(1), x.level_scales.stride(1),
-        out.dlevel_scales.stride(1), x.factor, problem.levels, **constants_without(("G", "EXACT"), problem, x.v.dtype),
+        out.dlevel_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype, without=("G", "EXACT")),
         LOG_C=C.bit_length() - 1, BK=padded(K), BV=tiles(launch, problem.value_width)[0], LEVELS=padded(problem.levels),
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return path_grads, query_grads
 
@@ -114,8 +110,8 @@ def launch_entry_grads(problem: Problem, x: Inputs, queries: Tensor, path_grads:
             x.do, x.level_scales, queries, path_grads, segments if long else grads, problem.path_starts,
             problem.group_sequence if long else problem.row_sequence, *problem.table, problem.path_entries,
             x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, units, slots,
-            **constants_without(("G", "EXACT"), problem, x.v.dtype), LOG_C=C.bit_length() - 1, BK=padded(K), BN=block,
-            SEGMENT=segment, LONG=long, num_warps=launch.warps, num_stages=launch.stages,
+            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), LOG_C=C.bit_length() - 1, BK=padded(K), BN=block,
+            SEGMENT=segment, LONG=long, **launch.options,
         )  # fmt: skip
     if levels:
         size = K * (K + V)
@@ -140,16 +136,15 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
             group_grads_kernel, tier.groups * H * blocks,
             x.k, maps.groups[t - 1] if t else maps.writes, maps.sums, maps.chunk_log, map_grads, grads,
             tier.group_sequence, *tier.table, problem.tokens, maps.sums.stride(0), x.k.stride(1), problem.rows,
-            **common_constants(problem, x.v.dtype), BK=padded(K), BN=block, TIER=t, TOP=top, num_warps=walk.warps,
-            num_stages=walk.stages,
+            **common_constants(problem, x.v.dtype), BK=padded(K), BN=block, TIER=t, TOP=top, **walk.options,
         )  # fmt: skip
         map_grads = common.scratch((tier.units, H, K, K + V if t else K), x.v.dtype, x.v.device)
         count = cdiv(K, tile_n) + (cdiv(V, tile_n) if t else 0)
         common.launch(
             unit_grads_kernel, tier.groups * GROUP.value * H * count,
             maps.prefixes[t], maps.entries, grads, map_grads, tier.group_sequence, *tier.table, problem.rows,
-            **constants_without(("G", "EXACT"), problem, x.v.dtype), BK=padded(K), BN=tile_n,
-            BW=min(walk.block_v, padded(K + V)), TIER=t, num_warps=outer.warps, num_stages=outer.stages,
+            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), BK=padded(K), BN=tile_n,
+            BW=min(walk.block_v, padded(K + V)), TIER=t, **outer.options,
         )  # fmt: skip
     return map_grads
 
@@ -169,7 +164,7 @@ def launch_score_grads(
         x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), out.dlevel_scales.stride(1), x.factor, problem.levels,
         **common_constants(problem, x.v.dtype), LOG_C=C.bit_length() - 1, BK=tiles(launch, problem.key_width)[0],
         BV=tiles(launch, problem.value_width)[0], LEVELS=padded(problem.levels), HAS_GATE=x.g is not None,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return scores, gains
 
@@ -190,7 +185,7 @@ def launch_map_grads(
         key_grads, out.dv, ends, chunk_gains, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0),
         x.k.stride(1), x.v.stride(1), x.do.stride(1), out.dv.stride(1), problem.rows,
         **common_constants(problem, x.v.dtype), BK=padded(K), BN=min(launch.block_v, padded(max(K, problem.value_width))),
-        HAS_GATE=gated, num_warps=launch.warps, num_stages=launch.stages,
+        HAS_GATE=gated, **launch.options,
     )  # fmt: skip
     return key_grads, ends, chunk_gains
 
@@ -207,9 +202,8 @@ def launch_key_grads(
         x.q, x.k, gate, x.beta, maps.sums, maps.solve, query_grads, scores, key_grads, *gains, out.dq, out.dk, dgate,
         out.dbeta, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1),
         x.k.stride(1), gate.stride(1), x.beta.stride(1), out.dq.stride(1), out.dk.stride(1), dgate.stride(1),
-        out.dbeta.stride(1), out.dq.stride(0), out.dk.stride(0), **constants_without(("V",), problem, x.v.dtype),
-        BK=tiles(launch, problem.key_width)[0], HAS_GATE=x.g is not None, num_warps=launch.warps,
-        num_stages=launch.stages,
+        out.dbeta.stride(1), out.dq.stride(0), out.dk.stride(0), **common_constants(problem, x.v.dtype, without=("V",)),
+        BK=tiles(launch, problem.key_width)[0], HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
 
 

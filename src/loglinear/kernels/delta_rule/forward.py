@@ -57,7 +57,7 @@ def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, 
         k, v, gate, beta, sums, chunk_log, solve, writes, problem.row_sequence, *problem.table, problem.tokens,
         sums.stride(0), k.stride(1), v.stride(1), gate.stride(1), beta.stride(1), **common_constants(problem, v.dtype),
         BK=min(launch.block_v, padded(K)), BV=min(launch.block_v, padded(V)), HAS_GATE=g is not None,
-        SOLVE="tf32x3" if torch.version.hip is None and not exact else "ieee", num_warps=launch.warps, num_stages=launch.stages,
+        SOLVE="tf32x3" if torch.version.hip is None and not exact else "ieee", **launch.options,
     )  # fmt: skip
     return sums, chunk_log, solve, writes
 
@@ -84,7 +84,7 @@ def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: 
             k, groups[t - 1] if dense else writes, sums, entries, entries if top else groups[t],
             before[t] if prefixes else entries, tier.group_sequence, *tier.table, problem.tokens, sums.stride(0),
             k.stride(1), **common_constants(problem, v.dtype), BK=padded(K), BN=block, TIER=t, TOP=top,
-            STORE_PREFIXES=prefixes, num_warps=launch.warps, num_stages=launch.stages,
+            STORE_PREFIXES=prefixes, **launch.options,
         )  # fmt: skip
     return Maps(sums, chunk_log, solve, writes, entries, groups, before)
 
@@ -103,7 +103,7 @@ def launch_output(
         *problem.table, problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1), v.stride(1),
         level_scales.stride(1), factor, problem.levels, **common_constants(problem, v.dtype),
         LOG_C=problem.config.chunk.bit_length() - 1, BK=tile,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return o
 
@@ -121,8 +121,7 @@ def launch_path_queries(problem: Problem, q: Tensor, k: Tensor, maps: Maps) -> T
         path_queries_kernel, problem.rows * problem.heads,
         q, k, maps.sums, maps.writes, maps.entries, queries, problem.path_starts, problem.row_sequence, *problem.table,
         problem.path_entries, problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1),
-        **common_constants(problem, q.dtype), BK=padded(problem.key_width), num_warps=launch.warps,
-        num_stages=launch.stages,
+        **common_constants(problem, q.dtype), BK=padded(problem.key_width), **launch.options,
     )  # fmt: skip
     return queries
 

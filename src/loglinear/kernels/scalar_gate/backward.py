@@ -79,8 +79,7 @@ def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
         return node_grads
     segments = common.scratch((segment_levels, slots, H, K, V), x.v.dtype, x.v.device)
     tile_k, tile_v, tiles = state_tiles(problem, launch)
-    constants = common_constants(problem, x.v.dtype)
-    constants.pop("EXACT")
+    constants = common_constants(problem, x.v.dtype, without=("EXACT",))
     common.launch(
         window_grads_kernel, levels * problem.row_groups * H * tiles,
         x.q, x.do, x.level_scales, states.sums, states.chunk_log, node_grads, segments, problem.group_sequence,
@@ -104,8 +103,7 @@ def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: 
     launch = problem.config.chunk_grads
     tile_k, tile_v, tiles = state_tiles(problem, launch)
     chunk_grads = common.scratch((problem.rows, H, K, V), x.v.dtype, x.v.device)
-    constants = common_constants(problem, x.v.dtype)
-    constants.pop("EXACT")
+    constants = common_constants(problem, x.v.dtype, without=("EXACT",))
     common.launch(
         chunk_grads_kernel, problem.row_groups * H * tiles,
         x.q, x.do, x.level_scales, states.sums, states.chunk_log, states.group_log, states.entries, node_grads,
@@ -171,8 +169,7 @@ def launch_query_grads(
     launch = problem.config.query
     partial = partial_sums(problem, x.q)
     heads, blocks = head_blocks(problem)
-    constants = common_constants(problem, x.v.dtype)
-    constants.pop("EXACT")
+    constants = common_constants(problem, x.v.dtype, without=("EXACT",))
     common.launch(
         query_grads_kernel, problem.rows * blocks,
         x.q, x.k, x.do, x.level_scales, states.sums, states.entries, states.entry_log, score_grads, partial, dscales,
