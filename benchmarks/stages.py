@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import time
 from contextlib import contextmanager
 from types import ModuleType
 from unittest import mock
@@ -77,7 +78,7 @@ def time_kernels(shape: Shape, config: Config, repetitions: int) -> dict[str, fl
         try:
             compiled = run(self, *args, grid=grid, warmup=warmup, **kwargs)
         except Exception as error:  # out of shared memory or registers: another configuration may fit
-            if name not in failed:
+            if name not in failed and repetitions:
                 print(f"  {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
             failed.add(name)
             return None
@@ -96,7 +97,7 @@ def time_kernels(shape: Shape, config: Config, repetitions: int) -> dict[str, fl
         rule_of(config).forward(**x, config=config)
         rule_of(config).backward(do, **x, config=config)
     torch.cuda.synchronize()
-    return {name: time for name, time in times.items() if name not in failed}
+    return {name: ms for name, ms in times.items() if name not in failed}
 
 
 def uniform(config: Config, launch: Launch) -> Config:
@@ -109,7 +110,7 @@ def candidates(delta: bool) -> list[tuple[str, Config]]:
     """Configurations worth timing, with their names: chunk, warps, depth and tile, the same for all kernels."""
     shapes = [(64, 4, (1, 2, 3), (64,)), (64, 8, (1, 2, 3), (64,)), (128, 8, (1, 2, 3), (64,))]
     if delta:
-        shapes = [(64, 4, (1, 2, 3), (32, 64)), (64, 8, (2, 3), (64, 128)), (128, 8, (1, 2, 3), (32, 64, 128))]
+        shapes = [(64, 4, (1, 2, 3), (32, 64, 128)), (64, 8, (2, 3), (64, 128)), (128, 8, (1, 2, 3), (32, 64, 128))]
     found: list[tuple[str, Config]] = []
     for chunk, warps, depths, tiles in shapes:
         for stages in depths:
@@ -120,28 +121,42 @@ def candidates(delta: bool) -> list[tuple[str, Config]]:
     return found
 
 
-def compile_candidate(shape: Shape, config: Config) -> None:
-    """Leave the kernels of a configuration in Triton's cache."""
+def time_candidate(shape: Shape, label: str, config: Config, repetitions: int, compiled, turn, found) -> None:
+    """In a process of its own, so that a kernel that breaks it breaks no other: compile, and time when it is our turn."""
+    times: dict[str, float] = {}
     try:
         time_kernels(shape, config, repetitions=0)
-    except Exception as error:  # the same error comes again when it is timed
-        print(f"not compiled: {type(error).__name__}: {str(error)[:100]}", flush=True)
-
-
-def sweep(shape: Shape, delta: bool, processes: int = 12, repetitions: int = 5) -> list[dict]:
-    """Rows of every kernel under every candidate, and a line for each candidate and for the best of each kernel."""
-    named = candidates(delta)
-    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
-        pool.starmap(compile_candidate, [(shape, config) for _, config in named], chunksize=1)
-    rows = []
-    for label, config in named:
-        try:
+        torch.cuda.empty_cache()
+        compiled.release()
+        with turn:
             times = time_kernels(shape, config, repetitions)
-        except Exception as error:
-            print(f"{label}: {type(error).__name__}: {str(error)[:150]}", flush=True)
-            continue
-        rows += [{"kernel": name, "label": label, "ms": time} for name, time in times.items()]
-        print(f"{label}: " + "  ".join(f"{name} {time:.3f}" for name, time in times.items()), flush=True)
+        print(f"{label}: " + "  ".join(f"{name} {ms:.3f}" for name, ms in times.items()), flush=True)
+    except Exception as error:
+        print(f"{label}: {type(error).__name__}: {str(error)[:150]}", flush=True)
+        compiled.release()
+    found.put((label, times))
+
+
+def sweep(shape: Shape, delta: bool, repetitions: int = 5, patience: float = 300.0) -> list[dict]:
+    """Rows of every kernel under every candidate, and a line for each candidate and for the best of each kernel.
+
+    All candidates compile side by side; timing starts when they have, or after ``patience`` seconds.
+    """
+    named = candidates(delta)
+    context = multiprocessing.get_context("spawn")
+    compiled, turn, found = context.Semaphore(0), context.Lock(), context.Queue()
+    turn.acquire()
+    for label, config in named:
+        common = (repetitions, compiled, turn, found)
+        context.Process(target=time_candidate, args=(shape, label, config, *common), daemon=True).start()
+    until = time.monotonic() + patience
+    ready = sum(compiled.acquire(timeout=max(until - time.monotonic(), 0.0)) for _ in named)
+    print(f"{ready} of {len(named)} candidates compiled", flush=True)
+    turn.release()
+    rows = []
+    for _ in range(ready):
+        label, times = found.get()
+        rows += [{"kernel": name, "label": label, "ms": ms} for name, ms in times.items()]
     for chunk in sorted({config.chunk for _, config in named}):
         own = [r for r in rows if r["label"].startswith(f"chunk {chunk} ")]
         best = [min((r for r in own if r["kernel"] == k), key=lambda r: r["ms"]) for k in {r["kernel"] for r in own}]

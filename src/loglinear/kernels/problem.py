@@ -104,6 +104,10 @@ class Problem:
     def heads_per_group(self) -> int:
         return self.heads // self.groups
 
+    def tile(self, width: int) -> int:
+        """``padded``, but no narrower than the configuration's tiles may be."""
+        return max(padded(width), self.config.least_tile)
+
     @property
     def table(self) -> tuple:
         """The arguments by which a kernel finds its sequence: sequences, T, N, NG."""

@@ -115,11 +115,12 @@ class DeltaRuleConfig:
     """Chunk size and all launches. ``block_v`` is a tile of the K + V columns of a map, or of V where a kernel tiles V.
 
     ``segment`` is the largest number of chunks whose share of an entry's gradient one program sums: a power of two, at least
-    a group.
+    a group. ``least_tile`` is the width to which narrower tiles are padded.
     """
 
     chunk: int
     segment: int
+    least_tile: int
     chunk_maps: Launch
     group_maps: Launch
     output: Launch
@@ -139,28 +140,32 @@ def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> D
     if dtype == torch.float32:
         return uniform_delta_config(32, Launch(warps=8 if key_width > 64 else 4, stages=1, block_v=32))
     if key_width > 128:
-        config = uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64))
-        return dataclasses.replace(config, map_grads=Launch(warps=8, stages=2, block_v=32))
+        config = uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64), least_tile=64)
+        return dataclasses.replace(config, map_grads=Launch(warps=8, stages=2, block_v=64))
     return NARROW_DELTA_RULE
 
 
-def uniform_delta_config(chunk: int, launch: Launch, segment: int = 16) -> DeltaRuleConfig:
+def uniform_delta_config(chunk: int, launch: Launch, segment: int = 16, least_tile: int = 16) -> DeltaRuleConfig:
     """Every kernel launched alike."""
-    return DeltaRuleConfig(chunk, segment, *[launch] * (len(dataclasses.fields(DeltaRuleConfig)) - 2))
+    return DeltaRuleConfig(chunk, segment, least_tile, *[launch] * (len(dataclasses.fields(DeltaRuleConfig)) - 3))
 
 
+# Triton 3.6 reads past the end of shared memory on Hopper where a 16-bit tile narrower than 64 columns (128 bytes, a whole
+# swizzle) enters one product as it is and another transposed: wrong gradients at K = V = 16, a fault at other shapes.
+# The best of each kernel, measured: H200, Triton 3.6, bf16, B=2, T=16,384, H=G=16, K=V=128, 2026-11-22.
 NARROW_DELTA_RULE = DeltaRuleConfig(
     chunk=64,
     segment=16,
+    least_tile=64,
     chunk_maps=Launch(warps=4, stages=2, block_v=64),
     group_maps=Launch(warps=4, stages=2, block_v=64),
     output=Launch(warps=4, stages=3, block_v=64),
-    path_queries=Launch(warps=4, stages=2, block_v=64),
-    path_grads=Launch(warps=4, stages=2, block_v=64),
-    entry_grads=Launch(warps=8, stages=3, block_v=128),
+    path_queries=Launch(warps=4, stages=1, block_v=64),
+    path_grads=Launch(warps=4, stages=1, block_v=128),
+    entry_grads=Launch(warps=4, stages=3, block_v=64),
     group_grads=Launch(warps=4, stages=2, block_v=64),
-    unit_grads=Launch(warps=8, stages=3, block_v=128),
-    score_grads=Launch(warps=4, stages=2, block_v=64),
-    map_grads=Launch(warps=4, stages=3, block_v=32),
-    key_grads=Launch(warps=4, stages=2, block_v=64),
+    unit_grads=Launch(warps=4, stages=2, block_v=64),
+    score_grads=Launch(warps=4, stages=1, block_v=128),
+    map_grads=Launch(warps=4, stages=3, block_v=64),
+    key_grads=Launch(warps=4, stages=3, block_v=64),
 )

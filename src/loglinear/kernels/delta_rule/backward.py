@@ -67,9 +67,9 @@ class Gradients:
         return Gradients(self.dq[parts, :, groups], self.dk[parts, :, groups], *rest)  # type: ignore[arg-type]
 
 
-def tiles(launch: Launch, width: int) -> tuple[int, int]:
+def tiles(problem: Problem, launch: Launch, width: int) -> tuple[int, int]:
     """(width of a tile, number of tiles)."""
-    tile = min(launch.block_v, padded(width))
+    tile = min(launch.block_v, problem.tile(width))
     return tile, cdiv(width, tile)
 
 
@@ -86,8 +86,8 @@ def launch_path_grads(
         x.do, x.level_scales, maps.entries, queries, path_grads, query_grads, out.dlevel_scales, problem.path_starts,
         problem.row_sequence, *problem.table, problem.path_entries, x.do.stride(1), x.level_scales.stride(1),
         out.dlevel_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype, without=("G", "EXACT")),
-        LOG_C=C.bit_length() - 1, BK=padded(K), BV=tiles(launch, problem.value_width)[0], LEVELS=padded(problem.levels),
-        **launch.options,
+        LOG_C=C.bit_length() - 1, BK=problem.tile(K), BV=tiles(problem, launch, problem.value_width)[0],
+        LEVELS=padded(problem.levels), **launch.options,
     )  # fmt: skip
     return path_grads, query_grads
 
@@ -96,7 +96,7 @@ def launch_entry_grads(problem: Problem, x: Inputs, queries: Tensor, path_grads:
     """The first rows of ``grads``: the gradients of all entries."""
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     launch, segment = problem.config.entry_grads, problem.config.segment
-    block = min(launch.block_v, padded(max(K, V)))
+    block = min(launch.block_v, problem.tile(max(K, V)))
     count = cdiv(K, block) + cdiv(V, block)
     # Those whose entries are longer than a segment, with the one that ends with the last chunk, which nothing reads.
     levels = max(problem.chunks.bit_length() - segment.bit_length(), 0)
@@ -110,8 +110,8 @@ def launch_entry_grads(problem: Problem, x: Inputs, queries: Tensor, path_grads:
             x.do, x.level_scales, queries, path_grads, segments if long else grads, problem.path_starts,
             problem.group_sequence if long else problem.row_sequence, *problem.table, problem.path_entries,
             x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, units, slots,
-            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), LOG_C=C.bit_length() - 1, BK=padded(K), BN=block,
-            SEGMENT=segment, LONG=long, **launch.options,
+            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), LOG_C=C.bit_length() - 1,
+            BK=problem.tile(K), BN=block, SEGMENT=segment, LONG=long, **launch.options,
         )  # fmt: skip
     if levels:
         size = K * (K + V)
@@ -127,8 +127,8 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
     """dA of every chunk ``[rows, H, K, K]``; leaves dS in ``grads``. From the top of the tree down."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     walk, outer = problem.config.group_grads, problem.config.unit_grads
-    block, blocks = tiles(walk, K + V)
-    tile_n = min(outer.block_v, padded(max(K, V)))
+    block, blocks = tiles(problem, walk, K + V)
+    tile_n = min(outer.block_v, problem.tile(max(K, V)))
     map_grads = grads
     for t, tier in reversed(list(enumerate(problem.tiers))):
         top = t + 1 == len(problem.tiers)
@@ -136,15 +136,15 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
             group_grads_kernel, tier.groups * H * blocks,
             x.k, maps.groups[t - 1] if t else maps.writes, maps.sums, maps.chunk_log, map_grads, grads,
             tier.group_sequence, *tier.table, problem.tokens, maps.sums.stride(0), x.k.stride(1), problem.rows,
-            **common_constants(problem, x.v.dtype), BK=padded(K), BN=block, TIER=t, TOP=top, **walk.options,
+            **common_constants(problem, x.v.dtype), BK=problem.tile(K), BN=block, TIER=t, TOP=top, **walk.options,
         )  # fmt: skip
         map_grads = common.scratch((tier.units, H, K, K + V if t else K), x.v.dtype, x.v.device)
         count = cdiv(K, tile_n) + (cdiv(V, tile_n) if t else 0)
         common.launch(
             unit_grads_kernel, tier.groups * GROUP.value * H * count,
             maps.prefixes[t], maps.entries, grads, map_grads, tier.group_sequence, *tier.table, problem.rows,
-            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), BK=padded(K), BN=tile_n,
-            BW=min(walk.block_v, padded(K + V)), TIER=t, **outer.options,
+            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), BK=problem.tile(K), BN=tile_n,
+            BW=min(walk.block_v, problem.tile(K + V)), TIER=t, **outer.options,
         )  # fmt: skip
     return map_grads
 
@@ -162,8 +162,8 @@ def launch_score_grads(
         x.q, x.k, x.v, x.do, x.level_scales, maps.sums, maps.solve, maps.writes, query_grads, scores, out.dlevel_scales,
         gains, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1), x.k.stride(1),
         x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), out.dlevel_scales.stride(1), x.factor, problem.levels,
-        **common_constants(problem, x.v.dtype), LOG_C=C.bit_length() - 1, BK=tiles(launch, problem.key_width)[0],
-        BV=tiles(launch, problem.value_width)[0], LEVELS=padded(problem.levels), HAS_GATE=x.g is not None,
+        **common_constants(problem, x.v.dtype), LOG_C=C.bit_length() - 1, BK=tiles(problem, launch, problem.key_width)[0],
+        BV=tiles(problem, launch, problem.value_width)[0], LEVELS=padded(problem.levels), HAS_GATE=x.g is not None,
         **launch.options,
     )  # fmt: skip
     return scores, gains
@@ -184,8 +184,8 @@ def launch_map_grads(
         x.k, x.v, x.do, maps.sums, maps.chunk_log, maps.solve, maps.writes, grads, map_grads, query_grads, scores,
         key_grads, out.dv, ends, chunk_gains, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0),
         x.k.stride(1), x.v.stride(1), x.do.stride(1), out.dv.stride(1), problem.rows,
-        **common_constants(problem, x.v.dtype), BK=padded(K), BN=min(launch.block_v, padded(max(K, problem.value_width))),
-        HAS_GATE=gated, **launch.options,
+        **common_constants(problem, x.v.dtype), BK=problem.tile(K),
+        BN=tiles(problem, launch, max(K, problem.value_width))[0], HAS_GATE=gated, **launch.options,
     )  # fmt: skip
     return key_grads, ends, chunk_gains
 
@@ -203,7 +203,7 @@ def launch_key_grads(
         out.dbeta, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1),
         x.k.stride(1), gate.stride(1), x.beta.stride(1), out.dq.stride(1), out.dk.stride(1), dgate.stride(1),
         out.dbeta.stride(1), out.dq.stride(0), out.dk.stride(0), **common_constants(problem, x.v.dtype, without=("V",)),
-        BK=tiles(launch, problem.key_width)[0], HAS_GATE=x.g is not None, **launch.options,
+        BK=tiles(problem, launch, problem.key_width)[0], HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
 
 

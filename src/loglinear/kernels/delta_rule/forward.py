@@ -12,7 +12,7 @@ from loglinear.kernels.delta_rule.chunk_maps import chunk_maps_kernel
 from loglinear.kernels.delta_rule.group_maps import group_maps_kernel
 from loglinear.kernels.delta_rule.output import output_kernel
 from loglinear.kernels.delta_rule.path_queries import path_queries_kernel
-from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
+from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 
@@ -56,7 +56,7 @@ def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, 
         chunk_maps_kernel, rows * H,
         k, v, gate, beta, sums, chunk_log, solve, writes, problem.row_sequence, *problem.table, problem.tokens,
         sums.stride(0), k.stride(1), v.stride(1), gate.stride(1), beta.stride(1), **common_constants(problem, v.dtype),
-        BK=min(launch.block_v, padded(K)), BV=min(launch.block_v, padded(V)), HAS_GATE=g is not None,
+        BK=min(launch.block_v, problem.tile(K)), BV=min(launch.block_v, problem.tile(V)), HAS_GATE=g is not None,
         SOLVE="tf32x3" if torch.version.hip is None and not exact else "ieee", **launch.options,
     )  # fmt: skip
     return sums, chunk_log, solve, writes
@@ -75,7 +75,7 @@ def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: 
     groups = tuple(maps(tier.groups) for tier in tiers[:-1])
     before = tuple(maps(tier.units) for tier in tiers) if prefixes else ()
     launch = problem.config.group_maps
-    block = min(launch.block_v, padded(K + V))
+    block = min(launch.block_v, problem.tile(K + V))
     for t, tier in enumerate(tiers):
         dense, top = t > 0, t + 1 == len(tiers)
         common.launch(
@@ -83,7 +83,7 @@ def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: 
             tier.groups * H * cdiv(K + V, block) * 2,
             k, groups[t - 1] if dense else writes, sums, entries, entries if top else groups[t],
             before[t] if prefixes else entries, tier.group_sequence, *tier.table, problem.tokens, sums.stride(0),
-            k.stride(1), **common_constants(problem, v.dtype), BK=padded(K), BN=block, TIER=t, TOP=top,
+            k.stride(1), **common_constants(problem, v.dtype), BK=problem.tile(K), BN=block, TIER=t, TOP=top,
             STORE_PREFIXES=prefixes, **launch.options,
         )  # fmt: skip
     return Maps(sums, chunk_log, solve, writes, entries, groups, before)
@@ -95,7 +95,7 @@ def launch_output(
     """o, from the chunks themselves and the entries before them."""
     launch = problem.config.output
     K, V = problem.key_width, problem.value_width
-    tile = padded(K)
+    tile = problem.tile(K)
     o = common.scratch(tuple(v.shape), v.dtype, v.device)
     common.launch(
         output_kernel, problem.rows * problem.heads * cdiv(V, tile),
@@ -121,7 +121,7 @@ def launch_path_queries(problem: Problem, q: Tensor, k: Tensor, maps: Maps) -> T
         path_queries_kernel, problem.rows * problem.heads,
         q, k, maps.sums, maps.writes, maps.entries, queries, problem.path_starts, problem.row_sequence, *problem.table,
         problem.path_entries, problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1),
-        **common_constants(problem, q.dtype), BK=padded(problem.key_width), **launch.options,
+        **common_constants(problem, q.dtype), BK=problem.tile(problem.key_width), **launch.options,
     )  # fmt: skip
     return queries
 
