@@ -35,7 +35,11 @@ def make(
     keys="random",
     seed=0,
 ) -> dict:
-    """Random inputs; keys have norm 1, β is in [0, 2], λ has either sign and exact zeros."""
+    """Random inputs; keys have norm 1, β is in [0, 2], λ has either sign and exact zeros.
+
+    Equal keys have components of ±1/√K, for K a power of 4: their norm is 1 to the last bit. Were it not, every transition
+    ``I - 2 k kᵀ`` would be off by the same rounding error, and T of them by T times that, in any float32 arithmetic.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal(*size):
@@ -51,7 +55,7 @@ def make(
     k = F.normalize(normal(B, T, G, K), dim=-1)
     beta = 2 * torch.rand(B, T, H, generator=generator)
     if keys == "equal":
-        k, beta = k[:, :1].expand_as(k).contiguous(), torch.full_like(beta, 2.0)
+        k, beta = (k[:, :1].sign() / K**0.5).expand_as(k).contiguous(), torch.full_like(beta, 2.0)
     x = {"q": normal(B, T, G, K), "k": k, "v": normal(B, T, H, V)}
     x = {name: value.to(dtype) for name, value in x.items()} | {"g": g, "beta": beta, "level_scales": scales}
     return {name: None if value is None else value.to(device) for name, value in x.items()}
