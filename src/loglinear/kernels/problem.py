@@ -180,12 +180,16 @@ def describe(
     level_scales: Tensor,
     tables: tuple[Tensor, ...],
     config: ScalarGateConfig | DeltaRuleConfig,
+    reach: int = 0,
 ) -> Problem:
-    """The problem of one call. Shapes are the caller's business."""
+    """The problem of one call. Shapes are the caller's business.
+
+    reach: if the sequences go on from earlier tokens, a bound on the tokens that each has then seen; 0 if they begin here.
+    """
     batch, length, groups, key_width = q.shape
-    chunks = cdiv(length, config.chunk)
+    chunks = cdiv(max(length, reach), config.chunk)
     if tables:
-        rows, row_groups = packed_units(length, tables[1].shape[0], config.chunk)
+        rows, row_groups = packed_units(length, tables[1].shape[0], config.chunk, reach > 0)
     else:
         rows, row_groups = batch * chunks, batch * cdiv(chunks, GROUP.value)
     return Problem(
@@ -204,28 +208,36 @@ def describe(
     )
 
 
-def packed_units(length: int, sequences: int, chunk: int) -> tuple[int, int]:
-    """Bounds on the rows and groups of ``sequences`` sequences of ``length`` tokens together."""
+def packed_units(length: int, sequences: int, chunk: int, continued: bool = False) -> tuple[int, int]:
+    """Bounds on the rows and groups of ``sequences`` sequences of ``length`` tokens together.
+
+    One that is continued begins anywhere in a group.
+    """
     rows = length // chunk + sequences
-    return rows, rows // GROUP.value + sequences
+    return rows, rows // GROUP.value + sequences * (2 if continued else 1)
 
 
-def packed_tables(cu_seqlens: Tensor | None, length: int, chunk: int, tree: bool) -> tuple[Tensor, ...]:
+def packed_tables(
+    cu_seqlens: Tensor | None, length: int, chunk: int, tree: bool, first_tokens: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The tables of ``Problem``, on the device of ``cu_seqlens [n+1]``; none without it. Nothing waits for the device.
 
     (unit_sequence, sequences), and with ``tree`` path_starts and two tables per tier from 1 on: group_sequence, sequences.
+    ``first_tokens [n]``: the position of each sequence's first token, a multiple of ``chunk``; not with ``tree``.
     """
     if cu_seqlens is None:
         return ()
     bounds = cu_seqlens.to(torch.int64)
     size = bounds[1:] - bounds[:-1]
     count = size.numel()
-    rows, groups = packed_units(length, count, chunk)
+    rows, groups = packed_units(length, count, chunk, first_tokens is not None)
     chunks = (size + chunk - 1) // chunk
-    row_end, group_end = chunks.cumsum(0), ((chunks + GROUP.value - 1) // GROUP.value).cumsum(0)
-    first_group = group_end - (chunks + GROUP.value - 1) // GROUP.value
     nothing = torch.zeros_like(size)
-    columns = (bounds[:-1], size, row_end - chunks, first_group, nothing)
+    before = nothing if first_tokens is None else first_tokens // chunk
+    spanned = (before + chunks + GROUP.value - 1) // GROUP.value - before // GROUP.value
+    row_end, group_end = chunks.cumsum(0), spanned.cumsum(0)
+    first_group = group_end - spanned
+    columns = (bounds[:-1], size, row_end - chunks, first_group, before)
     units = torch.cat([places(row_end, rows), places(group_end, groups)]).to(torch.int32)
     tables = [units, torch.stack(columns, dim=1).to(torch.int32)]
     if not tree:

@@ -98,7 +98,7 @@ def float32_config(key_width: int) -> ScalarGateConfig:
         chunk=32,
         heads=4,
         segment=8,
-        block_k=min(64, key_width),
+        block_k=min(64, 1 << (key_width - 1).bit_length()),
         states=small,
         output=small,
         windows=small,

@@ -17,7 +17,7 @@ from torch import Tensor
 from loglinear import kernels
 from loglinear.ops.checks import sequence_lengths
 from loglinear.reference.chunkwise import chunkwise
-from loglinear.state import LinearState, LogLinearState
+from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
 
 MAX_WIDTH = 256  # K and V of the kernels; wider heads run the plain torch form
 DELTA_RULE_SHARED_MEMORY = 160 << 10  # bytes that a multiprocessor must have: data-centre GPUs from 2020 on do
@@ -45,6 +45,19 @@ def has_kernel(q: Tensor, v: Tensor, beta: Tensor | None, level_scales: Tensor |
     return q.shape[3] <= MAX_WIDTH and v.shape[3] <= MAX_WIDTH and device_has_kernels(q.device, beta is not None)
 
 
+def continues(
+    q: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    level_scales: Tensor | None,
+    state: LogLinearState | LinearState | None,
+) -> bool:
+    """Whether the kernels take these inputs from this state: the scalar gate's, from some number of tokens on."""
+    if not isinstance(state, LogLinearState) or state.chunk_size != CHUNK_SIZE or beta is not None:
+        return False
+    return q.shape[0] * q.shape[1] > CHUNK_SIZE and has_kernel(q, v, beta, level_scales)
+
+
 def run_kernels(
     q: Tensor,
     k: Tensor,
@@ -54,10 +67,11 @@ def run_kernels(
     level_scales: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None,
+    **continued,
 ) -> Tensor:
-    """o by the kernels of either rule."""
+    """o by the kernels of either rule. ``continued``: first_tokens and reach, of the scalar gate's kernels only."""
     rate = () if beta is None else (beta,)
-    return kernels_of(beta is not None).forward(q, k, v, g, *rate, level_scales, scale, cu_seqlens)
+    return kernels_of(beta is not None).forward(q, k, v, g, *rate, level_scales, scale, cu_seqlens, **continued)
 
 
 def run_kernels_backward(
@@ -70,10 +84,12 @@ def run_kernels_backward(
     level_scales: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None,
+    **continued,
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dg, dβ, dλ) by the kernels of either rule, None where there is no input."""
     rate = () if beta is None else (beta,)
-    *grads, dscales = kernels_of(beta is not None).backward(do, q, k, v, g, *rate, level_scales, scale, cu_seqlens)
+    backward = kernels_of(beta is not None).backward
+    *grads, dscales = backward(do, q, k, v, g, *rate, level_scales, scale, cu_seqlens, **continued)
     return *grads, *(() if beta is not None else (None,)), dscales
 
 
@@ -174,14 +190,15 @@ class Kernels(torch.autograd.Function):
     """The same kernels for eager calls: a custom operator costs the host more than a short sequence costs the GPU."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, level_scales, scale, cu_seqlens):
+    def forward(ctx, q, k, v, g, beta, level_scales, scale, cu_seqlens, first_tokens=None, reach=0):
         ctx.save_for_backward(q, k, v, g, beta, level_scales, cu_seqlens)
         ctx.scale = scale
-        return run_kernels(q, k, v, g, beta, level_scales, scale, cu_seqlens)
+        ctx.continued = {} if first_tokens is None else {"first_tokens": first_tokens, "reach": reach}
+        return run_kernels(q, k, v, g, beta, level_scales, scale, cu_seqlens, **ctx.continued)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, g, beta, level_scales, cu_seqlens = ctx.saved_tensors
-        grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, ctx.scale, cu_seqlens)
-        return *grads, None, None
+        grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, ctx.scale, cu_seqlens, **ctx.continued)
+        return *grads, None, None, None, None

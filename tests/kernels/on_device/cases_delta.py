@@ -12,6 +12,8 @@ from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config,
 from loglinear.reference.chunkwise import chunkwise
 
 NAMES = ("q", "k", "v", "g", "beta", "level_scales")
+# (K, V) that are tested in every dtype on a GPU: powers of two, others, and the largest that the ops give to the kernels.
+FULL_WIDTHS = ((64, 64), (128, 64), (128, 128), (64, 128), (96, 96), (192, 192), (256, 256), (16, 16), (40, 24))
 
 
 def config_for(dtype: torch.dtype, key_width: int, value_width: int) -> DeltaRuleConfig:
@@ -101,6 +103,12 @@ def differentiate(x: dict, do: Tensor, scale: float, dtype: torch.dtype | None) 
 def run_forward(x: dict, scale: float = 1.0, config=None, cu_seqlens=None) -> Tensor:
     config = config or config_for(x["v"].dtype, x["q"].shape[3], x["v"].shape[3])
     return delta_rule.forward(**x, scale=scale, cu_seqlens=cu_seqlens, config=config)
+
+
+def run_backward(x: dict, do: Tensor, scale: float = 1.0, config=None, cu_seqlens=None) -> tuple[Tensor | None, ...]:
+    """The gradients of ``NAMES``, by the kernels."""
+    config = config or config_for(x["v"].dtype, x["q"].shape[3], x["v"].shape[3])
+    return delta_rule.backward(do, **x, scale=scale, cu_seqlens=cu_seqlens, config=config)
 
 
 def check_forward(device, scale: float = 0.7, config=None, **sizes) -> None:

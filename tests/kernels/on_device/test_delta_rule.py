@@ -8,13 +8,13 @@ import itertools
 import pytest
 import torch
 from cases import BFLOAT16, INTERPRETED
-from cases_delta import check_forward, config_for, make, run_forward
+from cases_delta import FULL_WIDTHS, check_forward, config_for, make, run_forward
 
 from loglinear.kernels.problem import describe, packed_tables, set_bits_before
 
 # Chunk 16 in the interpreter (a group is 128 tokens), 32 to 128 on a GPU.
 LENGTHS = (1, 16, 17, 129, 273) if INTERPRETED else (1, 31, 32, 33, 63, 64, 65, 128, 129, 1000, 2048, 4097)
-WIDTHS = ((24, 40),) if INTERPRETED else ((64, 64), (128, 64), (128, 128), (64, 128), (96, 96), (16, 16), (192, 192))
+WIDTHS = ((24, 40),) if INTERPRETED else FULL_WIDTHS
 PACKED = (0, 18, 1, 0, 131, 0) if INTERPRETED else (0, 300, 1, 0, 2500, 64, 17, 0)
 
 
@@ -51,7 +51,7 @@ def test_low_precision_is_within_twice_of_plain_torch(device, dtype, keys):
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="full widths take minutes in the interpreter")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("K", "V"), [*WIDTHS, (256, 256)])
+@pytest.mark.parametrize(("K", "V"), WIDTHS)
 @pytest.mark.parametrize(("H", "G"), [(4, 1), (2, 2)])
 def test_low_precision_at_full_widths(device, K, V, H, G, dtype):
     check_forward(device, T=1000, H=H, G=G, K=K, V=V, dtype=dtype)

@@ -8,24 +8,20 @@ import sys
 import pytest
 import torch
 from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
-from cases_delta import NAMES, config_for, differentiate, make
+from cases_delta import FULL_WIDTHS, NAMES, config_for, differentiate, make
+from cases_delta import run_backward as run
 from torch import Tensor
 
 from loglinear.kernels import delta_rule
 
 # Chunk 16 in the interpreter (a group is 128 tokens), 32 or 64 on a GPU.
 LENGTHS = (1, 16, 130) if INTERPRETED else (1, 31, 32, 33, 64, 65, 128, 129, 1000, 2048, 4097)
-WIDTHS = ((40, 24),) if INTERPRETED else ((64, 64), (128, 64), (128, 128), (64, 128), (96, 96), (16, 16))
+WIDTHS = ((40, 24),) if INTERPRETED else FULL_WIDTHS
 PACKED = (0, 18, 1, 0, 131, 0) if INTERPRETED else (0, 300, 1, 0, 2500, 64, 17, 0)
 
 
 def cotangent(x: dict) -> Tensor:
     return torch.randn(x["v"].shape, generator=torch.Generator("cpu").manual_seed(9)).to(x["v"])
-
-
-def run(x: dict, do: Tensor, scale: float = 1.0, config=None, cu_seqlens=None) -> tuple[Tensor | None, ...]:
-    config = config or config_for(x["v"].dtype, x["q"].shape[3], x["v"].shape[3])
-    return delta_rule.backward(do, **x, scale=scale, cu_seqlens=cu_seqlens, config=config)
 
 
 def check(device, scale: float = 0.7, config=None, **sizes) -> None:

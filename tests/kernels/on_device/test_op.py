@@ -1,14 +1,19 @@
-"""The public op where it runs the kernels: what PyTorch does around it changes no number."""
+"""The public ops where they run the kernels: what PyTorch does around them changes no number."""
+
+import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from loglinear import log_linear_attention
+from loglinear import log_linear_attention, log_linear_delta_rule
+from loglinear.kernels import replay
 from loglinear.ops import registration
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-SHAPES = ((2, 300, 1, 16), (2, 300, 1, 16), (2, 300, 2, 16), (2, 300, 2), (2, 300, 2, 10))
+DEVICE = "cuda"
+rules = pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
 
 
 @pytest.fixture(autouse=True)
@@ -16,14 +21,22 @@ def poisoned_scratch():
     """Plain memory here: opcheck compares storage offsets, and a guard band is one."""
 
 
-def make(dtype=torch.float32, requires_grad=True):
-    q, k, v, g, scales = (torch.randn(shape, device="cuda") for shape in SHAPES)
-    inputs = [q.to(dtype), k.to(dtype), v.to(dtype), -g.abs() / 10, scales]
+def make(delta, dtype=torch.float32, requires_grad=True, T=300, H=2, G=1):
+    """The arguments of either rule in their order; keys of the delta rule have norm 1."""
+
+    def normal(*size):
+        return torch.randn(2, T, *size, device=DEVICE)
+
+    q, k, v = normal(G, 16), normal(G, 16), normal(H, 16)
+    k = F.normalize(k, dim=-1) if delta else k
+    rate = [normal(H).sigmoid()] if delta else []
+    inputs = [q.to(dtype), k.to(dtype), v.to(dtype), -normal(H).abs() / 10, *rate, normal(H, 10)]
     return [x.requires_grad_(requires_grad) for x in inputs]
 
 
 def op(*inputs):
-    return log_linear_attention(*inputs)[0]
+    """o of the rule that takes so many arguments."""
+    return (log_linear_delta_rule if len(inputs) == 6 else log_linear_attention)(*inputs)[0]
 
 
 def gradients(function, inputs, gradient):
@@ -31,46 +44,82 @@ def gradients(function, inputs, gradient):
     return [o, *torch.autograd.grad(o, inputs, gradient)]
 
 
-def test_equals_the_definition_and_takes_the_kernel():
-    inputs = make()
-    assert registration.has_kernel(inputs[0], inputs[2], None, inputs[4])
+def assert_float32_error(got, want):
+    """Within 1e-5 of float64, the bar of float32 kernels."""
+    for x, y in zip(got, want, strict=True):
+        assert (x.double() - y).norm() / y.norm() < 1e-5
+
+
+@rules
+def test_equals_the_definition_and_takes_the_kernel(delta):
+    inputs = make(delta)
+    assert registration.has_kernel(inputs[0], inputs[2], inputs[4] if delta else None, inputs[-1])
     gradient = torch.randn_like(inputs[2])
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    for got, want in zip(gradients(op, inputs, gradient), gradients(op, wide, gradient.double())):
-        assert (got.double() - want).norm() / want.norm() < 1e-5
+    assert_float32_error(gradients(op, inputs, gradient), gradients(op, wide, gradient.double()))
 
 
-def test_states_agree_with_the_kernel():
-    inputs = make(requires_grad=False)
+def test_unit_length_in_the_op():
+    """``use_qk_l2norm_in_kernel`` against its formula in float64; gradients pass through the lengths."""
+    inputs = make(True)
+    with torch.no_grad():
+        inputs[1] *= 3
+
+    def normalised(*inputs):
+        return log_linear_delta_rule(*inputs, use_qk_l2norm_in_kernel=True)[0]
+
+    def formula(q, k, *rest):
+        return op(*(x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k)), *rest)
+
+    gradient = torch.randn_like(inputs[2])
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    assert_float32_error(gradients(normalised, inputs, gradient), gradients(formula, wide, gradient.double()))
+
+
+@rules
+def test_states_agree_with_the_kernel(delta):
+    inputs = make(delta, requires_grad=False)
+    public = log_linear_delta_rule if delta else log_linear_attention
     whole = op(*inputs)
-    first, state = log_linear_attention(*(x[:, :170] for x in inputs), output_final_state=True)
-    rest, _ = log_linear_attention(*(x[:, 170:] for x in inputs), initial_state=state, output_final_state=True)
+    first, state = public(*(x[:, :170] for x in inputs), output_final_state=True)
+    rest, _ = public(*(x[:, 170:] for x in inputs), initial_state=state, output_final_state=True)
     torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=1e-4, atol=1e-4)
 
 
+@rules
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
-    inputs = make()
+def test_compile(delta, dynamic):
+    inputs = make(delta)
     gradient = torch.randn_like(inputs[2])
+    torch._dynamo.reset()
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic)
     for got, want in zip(gradients(compiled, inputs, gradient), gradients(op, inputs, gradient)):
         assert torch.equal(got, want)
 
 
-def test_opcheck():
-    q, k, v, g, scales = make()
-    torch.library.opcheck(torch.ops.loglinear.attention.default, (q, k, v, g, None, scales, 1.0, None))
+@rules
+def test_opcheck(delta):
+    q, k, v, g, *rate, scales = make(delta)
+    beta = rate[0] if delta else None
+    torch.library.opcheck(torch.ops.loglinear.attention.default, (q, k, v, g, beta, scales, 1.0, None))
 
 
-def test_autocast_equals_explicit_cast():
-    inputs = make(requires_grad=False)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        got = op(*inputs)
-    assert torch.equal(got, op(*(x.bfloat16() for x in inputs[:3]), *inputs[3:]))
+@rules
+def test_autocast_equals_explicit_cast(delta):
+    inputs = make(delta)
+    gradient = torch.randn_like(inputs[2]).bfloat16()
+    cast = [x.detach().bfloat16() if i < 3 else x.detach() for i, x in enumerate(inputs)]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        o = op(*inputs)
+    want = gradients(op, [x.requires_grad_() for x in cast], gradient)
+    for got, expected in zip([o, *torch.autograd.grad(o, inputs, gradient)], want):
+        assert torch.equal(got, expected.to(got.dtype))
+    assert o.dtype == torch.bfloat16
 
 
-def test_checkpoint_and_retained_graph():
-    inputs = make()
+@rules
+def test_checkpoint_and_retained_graph(delta):
+    inputs = make(delta)
     gradient = torch.randn_like(inputs[2])
     want = gradients(op, inputs, gradient)
     o = torch.utils.checkpoint.checkpoint(op, *inputs, use_reentrant=False)
@@ -83,8 +132,9 @@ def test_checkpoint_and_retained_graph():
         assert torch.equal(b, expected)
 
 
-def test_cuda_graph_of_forward_and_backward():
-    inputs = make(torch.bfloat16)
+@rules
+def test_cuda_graph_of_forward_and_backward(delta):
+    inputs = make(delta, torch.bfloat16)
     gradient = torch.randn_like(inputs[2])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -96,8 +146,34 @@ def test_cuda_graph_of_forward_and_backward():
     with torch.cuda.graph(graph):
         captured = gradients(op, inputs, gradient)
     with torch.no_grad():
-        for x in inputs[:3]:
-            x.copy_(torch.randn_like(x))
+        for x, other in zip(inputs, make(delta, torch.bfloat16)):
+            x.copy_(other)
     graph.replay()
     for got, want in zip(captured, gradients(op, inputs, gradient)):
+        assert want.isfinite().all()
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("H", "G"), [(4, 2), (3, 1), (2, 2)])
+def test_slices_of_heads(monkeypatch, H, G):
+    """Where the intermediates of all heads pass the allowance, the backward takes some at a time; no bit changes."""
+    backward = importlib.import_module("loglinear.kernels.delta_rule.backward")
+    choose, chosen = backward.heads_at_a_time, []
+
+    def heads_at_a_time(problem, x):
+        chosen.append(choose(problem, x))
+        return chosen[-1]
+
+    monkeypatch.setattr(backward, "heads_at_a_time", heads_at_a_time)
+    inputs = make(True, H=H, G=G)
+    gradient = torch.randn_like(inputs[2])
+    results = []
+    for allowed in (backward.UNSLICED, 0):
+        monkeypatch.setattr(backward, "UNSLICED", allowed)
+        replay.tape_of.cache_clear()  # a recorded call would not look at the allowance again
+        results.append(gradients(op, inputs, gradient))
+    replay.tape_of.cache_clear()
+    assert chosen[0] == H
+    assert chosen[1] < H
+    for whole, sliced in zip(*results):
+        assert torch.equal(whole, sliced)

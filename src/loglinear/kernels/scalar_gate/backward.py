@@ -220,6 +220,8 @@ def backward(
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     config: ScalarGateConfig | None = None,
+    first_tokens: Tensor | None = None,
+    reach: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of ``forward``: (dq, dk, dv, dg, dlevel_scales), each contiguous and of its input's dtype; dg None if g is.
 
@@ -227,15 +229,15 @@ def backward(
     """
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, level_scales)]
-    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
-    return replay(run_backward, [*inputs, *tables], scale, config)  # type: ignore[return-value]
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_tokens=first_tokens)
+    return replay(run_backward, [*inputs, *tables], scale, config, reach)  # type: ignore[return-value]
 
 
-def run_backward(inputs: list, scale: float, config: ScalarGateConfig) -> tuple[Tensor | None, ...]:
+def run_backward(inputs: list, scale: float, config: ScalarGateConfig, reach: int) -> tuple[Tensor | None, ...]:
     """The launches of ``backward``."""
     do, q, k, v, g, level_scales, *tables = inputs
     x = Inputs(q, k, v, g, level_scales, do, scale)
-    problem = describe(q, v, level_scales, tuple(tables), config)
+    problem = describe(q, v, level_scales, tuple(tables), config, reach)
     gains = allocate_gains(problem, v.device, g is not None)
     states = launch_states(problem, k, v, g, leaves=True)
     dscales, score_grads = launch_local_grads(problem, x, states, gains)

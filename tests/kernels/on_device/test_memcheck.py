@@ -1,0 +1,169 @@
+"""No kernel reads or writes anything but elements of its tensors, at shapes where the last tile, chunk or group is partial.
+
+Special about this file: it runs in Triton's interpreter alone, see memcheck.py. Numbers are checked by the other files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+
+import cases
+import cases_delta
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import INTERPRETED
+
+from loglinear.kernels import common, delta_rule, scalar_gate
+from loglinear.kernels.tuning import Launch, float32_config, low_precision_config, uniform_delta_config
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="reads the pointers of Triton's interpreter")
+if INTERPRETED:
+    from memcheck import Region, memcheck, sampled
+
+PROGRAMS = 5  # of each launch: the first, the last, and some between; all of them would take five minutes
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch):
+    """Zeros: kernels read what a program that was left out has not written, and NaN would be a warning."""
+    monkeypatch.setattr(common, "scratch", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype))
+
+
+def sequence_first(inputs: dict) -> dict:
+    """The same values with the strides of ``[T, B, ...]``."""
+    return {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in inputs.items()}
+
+
+def fused(x: dict) -> dict:
+    """q, k and v as slices of one projection, read where they lie."""
+    names = ("q", "k", "v")
+    parts = torch.cat([x[name].flatten(2) for name in names], 2).split([x[name][0, 0].numel() for name in names], 2)
+    return x | {name: part.view(x[name].shape) for name, part in zip(names, parts)}
+
+
+def config_for(delta: bool, dtype: torch.dtype, tile: int):
+    """Chunks of 16 tokens, and tiles of ``tile`` columns."""
+    launch = Launch(warps=4, stages=1, block_v=tile)
+    if delta:
+        return uniform_delta_config(16, launch)
+    config = float32_config(tile) if dtype == torch.float32 else low_precision_config(16, 4)
+    names = ("states", "output", "windows", "chunk_grads", "local", "value", "query", "key")
+    launches = dict.fromkeys(names, launch)
+    return dataclasses.replace(config, chunk=16, heads=2, segment=1, block_k=tile, **launches)
+
+
+def check(delta: bool, layout=lambda x: x, cuts=None, tile: int | None = 32, programs: int = PROGRAMS, **sizes):
+    """A forward and a backward pass, with the tuned configuration if there is no ``tile``; returns the report."""
+    module = cases_delta if delta else cases
+    x = layout(module.make("cpu", **sizes))
+    do = torch.ones(1).expand(x["v"].shape)
+    kernels = delta_rule if delta else scalar_gate
+    bounds = None if cuts is None else torch.tensor(cuts, dtype=torch.int32)
+    config = None if tile is None else config_for(delta, x["v"].dtype, tile)
+    with memcheck(programs) as report:
+        kernels.forward(**x, cu_seqlens=bounds, config=config)
+        kernels.backward(do.to(x["v"]), **x, cu_seqlens=bounds, config=config)
+    assert not report.violations, f"{sizes}, tiles of {tile}:\n{report}"
+    return report
+
+
+def kernels_of(package) -> set[str]:
+    """The kernels that its modules define or use, but for the sum over the heads of a group."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(package.__name__)]
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+rules = pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+
+
+@rules
+@dtypes
+def test_widths_that_are_no_powers_of_two(delta, dtype):
+    """Several tiles of either width, the last of them partial; heads that share a group; a partial last chunk."""
+    check(delta, B=2, T=37, H=2, G=1, K=40, V=24, L=4, tile=16, dtype=dtype)
+
+
+@pytest.mark.parametrize(("delta", "dtype"), [(False, torch.float32), (True, torch.float16)], ids=["scalar", "delta"])
+def test_several_tiers(delta, dtype):
+    """More than 64 chunks, the last one of a single token; fewer levels than the tree has. Every kernel is launched."""
+    report = check(delta, programs=10, T=16 * 72 + 1, H=1, G=1, K=16, V=16, L=9, dtype=dtype)
+    assert report.programs.keys() == kernels_of(delta_rule if delta else scalar_gate)
+    assert all(report.elements[name] for name in report.programs)
+
+
+@pytest.mark.parametrize(("delta", "dtype"), [(False, torch.float16), (True, torch.float32)], ids=["scalar", "delta"])
+def test_several_tiers_of_packed_sequences(delta, dtype):
+    """Their tables; the first sequence has one tier, the last one three."""
+    length = 16 * 70 + 8
+    check(delta, cuts=(0, 5, 5, length), tile=16, T=length, H=1, G=1, K=16, V=16, dtype=dtype)
+
+
+@rules
+@dtypes
+def test_tuned_tiles_of_odd_widths(delta, dtype):
+    """A chunk and a little more, with the tiles and chunks of a GPU, all of which must be powers of two."""
+    check(delta, tile=None, programs=2, T=67, H=1, G=1, K=40, V=24, dtype=dtype)
+
+
+@rules
+def test_packed_sequences(delta):
+    """Empty ones, one of one token, whole chunks, a whole group and a little more; tables have more rows than chunks."""
+    check(delta, cuts=(0, 0, 18, 19, 19, 35, 180, 180), T=180, H=2, G=2, K=24, V=16, dtype=torch.float16)
+
+
+@rules
+@pytest.mark.parametrize(("layout", "T"), [(sequence_first, 1), (fused, 17)])
+def test_strides(delta, layout, T):
+    check(delta, layout, B=2, T=T, H=2, G=1, K=16, V=24, dtype=torch.float16)
+
+
+def test_slices_of_heads(monkeypatch):
+    """The delta rule's backward works on some heads of larger tensors, in place."""
+    module = importlib.import_module("loglinear.kernels.delta_rule.backward")
+    monkeypatch.setattr(module, "heads_at_a_time", lambda problem, inputs: 1)
+    check(True, programs=3, B=2, T=18, H=4, G=2, K=16, V=24, dtype=torch.float16)
+
+
+@triton.jit
+def copy_kernel(source, result, count, ahead, SIZE: tl.constexpr):
+    """One program copies ``SIZE`` elements, ``ahead`` too far on."""
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE) + ahead
+    tl.store(result + at, tl.load(source + at, mask=at < count + ahead, other=0), mask=at < count)
+
+
+def test_one_element_too_far_is_found():
+    """Of a part of a buffer, whose neighbours belong to the same storage."""
+    source, result = torch.arange(32.0)[4:24], torch.zeros(20)
+    with memcheck() as report:
+        copy_kernel[(3,)](source, result, 20, 0, SIZE=8)
+    assert not report.violations
+    assert torch.equal(result, source)
+    with memcheck() as report:
+        copy_kernel[(3,)](source, result, 20, 1, SIZE=8)
+    assert [str(found) for found in report.violations] == ["copy_kernel, program 2: a load of 1 elements out of bounds"]
+    with memcheck(programs=2) as report:
+        copy_kernel[(3,)](source, result[:10], 20, 0, SIZE=8)
+    assert [(found.kind, found.program, found.count) for found in report.violations] == [("store", 2, 4)]
+    assert report.programs == {"copy_kernel": 2}
+
+
+def test_elements_of_a_slice():
+    """Those of the heads beside it are not its own, nor is a part of an element."""
+    x = torch.zeros(3, 4, 5, dtype=torch.float16)[:, 1:3]
+    region = Region(x)
+    addresses = region.first + torch.tensor([0, 2, 18, 20, 40, 98, 100, -2, 1]).numpy()
+    assert region.holds(addresses, 2).tolist() == [True, True, True, False, True, True, False, False, False]
+    assert not region.holds(addresses, 4).any()
+
+
+def test_samples():
+    assert sampled(5, 8) == [0, 1, 2, 3, 4]
+    chosen = sampled(1000, 8)
+    assert len(set(chosen)) == 8
+    assert {0, 1, 998, 999} <= set(chosen)
+    assert chosen == sampled(1000, 8)
