@@ -153,6 +153,44 @@ def mamba2_ssd(shape: Shape, chunk: int) -> Run:
     return Run(lambda: mamba_chunk_scan_combined(v, step, rate, k, q, chunk), (q, k, v, step))
 
 
+def mamba2_step(shape: Shape) -> Callable[[], Tensor]:
+    """One token of Mamba-2's linear recurrence, its state in the dtype of the inputs."""
+    load_mamba_without_extensions()
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    B, H, K, V = shape.B, shape.H, shape.K, shape.V
+    x = inputs(shape)
+    state = torch.randn(B, H, V, K, dtype=shape.dtype, device="cuda")
+    step = (-x["g"][:, 0]).unsqueeze(-1).expand(B, H, V)
+    rate = -torch.ones(H, device="cuda")[:, None, None].expand(H, V, K)
+    return lambda: selective_state_update(state, x["v"][:, 0], step, rate, x["k"][:, 0], x["q"][:, 0])
+
+
+def fla_log_linear_step(shape: Shape, context: int) -> Callable[[], Tensor]:
+    """One token of flash-linear-attention's log-linear op, from the state after ``context - 2`` tokens of one row."""
+    import dataclasses
+
+    from fla.ops.log_linear_attn import chunk_log_linear_attn
+
+    def once(x: dict[str, Tensor], **state):
+        return chunk_log_linear_attn(*x.values(), output_final_state=True, **state)
+
+    with torch.no_grad():
+        _, one = once(inputs(dataclasses.replace(shape, B=1, T=context - 2)))
+        rows = {name: x.expand(shape.B, *x.shape[1:]).contiguous() for name, x in vars(one).items() if x.shape[0] == 1}
+        state = dataclasses.replace(one, **rows)
+        x = inputs(shape)
+        x["level_scales"] = torch.rand(shape.B, 1, shape.H, (context - 1).bit_length() + 1, device="cuda").to(
+            shape.dtype
+        )
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return once(x, initial_state=state)[0]
+
+    return call
+
+
 def load_mamba_without_extensions() -> None:
     """Let ``mamba_ssm.ops`` be imported without ``mamba_ssm/__init__.py``, which needs compiled extensions."""
     if "mamba_ssm" in sys.modules:
