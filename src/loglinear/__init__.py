@@ -6,13 +6,29 @@ The op is ``log_linear_attention`` (scalar gate) or ``log_linear_delta_rule``; `
 
 from importlib import import_module
 
-from loglinear.ops import LinearState, LogLinearState, log_linear_attention, log_linear_delta_rule
+from loglinear.ops import (
+    DecodingState,
+    LinearState,
+    LogLinearState,
+    log_linear_attention,
+    log_linear_attention_step,
+    log_linear_delta_rule,
+    log_linear_delta_rule_step,
+)
 
 __version__ = "0.1.0"
 
 _MODELS = ("LogLinearConfig", "LogLinearForCausalLM", "LogLinearModel")  # these import transformers, when asked for
 
-__all__ = ["LinearState", "LogLinearState", "log_linear_attention", "log_linear_delta_rule"]
+__all__ = [
+    "DecodingState",
+    "LinearState",
+    "LogLinearState",
+    "log_linear_attention",
+    "log_linear_attention_step",
+    "log_linear_delta_rule",
+    "log_linear_delta_rule_step",
+]
 
 
 def __getattr__(name: str):

@@ -21,6 +21,7 @@ class TensorState:
     """Row operations shared by both states: every field is a tensor whose first axis is the batch, None, or an int."""
 
     position: Tensor
+    _wide = frozenset({"position", "decay", "open_g"})  # what ``to`` leaves as precise as it is
 
     def _map(self, fn):
         changed = {}
@@ -71,11 +72,10 @@ class TensorState:
         moved = self._map(lambda tensor: tensor.to(device=device))
         if dtype is None:
             return moved
-        logs = {"position", "decay", "open_g"}
         cast = {
             field.name: getattr(moved, field.name).to(dtype)
             for field in dataclasses.fields(moved)
-            if field.name not in logs and isinstance(getattr(moved, field.name), Tensor)
+            if field.name not in self._wide and isinstance(getattr(moved, field.name), Tensor)
         }
         return dataclasses.replace(moved, **cast)
 

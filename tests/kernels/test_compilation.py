@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 
-from loglinear.kernels import delta_rule, replay, scalar_gate
+from loglinear import DecodingState
+from loglinear.kernels import decoding, delta_rule, replay, scalar_gate
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -81,7 +83,39 @@ def test_kernels_compile(target, delta, record_property):
             assert found.spills <= SPILLED_BYTES, f"{found} spills"
 
 
+def step_resources(target: str, delta: bool, entries: torch.dtype = torch.float32) -> Resources:
+    """The step kernel of one rule for one bfloat16 token: 48 heads of 128 x 64, or 16 of 128 x 128 with the delta rule."""
+    H, G, K, V = (16, 16, 128, 128) if delta else (48, 1, 128, 64)
+    shapes = {"q": (1, 1, G, K), "k": (1, 1, G, K), "v": (1, 1, H, V), "g": (1, 1, H), "level_scales": (1, 1, H, 18)}
+    shapes |= {"beta": (1, 1, H)} if delta else {}
+    x = {
+        n: torch.empty(s, dtype=torch.bfloat16 if n in "qkv" else torch.float32, device="meta")
+        for n, s in shapes.items()
+    }
+    state = DecodingState.empty(1, H, G, K, V, 1 << 17, torch.bfloat16, entries, delta, "meta")
+    hip = "6" if TARGETS[target].backend == "hip" else None  # the host looks where it runs, not what it compiles for
+    with recording() as found, mock.patch.object(torch.version, "hip", hip), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (decoding.delta_step if delta else decoding.scalar_step)(**x, state=state)
+        return build(found[0], TARGETS[target])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_steps_compile(target, delta, record_property):
+    """Two programs on a multiprocessor at least: a step is bound by loads, and one program alone does not fill it."""
+    for entries in (torch.float32, torch.bfloat16) if target == "sm_90" else (torch.float32,):
+        found = step_resources(target, delta, entries)
+        record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
+        share = 2 if target != "gfx942" else 1
+        assert found.shared * share <= SHARED_MEMORY[target], f"{found} needs more than half the shared memory"
+        if target == "sm_90":
+            assert found.spills == 0, f"{found} spills"
+
+
 if __name__ == "__main__":
     for name in TARGETS:
-        for found in (*resources(name, False, H=48), *resources(name, True, G=16, V=128)):
+        launched = (*resources(name, False, H=48), *resources(name, True, G=16, V=128))
+        for found in (*launched, step_resources(name, False), step_resources(name, True)):
             print(f"| {name} | {found.name} | {found.warps} | {found.registers} | {found.spills} | {found.shared} |")

@@ -1,0 +1,276 @@
+"""DECODING STATE: what decoding keeps of the past, in buffers of fixed size that every step updates in place.
+
+Special about this file: what the programs of one launch share is kept twice, for chunks of even and of odd number. A step
+reads one half and, when the chunk closes, writes the other, so that no program writes what another may still have to read;
+a call of at most C tokens closes at most one chunk. The gates are kept raw and summed over the range that is needed: after a
+reset nothing cancels, and -inf needs no clamp.
+
+Legend: B rows, M slots, H value heads, G q/k groups, K, V widths, C chunk size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loglinear.state import CHUNK_SIZE, LogLinearState, TensorState
+
+
+@dataclass
+class DecodingState(TensorState):
+    """State of log-linear attention after ``position`` tokens, for ``log_linear_attention_step`` and its delta rule.
+
+    With n = position // C the number of the open chunk, its tokens stand at places ``(n % 2) * C + i`` of the axes of
+    length 2C, live when ``i < position % C``. Slot m holds the bucket of ``2**m`` closed chunks and is live exactly when bit m
+    of n is set. What is not live is never read.
+
+    Attributes:
+        position: int64 ``[B]``, tokens seen by each row. Layers that advance together may share one tensor.
+        entries: ``[B, H, M, K, V]``, float32 or bfloat16 (float64 for float64 inputs).
+        decay: float32 ``[B, 2, H, M]``, natural log of the decay from the end of an entry to the end of the last closed
+            chunk, at index n % 2 of axis 1; None for the delta rule, whose entries are carried along themselves.
+        open_k: ``[B, G, 2C, K]``, open_v: ``[B, H, C, V]`` (no program shares its columns), dtype of the inputs.
+        open_g: float32 ``[B, H, 2C]``, log decays.
+        open_solve: float32 ``[B, H, 2C, C]``, delta rule only: rows of ``T = (I + diag(β) Z)⁻¹ diag(β)``
+            (docs/algorithm.md, section 7). β is its diagonal.
+        chunk_size: C, a power of two.
+    """
+
+    position: Tensor
+    entries: Tensor
+    decay: Tensor | None
+    open_k: Tensor
+    open_v: Tensor
+    open_g: Tensor
+    open_solve: Tensor | None = None
+    chunk_size: int = CHUNK_SIZE
+
+    _wide = frozenset({"position", "decay", "open_g", "open_solve"})
+
+    @staticmethod
+    def empty(
+        batch: int,
+        heads: int,
+        groups: int,
+        key_width: int,
+        value_width: int,
+        max_context: int,
+        dtype: torch.dtype,
+        entry_dtype: torch.dtype = torch.float32,
+        delta_rule: bool = False,
+        device: torch.device | str | None = None,
+        chunk_size: int = CHUNK_SIZE,
+    ) -> DecodingState:
+        """The state before the first token.
+
+        Args:
+            max_context: tokens that a row must be able to hold, at least 1.
+            dtype: dtype of q, k and v. With float64 everything is float64.
+            entry_dtype: of ``entries``: float32, or bfloat16 for half the memory and an error as of rounding the inputs.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        if heads < 1 or groups < 1 or heads % groups:
+            raise ValueError(f"heads must be a multiple of groups: got heads={heads}, groups={groups}")
+        if chunk_size < 1 or chunk_size & (chunk_size - 1):
+            raise ValueError(f"chunk_size must be a power of two: got {chunk_size}")
+        for name, kind in {"dtype": dtype, "entry_dtype": entry_dtype}.items():
+            if not kind.is_floating_point:
+                raise TypeError(f"{name} must be a floating-point dtype: got {kind}")
+        slots = slots_for(max_context, chunk_size)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        entry_dtype = wide if dtype == torch.float64 else entry_dtype
+
+        def zeros(*size: int, kind: torch.dtype = wide) -> Tensor:
+            return torch.zeros(size, dtype=kind, device=device)
+
+        return DecodingState(
+            position=zeros(batch, kind=torch.int64),
+            entries=zeros(batch, heads, slots, key_width, value_width, kind=entry_dtype),
+            decay=None if delta_rule else zeros(batch, 2, heads, slots),
+            open_k=zeros(batch, groups, 2 * chunk_size, key_width, kind=dtype),
+            open_v=zeros(batch, heads, chunk_size, value_width, kind=dtype),
+            open_g=zeros(batch, heads, 2 * chunk_size),
+            open_solve=zeros(batch, heads, 2 * chunk_size, chunk_size) if delta_rule else None,
+            chunk_size=chunk_size,
+        )
+
+    @staticmethod
+    def from_state(
+        state: LogLinearState,
+        max_context: int,
+        entry_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+    ) -> DecodingState:
+        """The state that goes on from the final state of an ordinary call (prefill). Waits for the device once.
+
+        Args:
+            dtype: dtype of the q, k and v to come; None is that of ``state.open_k``, which for 16-bit inputs is float32.
+        """
+        if not isinstance(state, LogLinearState):
+            raise TypeError(f"state must be a LogLinearState: got {type(state).__name__}")
+        size, (batch, slots, heads, key_width, value_width) = state.chunk_size, state.entries.shape
+        seen = int(state.position.max()) if batch else 0
+        if seen > max_context:
+            raise ValueError(f"max_context must be at least the state's position, {seen}: got {max_context}")
+        delta_rule, groups = state.open_beta is not None, state.open_k.shape[2]
+        made = DecodingState.empty(
+            batch, heads, groups, key_width, value_width, max_context, dtype or state.open_k.dtype, entry_dtype,
+            delta_rule, state.device, size,
+        )  # fmt: skip
+        made.position.copy_(state.position)
+        used = min(slots, made.entries.shape[2])  # further ones are dead
+        entries, log = state.entries.transpose(1, 2)[:, :, :used], state.decay.transpose(1, 2)[:, :, :used]
+        if made.decay is None:
+            made.entries[:, :, :used] = entries * log.exp()[..., None, None].to(entries.dtype)
+        else:
+            made.entries[:, :, :used] = entries
+            made.decay[..., :used] = log.unsqueeze(1)
+        # Both halves: what is not live is never read.
+        made.open_k.copy_(state.open_k.transpose(1, 2).repeat(1, 1, 2, 1))
+        made.open_v.copy_(state.open_v.transpose(1, 2))
+        made.open_g.copy_(state.open_g.transpose(1, 2).repeat(1, 1, 2))
+        if made.open_solve is not None and state.open_beta is not None:
+            solve = _solve(state.open_k.transpose(1, 2), state.open_g.transpose(1, 2), state.open_beta.transpose(1, 2))
+            made.open_solve.copy_(solve.repeat(1, 1, 2, 1))
+        return made
+
+    def to_state(self) -> LogLinearState:
+        """The same past as the initial state of an ordinary call; everything copied."""
+        size, slots = self.chunk_size, self.entries.shape[2]
+        chunk, used = self.position // size, self.position % size
+        live = torch.arange(size, device=self.device) < used[:, None]  # [B, C]
+        alive = (chunk[:, None] >> torch.arange(slots, device=self.device)) & 1 == 1  # [B, M]
+        odd = chunk % 2 == 1
+
+        def half(x: Tensor, axis: int) -> Tensor:
+            even, other = x.chunk(2, axis)
+            return torch.where(odd.view(-1, *(1,) * (x.dim() - 1)), other, even)
+
+        def opened(x: Tensor) -> Tensor:
+            x = x.transpose(1, 2)
+            return torch.where(live.view(*live.shape, *(1,) * (x.dim() - 2)), x, 0)
+
+        wide = self.open_g.dtype
+        entries = torch.where(alive[:, :, None, None, None], self.entries.transpose(1, 2), 0).to(wide)
+        if self.decay is None:
+            decay = entries.new_zeros(entries.shape[:3])
+        else:
+            decay = torch.where(alive[:, :, None], half(self.decay, 1).squeeze(1).transpose(1, 2), 0)
+        rate = None
+        if self.open_solve is not None:
+            rate = opened(half(self.open_solve, 2).diagonal(dim1=-2, dim2=-1)).contiguous()
+        return LogLinearState(
+            self.position.clone(),
+            entries.contiguous(),
+            decay.contiguous(),
+            opened(half(self.open_k, 2)).to(wide).contiguous(),
+            opened(self.open_v).to(wide).contiguous(),
+            opened(half(self.open_g, 2)).contiguous(),
+            rate,
+            size,
+        )
+
+    @property
+    def max_context(self) -> int:
+        """The largest position that the slots can hold."""
+        return (self.chunk_size << self.entries.shape[2]) - 1
+
+    def grow(self, max_context: int) -> DecodingState:
+        """A state with slots for ``max_context`` tokens, at least as many as now, in new buffers (so not inside a graph)."""
+        more = max(slots_for(max_context, self.chunk_size) - self.entries.shape[2], 0)
+        grown = self.clone()
+        grown.entries = F.pad(grown.entries, (0, 0, 0, 0, 0, more))
+        grown.decay = None if grown.decay is None else F.pad(grown.decay, (0, more))
+        return grown
+
+    def copy_rows_(self, index: Tensor, other: DecodingState, other_index: Tensor) -> DecodingState:
+        """Row ``index[i]`` of this state becomes row ``other_index[i]`` of another, in place (int64 ``[n]`` both)."""
+        for name, rows in {"index": index, "other_index": other_index}.items():
+            if rows.dtype != torch.int64 or rows.dim() != 1:
+                raise TypeError(
+                    f"{name} must be an int64 tensor of one axis: got {rows.dtype} of shape {list(rows.shape)}"
+                )
+        if index.shape != other_index.shape:
+            raise ValueError(f"other_index must have as many rows as index ({len(index)}): got {len(other_index)}")
+        for own, new in self._pairs(other, "other", rows=False):
+            own.index_copy_(0, index.to(own.device), new.index_select(0, other_index.to(new.device)).to(own))
+        return self
+
+    def restore_(self, snapshot: DecodingState) -> DecodingState:
+        """Return to a ``clone`` of this state, in place: the addresses that a CUDA graph knows stay as they are."""
+        for own, old in self._pairs(snapshot, "snapshot", rows=True):
+            own.copy_(old)
+        return self
+
+    def _pairs(self, other: DecodingState, name: str, rows: bool) -> list[tuple[Tensor, Tensor]]:
+        """The tensors of two states side by side, after a check that all but their rows agree (or these too)."""
+        if not isinstance(other, DecodingState):
+            raise TypeError(f"{name} must be a DecodingState: got {type(other).__name__}")
+        first = 0 if rows else 1
+        mine, theirs = ([(n, tuple(x.shape[first:])) for n, x in state._named()] for state in (self, other))
+        if mine != theirs or self.chunk_size != other.chunk_size:
+            raise ValueError(
+                f"{name} must have the sizes of this state (grow gives it more slots), {dict(mine)}: got {dict(theirs)}"
+            )
+        return list(zip(self._tensors(), other._tensors()))
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return [(name, value) for name, value in values if isinstance(value, Tensor)]
+
+    @staticmethod
+    def stack(states: Sequence[DecodingState]) -> DecodingState:
+        """The rows of several states as one, with the slots of the largest; everything copied."""
+        if not states:
+            raise ValueError("states must hold at least one state: got none")
+        most = max(state.max_context for state in states)
+        states = [state if state.max_context == most else state.grow(most) for state in states]
+        for i, state in enumerate(states):
+            states[0]._pairs(state, f"states[{i}]", rows=False)
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(state, name) for state in states]) for name, _ in states[0]._named()
+        }
+        return dataclasses.replace(states[0], **joined)
+
+    def split(self) -> list[DecodingState]:
+        """One state for each row; everything copied."""
+        return [self.reorder(torch.tensor([row])) for row in range(self.batch_size)]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all tensors and the chunk size to a file. ``load`` reads it without running what it may contain."""
+        torch.save({"chunk_size": self.chunk_size, **dict(self._named())}, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike, device: torch.device | str | None = None) -> DecodingState:
+        """The state in a file that ``save`` wrote, on ``device`` (None: where it was)."""
+        content = torch.load(path, map_location=device, weights_only=True)
+        return DecodingState(**{"decay": None, "open_solve": None, **content})
+
+
+def slots_for(max_context: int, chunk_size: int) -> int:
+    """M: slots for ``max_context // C`` closed chunks, at least one."""
+    if not isinstance(max_context, int) or max_context < 1:
+        raise ValueError(f"max_context must be an int of at least 1: got {max_context!r}")
+    return max((max_context // chunk_size).bit_length(), 1)
+
+
+def _solve(k: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """``(I + diag(β) Z)⁻¹ diag(β)`` ``[B, H, C, C]`` of the open chunk; its rows are those that the steps would add.
+
+    k ``[B, G, C, K]``, g and beta ``[B, H, C]``. Places without a token have β = 0: their rows are zero.
+    """
+    size, heads = g.shape[2], g.shape[1]
+    k = k.repeat_interleave(heads // k.shape[1], 1).to(g.dtype)
+    later = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
+    decay = g.unsqueeze(-1).masked_fill(~later, 0.0).cumsum(-2).exp()
+    lower = beta.unsqueeze(-1).to(g.dtype) * ((k @ k.mT) * decay).masked_fill(~later, 0.0)
+    return torch.linalg.solve_triangular(lower, torch.diag_embed(beta.to(g.dtype)), upper=False, unitriangular=True)

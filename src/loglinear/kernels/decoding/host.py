@@ -1,0 +1,109 @@
+"""HOST of the step kernels: one launch a call, nothing but ``o`` allocated, nothing waited for.
+
+Special about this file: tiles follow from widths alone, never from B, so that a row's bits do not depend on its neighbours.
+(They do depend on where inputs lie: Triton compiles anew for strides and addresses that are no multiples of 16.)
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels import common
+from loglinear.kernels.decoding.delta_step import delta_step_kernel
+from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
+from loglinear.kernels.problem import cdiv, padded
+
+BLOCK_V = (
+    32  # columns a program owns: more, and few rows leave multiprocessors idle; fewer, and loads fall below 64 bytes
+)
+STAGES = 3  # entries in flight at once in one program
+
+
+@lru_cache(maxsize=4096)
+def row_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
+    """The s for which token t of row b begins at (b*T + t) * s and is contiguous; None if there is none."""
+    batch, length, *inner = shape
+    stride = strides[0] if length == 1 else strides[1]
+    if batch == length == 1:  # says nothing, and must not choose another kernel than a batch gets
+        stride = max(stride, math.prod(inner))
+    whole = batch == 1 or length == 1 or strides[0] == length * stride
+    packed = all(strides[i + 2] == math.prod(inner[i + 1 :]) or inner[i] == 1 for i in range(len(inner)))
+    return stride if whole and packed else None
+
+
+def rows_of(x: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
+    """x, copied if it must be, and its ``row_stride``; ``like`` stands for what is not there."""
+    if x is None:
+        return like, 0
+    stride = row_stride(x.shape, x.stride())
+    if stride is not None:
+        return x, stride
+    return x.clone(memory_format=torch.contiguous_format), math.prod(x.shape[2:])
+
+
+@lru_cache(maxsize=256)
+def constants(q: torch.Size, v: torch.Size, gated: bool, chunk: int) -> tuple[int, dict]:
+    """Programs to start, and the compile-time arguments and launch options that both kernels share; shapes of q and v."""
+    tile_k, tile_v = padded(q[3]), min(BLOCK_V, padded(v[3]))
+    programs = v[0] * v[2] * cdiv(v[3], tile_v) if v[1] else 0
+    return programs, dict(
+        H=v[2], G=q[2], K=q[3], V=v[3], C=chunk, LOG_C=chunk.bit_length() - 1, BK=tile_k, BV=tile_v,
+        HAS_GATE=gated, STAGES=STAGES, num_warps=4 if tile_k <= 128 else 8,
+    )  # fmt: skip
+
+
+def float32_products(dtype: torch.dtype) -> str:
+    """How products of float32 numbers are taken where the inputs have ``dtype``.
+
+    tf32x3 is three products on tensor cores, exact to 2^-21 or so: enough beside inputs of 16 bits. AMD has none.
+    """
+    return "ieee" if dtype == torch.float32 or torch.version.hip is not None else "tf32x3"
+
+
+def scalar_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, level_scales: Tensor, state, scale: float = 1.0
+) -> Tensor:
+    """o ``[B, T, H, V]`` of T <= C tokens; ``state`` (``loglinear.DecodingState``) takes them in, but for its position.
+
+    q, k ``[B, T, G, K]`` and v ``[B, T, H, V]`` of the dtype of ``state.open_k``, 32 or 16 bits; g, level_scales any float.
+    """
+    o = common.scratch(v.shape, v.dtype, v.device)
+    programs, options = constants(q.shape, v.shape, g is not None, state.chunk_size)
+    inputs, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, level_scales)))
+    if programs:
+        common.launch(
+            scalar_step_kernel, programs,
+            *inputs, o, state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g,
+            v.shape[1], level_scales.shape[3], state.entries.shape[2], *strides, scale, **options,
+            PRECISION="ieee" if v.dtype == torch.float32 else "tf32",
+        )  # fmt: skip
+    return o
+
+
+def delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    level_scales: Tensor,
+    state,
+    scale: float = 1.0,
+    normalize: bool = False,
+) -> Tensor:
+    """The same with the delta rule; ``normalize`` divides q and k by their lengths first."""
+    o = common.scratch(v.shape, v.dtype, v.device)
+    programs, options = constants(q.shape, v.shape, g is not None, state.chunk_size)
+    inputs, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, beta, level_scales)))
+    if programs:
+        common.launch(
+            delta_step_kernel, programs,
+            *inputs, o, state.position, state.entries, state.open_k, state.open_v, state.open_g, state.open_solve,
+            v.shape[1], level_scales.shape[3], state.entries.shape[2], *strides, scale, **options, NORM=normalize,
+            PRECISION=float32_products(v.dtype),
+        )  # fmt: skip
+    return o

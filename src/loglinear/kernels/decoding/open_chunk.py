@@ -1,0 +1,99 @@
+"""OPEN CHUNK: what both step kernels read of it, and of the entries before it.
+
+Special about this file: a token of the running call is read from the call's inputs and an earlier one from the state, so a
+program never reads what another program of the same launch writes. Logs of decays are sums over the range that is needed,
+in natural units: nothing is subtracted, so -inf stands for itself.
+
+``first`` is the place in the open chunk of the call's first token, negative once a chunk has closed within the call.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.common import bit_length, load_state, log2_of_power, lowbit, path_length
+
+SLOTS = tl.constexpr(32)  # a vector over slots: chunks are numbered below 2^24 (common.bit_length)
+
+
+@triton.jit
+def open_tile(stored, given, stride, first, last, C: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, column):
+    """Tile ``[C, TILE]`` of k or v from ``column`` on: places up to ``last``, zeros after it.
+
+    ``stored`` points at place 0 in the state, ``given`` at the call's first token, whose rows are ``stride`` apart.
+    """
+    place = tl.arange(0, C)
+    columns = column + tl.arange(0, TILE)
+    from_call = given + ((place - first)[:, None] * stride + columns[None, :])
+    from_state = stored + (place[:, None] * WIDTH + columns[None, :])
+    pointers = tl.where((place >= first)[:, None], from_call, from_state)
+    if WIDTH % TILE == 0:
+        tile = tl.load(pointers, mask=(place <= last)[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=(place <= last)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def open_gates(place, stored, given, stride, first, last, HAS_GATE: tl.constexpr):
+    """Log decays at ``place`` (a tensor), zero beyond ``last``: that token decays nothing yet."""
+    gates = tl.load(stored + place, mask=(place < first) & (place <= last), other=0.0)
+    if HAS_GATE:
+        inside = (place >= first) & (place <= last)
+        gates += tl.load(given + (place - first) * stride, mask=inside, other=0.0).to(tl.float32)
+    return gates
+
+
+@triton.jit
+def open_decays(stored, given, stride, first, last, HAS_GATE: tl.constexpr, C: tl.constexpr):
+    """Log decays within the open chunk: (from its start through each place, from after each place to ``last``) ``[C]``."""
+    place = tl.arange(0, C)
+    through = tl.cumsum(open_gates(place, stored, given, stride, first, last, HAS_GATE), axis=0)
+    after = tl.cumsum(open_gates(place + 1, stored, given, stride, first, last, HAS_GATE), axis=0, reverse=True)
+    return through, after
+
+
+@triton.jit
+def open_scales(scales, last, L, C: tl.constexpr):
+    """λ of the token at place ``last`` towards every place ``[C]``, zero after it."""
+    place = tl.arange(0, C)
+    level = tl.minimum(bit_length(last ^ place), L - 1)
+    return tl.load(scales + level, mask=place <= last, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def entry_scales(scales, n, L, LOG_C: tl.constexpr):
+    """λ of a token of chunk n towards every slot ``[SLOTS]``, zero where the slot is dead."""
+    slot = tl.arange(0, SLOTS)
+    level = tl.minimum(slot + (LOG_C + 1), L - 1)
+    return tl.load(scales + level, mask=(n >> slot) & 1 == 1, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pick(vector, slot):
+    """Element ``slot`` of a vector over slots."""
+    return tl.sum(tl.where(tl.arange(0, SLOTS) == slot, vector, 0.0), axis=0)
+
+
+@triton.jit
+def weighted_entries(entries, weights, n, first_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                     STAGES: tl.constexpr):  # fmt: skip
+    """``Σ_m weights[m] S_m`` ``[BK, BV]`` over the set bits m of n, float32; ``entries`` points at slot 0 of one head.
+
+    The next slot follows from the bits of n alone: loads run ahead of the sums.
+    """
+    total = tl.zeros([BK, BV], tl.float32)
+    e = n
+    for _ in tl.range(path_length(n, 0), num_stages=STAGES):
+        slot = log2_of_power(lowbit(e))
+        state = load_state(entries + slot * (K * V), 0, first_v, K, V, BK, BV)
+        total += pick(weights, slot) * state.to(tl.float32)
+        e = e & (e - 1)
+    return total
+
+
+@triton.jit
+def store_token(base, place, value, columns, WIDTH: tl.constexpr):
+    """Write one row of k or v to its place in the state."""
+    tl.store(base + (place * WIDTH + columns), value, mask=columns < WIDTH)

@@ -1,0 +1,198 @@
+"""The public steps: one token, or a few, against a ``DecodingState`` that is updated in place.
+
+Special about this file: it only checks and dispatches. On CUDA a call is one launch (``kernels/decoding``) and one addition to
+the positions, waits for nothing and may be captured in a CUDA graph; elsewhere it is ``reference/step.py``. No autograd.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loglinear import kernels
+from loglinear.decoding_state import DecodingState
+from loglinear.ops import checks
+from loglinear.ops.attention import _unit
+from loglinear.ops.registration import MAX_WIDTH
+from loglinear.reference.step import step
+
+NAMES = ("q", "k", "v", "g", "beta", "level_scales")
+_known: set[tuple] = set()  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
+
+
+def log_linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    level_scales: Tensor,
+    state: DecodingState,
+    scale: float | None = None,
+    advance: bool = True,
+) -> Tensor:
+    """The next T tokens of each row of ``state``, T small: what ``log_linear_attention`` gives when it goes on from there.
+
+    Args:
+        q, k: ``[B, T, G, K]``, 1 <= T <= C, in the dtype of the state. v: ``[B, T, H, V]``. g: ``[B, T, H]`` or None.
+        level_scales: λ ``[B, T, H, L]``.
+        state: one row per row of the batch, each at its own position; takes in the tokens, in place. A row must not go beyond
+            ``state.max_context``: on the CPU that raises, on CUDA it is the caller's to see to, since a check would wait for
+            the device. Past it entries are lost, and outputs wrong.
+        scale: factor of q; None means 1.
+        advance: whether to add T to ``state.position``. With False the caller does it once, after all the layers whose states
+            share one tensor of positions; until then every further call would take the same places.
+
+    Returns:
+        o ``[B, T, H, V]`` in the dtype of v. No gradients.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or needs gradients; the message names it.
+
+    Source: docs/algorithm.md, section 5; Guo et al. 2025, section 3.1.
+    """
+    return _step(q, k, v, g, None, level_scales, state, scale, False, advance)
+
+
+def log_linear_delta_rule_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    level_scales: Tensor,
+    state: DecodingState,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    advance: bool = True,
+) -> Tensor:
+    """The same for the delta rule: what ``log_linear_delta_rule`` gives when it goes on from ``state``.
+
+    Args:
+        beta: β ``[B, T, H]``. use_qk_l2norm_in_kernel: divide q and k by their lengths first, ``x / sqrt(Σ x² + 1e-6)``.
+        The others, returns, raises: as ``log_linear_attention_step``.
+    """
+    if beta is None:
+        raise TypeError("beta must be a tensor [B, T, H]: got None")
+    return _step(q, k, v, g, beta, level_scales, state, scale, use_qk_l2norm_in_kernel, advance)
+
+
+def _step(q, k, v, g, beta, level_scales, state, scale, normalize, advance) -> Tensor:
+    device = q.device.type if isinstance(q, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device):  # as the ordinary ops: matrix operands take autocast's dtype
+        low = torch.get_autocast_dtype(device)
+        q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
+        with torch.autocast(device, enabled=False):
+            return _step(q, k, v, g, beta, level_scales, state, scale, normalize, advance)
+    check_step(q, k, v, g, beta, level_scales, state)
+    scale = checks.check_scale(scale)
+    compiling = torch.compiler.is_compiling()
+    run = torch.compiler.disable(_run) if compiling else _run  # it writes into the state
+    return run(q, k, v, g, beta, level_scales, state, scale, normalize, advance)
+
+
+@torch.no_grad()
+def _run(q, k, v, g, beta, level_scales, state, scale, normalize, advance) -> Tensor:
+    if has_kernel(q, v):
+        run = kernels_of()
+        if beta is None:
+            o = run.scalar_step(q, k, v, g, level_scales, state, scale)
+        else:
+            o = run.delta_step(q, k, v, g, beta, level_scales, state, scale, normalize)
+    else:
+        if normalize:
+            q, k = _unit(q, "q"), _unit(k, "k")
+        o = step(q, k, v, g, level_scales, state, beta, scale)
+    if advance:
+        state.position += v.shape[1]
+    return o
+
+
+def kernels_of() -> Any:
+    """The step kernels. Imported on first use: importing loglinear imports no Triton."""
+    return import_module("loglinear.kernels.decoding")
+
+
+def has_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take these inputs: CUDA, at most 32 bits, K and V up to 256."""
+    fits = q.is_cuda and v.dtype != torch.float64 and q.shape[3] <= MAX_WIDTH and v.shape[3] <= MAX_WIDTH
+    return fits and kernels.installed()
+
+
+def check_step(q, k, v, g, beta, level_scales, state) -> None:
+    """Everything about the inputs and the state that needs no wait for the device; on the CPU also the positions."""
+    if not isinstance(state, DecodingState):
+        raise TypeError(f"state must be a DecodingState: got {type(state).__name__}")
+    given = (q, k, v, g, beta, level_scales)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
+        name = next(n for n, x in zip(NAMES, given) if isinstance(x, Tensor) and x.requires_grad)
+        raise ValueError(
+            f"{name} must not require gradients, a step has none: call it under torch.no_grad, or call the ordinary op"
+        )
+    held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g, state.open_solve)
+    kind: tuple | None = None
+    if all(x is None or isinstance(x, Tensor) for x in given):
+        shapes = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in (*given, *held))
+        kind = (state.chunk_size, *shapes, *(x is None or x.is_contiguous() for x in held))
+    if kind not in _known:
+        if level_scales is None:
+            raise TypeError(
+                "level_scales must be a tensor [B, T, H, L]: got None; without a tree there is nothing to step"
+            )
+        checks.check_kinds(*given)
+        check_kinds(q, v, beta, state)
+        if len(_known) > 4096:
+            _known.clear()
+        if kind is not None:
+            _known.add(kind)
+    if q.device.type != "cpu":
+        return
+    if g is not None and bool((g > 0).any()):
+        raise ValueError(f"g must be a log decay, at most 0: got a maximum of {g.max().item():g}")
+    if q.shape[0]:
+        last = int(state.position.max()) + q.shape[1]
+        if last > state.max_context:
+            raise ValueError(
+                f"state must hold {last} tokens (grow gives it more slots): got max_context={state.max_context}"
+            )
+
+
+def check_kinds(q: Tensor, v: Tensor, beta: Tensor | None, state: DecodingState) -> None:
+    """Shapes, dtypes, devices and strides of the state against the inputs; the length of the call."""
+    batch, length, groups, width = q.shape
+    heads, value_width = v.shape[2:]
+    size = state.chunk_size
+    if not 1 <= length <= size:
+        op = "log_linear_attention" if beta is None else "log_linear_delta_rule"
+        raise ValueError(
+            f"q must have 1 to {size} tokens in a step: got T={length}; for more, call {op} with "
+            "initial_state=state.to_state()"
+        )
+    if (state.open_solve is None) != (beta is None):
+        made_for = "scalar gate" if state.open_solve is None else "delta rule"
+        raise ValueError(f"state must be made for the same rule: got a state of the {made_for}")
+    slots = state.entries.shape[2] if state.entries.dim() == 5 else 0
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+        "position": ((batch,), torch.int64),
+        "entries": ((batch, heads, slots, width, value_width), None),
+        "decay": ((batch, 2, heads, slots), wide),
+        "open_k": ((batch, groups, 2 * size, width), q.dtype),
+        "open_v": ((batch, heads, size, value_width), q.dtype),
+        "open_g": ((batch, heads, 2 * size), wide),
+        "open_solve": ((batch, heads, 2 * size, size), wide),
+    }
+    for name, (shape, dtype) in wanted.items():
+        tensor = getattr(state, name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"state.{name} must have shape {list(shape)}: got {list(tensor.shape)}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise TypeError(f"state.{name} must be {dtype} for inputs of {q.dtype}: got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"state.{name} must be on the device of q ({q.device}): got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"state.{name} must be contiguous: got strides {list(tensor.stride())}")

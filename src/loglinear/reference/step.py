@@ -1,0 +1,196 @@
+"""STEP: one token, or a few, against a ``DecodingState``, in place: what runs wherever the step kernels do not.
+
+Special about this file: only live entries are read, one level at a time over the rows that have it, and none is written but
+where a chunk closes. Each row's numbers come from operations of the same shape whatever its neighbours. Positions are read
+on the host. Runs in float64 for float64 inputs, else in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loglinear.decoding_state import DecodingState
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    level_scales: Tensor,
+    state: DecodingState,
+    beta: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """o ``[B, T, H, V]`` of v's dtype for the T tokens after ``state.position``; the state takes them in, but for its position.
+
+    Args:
+        q, k: ``[B, T, G, K]``. v: ``[B, T, H, V]``. g, beta: ``[B, T, H]``, beta for the delta rule. level_scales: λ ``[B, T,
+            H, L]``.
+    """
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    o = torch.empty_like(v)
+    positions = state.position.tolist()
+    for t in range(v.shape[1] if positions else 0):
+        gate = None if g is None else g[:, t].to(wide)
+        rate = None if beta is None else beta[:, t].to(wide)
+        token = _Token([position + t for position in positions], k[:, t], v[:, t], gate, rate, state, wide)
+        o[:, t] = token.read(q[:, t].to(wide) * scale, level_scales[:, t].to(wide))
+        token.close()
+    return o
+
+
+class _Token:
+    """One token of every row, written to the open chunks; they are then at hand in ``wide``, zero where there is no token.
+
+    keys ``[B, G, C, K]``, values ``[B, H, C, V]``; ``through`` and ``after`` ``[B, H, C]``: log decays from the start of the
+    chunk through each place and from after each place to the token; ``solve [B, H, C, C]`` (delta rule).
+    """
+
+    def __init__(
+        self,
+        positions: list[int],
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor | None,
+        beta: Tensor | None,
+        state: DecodingState,
+        wide: torch.dtype,
+    ):
+        self.state, self.wide, self.device = state, wide, v.device
+        size = state.chunk_size
+        self.chunks = [position // size for position in positions]
+        self.places = [position % size for position in positions]
+        self.halves = [chunk % 2 for chunk in self.chunks]
+        self.rows = torch.arange(len(positions), device=v.device)
+        self.place = self._indices(self.places)
+        self.live = torch.arange(size, device=v.device) <= self.place[:, None]
+        self.keys, self.values = self._append(state.open_k, k), self._append(state.open_v, v, halves=False)
+        gates = self._append(state.open_g, 0.0 if gate is None else gate)
+        self.through = gates.cumsum(-1)
+        self.after = F.pad(gates[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+        self.whole = gates.sum(-1)
+        self.solve = None if state.open_solve is None or beta is None else self._solve(state.open_solve, beta)
+
+    def _indices(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+    def _append(self, buffer: Tensor, new: Tensor | float, halves: bool = True) -> Tensor:
+        """Write the token to its place of ``buffer [B, X, C or 2C, ...]`` and read the open chunk ``[B, X, C, ...]``."""
+        size = self.state.chunk_size
+        start = [half * size if halves else 0 for half in self.halves]
+        at = self.place + self._indices(start)
+        buffer[self.rows, :, at] = new.to(buffer.dtype) if isinstance(new, Tensor) else new
+        opened = buffer.new_zeros(*buffer.shape[:2], size, *buffer.shape[3:], dtype=self.wide)
+        where = list(zip(start, self.places))
+        same = len(set(where)) == 1
+        for row, (left, place) in enumerate(where[:1] if same else where):  # only what is live is read
+            rows = slice(None) if same else slice(row, row + 1)
+            opened[rows, :, : place + 1] = buffer[rows, :, left : left + place + 1]
+        return opened
+
+    def _heads(self, products: Tensor) -> Tensor:
+        """Per group ``[B, G, H/G or 1, X]`` -> per value head ``[B, H, X]``."""
+        heads = self.values.shape[1]
+        return products.expand(-1, -1, heads // products.shape[1], -1).reshape(-1, heads, products.shape[-1])
+
+    def _solve(self, buffer: Tensor, beta: Tensor) -> Tensor:
+        """The triangular inverse with this token's row, ``β (e_i - Σ_{j<i} z_j T_j)``."""
+        solve = self._append(buffer, 0.0)
+        key = self.keys[self.rows, :, self.place]
+        overlap = self._heads(key.unsqueeze(2) @ self.keys.mT) * self.after.exp()
+        own = F.one_hot(self.place, self.state.chunk_size).unsqueeze(1).to(self.wide)
+        row = beta.unsqueeze(-1) * (own - (overlap.unsqueeze(2) @ solve).squeeze(2))
+        solve[self.rows, :, self.place] = row
+        half = self._indices([half * self.state.chunk_size for half in self.halves])
+        buffer[self.rows, :, self.place + half] = row.to(buffer.dtype)
+        return solve
+
+    def read(self, q: Tensor, scales: Tensor) -> Tensor:
+        """o ``[B, H, V]`` for q ``[B, G, K]`` and λ ``[B, H, L]``."""
+        heads, size = self.values.shape[1:3]
+        levels = scales.shape[-1]
+        distance = torch.arange(size, device=self.device) ^ self.place[:, None]
+        level = torch.frexp(distance.float()).exponent.long().clamp(max=levels - 1)  # bit length, exact below 2^24
+        mask = scales.gather(-1, level.unsqueeze(1).expand(-1, heads, -1)).masked_fill(~self.live.unsqueeze(1), 0)
+        scores = self._heads(q.unsqueeze(2) @ self.keys.mT) * self.after.exp()
+        query = self._heads(q.unsqueeze(2))
+        if self.solve is not None:
+            scores = (scores.unsqueeze(2) @ self.solve).squeeze(2)
+            erased = (scores * self.through.exp()).unflatten(1, (self.keys.shape[1], -1)) @ self.keys
+            query = self.whole.exp().unsqueeze(-1) * query - erased.flatten(1, 2)
+        out = ((mask * scores).unsqueeze(2) @ self.values).squeeze(2)
+        for m in range(max(self.chunks).bit_length()):
+            rows, entry = self._slot(m, [b for b, chunk in enumerate(self.chunks) if chunk >> m & 1])
+            if not len(rows):
+                continue
+            weight = scales[rows, :, min(size.bit_length() + m, levels - 1)]
+            if self.state.decay is not None:
+                weight = weight * (self.whole[rows] + self._decay(rows, m)).exp()
+            out.index_add_(0, rows, weight.unsqueeze(-1) * (query[rows].unsqueeze(2) @ entry).squeeze(2))
+        return out
+
+    def _slot(self, m: int, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Rows as indices, and what they hold in slot m ``[rows, H, K, V]``."""
+        entries, index = self.state.entries[:, :, m], self._indices(rows)
+        return index, (entries if len(rows) == len(entries) else entries.index_select(0, index)).to(self.wide)
+
+    def _decay(self, rows: Tensor, m: int) -> Tensor:
+        """Log decay ``[rows, H]`` of slot m up to the end of the last closed chunk."""
+        assert self.state.decay is not None
+        return self.state.decay[rows, self._indices(self.halves)[rows], :, m]
+
+    def close(self) -> None:
+        """Turn chunks that are full into entries, merge those with the entries of their size, and age all others."""
+        state, size = self.state, self.state.chunk_size
+        closing = [b for b, place in enumerate(self.places) if place == size - 1]
+        if not closing:
+            return
+        ones = {
+            b: ((self.chunks[b] + 1) & ~self.chunks[b]).bit_length() - 1 for b in closing
+        }  # trailing ones: slots to merge
+        index = self._indices(closing)
+        merged = torch.zeros_like(state.entries[index, :, 0], dtype=self.wide)
+        if state.decay is not None:
+            state.decay[index, 1 - self._indices(self.halves)[index]] = 0.0
+        for m in range(max(self.chunks[b] for b in closing).bit_length()):
+            rows, entry = self._slot(m, [b for b in closing if m < ones[b]])
+            if len(rows):
+                merged[[i for i, b in enumerate(closing) if m < ones[b]]] += self._aged(rows, entry, m)
+            rows, entry = self._slot(m, [b for b in closing if m > ones[b] and self.chunks[b] >> m & 1])
+            if not len(rows):
+                continue
+            if state.decay is None:
+                state.entries[:, :, m].index_copy_(0, rows, self._carried(rows, entry, None).to(state.entries.dtype))
+            else:
+                other = 1 - self._indices(self.halves)[rows]
+                state.decay[rows, other, :, m] = self.whole[rows] + self._decay(rows, m)
+        if self.solve is not None:
+            made = self._carried(index, merged, self.solve[index] @ self.values[index])
+        else:
+            made = merged + self._product(index, self.after[index].exp().unsqueeze(-1) * self.values[index])
+        for i, b in enumerate(closing):
+            state.entries[b, :, ones[b]] = made[i]
+
+    def _aged(self, rows: Tensor, entry: Tensor, m: int) -> Tensor:
+        """An entry that merges, seen from the end of the chunk; the delta rule carries the sum of all of them later."""
+        if self.state.decay is None:
+            return entry
+        return (self.whole[rows] + self._decay(rows, m)).exp()[..., None, None] * entry
+
+    def _product(self, rows: Tensor, values: Tensor) -> Tensor:
+        """``Kᵀ values`` ``[rows, H, K, V]``."""
+        by_group = values.unflatten(1, (self.keys.shape[1], -1))
+        return (self.keys[rows].mT.unsqueeze(2) @ by_group).flatten(1, 2)
+
+    def _carried(self, rows: Tensor, entry: Tensor, added: Tensor | None) -> Tensor:
+        """The chunk's map ``X -> γ X + K_endᵀ (U - T diag(γ_j) K X)`` for rows, with U ``added`` or 0."""
+        assert self.solve is not None
+        keys = self.keys[rows].unsqueeze(2)
+        known = (keys @ entry.unflatten(1, (keys.shape[1], -1))).flatten(1, 2)
+        wrong = -(self.solve[rows] @ (self.through[rows].exp().unsqueeze(-1) * known))
+        wrong = wrong if added is None else wrong + added
+        ends = self._product(rows, self.after[rows].exp().unsqueeze(-1) * wrong)
+        return self.whole[rows].exp()[..., None, None] * entry + ends

@@ -1,0 +1,174 @@
+"""Row operations of a ``DecodingState``: what serving does between steps. Each is checked by what the next steps give."""
+
+import dataclasses
+
+import pytest
+import torch
+from calls import C, inputs, rows, tokens
+from test_step import assert_states_equal, empty, full, poisoned, prefilled, relative, steps
+
+from loglinear import DecodingState
+
+GATES = ("scalar", "delta")
+LENGTHS = (0, C - 1, 3 * C + 5)
+NEW = {gate: inputs(gate, B=len(LENGTHS), T=C + 2, dtype=torch.float32) for gate in GATES}
+
+
+@pytest.fixture(params=GATES)
+def gate(request):
+    return request.param
+
+
+@pytest.fixture
+def state(gate):
+    """Rows at three positions."""
+    x = inputs(gate, B=len(LENGTHS), T=4 * C, dtype=torch.float32)
+    return DecodingState.stack([prefilled(rows(x, [b]), length) for b, length in enumerate(LENGTHS)])
+
+
+def assert_same(a, b):
+    names = [field.name for field in dataclasses.fields(a)]
+    for name in names:
+        x, y = getattr(a, name), getattr(b, name)
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
+
+
+def addresses(state):
+    return [tensor.data_ptr() for tensor in state._tensors()]
+
+
+def test_a_step_updates_in_place_and_allocates_nothing(state, gate):
+    before = addresses(state)
+    size = state.nbytes
+    steps(NEW[gate], state, (1, 64))
+    assert addresses(state) == before
+    assert state.nbytes == size
+    assert state.position.tolist() == [length + C + 2 for length in LENGTHS]
+
+
+def test_forks_go_on_each_by_itself(state, gate):
+    fork = state.reorder(torch.tensor([2, 0, 2]))
+    assert fork.position.tolist() == [LENGTHS[2], 0, LENGTHS[2]]
+    got = steps(NEW[gate], fork)
+    for b, source in enumerate((2, 0, 2)):
+        one = state.split()[source]
+        assert torch.equal(got[b : b + 1], steps(rows(NEW[gate], [b]), one))
+    assert state.position.tolist() == list(LENGTHS)
+
+
+def test_copied_rows_replace_others_in_place(state, gate):
+    other = state.clone()
+    steps(rows(NEW[gate], [0, 1, 2]), other)
+    want = [other.split()[2], state.split()[1], other.split()[0]]
+    before = addresses(state)
+    assert state.copy_rows_(torch.tensor([0, 2]), other, torch.tensor([2, 0])) is state
+    assert addresses(state) == before
+    assert_same(state, DecodingState.stack(want))
+
+
+def test_rows_copied_within_a_state(state):
+    want = DecodingState.stack([state.split()[b] for b in (2, 1, 0)])
+    state.copy_rows_(torch.tensor([0, 2]), state, torch.tensor([2, 0]))
+    assert_same(state, want)
+
+
+def test_a_snapshot_is_restored_in_place(state, gate):
+    snapshot, before = state.clone(), addresses(state)
+    assert not set(addresses(snapshot)) & set(before)
+    first = steps(NEW[gate], state, (5,))
+    assert state.restore_(snapshot) is state
+    assert addresses(state) == before
+    assert_same(state, snapshot)
+    assert torch.equal(steps(NEW[gate], state, (5,)), first)
+
+
+def test_split_and_stack_are_inverse_and_copy(state, gate):
+    parts = state.split()
+    assert [part.position.tolist() for part in parts] == [[length] for length in LENGTHS]
+    assert_same(DecodingState.stack(parts), state)
+    steps(NEW[gate], DecodingState.stack(parts))
+    steps(rows(NEW[gate], [1]), parts[1])
+    assert state.position.tolist() == list(LENGTHS)
+    assert parts[0].position.tolist() == [0]
+
+
+def test_stack_takes_the_slots_of_the_largest(state, gate):
+    small, large = state.split()[1], state.split()[2].grow(C << 9)
+    joined = DecodingState.stack([small, large])
+    assert joined.max_context == large.max_context > state.max_context
+    got = steps(rows(NEW[gate], [1, 2]), joined)
+    assert torch.equal(got[:1], steps(rows(NEW[gate], [1]), small))
+
+
+def test_grown_goes_on_alike(gate):
+    x = inputs(gate, T=3 * C, dtype=torch.float64)
+    state = empty(tokens(x, 0, 1), max_context=C)
+    assert (state.entries.shape[2], state.max_context) == (1, 2 * C - 1)
+    first = steps(tokens(x, 0, C + 5), state)
+    grown = state.grow(3 * C)
+    assert (grown.entries.shape[2], state.entries.shape[2], grown.grow(1).entries.shape[2]) == (2, 1, 2)
+    assert not set(addresses(grown)) & set(addresses(state))
+    got = torch.cat([first, steps(tokens(x, C + 5, 3 * C), grown)], 1)
+    assert relative(got, full(x)[0]) < 1e-10
+
+
+def test_saved_and_loaded(state, gate, tmp_path):
+    state.save(tmp_path / "state.pt")
+    loaded = DecodingState.load(tmp_path / "state.pt", device="cpu")
+    assert_same(loaded, state)
+    assert torch.equal(steps(NEW[gate], loaded), steps(NEW[gate], state))
+
+
+def test_to_keeps_logs_wide(state):
+    low = state.to(dtype=torch.bfloat16)
+    kinds = {name: value.dtype for name, value in low._named()}
+    assert kinds.pop("position") == torch.int64
+    assert {name for name, kind in kinds.items() if kind == torch.bfloat16} == {"entries", "open_k", "open_v"}
+    assert_same(state.to("cpu"), state)
+
+
+def test_bytes_of_a_layer():
+    """48 heads of 128 x 64 at 131,072 tokens: 12 slots of 1.5 MB, and 0.5 MB for the open chunk."""
+    sizes = dict(batch=1, heads=48, groups=1, key_width=128, value_width=64, max_context=131072, dtype=torch.bfloat16)
+    state = DecodingState.empty(**sizes, device="meta")
+    assert state.entries.nbytes == 12 * 48 * 128 * 64 * 4
+    assert state.nbytes - state.entries.nbytes < 0.5e6
+    half = DecodingState.empty(**sizes, device="meta", entry_dtype=torch.bfloat16)
+    assert half.entries.nbytes * 2 == state.entries.nbytes
+
+
+@pytest.mark.parametrize("length", [0, 1, C - 1, C, 5 * C + 9])
+def test_there_and_back(gate, length):
+    """An ordinary state is the same after the way through a decoding state, dead parts full of NaN or not."""
+    x = inputs(gate, T=length + 1, dtype=torch.float64)
+    want = full(tokens(x, 0, length))[1]
+    made = DecodingState.from_state(want, 4096)
+    assert_states_equal(made.to_state(), want, 1e-13)
+    assert_states_equal(poisoned(made).to_state(), want, 1e-13)
+    got, _ = full(tokens(x, length, length + 1), initial_state=made.to_state())
+    assert relative(got, full(x)[0][:, length:]) < 1e-10
+
+
+ROWS = torch.tensor([0])
+CALLS = {
+    "no room": (lambda s: DecodingState.from_state(s.to_state(), 100), ValueError, "max_context must be at least"),
+    "not a state": (lambda s: DecodingState.from_state(s, 4096), TypeError, "state must be a LogLinearState"),
+    "max_context of 0": (lambda s: s.grow(0), ValueError, "max_context must be an int of at least 1: got 0"),
+    "max_context a float": (lambda s: s.grow(1e6), ValueError, "max_context must be an int"),
+    "index of another dtype": (lambda s: s.copy_rows_(ROWS.int(), s, ROWS), TypeError, "index must be an int64 tensor"),
+    "fewer rows": (lambda s: s.copy_rows_(ROWS, s, ROWS[:0]), ValueError, "other_index must have as many rows"),
+    "other sizes": (lambda s: s.copy_rows_(ROWS, s.grow(C << 9), ROWS), ValueError, "other must have the sizes"),
+    "other kind": (lambda s: s.restore_(s.to_state()), TypeError, "snapshot must be a DecodingState"),
+    "other batch": (lambda s: s.restore_(s.split()[0]), ValueError, "snapshot must have the sizes of this state"),
+    "nothing to stack": (lambda s: DecodingState.stack([]), ValueError, "states must hold at least one"),
+    "heads": (lambda s: DecodingState.empty(1, 3, 2, 4, 4, 9, torch.float32), ValueError, "heads must be a multiple"),
+    "chunk": (lambda s: DecodingState.empty(1, 2, 2, 4, 4, 9, torch.float32, chunk_size=24), ValueError, "chunk_size"),
+    "dtype": (lambda s: DecodingState.empty(1, 2, 2, 4, 4, 9, torch.int64), TypeError, "dtype must be a floating"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_wrong_calls(case, state):
+    call, error, message = CALLS[case]
+    with pytest.raises(error, match=message):
+        call(state)

@@ -1,0 +1,270 @@
+"""Steps against the full pass, in the plain torch form: every place where a chunk opens, closes or merges."""
+
+import dataclasses
+
+import pytest
+import torch
+from calls import C, inputs, rows, tokens
+
+import loglinear
+from loglinear import DecodingState, reference
+from oracle import LOW_PRECISION_FACTOR, TOLERANCES
+
+MIXED = (1, 2, 3, 64)
+WIDE = torch.float64
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300)).item()
+
+
+def full(x, **kwargs):
+    """``(o, final_state)`` of the ordinary op."""
+    op = loglinear.log_linear_delta_rule if "beta" in x else loglinear.log_linear_attention
+    return op(**{"g": None, **x}, output_final_state=True, **kwargs)
+
+
+def step(x, state, **kwargs):
+    op = loglinear.log_linear_delta_rule_step if "beta" in x else loglinear.log_linear_attention_step
+    return op(**{"g": None, **x}, state=state, **kwargs)
+
+
+def empty(x, max_context=4096, **kwargs):
+    B, _, H, V = x["v"].shape
+    G, K = x["q"].shape[2:]
+    return DecodingState.empty(B, H, G, K, V, max_context, x["v"].dtype, delta_rule="beta" in x, **kwargs)
+
+
+def steps(x, state, sizes=(1,), **kwargs):
+    """All tokens of x, in calls of these sizes in turn."""
+    outputs, start = [], 0
+    while start < x["v"].shape[1]:
+        end = start + sizes[len(outputs) % len(sizes)]
+        outputs.append(step(tokens(x, start, end), state, **kwargs))
+        start = end
+    return torch.cat(outputs, 1)
+
+
+def prefilled(x, length, max_context=4096, **kwargs):
+    state = full(tokens(x, 0, length))[1]
+    return DecodingState.from_state(state, max_context, dtype=x["v"].dtype, **kwargs)
+
+
+def assert_states_equal(got, want, bar):
+    """The same past: buckets with their logs, and the open chunk."""
+    assert torch.equal(got.position, want.position)
+    slots = want.entries.shape[1]
+    assert (got.entries[:, slots:] == 0).all()
+    for name in ("open_k", "open_v", "open_g", "open_beta"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b.to(a.dtype), rtol=bar, atol=bar)
+    entries = [state.entries[:, :slots] * state.decay[:, :slots, :, None, None].exp() for state in (got, want)]
+    assert relative(*entries) < bar or entries[1].norm() == 0
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 127, 128, 200, 1000])
+def test_prefill_then_steps_is_one_pass(gate, dtype, length):
+    x = inputs(gate, T=length + 200, dtype=WIDE, L=12)
+    want, final = full(x)
+    x = {name: value.to(dtype) for name, value in x.items()}
+    for sizes in ((1,), MIXED) if dtype == WIDE else (MIXED,):
+        state = prefilled(x, length)
+        got = steps(tokens(x, length, length + 200), state, sizes)
+        assert relative(got, want[:, length:]) < TOLERANCES[dtype]
+        assert_states_equal(state.to_state(), final, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("L", [1, 3, 9])
+def test_from_the_first_token_with_groups_and_too_few_levels(gate, groups, L):
+    x = inputs(gate, T=4 * C + 3, H=4, G=groups, L=L, dtype=WIDE)
+    x["level_scales"] = -x["level_scales"]  # λ of either sign
+    state = empty(x)
+    assert relative(steps(x, state, MIXED, scale=0.3), full(x, scale=0.3)[0]) < TOLERANCES[WIDE]
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_resets_and_very_negative_gates(gate, dtype):
+    x = inputs(gate, T=3 * C + 7, hard=True, dtype=WIDE)
+    want, final = full(x)
+    x = {name: value.to(dtype) for name, value in x.items()}
+    state = empty(x)
+    got = steps(x, state, (1, 5))
+    assert got.isfinite().all()
+    assert relative(got, want) < TOLERANCES[dtype]
+    back = state.to_state()
+    assert back.entries.isfinite().all()
+    assert_states_equal(dataclasses.replace(back, open_g=back.open_g.exp()),
+                        dataclasses.replace(final, open_g=final.open_g.exp()), TOLERANCES[dtype])  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+def test_no_gate_is_a_gate_of_zero(gate):
+    x = inputs(gate, T=C + 9, dtype=WIDE)
+    x["g"].zero_()
+    without = {name: value for name, value in x.items() if name != "g"}
+    assert torch.equal(steps(x, empty(x)), steps(without, empty(x)))
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@pytest.mark.parametrize("entry_dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_has_at_most_twice_the_error_of_plain_torch(gate, entry_dtype):
+    """Plain torch: the dense form with every matrix of scores rounded, and the last product in bfloat16."""
+    T, H = 5 * C + 9, 4
+    x = inputs(gate, B=1, T=T, H=H, G=H, dtype=WIDE)
+    low = {name: value.bfloat16() if name in "qkv" else value.float() for name, value in x.items()}
+    want = full({name: value.double() for name, value in low.items()})[0]
+    q, k, v = (low[name].transpose(1, 2) for name in "qkv")
+    g = low["g"].mT
+    decay = reference.segment_sum(g).exp()
+    scores = ((q @ k.mT) * decay).bfloat16()
+    if gate == "delta":
+        beta = low["beta"].mT
+        lower = beta.unsqueeze(-1) * ((k @ k.mT) * decay).tril(-1)
+        scores @= torch.linalg.solve_triangular(
+            lower, torch.diag_embed(beta), upper=False, unitriangular=True
+        ).bfloat16()
+    mask = reference.level_mask(low["level_scales"].transpose(1, 2))
+    plain = ((scores * mask).bfloat16() @ v).transpose(1, 2)
+    got = steps(low, empty(low, entry_dtype=entry_dtype), MIXED)
+    assert got.dtype == torch.bfloat16
+    assert relative(got, want) < LOW_PRECISION_FACTOR * relative(plain, want)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+def test_a_row_does_not_see_its_batch(gate):
+    """Rows at different positions, one of which closes its chunk while another opens one: equal to each alone, to the bit."""
+    lengths = (0, 3, C - 2, 3 * C - 1, 4 * C)
+    x = inputs(gate, B=len(lengths), T=5 * C, H=4, G=2, K=32, V=16, dtype=torch.float32)
+    alone = [prefilled(rows(x, [b]), length) for b, length in enumerate(lengths)]
+    together = DecodingState.stack(alone)
+    new = inputs(gate, B=len(lengths), T=70, H=4, G=2, K=32, V=16, dtype=torch.float32)
+    got = steps(new, together, MIXED)
+    for b, state in enumerate(alone):
+        assert torch.equal(got[b : b + 1], steps(rows(new, [b]), state, MIXED))
+        for ours, theirs in zip(together.split()[b].to_state()._tensors(), state.to_state()._tensors()):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@pytest.mark.parametrize("length", [0, 5, 64, 200, 448])
+def test_what_is_dead_is_never_read(gate, length):
+    x = inputs(gate, T=length + 70, dtype=torch.float32)
+    clean = prefilled(x, length) if length else empty(x)
+    dirty = poisoned(clean.clone())
+    new = tokens(x, length, length + 70)
+    assert torch.equal(steps(new, dirty, (1, 64)), steps(new, clean, (1, 64)))
+    for ours, theirs in zip(dirty.to_state()._tensors(), clean.to_state()._tensors()):
+        assert torch.equal(ours, theirs)
+
+
+def poisoned(state):
+    """NaN in every slot and place that is not live, rows at one position."""
+    chunk, used = divmod(int(state.position[0]), state.chunk_size)
+    half = chunk % 2
+    for m in range(state.entries.shape[2]):
+        if not chunk >> m & 1:
+            state.entries[:, :, m] = torch.nan
+            if state.decay is not None:
+                state.decay[..., m] = torch.nan
+    if state.decay is not None:
+        state.decay[:, 1 - half] = torch.nan
+    state.open_v[:, :, used:] = torch.nan
+    for ring in (state.open_k, state.open_g, state.open_solve):
+        if ring is not None:
+            ring.unflatten(2, (2, -1))[:, :, half, used:] = torch.nan
+            ring.unflatten(2, (2, -1))[:, :, 1 - half] = torch.nan
+    return state
+
+
+@pytest.mark.parametrize("K", [1, 96, 256])
+def test_unit_length_of_queries_and_keys(K):
+    x = inputs("delta", B=1, T=C + 5, H=2, G=1, K=K, V=3, dtype=torch.float32)
+    want = full({name: value.double() for name, value in x.items()}, use_qk_l2norm_in_kernel=True)[0]
+    assert relative(steps(x, empty(x), use_qk_l2norm_in_kernel=True), want) < TOLERANCES[torch.float32]
+
+
+def test_positions_of_several_layers_advance_once():
+    x = inputs("scalar", T=3, dtype=WIDE)
+    first, second = empty(x), empty(x)
+    second.position = first.position
+    for t in range(3):
+        now = tokens(x, t, t + 1)
+        a, b = step(now, first, advance=False), step(now, second)
+        assert torch.equal(a, b)
+    assert first.position.tolist() == [3] * len(first.position)
+    assert torch.equal(first.entries, second.entries)
+
+
+def test_under_autocast_the_operands_are_low():
+    x = inputs("scalar", T=2, dtype=torch.float32)
+    state = empty({name: value.bfloat16() for name, value in x.items()})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert step(x, state).dtype == torch.bfloat16
+    assert state.position.tolist() == [2] * state.batch_size
+
+
+# ------------------------------------------------------------------------------------------------- what callers get wrong
+
+X = {gate: tokens(inputs(gate, B=2, T=2 * C, H=4, G=2, dtype=torch.float32), 0, C + 1) for gate in ("scalar", "delta")}
+ONE = {gate: tokens(x, 0, 1) for gate, x in X.items()}
+
+
+def changed(name, fn):
+    """A state with one tensor changed."""
+    state = empty(ONE["delta" if name == "open_solve" else "scalar"])
+    return dataclasses.replace(state, **{name: fn(getattr(state, name))})
+
+
+BAD = {
+    "T too large": ("scalar", X["scalar"], empty, ValueError, ["q must have 1 to 64 tokens", "T=65", "to_state()"]),
+    "T of 0": ("scalar", tokens(ONE["scalar"], 0, 0), empty, ValueError, ["q must have 1 to 64 tokens", "T=0"]),
+    "an ordinary state": ("scalar", ONE["scalar"], lambda x: full(x)[1], TypeError, ["state must be a DecodingState"]),
+    "no state": ("scalar", ONE["scalar"], lambda x: None, TypeError, ["state must be a DecodingState", "NoneType"]),
+    "no λ": ("scalar", ONE["scalar"] | {"level_scales": None}, empty, TypeError, ["level_scales must be", "None"]),
+    "no β": ("delta", ONE["delta"] | {"beta": None}, empty, TypeError, ["beta must be", "None"]),
+    "g above 0": ("scalar", ONE["scalar"] | {"g": ONE["scalar"]["g"] + 9}, empty, ValueError, ["g must be a log decay"]),
+    "the other rule's": ("delta", ONE["delta"], lambda x: empty(ONE["scalar"]), ValueError, ["got a state of the scalar"]),
+    "another batch": ("scalar", rows(ONE["scalar"], [0]), lambda x: empty(ONE["scalar"]), ValueError,
+                      ["state.position must have shape [1]", "got [2]"]),
+    "another dtype": ("scalar", ONE["scalar"], lambda x: changed("open_k", torch.Tensor.bfloat16), TypeError,
+                      ["state.open_k must be torch.float32", "got torch.bfloat16"]),
+    "low logs": ("scalar", ONE["scalar"], lambda x: changed("decay", torch.Tensor.half), TypeError,
+                 ["state.decay must be torch.float32"]),
+    "wrong entries": ("scalar", ONE["scalar"], lambda x: changed("entries", lambda y: y[..., 1:]), ValueError,
+                      ["state.entries must have shape"]),
+    "strided entries": ("scalar", ONE["scalar"], lambda x: changed("entries", lambda y: y.mT.contiguous().mT),
+                        ValueError, ["state.entries must be contiguous"]),
+    "gradients": ("scalar", ONE["scalar"] | {"v": ONE["scalar"]["v"].clone().requires_grad_()}, empty, ValueError,
+                  ["v must not require gradients"]),
+    "v no tensor": ("scalar", ONE["scalar"] | {"v": 3}, lambda x: empty(ONE["scalar"]), TypeError, ["v must be a tensor"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    gate, x, make, error, parts = BAD[case]
+    state = make(x if "beta" not in x or x["beta"] is not None else ONE["delta"])
+    op = loglinear.log_linear_delta_rule_step if gate == "delta" else loglinear.log_linear_attention_step
+    with pytest.raises(error) as raised:
+        op(**x, state=state)
+    for part in parts:
+        assert part in str(raised.value)
+
+
+def test_no_room_raises_before_anything_is_written():
+    x = tokens(X["scalar"], 0, C)
+    state = empty(x, max_context=1)
+    assert state.max_context == 127
+    step(x, state)
+    before = state.clone()
+    with pytest.raises(ValueError, match=r"state must hold 128 tokens .* got max_context=127"):
+        step(x, state)
+    assert all(torch.equal(a, b) for a, b in zip(before._tensors(), state._tensors()))
+    step(x, state.grow(1000))
