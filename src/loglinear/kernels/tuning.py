@@ -17,13 +17,14 @@ import torch
 class Launch:
     """One kernel's shape: warps, software-pipelining depth, tile of V (or of K where a kernel tiles K), registers a thread.
 
-    ``registers`` of None lets the compiler choose.
+    ``registers`` of None lets the compiler choose. ``block_k`` is the tile of K where a kernel tiles both, if not ``block_v``.
     """
 
     warps: int
     stages: int
     block_v: int = 64
     registers: int | None = None
+    block_k: int | None = None
 
     @property
     def options(self) -> dict:
@@ -140,8 +141,7 @@ def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> D
     if dtype == torch.float32:
         return uniform_delta_config(32, Launch(warps=8 if key_width > 64 else 4, stages=1, block_v=32))
     if key_width > 128:
-        config = uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64), least_tile=64)
-        return dataclasses.replace(config, map_grads=Launch(warps=8, stages=2, block_v=64))
+        return uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64), least_tile=64)
     return NARROW_DELTA_RULE
 
 
@@ -166,6 +166,6 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     group_grads=Launch(warps=4, stages=2, block_v=64),
     unit_grads=Launch(warps=4, stages=2, block_v=64),
     score_grads=Launch(warps=4, stages=1, block_v=128),
-    map_grads=Launch(warps=4, stages=3, block_v=64),
+    map_grads=Launch(warps=4, stages=2, block_v=64, block_k=128),
     key_grads=Launch(warps=4, stages=3, block_v=64),
 )

@@ -2,8 +2,8 @@
 
 Special about this package: no autograd and no argument checks; ``loglinear.ops`` has both. A span of tokens is summarised by
 one matrix, its *map* ``[A | S]``; see forward.py. Stages, in order: chunk_maps, group_maps (once per tier), output. Backward:
-the maps again, path_queries, path_grads, entry_grads, then group_grads and unit_grads (once per tier, from the top down),
-score_grads, map_grads, key_grads.
+the maps again, path_queries, path_grads, entry_grads, then group_grads (once per tier, from the top down, with unit_grads from
+each to the next), score_grads, map_grads, key_grads.
 """
 
 from loglinear.kernels.delta_rule.backward import backward

@@ -123,8 +123,8 @@ def launch_entry_grads(problem: Problem, x: Inputs, queries: Tensor, path_grads:
         )  # fmt: skip
 
 
-def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) -> Tensor:
-    """dA of every chunk ``[rows, H, K, K]``; leaves dS in ``grads``. From the top of the tree down."""
+def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) -> None:
+    """Turns ``grads`` of the entries into those of the maps after each chunk. From the top of the tree down."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     walk, outer = problem.config.group_grads, problem.config.unit_grads
     block, blocks = tiles(problem, walk, K + V)
@@ -138,15 +138,15 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
             tier.group_sequence, *tier.table, problem.tokens, maps.sums.stride(0), x.k.stride(1), problem.rows,
             **common_constants(problem, x.v.dtype), BK=problem.tile(K), BN=block, TIER=t, TOP=top, **walk.options,
         )  # fmt: skip
-        map_grads = common.scratch((tier.units, H, K, K + V if t else K), x.v.dtype, x.v.device)
-        count = cdiv(K, tile_n) + (cdiv(V, tile_n) if t else 0)
+        if t == 0:
+            return
+        map_grads = common.scratch((tier.units, H, K, K + V), x.v.dtype, x.v.device)
         common.launch(
-            unit_grads_kernel, tier.groups * GROUP.value * H * count,
+            unit_grads_kernel, tier.groups * GROUP.value * H * (cdiv(K, tile_n) + cdiv(V, tile_n)),
             maps.prefixes[t], maps.entries, grads, map_grads, tier.group_sequence, *tier.table, problem.rows,
             **common_constants(problem, x.v.dtype, without=("G", "EXACT")), BK=problem.tile(K), BN=tile_n,
             BW=min(walk.block_v, problem.tile(K + V)), TIER=t, **outer.options,
         )  # fmt: skip
-    return map_grads
 
 
 def launch_score_grads(
@@ -170,22 +170,22 @@ def launch_score_grads(
 
 
 def launch_map_grads(
-    problem: Problem, x: Inputs, out: Gradients, maps: Maps, grads: Tensor, map_grads: Tensor, query_grads: Tensor,
-    scores: Tensor,
+    problem: Problem, x: Inputs, out: Gradients, maps: Maps, grads: Tensor, query_grads: Tensor, scores: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(shares of dk ``[rows, H, 2, C, K]``, gains of the chunks' ends, gains of the chunks); dv, and dT in ``scores``."""
-    H, K, C = problem.heads, problem.key_width, problem.config.chunk
+    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     launch, gated, device = problem.config.map_grads, x.g is not None, x.v.device
     key_grads = common.scratch((problem.rows, H, 2, C, K), x.v.dtype, device)
     ends = common.scratch((H, problem.tokens if gated else 0), torch.float32, device)
     chunk_gains = common.scratch((problem.rows if gated else 0, H), torch.float32, device)
     common.launch(
         map_grads_kernel, problem.rows * H,
-        x.k, x.v, x.do, maps.sums, maps.chunk_log, maps.solve, maps.writes, grads, map_grads, query_grads, scores,
-        key_grads, out.dv, ends, chunk_gains, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0),
-        x.k.stride(1), x.v.stride(1), x.do.stride(1), out.dv.stride(1), problem.rows,
+        x.k, x.v, x.do, maps.sums, maps.chunk_log, maps.solve, maps.writes, maps.prefixes[0], maps.entries, grads,
+        query_grads, scores, key_grads, out.dv, ends, chunk_gains, problem.row_sequence, *problem.table, problem.tokens,
+        maps.sums.stride(0), x.k.stride(1), x.v.stride(1), x.do.stride(1), out.dv.stride(1), problem.rows,
         **common_constants(problem, x.v.dtype), BK=problem.tile(K),
-        BN=tiles(problem, launch, max(K, problem.value_width))[0], HAS_GATE=gated, **launch.options,
+        BN=min(launch.block_k or launch.block_v, problem.tile(K)), BV=tiles(problem, launch, V)[0],
+        BW=tiles(problem, launch, K + V)[0], HAS_GATE=gated, **launch.options,
     )  # fmt: skip
     return key_grads, ends, chunk_gains
 
@@ -217,11 +217,10 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients) -> None:
     grads = common.scratch((problem.rows + spare, problem.heads, K, K + V), x.v.dtype, x.v.device)
     launch_entry_grads(problem, x, queries, path_grads, grads)
     del queries, path_grads
-    map_grads = launch_tree_grads(problem, x, maps, grads)
-    maps = maps._replace(entries=maps.sums, groups=(), prefixes=())  # the largest go
+    launch_tree_grads(problem, x, maps, grads)
     scores, gains = launch_score_grads(problem, x, out, maps, query_grads)
-    key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, map_grads, query_grads, scores)
-    del grads, map_grads
+    key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, query_grads, scores)
+    del grads
     launch_key_grads(problem, x, out, maps, query_grads, scores, key_grads, (gains, ends, chunk_gains))
 
 
@@ -232,7 +231,9 @@ def heads_at_a_time(problem: Problem, x: Inputs) -> int:
     """
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     paths = problem.path_entries * (1 if problem.packed else problem.batch)
-    elements = problem.rows * (K * (K + V) * 4 + C * (2 * K + V + C)) + 2 * paths * C * K
+    # The queries of all paths and their gradients are gone when the scores and the shares of dk come.
+    later = problem.rows * C * (2 * K + PLANES.value * C)
+    elements = problem.rows * (K * (K + V) * 4 + C * (2 * K + V + C)) + max(2 * paths * C * K, later)
     given = sum(2 * y.numel() * y.element_size() for y in (x.q, x.k, x.v, x.do))
     allowed = max(given, UNSLICED) // max(elements * x.v.element_size(), 1)
     per_group = problem.heads_per_group

@@ -6,8 +6,7 @@ is the *prefix*. The entries of the last one or two units, the *pairs*, come apa
 
 Where the gradients stand (``grads``, a row for each entry, then SPARE more for each group). The row of the entry that ends with
 unit c of a group holds X of the prefix after c where that is an entry (c = 0, 1, 3, 7); else of the pair (2, 4, 5, 6), and the
-prefix's X is in one of the group's own rows. In tier 0 the last V columns, dS, of both are added up besides: in the pair's row,
-but for unit 5, whose pair is needed again.
+prefix's X is in one of the group's own rows.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from loglinear.kernels.common import GROUP
 from loglinear.kernels.delta_rule.group_maps import decay_to_end, load_square, locate_group, map_tile, store_map
 from loglinear.kernels.delta_rule.products import tokens_times, transposed_times
 
-SPARE = tl.constexpr(5)
+SPARE = tl.constexpr(4)
 
 
 @triton.jit
@@ -32,19 +31,6 @@ def is_prefix(c):
 def prefix_row(c, entry_row, spare_row):
     """Row of the gradient of the prefix after unit c; ``spare_row`` is the first of the group's own."""
     return tl.where(is_prefix(c), entry_row, spare_row + tl.maximum(c - 3, 0))
-
-
-@triton.jit
-def state_row(c, entry_row, spare_row):
-    """Row of the gradient dS of unit c's own map."""
-    return tl.where(c == 5, spare_row + 4, entry_row)
-
-
-@triton.jit
-def store_states(base, tile, active, first, K: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
-    """Write a block of columns of a map ``[K, WIDTH]``, leaving its first K columns alone."""
-    pointers, inside = map_tile(base, first, K, tl.where(active, WIDTH, 0), WIDTH, K, BK, BN)
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -131,7 +117,6 @@ def group_grads_kernel(
         single = grads + ((row - SIZE).to(tl.int64) * H + h) * (K * WIDTH)
         both += load_map_if(here > 5, single, first, K, WIDTH, BK, BN)
         store_map(single, both, True, first, K, WIDTH, BK, BN)
-        tl.debug_barrier()  # other threads read it below
     if TOP:
         x = tl.zeros([BK, BN], tl.float32)
     else:
@@ -142,14 +127,9 @@ def group_grads_kernel(
         local = first_unit + c
         row = row0 + (local + 1) * SIZE - 1
         own = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
-        entry = load_map_if(c + 1 < GROUP, own, first, K, WIDTH, BK, BN)
-        total = x + entry
-        x = tl.where(is_prefix(c), total, x)
-        spares = spare + group * SPARE
-        if TIER == 0:
-            target = grads + (state_row(c, row, spares).to(tl.int64) * H + h) * (K * WIDTH)
-            store_states(target, total, is_prefix(c) == 0, first, K, WIDTH, BK, BN)
-        target = grads + (prefix_row(c, row, spares).to(tl.int64) * H + h) * (K * WIDTH)
+        entry = load_map_if(is_prefix(c) & (c + 1 < GROUP), own, first, K, WIDTH, BK, BN)
+        x += entry
+        target = grads + (prefix_row(c, row, spare + group * SPARE).to(tl.int64) * H + h) * (K * WIDTH)
         store_map(target, x, True, first, K, WIDTH, BK, BN)
         unit = (unit0 + local).to(tl.int64) * H + h
         x = pull_back(x, maps, k_head, head_sums, chunk_log, unit, local, start, length, all_tokens, stride_k, K, WIDTH, C,
