@@ -301,9 +301,18 @@ def pair_decays(high, low, EXACT: tl.constexpr):
 
 @triton.jit
 def set_bits_before(n):
-    """Bits set in 0, 1, … n - 1 together, n < 2^24: the lengths of all query paths before chunk n."""
+    """Bits set in 0, 1, … n - 1 together, n < 2^24: the lengths of the paths of the n groups before group n."""
     count = 0
     for bit in range(bit_length(n)):
         block = 1 << bit
         count += (n >> (bit + 1) << bit) + tl.maximum((n & (2 * block - 1)) - block, 0)
     return count
+
+
+@triton.jit
+def set_bits(x):
+    """Number of bits set in 0 <= x < 2^24. Without a loop, which would keep the loop around it from being pipelined."""
+    x = x - (x >> 1 & 0x555555)
+    x = (x & 0x333333) + (x >> 2 & 0x333333)
+    x = x + (x >> 4) & 0x0F0F0F
+    return (x * 0x010101 >> 16) & 0xFF

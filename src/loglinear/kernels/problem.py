@@ -136,8 +136,13 @@ class Problem:
 
     @property
     def path_entries(self) -> int:
-        """Entries on the query paths of all chunks of one sequence; if packed, a bound for all sequences together."""
-        return set_bits_before(self.rows if self.packed else self.chunks)
+        """Entries on the paths of all groups of one sequence; if packed, a bound for all sequences together."""
+        return set_bits_before(self.row_groups if self.packed else self.chunk_groups)
+
+    @property
+    def path_slots(self) -> int:
+        """Entries on the paths of all groups of all sequences."""
+        return self.path_entries * (1 if self.packed else self.batch)
 
     @property
     def path_starts(self) -> Tensor | None:
@@ -169,7 +174,7 @@ def common_constants(problem: Problem, dtype: torch.dtype, without: tuple[str, .
 
 
 def set_bits_before(n: int) -> int:
-    """Bits set in 0, 1, … n - 1 together: the lengths of all query paths of n chunks."""
+    """Bits set in 0, 1, … n - 1 together: the lengths of the paths of n groups."""
     bits = range(n.bit_length())
     return sum((n >> (bit + 1) << bit) + max((n & ((2 << bit) - 1)) - (1 << bit), 0) for bit in bits)
 
@@ -242,8 +247,8 @@ def packed_tables(
     tables = [units, torch.stack(columns, dim=1).to(torch.int32)]
     if not tree:
         return tuple(tables)
-    tables.append(path_starts(chunks, cdiv(length, chunk)))
     span, longest = GROUP.value, cdiv(cdiv(length, chunk), GROUP.value)
+    tables.append(path_starts((chunks + span - 1) // span, longest))
     while longest > 1:  # one tier above the last: its units are groups of ``span`` chunks
         span, longest = span * GROUP.value, cdiv(longest, GROUP.value)
         groups = groups // GROUP.value + count
@@ -254,11 +259,11 @@ def packed_tables(
     return tuple(tables)
 
 
-def path_starts(chunks: Tensor, longest: int) -> Tensor:
-    """``[n]`` path entries of all sequences before each; ``chunks [n]`` of at most ``longest``."""
-    entries = torch.zeros_like(chunks)
+def path_starts(groups: Tensor, longest: int) -> Tensor:
+    """``[n]`` path entries of all sequences before each, of ``groups [n]``, each at most ``longest``, groups."""
+    entries = torch.zeros_like(groups)
     for bit in range(longest.bit_length()):
-        entries += (chunks >> (bit + 1) << bit) + ((chunks & ((2 << bit) - 1)) - (1 << bit)).clamp(min=0)
+        entries += (groups >> (bit + 1) << bit) + ((groups & ((2 << bit) - 1)) - (1 << bit)).clamp(min=0)
     return (entries.cumsum(0) - entries).to(torch.int32)
 
 

@@ -124,6 +124,7 @@ class DeltaRuleConfig:
     least_tile: int
     chunk_maps: Launch
     group_maps: Launch
+    path_states: Launch
     output: Launch
     path_queries: Launch
     path_grads: Launch
@@ -159,6 +160,7 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     least_tile=64,
     chunk_maps=Launch(warps=4, stages=2, block_v=64),
     group_maps=Launch(warps=4, stages=2, block_v=64),
+    path_states=Launch(warps=4, stages=3, block_v=64),
     output=Launch(warps=4, stages=3, block_v=64),
     path_queries=Launch(warps=4, stages=1, block_v=64),
     path_grads=Launch(warps=4, stages=1, block_v=128),

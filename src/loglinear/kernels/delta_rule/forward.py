@@ -1,4 +1,4 @@
-"""FORWARD of the delta rule: chunk maps, one launch per tier of the tree, output."""
+"""FORWARD of the delta rule: chunk maps, one launch per tier of the tree, path states, output."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from loglinear.kernels.delta_rule.chunk_maps import chunk_maps_kernel
 from loglinear.kernels.delta_rule.group_maps import group_maps_kernel
 from loglinear.kernels.delta_rule.output import output_kernel
 from loglinear.kernels.delta_rule.path_queries import path_queries_kernel
+from loglinear.kernels.delta_rule.path_states import path_states_kernel
 from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
+
+FIRST_OF_TWO = 3  # the first group, from 0, with two entries before it
 
 
 class Maps(NamedTuple):
@@ -89,8 +92,29 @@ def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: 
     return Maps(sums, chunk_log, solve, writes, entries, groups, before)
 
 
+def launch_path_states(problem: Problem, entries: Tensor, maps: bool = False) -> Tensor:
+    """``[slots, H, K, V]`` low: the states on the path of each group, as seen from its start. If ``maps``,
+    ``[slots, H, K, K+V]``: ``[T | T S]``, with the transition from the end of the entry to the start of the group.
+
+    Entry j > 0 on the path of group m is at slot ``path_states.path_start + j``; undefined for j = 0.
+    """
+    H, K, V = problem.heads, problem.key_width, problem.value_width
+    states = common.scratch((problem.path_slots, H, K, K + V if maps else V), entries.dtype, entries.device)
+    if problem.chunk_groups <= FIRST_OF_TWO:
+        return states
+    launch = problem.config.path_states
+    block = min(launch.block_v, problem.tile(K))
+    common.launch(
+        path_states_kernel, problem.row_groups * H * cdiv(K, block),
+        entries, states, problem.path_starts, problem.group_sequence, *problem.table, problem.path_entries,
+        **common_constants(problem, entries.dtype, without=("G", "C", "EXACT")), BM=block, BK=problem.tile(K), MAPS=maps,
+        **launch.options,
+    )  # fmt: skip
+    return states
+
+
 def launch_output(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, factor: float, maps: Maps
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, factor: float, maps: Maps, states: Tensor
 ) -> Tensor:
     """o, from the chunks themselves and the entries before them."""
     launch = problem.config.output
@@ -99,9 +123,9 @@ def launch_output(
     o = common.scratch(tuple(v.shape), v.dtype, v.device)
     common.launch(
         output_kernel, problem.rows * problem.heads * cdiv(V, tile),
-        q, k, v, level_scales, maps.sums, maps.solve, maps.writes, maps.entries, o, problem.row_sequence,
-        *problem.table, problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1), v.stride(1),
-        level_scales.stride(1), factor, problem.levels, **common_constants(problem, v.dtype),
+        q, k, v, level_scales, maps.sums, maps.solve, maps.writes, maps.entries, states, o, problem.path_starts,
+        problem.row_sequence, *problem.table, problem.path_entries, problem.tokens, maps.sums.stride(0), q.stride(1),
+        k.stride(1), v.stride(1), level_scales.stride(1), factor, problem.levels, **common_constants(problem, v.dtype),
         LOG_C=problem.config.chunk.bit_length() - 1, BK=tile,
         **launch.options,
     )  # fmt: skip
@@ -159,4 +183,5 @@ def run_forward(inputs: list, scale: float, config: DeltaRuleConfig) -> tuple[Te
     q, k, v, g, beta, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config)
     maps = launch_maps(problem, k, v, g, beta)
-    return (launch_output(problem, q, k, v, level_scales, scale, maps),)
+    states = launch_path_states(problem, maps.entries)
+    return (launch_output(problem, q, k, v, level_scales, scale, maps, states),)

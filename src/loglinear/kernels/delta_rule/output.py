@@ -1,6 +1,7 @@
-"""OUTPUT: each chunk attends to itself under the λ mask, then its queries walk the entries that cover everything before it.
+"""OUTPUT: each chunk attends to itself under the λ mask, then its queries read the entries that cover everything before it.
 
-An entry says what to add, ``λ ∘ (Q S)``, and how to jump over it, ``Q <- Q A``: decay is part of A.
+An entry says what to add, ``λ ∘ (Q S)``, and how to jump over it, ``Q <- Q A``: decay is part of A. So the queries walk the
+entries within their group; the states of the others have been carried to the start of the group.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.common import (
+    GROUP,
     SUB,
     assemble_mask,
     load_sum,
@@ -18,10 +20,11 @@ from loglinear.kernels.common import (
     log2_of_power,
     lowbit,
     pair_decays,
-    path_length,
+    set_bits,
     store_tile,
 )
 from loglinear.kernels.delta_rule.group_maps import load_square
+from loglinear.kernels.delta_rule.path_states import path_start
 from loglinear.kernels.delta_rule.products import times_memory, token_products
 
 
@@ -50,30 +53,36 @@ def start_queries(q_tile, products, erased, high, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def walk(acc, queries, entries, rows, n, scales, stride, valid, factor, L, h, first_v, H: tl.constexpr,
+def walk(acc, queries, entries, states, rows, n, slot, scales, stride, valid, factor, L, h, first_v, H: tl.constexpr,
          K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
          PRECISION: tl.constexpr):  # fmt: skip
-    """Add ``λ ∘ (Q S)`` for every entry on the query path of chunk n, jumping over each with ``Q <- Q A``.
+    """Add ``λ ∘ (Q S)`` for every entry on the query path of chunk n: a jump ``Q <- Q A`` follows each of its group's own.
 
-    ``rows`` is row 0 of the sequence. A tile of S is as wide as A, so that they take turns in one loop: one of them arrives
-    while the other is multiplied, in the memory of two tiles and not of four.
+    Those before the group have states as seen from its start, all but the nearest from ``states`` (see path_states.py);
+    ``slot`` is the first of the group's, ``rows`` row 0 of the sequence. A tile of S is as wide as A, so that all take
+    turns in one loop: one of them arrives while the other is multiplied, in the memory of two tiles and not of four.
     """
     MASKED: tl.constexpr = (K % BK != 0) or (V % BK != 0)
+    own = 2 * set_bits(n % GROUP)
+    before = set_bits(n // GROUP)
     e = n
-    for step in range(2 * path_length(n, 0) - 1):
-        entry = entries + ((rows + e - 1).to(tl.int64) * H + h) * (K * (K + V))
-        jump = step % 2
-        first = tl.where(jump == 1, 0, K + first_v)
-        end = tl.where(jump == 1, K, K + V)
-        weight = tl.where(jump == 1, 0.0, entry_scales(scales, stride, valid, e, factor, L, C, LOG_C))
-        result = times_memory(queries, entry, first, 0, end, K + V, K, C, BK, BK, MASKED, PRECISION)
+    for step in range(own + before - (before == 0).to(tl.int32)):  # no jump past the last entry of all
+        j = step - own
+        jump = (j < 0) & (step % 2 == 1)
+        source = entries + (((rows + e - 1).to(tl.int64) * H + h) * (K * (K + V)) + tl.where(jump, 0, K))
+        source = tl.where(j > 0, states + ((slot + j).to(tl.int64) * H + h) * (K * V), source)
+        row_stride = tl.where(j > 0, V, K + V)
+        first = tl.where(jump, 0, first_v)
+        end = tl.where(jump, K, V)
+        weight = tl.where(jump, 0.0, entry_scales(scales, stride, valid, e, factor, L, C, LOG_C))
+        result = times_memory(queries, source, first, 0, end, row_stride, K, C, BK, BK, MASKED, PRECISION)
         acc += weight[:, None] * result
-        queries = tl.where(jump == 1, result.to(queries.dtype), queries)
-        e -= lowbit(e) * jump
+        queries = tl.where(jump, result.to(queries.dtype), queries)
+        e = tl.where(jump | (j >= 0), e & (e - 1), e)
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "paths", "all_tokens", "sums_stride", "L"])
 def output_kernel(
     q,
     k,
@@ -83,12 +92,15 @@ def output_kernel(
     solve,
     writes,
     entries,
+    states,  # [slots, H, K, V]
     o,
+    path_starts,
     row_sequence,
     sequences,
     T,
     N,
     NG,
+    paths,
     all_tokens,
     sums_stride,
     stride_q,
@@ -117,7 +129,7 @@ def output_kernel(
     row = pid % rows
     h = pid // rows % H
     first_v = pid // (rows * H) * BK
-    start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
+    start, length, row0, _, _, sequence = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
     if length < 0:
         return
     n = row - row0
@@ -142,6 +154,7 @@ def output_kernel(
     v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BK, first_v)
     acc = tl.dot((scores * mask).to(v_tile.dtype), v_tile, input_precision=PRECISION)
 
-    acc = walk(acc, queries, entries, row0, n, scales, stride_s, valid, factor, L, h, first_v, H, K, V, C, LOG_C, BK,
-               PRECISION)  # fmt: skip
+    slot = path_start(n // GROUP, sequence, path_starts, paths, PACKED)
+    acc = walk(acc, queries, entries, states, row0, n, slot, scales, stride_s, valid, factor, L, h, first_v, H, K, V, C,
+               LOG_C, BK, PRECISION)  # fmt: skip
     store_tile(o + origin * (H * V) + h * V, H * V, valid, acc, C, V, BK, first_v)

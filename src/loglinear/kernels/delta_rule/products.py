@@ -29,12 +29,12 @@ def row_slice(matrix, which, PARTS: tl.constexpr, SIZE: tl.constexpr, N: tl.cons
 
 
 @triton.jit
-def load_block(base, first_row, first, low, high, STRIDE: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr,
-               BC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Tile ``[BR, BC]`` of a matrix with ROWS rows of STRIDE elements, zero outside of it and of columns [low, high)."""
+def load_block(base, first_row, first, low, high, stride, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+               MASKED: tl.constexpr):  # fmt: skip
+    """Tile ``[BR, BC]`` of a matrix with ROWS rows of ``stride`` elements, zero outside of it and of columns [low, high)."""
     rows = first_row + tl.arange(0, BR)
     columns = first + tl.arange(0, BC)
-    pointers = base + (rows[:, None] * STRIDE + columns[None, :])
+    pointers = base + (rows[:, None] * stride + columns[None, :])
     if MASKED:
         inside = ((columns >= low) & (columns < high))[None, :] & (rows < ROWS)[:, None]
         tile = tl.load(pointers, mask=inside, other=0.0)
@@ -44,18 +44,18 @@ def load_block(base, first_row, first, low, high, STRIDE: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def times_memory(left, base, first, low, high, STRIDE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
-                 BK: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def times_memory(left, base, first, low, high, stride, ROWS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+                 BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``left [M, BK]`` times columns from ``first`` on, of those in [low, high), of a matrix of ROWS <= BK rows. float32."""
     if PRECISION == "ieee" and BK > FLOAT32_SLICE:
         total = tl.zeros([M, BN], tl.float32)
         for part in range(BK // FLOAT32_SLICE):
             row = part * FLOAT32_SLICE
-            tile = load_block(base, row, first, low, high, STRIDE, ROWS, FLOAT32_SLICE, BN, MASKED)
+            tile = load_block(base, row, first, low, high, stride, ROWS, FLOAT32_SLICE, BN, MASKED)
             part_of_left = column_slice(left, part, BK // FLOAT32_SLICE, M, FLOAT32_SLICE)
             total = tl.dot(part_of_left, tile, total, input_precision=PRECISION)
     else:
-        tile = load_block(base, 0, first, low, high, STRIDE, ROWS, BK, BN, MASKED)
+        tile = load_block(base, 0, first, low, high, stride, ROWS, BK, BN, MASKED)
         total = tl.dot(left, tile, input_precision=PRECISION)
     return total
 
