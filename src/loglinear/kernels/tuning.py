@@ -115,8 +115,8 @@ def float32_config(key_width: int) -> ScalarGateConfig:
 class DeltaRuleConfig:
     """Chunk size and all launches. ``block_v`` is a tile of the K + V columns of a map, or of V where a kernel tiles V.
 
-    ``segment`` is the largest number of chunks whose share of an entry's gradient one program sums: a power of two, at least
-    a group. ``least_tile`` is the width to which narrower tiles are padded.
+    ``segment`` is the largest number of groups whose share of an entry's gradient one program sums: a power of two.
+    ``least_tile`` is the width to which narrower tiles are padded.
     """
 
     chunk: int
@@ -129,6 +129,9 @@ class DeltaRuleConfig:
     path_queries: Launch
     path_grads: Launch
     entry_grads: Launch
+    path_state_grads: Launch
+    transport_grads: Launch
+    wide_entry_grads: Launch
     group_grads: Launch
     unit_grads: Launch
     score_grads: Launch
@@ -146,7 +149,7 @@ def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> D
     return NARROW_DELTA_RULE
 
 
-def uniform_delta_config(chunk: int, launch: Launch, segment: int = 16, least_tile: int = 16) -> DeltaRuleConfig:
+def uniform_delta_config(chunk: int, launch: Launch, segment: int = 8, least_tile: int = 16) -> DeltaRuleConfig:
     """Every kernel launched alike."""
     return DeltaRuleConfig(chunk, segment, least_tile, *[launch] * (len(dataclasses.fields(DeltaRuleConfig)) - 3))
 
@@ -156,7 +159,7 @@ def uniform_delta_config(chunk: int, launch: Launch, segment: int = 16, least_ti
 # The best of each kernel, measured: H200, Triton 3.6, bf16, B=2, T=16,384, H=G=16, K=V=128, 2026-11-22.
 NARROW_DELTA_RULE = DeltaRuleConfig(
     chunk=64,
-    segment=16,
+    segment=8,
     least_tile=64,
     chunk_maps=Launch(warps=4, stages=2, block_v=64),
     group_maps=Launch(warps=4, stages=2, block_v=64),
@@ -165,6 +168,9 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     path_queries=Launch(warps=4, stages=1, block_v=64),
     path_grads=Launch(warps=4, stages=1, block_v=128),
     entry_grads=Launch(warps=4, stages=3, block_v=64),
+    path_state_grads=Launch(warps=4, stages=3, block_v=64),
+    transport_grads=Launch(warps=4, stages=1, block_v=64),
+    wide_entry_grads=Launch(warps=4, stages=3, block_v=64),
     group_grads=Launch(warps=4, stages=2, block_v=64),
     unit_grads=Launch(warps=4, stages=2, block_v=64),
     score_grads=Launch(warps=4, stages=1, block_v=128),

@@ -10,14 +10,22 @@ from torch import Tensor
 
 from loglinear.kernels import common
 from loglinear.kernels.common import GROUP
-from loglinear.kernels.delta_rule.entry_grads import entry_grads_kernel, segment_sums_kernel
-from loglinear.kernels.delta_rule.forward import Maps, launch_maps, launch_path_queries
+from loglinear.kernels.delta_rule.entry_grads import entry_grads_kernel
+from loglinear.kernels.delta_rule.forward import (
+    FIRST_OF_TWO,
+    Maps,
+    launch_maps,
+    launch_path_queries,
+    launch_path_states,
+)
 from loglinear.kernels.delta_rule.group_grads import SPARE, group_grads_kernel
 from loglinear.kernels.delta_rule.key_grads import key_grads_kernel
 from loglinear.kernels.delta_rule.map_grads import map_grads_kernel
 from loglinear.kernels.delta_rule.path_grads import path_grads_kernel
 from loglinear.kernels.delta_rule.score_grads import PLANES, score_grads_kernel
+from loglinear.kernels.delta_rule.transport_grads import path_state_grads_kernel, transport_grads_kernel
 from loglinear.kernels.delta_rule.unit_grads import unit_grads_kernel
+from loglinear.kernels.delta_rule.wide_entry_grads import segment_sums_kernel, wide_entry_grads_kernel
 from loglinear.kernels.head_sums import sum_heads
 from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
@@ -74,51 +82,92 @@ def tiles(problem: Problem, launch: Launch, width: int) -> tuple[int, int]:
 
 
 def launch_path_grads(
-    problem: Problem, x: Inputs, out: Gradients, maps: Maps, queries: Tensor
+    problem: Problem, x: Inputs, out: Gradients, maps: Maps, states: Tensor, queries: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(gradients of the path's queries, those of the queries as seen from the start of their chunk ``[rows, H, C, K]``)."""
+    """Gradients of (the queries after each entry within their group, those at the start of their chunk ``[rows, H, C, K]``)."""
     H, K, C = problem.heads, problem.key_width, problem.config.chunk
-    path_grads = common.scratch(tuple(queries.shape), x.v.dtype, x.v.device)
+    inner_grads = common.scratch(tuple(queries[0].shape), x.v.dtype, x.v.device)
     query_grads = common.scratch((problem.rows, H, C, K), x.v.dtype, x.v.device)
     launch = problem.config.path_grads
     common.launch(
         path_grads_kernel, problem.rows * H,
-        x.do, x.level_scales, maps.entries, queries, path_grads, query_grads, out.dlevel_scales, problem.path_starts,
-        problem.row_sequence, *problem.table, problem.path_entries, x.do.stride(1), x.level_scales.stride(1),
-        out.dlevel_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype, without=("G", "EXACT")),
-        LOG_C=C.bit_length() - 1, BK=problem.tile(K), BV=tiles(problem, launch, problem.value_width)[0],
-        LEVELS=padded(problem.levels), **launch.options,
+        x.do, x.level_scales, maps.entries, states, *queries, inner_grads, query_grads, out.dlevel_scales,
+        problem.path_starts, problem.row_sequence, *problem.table, problem.path_entries, x.do.stride(1),
+        x.level_scales.stride(1), out.dlevel_scales.stride(1), x.factor, problem.levels,
+        **common_constants(problem, x.v.dtype, without=("G", "EXACT")), LOG_C=C.bit_length() - 1, BK=problem.tile(K),
+        BV=tiles(problem, launch, problem.value_width)[0], LEVELS=padded(problem.levels), **launch.options,
     )  # fmt: skip
-    return path_grads, query_grads
+    return inner_grads, query_grads
 
 
-def launch_entry_grads(problem: Problem, x: Inputs, queries: Tensor, path_grads: Tensor, grads: Tensor) -> None:
-    """The first rows of ``grads``: the gradients of all entries."""
+def launch_entry_grads(problem: Problem, x: Inputs, inner_queries: Tensor, inner_grads: Tensor, grads: Tensor) -> None:
+    """Rows of ``grads``: the gradients of the entries within a group."""
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
-    launch, segment = problem.config.entry_grads, problem.config.segment
+    launch = problem.config.entry_grads
     block = min(launch.block_v, problem.tile(max(K, V)))
-    count = cdiv(K, block) + cdiv(V, block)
-    # Those whose entries are longer than a segment, with the one that ends with the last chunk, which nothing reads.
-    levels = max(problem.chunks.bit_length() - segment.bit_length(), 0)
-    sequences = problem.batch if problem.sequences is None else problem.sequences.shape[0]
-    slots = problem.rows // segment + 1 + sequences
-    segments = common.scratch((levels, slots, H, K, K + V), x.v.dtype, x.v.device)
-    for long in (True, False) if levels else (False,):
-        units = problem.row_groups if long else problem.rows
+    common.launch(
+        entry_grads_kernel, problem.rows * H * (cdiv(K, block) + cdiv(V, block)),
+        x.do, x.level_scales, inner_queries, inner_grads, grads, problem.row_sequence, *problem.table, x.do.stride(1),
+        x.level_scales.stride(1), x.factor, problem.levels,
+        **common_constants(problem, x.v.dtype, without=("G", "EXACT")), LOG_C=C.bit_length() - 1, BK=problem.tile(K),
+        BN=block, **launch.options,
+    )  # fmt: skip
+
+
+def launch_transport_grads(problem: Problem, x: Inputs, entries: Tensor, group_queries: Tensor) -> Tensor:
+    """``[slots, H, K, K+V]``: what T_j made of ``[A_j | S_j]``, for entry j of every group's path; no dA for the last."""
+    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
+    path_grads = common.scratch((problem.path_slots, H, K, K + V), x.v.dtype, x.v.device)
+    constants = common_constants(problem, x.v.dtype, without=("G", "EXACT"))
+    launch = problem.config.path_state_grads
+    block, blocks = tiles(problem, launch, V)
+    common.launch(
+        path_state_grads_kernel, problem.row_groups * H * problem.high_levels * blocks,
+        x.do, x.level_scales, group_queries, path_grads, problem.path_starts, problem.group_sequence, *problem.table,
+        problem.path_entries, x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, problem.high_levels,
+        **constants, LOG_C=C.bit_length() - 1, BK=problem.tile(K), BN=block, **launch.options,
+    )  # fmt: skip
+    if problem.chunk_groups > FIRST_OF_TWO:
+        launch = problem.config.transport_grads
+        block, blocks = tiles(problem, launch, K)
+        constants.pop("C")
+        # An IEEE product holds its operands in registers over the whole inner size.
+        inner = min(block if x.v.dtype == torch.float32 else 128, problem.tile(V))
         common.launch(
-            entry_grads_kernel, (levels if long else 1) * units * H * count,
-            x.do, x.level_scales, queries, path_grads, segments if long else grads, problem.path_starts,
-            problem.group_sequence if long else problem.row_sequence, *problem.table, problem.path_entries,
-            x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, units, slots,
-            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), LOG_C=C.bit_length() - 1,
-            BK=problem.tile(K), BN=block, SEGMENT=segment, LONG=long, **launch.options,
+            transport_grads_kernel, problem.row_groups * H * blocks,
+            entries, path_grads, problem.path_starts, problem.group_sequence, *problem.table, problem.path_entries,
+            **constants, BM=block, BK=problem.tile(K), BV=inner, **launch.options,
+        )  # fmt: skip
+    return path_grads
+
+
+def launch_wide_entry_grads(
+    problem: Problem, entries: Tensor, states: Tensor, path_grads: Tensor, grads: Tensor
+) -> None:
+    """Rows of ``grads``: the gradients of the entries of whole groups."""
+    H, K, V, dtype = problem.heads, problem.key_width, problem.value_width, entries.dtype
+    launch, segment = problem.config.wide_entry_grads, problem.config.segment
+    block = min(launch.block_v, problem.tile(max(K, V)))
+    # Those whose entries are longer than a segment, with the one that ends with the last group, which nothing reads.
+    levels = max(problem.chunk_groups.bit_length() - segment.bit_length(), 0)
+    sequences = problem.batch if problem.sequences is None else problem.sequences.shape[0]
+    slots = problem.row_groups // segment + 1 + sequences
+    segments = common.scratch((levels, slots, H, K, K + V), dtype, entries.device)
+    programs = problem.row_groups * H * (cdiv(K, block) + cdiv(V, block))
+    for long in (True, False) if levels else (False,):
+        common.launch(
+            wide_entry_grads_kernel, programs * (levels if long else 1),
+            entries, states, path_grads, segments if long else grads, problem.path_starts, problem.group_sequence,
+            *problem.table, problem.path_entries, problem.row_groups, slots,
+            **common_constants(problem, dtype, without=("G", "EXACT")), BK=problem.tile(K), BN=block,
+            BT=min(launch.block_v, 64, problem.tile(K)), SEGMENT=segment, LONG=long, **launch.options,
         )  # fmt: skip
     if levels:
         size = K * (K + V)
         part = min(2048, padded(size))
         common.launch(
             segment_sums_kernel, problem.row_groups * H * cdiv(size, part),
-            segments, grads, problem.group_sequence, *problem.table, problem.row_groups, slots, H=H, SIZE=size, C=C,
+            segments, grads, problem.group_sequence, *problem.table, slots, H=H, SIZE=size, C=problem.config.chunk,
             SEGMENT=segment, BLOCK=part, PACKED=problem.packed, num_warps=4,
         )  # fmt: skip
 
@@ -211,12 +260,17 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients) -> None:
     """The whole backward of the heads that x and out hold."""
     K, V = problem.key_width, problem.value_width
     maps = launch_maps(problem, x.k, x.v, x.g, x.beta, prefixes=True)
+    states = launch_path_states(problem, maps.entries, maps=True)
     queries = launch_path_queries(problem, x.q, x.k, maps)
-    path_grads, query_grads = launch_path_grads(problem, x, out, maps, queries)
+    inner_grads, query_grads = launch_path_grads(problem, x, out, maps, states, queries)
     spare = SPARE.value * max(tier.groups for tier in problem.tiers)
     grads = common.scratch((problem.rows + spare, problem.heads, K, K + V), x.v.dtype, x.v.device)
-    launch_entry_grads(problem, x, queries, path_grads, grads)
-    del queries, path_grads
+    launch_entry_grads(problem, x, queries[0], inner_grads, grads)
+    if problem.chunk_groups > 1:
+        path_grads = launch_transport_grads(problem, x, maps.entries, queries[1])
+        launch_wide_entry_grads(problem, maps.entries, states, path_grads, grads)
+        del path_grads
+    del states, queries, inner_grads
     launch_tree_grads(problem, x, maps, grads)
     scores, gains = launch_score_grads(problem, x, out, maps, query_grads)
     key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, query_grads, scores)
@@ -230,10 +284,10 @@ def heads_at_a_time(problem: Problem, x: Inputs) -> int:
     Heads do not meet but in the sums over a group, which are in a fixed order, so this changes no bit.
     """
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
-    paths = problem.path_entries * (1 if problem.packed else problem.batch)
-    # The queries of all paths and their gradients are gone when the scores and the shares of dk come.
+    # What belongs to the paths is gone when the scores and the shares of dk come.
+    paths = problem.rows * 4 * C * K + 2 * problem.path_slots * K * (K + V)
     later = problem.rows * C * (2 * K + PLANES.value * C)
-    elements = problem.rows * (K * (K + V) * 4 + C * (2 * K + V + C)) + max(2 * paths * C * K, later)
+    elements = problem.rows * (K * (K + V) * 4 + C * (2 * K + V + C)) + max(paths, later)
     given = sum(2 * y.numel() * y.element_size() for y in (x.q, x.k, x.v, x.do))
     allowed = max(given, UNSLICED) // max(elements * x.v.element_size(), 1)
     per_group = problem.heads_per_group

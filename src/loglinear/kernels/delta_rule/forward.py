@@ -132,22 +132,23 @@ def launch_output(
     return o
 
 
-def launch_path_queries(problem: Problem, q: Tensor, k: Tensor, maps: Maps) -> Tensor:
-    """``[slots, H, C, K]`` low: the queries of each chunk before each entry of its path, nearest entry first.
+def launch_path_queries(problem: Problem, q: Tensor, k: Tensor, maps: Maps) -> tuple[Tensor, Tensor]:
+    """(the queries of each chunk before each entry of its path within the group, as seen from the start of the group), low.
 
-    Entry i on the path of chunk n is at slot ``path_queries.path_start + i``.
+    ``[1.5 rows, H, C, K]``, entry i of chunk n at slot ``path_queries.inner_start + i``, nearest first; and
+    ``[rows, H, C, K]``, undefined in the first group of a sequence.
     """
-    slots = problem.path_entries * (1 if problem.packed else problem.batch)
-    shape = (slots, problem.heads, problem.config.chunk, problem.key_width)
-    queries = common.scratch(shape, q.dtype, q.device)
+    shape = (problem.heads, problem.config.chunk, problem.key_width)
+    inner_queries = common.scratch((problem.rows * 3 // 2, *shape), q.dtype, q.device)
+    group_queries = common.scratch((problem.rows, *shape), q.dtype, q.device)
     launch = problem.config.path_queries
     common.launch(
         path_queries_kernel, problem.rows * problem.heads,
-        q, k, maps.sums, maps.writes, maps.entries, queries, problem.path_starts, problem.row_sequence, *problem.table,
-        problem.path_entries, problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1),
-        **common_constants(problem, q.dtype), BK=problem.tile(problem.key_width), **launch.options,
+        q, k, maps.sums, maps.writes, maps.entries, inner_queries, group_queries, problem.row_sequence, *problem.table,
+        problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1), **common_constants(problem, q.dtype),
+        BK=problem.tile(problem.key_width), **launch.options,
     )  # fmt: skip
-    return queries
+    return inner_queries, group_queries
 
 
 def forward(

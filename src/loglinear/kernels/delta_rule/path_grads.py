@@ -1,8 +1,9 @@
-"""PATH GRADIENTS: every chunk's walk over its query path backwards, from the oldest entry to the nearest.
+"""PATH GRADIENTS: every chunk's way over its query path backwards, from the oldest entry to the nearest.
 
-An entry (A, S) that the queries Q meet gives ``O += λ ∘ (Q S)`` and ``Q' = Q A``. So with dQ' known, the products ``dO Sᵀ`` and
-``dQ' Aᵀ`` give dλ, and dQ, which is dQ' of the entry before. What is left at the end is the gradient of the queries as seen
-from the start of their chunk. Every dQ' is kept for the gradients of the entries.
+The states before the group, as seen from its start, give ``O += λ ∘ (Q S)`` each, so ``dO Sᵀ`` gives dλ and their sum dQ. An
+entry (A, S) within the group gives ``Q' = Q A`` besides: with dQ' known, ``dQ' Aᵀ`` is the other part of dQ, which is dQ' of
+the entry before. What is left at the end is the gradient of the queries as seen from the start of their chunk. Every dQ' is
+kept for the gradients of the entries.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import bit_length, load_tile, locate, path_length
+from loglinear.kernels.common import GROUP, bit_length, load_tile, locate, log2_of_power, lowbit, set_bits
 from loglinear.kernels.delta_rule.group_maps import map_tile
-from loglinear.kernels.delta_rule.path_queries import path_start
+from loglinear.kernels.delta_rule.path_queries import inner_start
+from loglinear.kernels.delta_rule.path_states import path_start
 from loglinear.kernels.delta_rule.products import times_transposed
-from loglinear.kernels.delta_rule.tiles import load_part, store_part
+from loglinear.kernels.delta_rule.tiles import load_part, load_part_if, store_part
 
 
 @triton.jit
@@ -33,13 +35,25 @@ def entry_product(do_head, stride_do, valid, entry, C: tl.constexpr, K: tl.const
     return product
 
 
+@triton.jit
+def state_gradient(product, queries, scales, stride, valid, tree_level, factor, L, LOG_C: tl.constexpr, C: tl.constexpr,
+                   LEVELS: tl.constexpr):  # fmt: skip
+    """(share of dQ, of dλ ``[C, LEVELS]``) of a state of 2^tree_level chunks, from ``product = dO Sᵀ`` and the queries."""
+    level = tl.minimum(tree_level + LOG_C + 1, L - 1)
+    scale = tl.load(scales + (tl.arange(0, C) * stride + level), mask=valid, other=0.0).to(tl.float32) * factor
+    gain = tl.sum(product * queries.to(tl.float32), axis=1) * factor
+    return scale[:, None] * product, tl.where(tl.arange(0, LEVELS)[None, :] == level, gain[:, None], 0.0)
+
+
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths", "L"])
 def path_grads_kernel(
     do,
     level_scales,
     entries,
-    path_queries,  # [slots, H, C, K] queries before each entry of each path
-    path_grads,  # [slots, H, C, K] gradient of the queries after it; none for the last entry of a path, where it is zero
+    states,  # [slots, H, K, K+V], as path_states leaves them
+    inner_queries,  # [1.5 rows, H, C, K] queries before each entry within their group
+    group_queries,  # [rows, H, C, K] queries as seen from the start of their group
+    inner_grads,  # [1.5 rows, H, C, K] gradient of the queries after it; none for the last entry of all, where it is zero
     query_grads,  # [rows, H, C, K] gradient of the queries as seen from the start of their chunk
     dlevel_scales,
     path_starts,
@@ -66,6 +80,7 @@ def path_grads_kernel(
     PRECISION: tl.constexpr,
 ):
     """Grid: H x rows, rows fastest. float32: accumulators, dλ. The gradient is rounded before each product with A."""
+    SIZE: tl.constexpr = K * (K + V)
     rows = tl.num_programs(0) // H
     pid = tl.program_id(0)
     row = pid % rows
@@ -74,35 +89,48 @@ def path_grads_kernel(
     if length < 0:
         return
     n = row - row0
+    m = n // GROUP
     in_chunk = tl.arange(0, C)
     valid = in_chunk < length - n * C
     origin = (start + n * C).to(tl.int64)
+    unit = row.to(tl.int64) * H + h
     scales = level_scales + origin * stride_s + h * L
     do_head = do + origin * stride_do + h * V
-    count = path_length(n, 0)
-    slot = path_start(n, sequence, path_starts, paths, PACKED) + count
-    dtype = path_grads.dtype.element_ty
-    columns = tl.arange(0, LEVELS)[None, :]
+    dtype = inner_grads.dtype.element_ty
     gradient = tl.zeros([C, LEVELS], tl.float32)
     acc = tl.zeros([C, BK], tl.float32)
-    rest = n
-    for i in range(count):
+
+    slot = path_start(m, sequence, path_starts, paths, PACKED)
+    nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * H + h) * SIZE
+    queries = load_part_if(m > 0, group_queries + unit * (C * K), 0, 0, K, C, K, C, BK)
+    rest = n - n % GROUP
+    for j in range(set_bits(m)):
+        source = tl.where(j > 0, states + ((slot + j).to(tl.int64) * H + h) * SIZE, nearest)
+        product = entry_product(do_head, stride_do, valid, source, C, K, V, BK, BV, PRECISION)
+        tree_level = log2_of_power(lowbit(rest))
+        share, gain = state_gradient(product, queries, scales, stride_s, valid, tree_level, factor, L, LOG_C, C, LEVELS)
+        acc += share
+        gradient += gain
+        rest &= rest - 1
+
+    rest = n % GROUP
+    slot = inner_start(n, row0) + set_bits(rest)
+    for i in range(set_bits(rest)):
         slot -= 1
         place = (slot.to(tl.int64) * H + h) * (C * K)
         tree_level = bit_length(rest) - 1
         rest -= 1 << tree_level
-        entry = entries + ((row0 + n - rest - 1).to(tl.int64) * H + h) * (K * (K + V))
-        if i > 0:
+        entry = entries + ((row0 + n - rest - 1).to(tl.int64) * H + h) * SIZE
+        if (i > 0) | (m > 0):
             after = acc.to(dtype)
-            store_part(path_grads + place, after, 0, 0, K, C, K, C, BK)
+            store_part(inner_grads + place, after, 0, 0, K, C, K, C, BK)
             acc = times_transposed(after, entry, K + V, K, C, BK, PRECISION)
-        level = tl.minimum(tree_level + LOG_C + 1, L - 1)
-        scale = tl.load(scales + (in_chunk * stride_s + level), mask=valid, other=0.0).to(tl.float32) * factor
         product = entry_product(do_head, stride_do, valid, entry, C, K, V, BK, BV, PRECISION)
-        acc += scale[:, None] * product
-        queries = load_part(path_queries + place, 0, 0, K, C, K, C, BK)
-        gain = tl.sum(product * queries.to(tl.float32), axis=1) * factor
-        gradient += tl.where(columns == level, gain[:, None], 0.0)
-    store_part(query_grads + (row.to(tl.int64) * H + h) * (C * K), acc, 0, 0, K, C, K, C, BK)
+        queries = load_part(inner_queries + place, 0, 0, K, C, K, C, BK)
+        share, gain = state_gradient(product, queries, scales, stride_s, valid, tree_level, factor, L, LOG_C, C, LEVELS)
+        acc += share
+        gradient += gain
+    store_part(query_grads + unit * (C * K), acc, 0, 0, K, C, K, C, BK)
+    columns = tl.arange(0, LEVELS)[None, :]
     place = dlevel_scales + origin * stride_ds + h * L + (in_chunk[:, None] * stride_ds + columns)
     tl.store(place, gradient.to(dlevel_scales.dtype.element_ty), mask=valid[:, None] & (columns < L))

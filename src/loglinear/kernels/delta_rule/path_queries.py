@@ -1,24 +1,28 @@
-"""PATH QUERIES: what the queries of a chunk are before each entry of its path, for the backward, which walks it back."""
+"""PATH QUERIES: what the queries of a chunk are before each entry of their path within the group, and at the group's start.
+
+For the backward, which walks the path back. The entries before the group are met by states that are carried to its start.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import load_sum, load_tile, locate, lowbit, path_length, set_bits_before
+from loglinear.kernels.common import GROUP, load_sum, load_tile, locate, lowbit, set_bits, set_bits_before
 from loglinear.kernels.delta_rule.group_maps import load_square, map_tile
 from loglinear.kernels.delta_rule.output import local_products, start_queries
 from loglinear.kernels.delta_rule.products import times_memory
 
+IN_GROUP = tl.constexpr(12)  # entries that lie within a group on the paths of its chunks: bits set in 0 … 7
+
 
 @triton.jit
-def path_start(n, sequence, path_starts, paths, PACKED: tl.constexpr):
-    """Slot of the first entry on the path of chunk n in an array of all paths."""
-    if PACKED:
-        before = tl.load(path_starts + sequence)
-    else:
-        before = sequence * paths
-    return before + set_bits_before(n)
+def inner_start(n, row0):
+    """Slot of the first entry on the path of chunk n in an array of all that lie within their group.
+
+    The first N chunks of a sequence have at most 1.5 N, so that each sequence has room from 1.5 times its first row on.
+    """
+    return row0 + row0 // 2 + n // GROUP * IN_GROUP + set_bits_before(n % GROUP)
 
 
 @triton.jit
@@ -27,21 +31,20 @@ def store_queries(base, tile, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr
     tl.store(pointers, tile, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "paths"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def path_queries_kernel(
     q,
     k,
     sums,
     writes,
     entries,
-    path_queries,  # [slots, H, C, K] queries before each entry of each path, nearest entry first
-    path_starts,
+    inner_queries,  # [1.5 rows, H, C, K] queries before each entry within their group, nearest entry first
+    group_queries,  # [rows, H, C, K] queries as seen from the start of their group; none in a sequence's first
     row_sequence,
     sequences,
     T,
     N,
     NG,
-    paths,
     all_tokens,
     sums_stride,
     stride_q,
@@ -61,7 +64,7 @@ def path_queries_kernel(
     pid = tl.program_id(0)
     row = pid % rows
     h = pid // rows
-    start, length, row0, _, _, sequence = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
+    start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
     n = row - row0
     if (length < 0) | (n == 0):
         return
@@ -76,11 +79,14 @@ def path_queries_kernel(
     q_tile = load_tile(q_head, stride_q, valid, C, K, BK, 0)
     erased = load_square(writes + unit * (C * (K + V)), K + V, C, K, C, BK)
     queries = start_queries(q_tile, products, erased, high, PRECISION)
-    slot = path_start(n, sequence, path_starts, paths, PACKED)
-    store_queries(path_queries + (slot.to(tl.int64) * H + h) * (C * K), queries, K, C, BK)
+    slot = inner_start(n, row0)
+    first_group = n < GROUP
     e = n
-    for i in range(1, path_length(n, 0)):
+    for _ in range(set_bits(n % GROUP) - first_group.to(tl.int32)):  # no jump past the last entry of all
+        store_queries(inner_queries + (slot.to(tl.int64) * H + h) * (C * K), queries, K, C, BK)
         entry = entries + ((row0 + e - 1).to(tl.int64) * H + h) * (K * (K + V))
         queries = times_memory(queries, entry, 0, 0, K, K + V, K, C, BK, BK, K % BK != 0, PRECISION).to(queries.dtype)
-        store_queries(path_queries + ((slot + i).to(tl.int64) * H + h) * (C * K), queries, K, C, BK)
+        slot += 1
         e -= lowbit(e)
+    last = tl.where(first_group, inner_queries + (slot.to(tl.int64) * H + h) * (C * K), group_queries + unit * (C * K))
+    store_queries(last, queries, K, C, BK)
