@@ -49,7 +49,7 @@ def config_for(delta: bool, dtype: torch.dtype, tile: int):
     """Chunks of 16 tokens, and tiles of ``tile`` columns."""
     launch = Launch(warps=4, stages=1, block_v=tile)
     if delta:
-        return uniform_delta_config(16, launch)
+        return uniform_delta_config(16, launch, segment=1)
     config = float32_config(tile) if dtype == torch.float32 else low_precision_config(16, 4)
     names = ("states", "output", "windows", "chunk_grads", "local", "value", "query", "key")
     launches = dict.fromkeys(names, launch)
