@@ -166,3 +166,4 @@ def test_tables_of_tiers_and_paths(device):
     lengths = [sum(i.bit_count() for i in range((n + 7) // 8)) for n in chunks]
     assert [set_bits_before((n + 7) // 8) for n in chunks] == lengths
     assert problem.path_starts.tolist() == [sum(lengths[:i]) for i in range(5)]
+    assert problem.path_slots >= sum(lengths)
