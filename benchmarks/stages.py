@@ -115,7 +115,7 @@ def candidates(delta: bool) -> list[tuple[str, Config]]:
     for chunk, warps, depths, tiles in shapes:
         for stages in depths:
             for tile in tiles:
-                launch = Launch(warps, stages, tile)
+                launch = Launch(warps, stages, tile, block_k=128 if delta else None)
                 base = uniform_delta_config(chunk, launch) if delta else low_precision_config(chunk, warps, heads=12)
                 found.append((f"chunk {chunk} warps {warps} stages {stages} tile {tile}", uniform(base, launch)))
     return found

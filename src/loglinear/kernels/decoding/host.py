@@ -7,6 +7,7 @@ Special about this file: tiles follow from widths alone, never from B, so that a
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -17,10 +18,22 @@ from loglinear.kernels.decoding.delta_step import delta_step_kernel
 from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
 from loglinear.kernels.problem import cdiv, padded
 
-BLOCK_V = (
-    32  # columns a program owns: more, and few rows leave multiprocessors idle; fewer, and loads fall below 64 bytes
-)
-STAGES = 3  # entries in flight at once in one program
+
+@dataclass(frozen=True)
+class Launch:
+    """Columns of V that a program owns, warps, and entries in flight at once in one program (of 16 bits; of 32, fewer)."""
+
+    block_v: int
+    warps: int
+    stages: int
+    wide_stages: int
+
+
+# Measured on an H200 (Triton 3.6, 2026-11-22): B = 64 at 16K tokens, B = 16 at 131K, B = 1 at a million. Few columns a program
+# keep all multiprocessors busy at B = 1; two warps leave room for more programs at B = 64; deep pipelines serve both.
+SCALAR_GATE = Launch(block_v=32, warps=2, stages=6, wide_stages=4)
+DELTA_RULE = Launch(block_v=64, warps=4, stages=3, wide_stages=3)
+MANY_KEYS = Launch(block_v=32, warps=8, stages=3, wide_stages=2)  # K > 128
 
 
 @lru_cache(maxsize=4096)
@@ -46,13 +59,18 @@ def rows_of(x: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
 
 
 @lru_cache(maxsize=256)
-def constants(q: torch.Size, v: torch.Size, gated: bool, chunk: int) -> tuple[int, dict]:
-    """Programs to start, and the compile-time arguments and launch options that both kernels share; shapes of q and v."""
-    tile_k, tile_v = padded(q[3]), min(BLOCK_V, padded(v[3]))
+def constants(q: torch.Size, v: torch.Size, gated: bool, chunk: int, wide: bool, narrow: Launch) -> tuple[int, dict]:
+    """Programs to start, and the compile-time arguments and launch options that both kernels share.
+
+    q, v: shapes. wide: whether entries are float32. narrow: the launch where K is at most 128.
+    """
+    tile_k = padded(q[3])
+    launch = narrow if tile_k <= 128 else MANY_KEYS
+    tile_v = min(launch.block_v, padded(v[3]))
     programs = v[0] * v[2] * cdiv(v[3], tile_v) if v[1] else 0
     return programs, dict(
         H=v[2], G=q[2], K=q[3], V=v[3], C=chunk, LOG_C=chunk.bit_length() - 1, BK=tile_k, BV=tile_v,
-        HAS_GATE=gated, STAGES=STAGES, num_warps=4 if tile_k <= 128 else 8,
+        HAS_GATE=gated, STAGES=launch.wide_stages if wide else launch.stages, num_warps=launch.warps,
     )  # fmt: skip
 
 
@@ -72,7 +90,8 @@ def scalar_step(
     q, k ``[B, T, G, K]`` and v ``[B, T, H, V]`` of the dtype of ``state.open_k``, 32 or 16 bits; g, level_scales any float.
     """
     o = common.scratch(v.shape, v.dtype, v.device)
-    programs, options = constants(q.shape, v.shape, g is not None, state.chunk_size)
+    wide = state.entries.dtype == torch.float32
+    programs, options = constants(q.shape, v.shape, g is not None, state.chunk_size, wide, SCALAR_GATE)
     inputs, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, level_scales)))
     if programs:
         common.launch(
@@ -97,7 +116,8 @@ def delta_step(
 ) -> Tensor:
     """The same with the delta rule; ``normalize`` divides q and k by their lengths first."""
     o = common.scratch(v.shape, v.dtype, v.device)
-    programs, options = constants(q.shape, v.shape, g is not None, state.chunk_size)
+    wide = state.entries.dtype == torch.float32
+    programs, options = constants(q.shape, v.shape, g is not None, state.chunk_size, wide, DELTA_RULE)
     inputs, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, beta, level_scales)))
     if programs:
         common.launch(
