@@ -163,7 +163,9 @@ def mamba2_step(shape: Shape) -> Callable[[], Tensor]:
     state = torch.randn(B, H, V, K, dtype=shape.dtype, device="cuda")
     step = (-x["g"][:, 0]).unsqueeze(-1).expand(B, H, V)
     rate = -torch.ones(H, device="cuda")[:, None, None].expand(H, V, K)
-    return lambda: selective_state_update(state, x["v"][:, 0], step, rate, x["k"][:, 0], x["q"][:, 0])
+    zero = torch.zeros(H, device="cuda")[:, None].expand(H, V)  # it may do without D and a bias of dt, but fails then
+    tokens = (x["v"][:, 0], step, rate, x["k"][:, 0], x["q"][:, 0])
+    return lambda: selective_state_update(state, *tokens, D=zero, dt_bias=zero)
 
 
 def fla_log_linear_step(shape: Shape, context: int) -> Callable[[], Tensor]:
