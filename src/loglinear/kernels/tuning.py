@@ -162,7 +162,7 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     segment=8,
     least_tile=64,
     chunk_maps=Launch(warps=4, stages=2, block_v=64),
-    group_maps=Launch(warps=4, stages=1, block_v=64),
+    group_maps=Launch(warps=4, stages=2, block_v=64),
     path_states=Launch(warps=4, stages=2, block_v=64),
     output=Launch(warps=4, stages=3, block_v=64),
     path_queries=Launch(warps=4, stages=1, block_v=64),
