@@ -28,7 +28,27 @@ def test_greedy_text_is_the_argmax_of_every_step(finished_run, capsys):
             ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
     assert captured.out.strip() == (PROMPT + tokenizer.decode(ids[0, length:])).strip()
     # The last token is written but never read.
-    assert f"after {length + 11} tokens: recurrent state" in captured.err
+    assert f"after {length + 11} tokens, room for {length + 12}: recurrent state" in captured.err
+    assert re.search(r" bytes in 1 layers; \d+\.\d\d ms per token$", captured.err.strip())
+
+
+def test_room_for_a_million_tokens(finished_run, capsys):
+    """The text does not depend on the room; the state is a few slots larger."""
+    texts, sizes = [], []
+    for options in ([], ["--context", "1000000"]):
+        options = ["--prompt", PROMPT, "--max-new-tokens", "80", "--temperature", "0", *options]
+        assert main(["generate", str(finished_run), *options]) == 0
+        captured = capsys.readouterr()
+        texts.append(captured.out)
+        sizes.append(int(re.findall(r"recurrent state ([\d,]+) bytes", captured.err)[0].replace(",", "")))
+    assert texts[0] == texts[1]
+    assert "room for 1,000,000: " in captured.err
+    assert sizes[0] < sizes[1] < 12 * sizes[0]
+
+
+def test_a_context_that_is_too_short_is_named(finished_run, capsys):
+    assert main(["generate", str(finished_run), "--prompt", PROMPT, "--context", "20"]) == 1
+    assert re.search(r"context must be at least 2\d\d, prompt and new tokens together: got 20", capsys.readouterr().err)
 
 
 def test_sampling_follows_the_seed_and_reads_a_file(finished_run, tmp_path, capsys):

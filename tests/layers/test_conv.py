@@ -52,6 +52,23 @@ def test_packed_sequences_cannot_see_each_other(conv):
     torch.testing.assert_close(y, torch.cat(continued, dim=1), rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_the_tail_in_place(conv):
+    """One token at a time, several, and packed: the same tail, in the buffer that was given."""
+    x = torch.randn(2, 11, CHANNELS, dtype=torch.float64)
+    tail = x.new_zeros(2, conv.width - 1, CHANNELS)
+    pieces = []
+    for piece in x.split([1, 1, 5, 1, 3], dim=1):
+        y, new = conv(piece, tail, in_place=True)
+        assert new is tail
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), oracle(conv, x), rtol=0, atol=1e-12)
+    more = torch.randn(1, 3, CHANNELS, dtype=torch.float64)
+    want, after = conv(more, tail.clone(), torch.tensor([0, 2, 3]))
+    assert torch.equal(conv(more, tail, torch.tensor([0, 2, 3]), in_place=True)[0], want)
+    assert torch.equal(tail, after)
+
+
 def test_gradients_flow_through_the_tail():
     conv = ShortConvolution(CHANNELS, bias=False).double()
     x = torch.randn(1, 6, CHANNELS, dtype=torch.float64, requires_grad=True)

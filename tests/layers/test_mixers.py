@@ -156,6 +156,90 @@ def test_states_are_functional_and_carry_gradients(name):
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_a_state_for_decoding_is_updated_in_place(name):
+    """From any position, by calls of any length and packed ones: the ordinary results, in the same object and buffers."""
+    mixer, hidden = make(name), torch.randn(3, 230, HIDDEN, dtype=torch.float64)
+    want = mixer(hidden)[0]
+    _, ordinary = mixer(hidden[:, :60], output_state=True)
+    kept, state = ordinary.clone(), ordinary.for_decoding(300)
+    where = [tensor.data_ptr() for tensor in state._tensors()]
+    pieces, lengths = [], [1, 1, 3, 0, 64, 1, 65, 2, 33]
+    for piece in hidden[:, 60:].split(lengths, dim=1):
+        out, after = mixer(piece, state, output_state=True)
+        pieces.append(out)
+        assert after is state
+    torch.testing.assert_close(torch.cat(pieces, dim=1), want[:, 60:], rtol=0, atol=1e-10)
+    assert state.position.tolist() == [230] * 3
+    assert [tensor.data_ptr() for tensor in state._tensors()] == where
+    for one, other in zip(ordinary._tensors(), kept._tensors()):
+        assert torch.equal(one, other), "a state for decoding shares nothing with the state it was made from"
+
+    more = [5, 0, 1]
+    packed = torch.randn(1, sum(more), HIDDEN, dtype=torch.float64)
+    out, after = mixer(packed, state, True, torch.tensor([0, *more]).cumsum(0))
+    assert after is state
+    assert state.position.tolist() == [230 + n for n in more]
+    token = torch.randn(3, 1, HIDDEN, dtype=torch.float64)
+    last, _ = mixer(token, state)
+    for row, piece in enumerate(packed.split(more, dim=1)):
+        alone = mixer(torch.cat([hidden[row : row + 1], piece, token[row : row + 1]], dim=1))[0]
+        torch.testing.assert_close(last[row], alone[0, -1:], rtol=0, atol=1e-10)
+        torch.testing.assert_close(out.split(more, dim=1)[row], alone[:, 230:-1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_a_state_for_decoding_comes_back(name):
+    """To an ordinary state, to a snapshot, and into buffers with more room."""
+    mixer, hidden = make(name), torch.randn(2, 140, HIDDEN, dtype=torch.float64)
+    want = mixer(hidden)[0][:, 130:]
+    _, ordinary = mixer(hidden[:, :130], output_state=True)
+    assert ordinary.ordinary() is ordinary
+    state = ordinary.for_decoding(140)
+    snapshot, grown, back = state.clone(), state.grow(1000).clone(), state.ordinary()
+    assert not back.in_place
+    assert grown.max_context is None or grown.max_context >= 1000
+    mixer(hidden[:, 7:9], state)
+    for one in (back, state.restore_(snapshot), grown):
+        torch.testing.assert_close(mixer(hidden[:, 130:], one)[0], want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_under_autograd_a_state_for_decoding_is_left_alone(name):
+    mixer, hidden = make(name), torch.randn(2, 80, HIDDEN, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        state = mixer(hidden[:, :70], output_state=True)[1].for_decoding(100)
+    kept = state.clone()
+    out, after = mixer(hidden[:, 70:], state, output_state=True)
+    assert not after.in_place
+    assert all(torch.equal(one, other) for one, other in zip(state._tensors(), kept._tensors()))
+    (gradient,) = torch.autograd.grad(out.square().sum(), hidden)
+    assert (gradient[:, 70:] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_bfloat16_steps_stay_close(name):
+    """In bfloat16 and under autocast, with the switch of dtypes that a state made elsewhere brings."""
+    mixer, hidden = make(name).float(), torch.randn(2, 100, HIDDEN)
+    want = mixer(hidden)[0][:, 60:]
+
+    def decode(hidden):
+        _, state = mixer(hidden[:, :60], output_state=True)
+        state = state.for_decoding(100)
+        return torch.cat([mixer(token, state)[0] for token in hidden[:, 60:].split(1, dim=1)], dim=1)
+
+    plain = mixer(hidden[:, :60], output_state=True)[1].for_decoding(100)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, switched = decode(hidden), mixer(hidden[:, 60:], plain)[0]
+    low = mixer.bfloat16() and decode(hidden.bfloat16())
+    for out in (mixed, switched, low):
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - want).norm() / want.norm() < 0.03
+
+
 @pytest.mark.parametrize("name", RECURRENT)
 def test_initialisation(name):
     torch.manual_seed(1)

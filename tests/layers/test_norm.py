@@ -1,5 +1,6 @@
 """Norms against torch's own rms_norm."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -31,3 +32,19 @@ def test_the_gate_stands_before_or_after_the_norm():
     before, after = GatedRMSNorm(6, gate_first=True), GatedRMSNorm(6, gate_first=False)
     torch.testing.assert_close(before(x, gate), F.rms_norm(x * F.silu(gate), (6,), eps=1e-6))
     torch.testing.assert_close(after(x, gate), F.rms_norm(x, (6,), eps=1e-6) * F.silu(gate))
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, GatedRMSNorm])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")])
+def test_without_gradients_it_is_the_same_norm(kind, dtypes):
+    """torch's own rms_norm then, with inputs and weights of one dtype or, under autocast, of two."""
+    torch.manual_seed(0)
+    x_dtype, weight_dtype = (getattr(torch, name) for name in dtypes)
+    norm = kind(96).to(weight_dtype)
+    torch.nn.init.normal_(norm.weight)
+    inputs = [3 * torch.randn(20, 96).to(x_dtype) for _ in range(2 if kind is GatedRMSNorm else 1)]
+    want = norm(*inputs)
+    with torch.no_grad():
+        out = norm(*inputs)
+    assert out.dtype == want.dtype == x_dtype
+    torch.testing.assert_close(out, want, rtol=torch.finfo(x_dtype).eps, atol=0)

@@ -67,20 +67,36 @@ def test_crop(filled, mixer):
 
 
 def test_bytes_are_those_of_the_tensors(filled, mixer):
-    """Attention grows by every token, linear models not at all, log-linear ones by a bucket per doubling of chunks."""
+    """Room for tokens to come is counted. Keys and values grow by a quarter at once, log-linear states by doublings."""
     model, ids, cache = filled
     with torch.no_grad():
-        longer = model(ids.repeat(1, 8)).past_key_values  # 560 tokens: 8 chunks, in one bucket, and 48 more
+        longer = model(ids.repeat(1, 8)).past_key_values
         double = model(ids.repeat(1, 16)).past_key_values
     sizes = [cache_nbytes(one) for one in (cache, longer, double)]
     rows, heads, width = 3, 2, 6
     if mixer == "attention":
-        assert sizes == [3 * (2 * 8 * rows * tokens * heads * width + 8 * rows) for tokens in (70, 560, 1120)]
-    elif mixer in ("mamba2", "gated_deltanet"):
-        assert sizes[0] == sizes[1] == sizes[2]
+        assert sizes == [3 * (2 * 8 * rows * room * heads * width + 8 * rows) for room in (70 + 256, 560 + 256, 1400)]
     elif isinstance(mixer, str):
-        growth = [sizes[1] - sizes[0], sizes[2] - sizes[1]]
-        assert 0 < growth[1] < growth[0] < sizes[0]
+        assert sizes[0] == sizes[1] == sizes[2]
+
+
+@torch.no_grad()
+def test_bytes_by_the_room_of_a_static_cache(make_model, tokens, mixer):
+    """Per doubling of the context: nothing for linear models, one entry a head and layer for log-linear ones."""
+    model, ids = make_model(mixer), tokens(3, 5)
+    sizes = []
+    for room in (1 << 12, 1 << 13, 1 << 14):
+        cache = StaticCache(config=model.config, max_cache_len=room)
+        model(ids, past_key_values=cache)
+        sizes.append(cache_nbytes(cache))
+    growth = [sizes[1] - sizes[0], sizes[2] - sizes[1]]
+    entry = {"log_linear_mamba2": 4 * (6 * 12 + 2), "log_linear_gated_deltanet": 4 * 6 * 8}  # heads · (K V + two logs)
+    if not isinstance(mixer, str):
+        assert growth[1] > 1.9 * growth[0] > 0
+    elif mixer in entry:
+        assert growth == [3 * 3 * 8 * entry[mixer]] * 2
+    elif mixer in ("mamba2", "gated_deltanet"):
+        assert growth == [0, 0]
 
 
 @torch.no_grad()

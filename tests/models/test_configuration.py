@@ -47,6 +47,7 @@ def test_a_saved_config_is_complete_and_comes_back(tmp_path):
         ({"mamba_num_groups": 5}, "mamba_num_heads must be a multiple of mamba_num_groups=5: got 48"),
         ({"delta_num_key_heads": 4}, "delta_num_heads must be a multiple of delta_num_key_heads=4: got 6"),
         ({"num_key_value_heads": 7}, "num_attention_heads must be a multiple of num_key_value_heads=7: got 24"),
+        ({"decoding_entry_dtype": "float16"}, "decoding_entry_dtype must be 'float32' or 'bfloat16': got 'float16'"),
         ({"mixer": "attention", "head_dim": 5}, r"head_dim must be even \(rotary positions turn pairs\): got 5"),
     ],
 )

@@ -23,31 +23,37 @@ def both(make_model, tokens, mixer):
     return run
 
 
+DYNAMIC, STATIC = {}, {"cache_implementation": "static"}
+
+
 def test_greedy(both):
     with_cache, without = both(do_sample=False)
     assert torch.equal(with_cache, without)
     assert len(set(without[:, PROMPT:].flatten().tolist())) > 4, "a constant output would hide a wrong state"
 
 
-def test_sampled(both):
-    with_cache, without = both(do_sample=True, temperature=2.0, num_return_sequences=2)
+@pytest.mark.parametrize("cached", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_sampled(both, cached):
+    with_cache, without = both(do_sample=True, temperature=2.0, num_return_sequences=2, cached=cached)
     assert torch.equal(with_cache, without)
     assert not torch.equal(without[0], without[1])
 
 
-def test_beam(both):
-    with_cache, without = both(num_beams=3, num_return_sequences=3, do_sample=False)
+@pytest.mark.parametrize("cached", [DYNAMIC, STATIC], ids=["dynamic", "static"])
+def test_beam(both, cached):
+    with_cache, without = both(num_beams=3, num_return_sequences=3, do_sample=False, cached=cached)
     assert torch.equal(with_cache, without)
 
 
 def test_static_cache(both):
-    with_cache, without = both(do_sample=False, cached={"cache_implementation": "static"})
+    with_cache, without = both(do_sample=False, cached=STATIC)
     assert torch.equal(with_cache, without)
 
 
+@pytest.mark.parametrize("cached", [DYNAMIC, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("chunk", [7, 60])
-def test_chunked_prefill(both, chunk):
-    with_cache, without = both(do_sample=False, cached={"prefill_chunk_size": chunk})
+def test_chunked_prefill(both, chunk, cached):
+    with_cache, without = both(do_sample=False, cached={"prefill_chunk_size": chunk} | cached)
     assert torch.equal(with_cache, without)
 
 

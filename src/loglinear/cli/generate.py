@@ -1,8 +1,12 @@
-"""``loglinear generate``: a prompt in, the continuation streamed out, and what the past costs to remember."""
+"""``loglinear generate``: a prompt in, the continuation streamed out, and what the past costs to remember.
+
+Special about this file: the cache is static, so on CUDA ``generate`` decodes in a CUDA graph (``models/decoding.py``).
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateArgs:
-    """Continue a prompt. The text goes to the standard output, the size of the state to the standard error."""
+    """Continue a prompt. The text goes to the standard output, size of the state and time per token to the standard error."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Folder of a run or of one of its checkpoints."""
@@ -25,6 +29,8 @@ class GenerateArgs:
     """File with the text to continue, instead of --prompt; - reads the standard input."""
     max_new_tokens: int = 200
     """Tokens to generate at most; the end-of-text token ends a text earlier."""
+    context: int | None = None
+    """Tokens to have room for, at least prompt and new tokens together; None is as many."""
     temperature: float = 0.8
     """Below 1 prefers likely tokens; 0 takes the likeliest (greedy)."""
     top_p: float = 0.95
@@ -37,12 +43,14 @@ class GenerateArgs:
             raise ValueError("prompt: give exactly one of prompt and prompt_file")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1: got {self.max_new_tokens}")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"context must be at least 1: got {self.context}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0: got {self.temperature}")
 
 
 def generate(args: GenerateArgs) -> str:
-    """Stream the continuation, print the size of the state, and return prompt and continuation."""
+    """Stream the continuation, print the size of the state and the time per token, and return prompt and continuation."""
     from loglinear.cli.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(args.checkpoint)
@@ -54,30 +62,54 @@ def generate(args: GenerateArgs) -> str:
 
 
 def continue_text(checkpoint: Checkpoint, prompt: str, args: GenerateArgs, stream: bool) -> tuple[str, str]:
-    """The continuation of ``prompt``, and a line that says how many bytes the model remembered it in."""
-    from transformers import TextStreamer, set_seed
+    """The continuation of ``prompt``, and a line that says in how many bytes and how fast the model remembered it."""
+    from transformers import StaticCache, TextStreamer, set_seed
 
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("prompt: needs at least one token")
+    needed = length + args.max_new_tokens
+    if args.context is not None and args.context < needed:
+        raise ValueError(f"context must be at least {needed}, prompt and new tokens together: got {args.context}")
     set_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    clock = Clock()
     output = model.generate(  # type: ignore[operator]
         **inputs.to(model.device),
         **(sampling if args.temperature > 0 else {"do_sample": False}),
         max_new_tokens=args.max_new_tokens,
-        use_cache=True,
+        past_key_values=StaticCache(config=model.config, max_cache_len=args.context or needed),
         return_dict_in_generate=True,
+        stopping_criteria=[clock],
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
     )
     sequence, cache = output.sequences[0], output.past_key_values
-    return str(tokenizer.decode(sequence[length:], skip_special_tokens=True)), describe_state(cache)
+    text = str(tokenizer.decode(sequence[length:], skip_special_tokens=True))
+    return text, f"{describe_state(cache)}{clock.per_token()}"
+
+
+class Clock:
+    """A stopping criterion that never stops, and notes when each token was there (``generate`` has read it by the next)."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        import torch
+
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def per_token(self) -> str:
+        """Median time between two tokens; the first two come from the prompt and, on CUDA, from recording the graph."""
+        gaps = sorted(b - a for a, b in zip(self.times[2:], self.times[3:]))
+        return f"; {1000 * gaps[len(gaps) // 2]:.2f} ms per token" if gaps else ""
 
 
 def describe_state(cache) -> str:
-    """Bytes of the cache by kind: recurrent and log-linear states, and the KV cache of softmax attention."""
+    """Bytes of the cache by kind, room for more included: recurrent and log-linear states, and the KV cache of attention."""
     from loglinear.models.cache import KVCacheLayer, RecurrentCacheLayer
 
     parts = []
@@ -85,7 +117,8 @@ def describe_state(cache) -> str:
         sizes = [layer.nbytes for layer in cache.layers if isinstance(layer, kind)]
         if sizes:
             parts.append(f"{name} {sum(sizes):,} bytes in {len(sizes)} layers")
-    return f"after {cache.get_seq_length():,} tokens: {', '.join(parts)}"
+    room = f", room for {cache.get_max_length():,}" if cache.get_max_length() > 0 else ""
+    return f"after {cache.get_seq_length():,} tokens{room}: {', '.join(parts)}"
 
 
 def _prompt(args: GenerateArgs) -> str:

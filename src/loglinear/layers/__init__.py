@@ -4,7 +4,8 @@
 
 * ``hidden [B, T, hidden_size]`` to ``out`` of the same shape. T may be anything from 0.
 * ``state``: what an earlier call returned, one row per sequence, rows at positions of their own. The call goes on from there
-  exactly: prefill, chunked prefill and single tokens are one function at different T. A state is never written into.
+  exactly: prefill, chunked prefill and single tokens are one function at different T. A state is never written into, except
+  one *for decoding* (``state.for_decoding(max_context)``), which outside of autograd is updated in place and returned itself.
 * ``output_state``: whether to return the state after the last token (None otherwise).
 * ``cu_seqlens``: integer ``[n + 1]``, offsets of n sequences packed along T in a batch of one. They cannot see each other,
   and states have n rows. ``cu_seqlens_cpu``, the same on the CPU, spares a device synchronisation.
@@ -16,12 +17,14 @@ from loglinear.layers.gated_deltanet import LogLinearGatedDeltaNet
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.mamba2 import LogLinearMamba2
 from loglinear.layers.norm import GatedRMSNorm, RMSNorm
-from loglinear.layers.state import KVState, MixerState, RecurrentMixerState
+from loglinear.layers.state import KVDecodingState, KVState, LinearDecodingState, MixerState, RecurrentMixerState
 
 __all__ = [
     "GatedRMSNorm",
+    "KVDecodingState",
     "KVState",
     "LevelScale",
+    "LinearDecodingState",
     "LogLinearGatedDeltaNet",
     "LogLinearMamba2",
     "MixerState",

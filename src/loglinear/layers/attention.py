@@ -12,17 +12,22 @@ from torch import Tensor, nn
 
 from loglinear.layers.initialization import wide
 from loglinear.layers.packing import locate_tokens
-from loglinear.layers.state import KVState
+from loglinear.layers.state import KVDecodingState, KVState
+from loglinear.state import CHUNK_SIZE
 
 
-def rotary(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotate the pairs ``(i, i + W/2)`` of x ``[B, T, heads, W]`` by ``position[b, t] · theta^(-2i/W)`` (Su et al. 2021)."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+def rotary(position: Tensor, theta: float, *heads: Tensor) -> list[Tensor]:
+    """Rotate pairs ``(i, i + W/2)`` of each ``[B, T, heads, W]`` by ``position[b, t] · theta^(-2i/W)`` (Su et al. 2021)."""
+    half = heads[0].shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=position.device, dtype=torch.float32) / half)
     angle = (position.unsqueeze(-1) * frequency).unsqueeze(-2)  # [B, T, 1, W/2]
     cos, sin = angle.cos(), angle.sin()
-    left, right = wide(x).split(half, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+
+    def turned(x: Tensor) -> Tensor:
+        left, right = wide(x).split(half, dim=-1)
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+
+    return [turned(x) for x in heads]
 
 
 class SoftmaxAttention(nn.Module):
@@ -79,7 +84,7 @@ class SoftmaxAttention(nn.Module):
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, lengths: list[int]) -> Tensor:
         """Packed ``[1, T, heads, W]`` from the start of each sequence; one call per sequence costs what each needs."""
-        q, k = rotary(q, position.unsqueeze(0), self.rope_theta), rotary(k, position.unsqueeze(0), self.rope_theta)
+        q, k = rotary(position.unsqueeze(0), self.rope_theta, q, k)
         sequences = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), v.split(lengths, dim=1))
         return torch.cat([self._softmax(*sequence, visible=None) for sequence in sequences], dim=1)
 
@@ -90,9 +95,12 @@ class SoftmaxAttention(nn.Module):
         rows, length = q.shape[:2]
         seen = state.position if state else torch.zeros(rows, dtype=torch.int64, device=q.device)
         place = seen.unsqueeze(-1) + torch.arange(length, device=q.device)  # [n, T], in each row's own count
-        q, k = rotary(q, place, self.rope_theta), rotary(k, place, self.rope_theta)
+        q, k = rotary(place, self.rope_theta, q, k)
+        if isinstance(state, KVDecodingState) and not torch.is_grad_enabled():
+            return self._attend_in_place(q, k, v, state, place, new_tokens), state if output_state else None
         visible = None
         if state is not None:
+            state = state.ordinary()
             row = torch.arange(rows, device=q.device).unsqueeze(-1)
             # What lies behind a row's last token is written over here before any query can see it.
             k, v = (
@@ -101,6 +109,25 @@ class SoftmaxAttention(nn.Module):
             )
             visible = (torch.arange(k.shape[1], device=q.device) <= place.unsqueeze(-1)).unsqueeze(1)  # [n, 1, T, S]
         return self._softmax(q, k, v, visible), KVState(seen + new_tokens, k, v) if output_state else None
+
+    def _attend_in_place(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KVDecodingState, place: Tensor, new_tokens: Tensor | int
+    ) -> Tensor:
+        """Rows ``[n, T, heads, W]`` at ``place [n, T]``, written into the buffers of ``state``.
+
+        On CUDA a call of a few tokens waits for nothing and reads the whole buffer; others read what is used of it.
+        """
+        (rows, length), keys, values = q.shape[:2], state.keys, state.values
+        row = torch.arange(rows, device=q.device).unsqueeze(-1)
+        keys.index_put_((row, place), k.to(keys.dtype))
+        values.index_put_((row, place), v.to(values.dtype))
+        used = keys.shape[1]
+        if q.device.type == "cpu" or length > CHUNK_SIZE:
+            used = max(state.position.tolist(), default=0) + length
+        visible = (torch.arange(used, device=q.device) <= place.unsqueeze(-1)).unsqueeze(1)  # [n, 1, T, S]
+        o = self._softmax(q, keys[:, :used].to(q.dtype), values[:, :used].to(q.dtype), visible)
+        state.position += new_tokens
+        return o
 
     def _softmax(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """Attention on ``[B, T, heads, W]``; causal unless ``visible [B, 1, T, S]`` says which keys a query sees."""

@@ -41,16 +41,23 @@ class ShortConvolution(StatedInit):
             values["bias"] = torch.zeros_like(self.bias)
         return values
 
-    def forward(self, x: Tensor, tail: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        tail: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        in_place: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         """Convolve, and return the inputs that the next call needs.
 
         Args:
             x: ``[B, T, channels]``; with ``cu_seqlens`` B is 1 and sequences are packed along T. T may be 0.
             tail: ``[n, W - 1, channels]``, the tail from an earlier call, one row per sequence; None at the start.
             cu_seqlens: integer ``[n + 1]``, offsets of the packed sequences.
+            in_place: whether ``tail`` itself becomes the new tail (decoding).
 
         Returns:
-            y ``[B, T, channels]`` and the new tail ``[n, W - 1, channels]``, in the dtype of x.
+            y ``[B, T, channels]`` and the new tail ``[n, W - 1, channels]``, in the dtype of x unless in place.
         """
         keep = self.width - 1
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -58,12 +65,16 @@ class ShortConvolution(StatedInit):
             tail = x.new_zeros(rows, keep, self.channels)
         elif tail.shape != (rows, keep, self.channels):
             raise ValueError(f"tail must have shape {[rows, keep, self.channels]}: got {list(tail.shape)}")
-        tail = tail.to(x.dtype)
+        buffer, tail = tail, tail.to(x.dtype)
         if cu_seqlens is None:
             extended, length = torch.cat([tail, x], dim=1), x.shape[1]
             y = self._taps([extended[:, i : i + length] for i in range(self.width)])
-            return y, extended[:, length:].clone()  # a view would keep the whole input alive in a cache
-        return self._packed(x, tail, cu_seqlens)
+            new_tail = extended[:, length:]
+        else:
+            y, new_tail = self._packed(x, tail, cu_seqlens)
+        if in_place:
+            return y, buffer.copy_(new_tail)
+        return y, new_tail.clone() if cu_seqlens is None else new_tail  # a view would keep the input alive in a cache
 
     def _packed(self, x: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """The packed inputs with every tail before its sequence: token t of sequence s stands at ``t + (s + 1)(W - 1)``."""

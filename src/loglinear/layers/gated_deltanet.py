@@ -14,8 +14,8 @@ from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.norm import GatedRMSNorm
+from loglinear.layers.recurrence import mix, writes_into
 from loglinear.layers.state import RecurrentMixerState
-from loglinear.ops import log_linear_delta_rule
 
 
 class LogLinearGatedDeltaNet(StatedInit):
@@ -78,21 +78,17 @@ class LogLinearGatedDeltaNet(StatedInit):
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
         qkv, gate, a, b = self.in_proj(hidden).split(self.in_widths, dim=-1)
-        qkv, conv_tail = self.conv(qkv, state.conv if state else None, cu_seqlens)
+        qkv, conv_tail = self.conv(qkv, state.conv if state else None, cu_seqlens, in_place=writes_into(state))
         q, k, v = qkv.split(self.conv_widths, dim=-1)
 
-        o, memory = log_linear_delta_rule(
-            q=q.unflatten(-1, (self.num_key_heads, -1)),
-            k=k.unflatten(-1, (self.num_key_heads, -1)),
-            v=v.unflatten(-1, (self.num_heads, -1)),
-            g=-torch.exp(wide(self.A_log)) * F.softplus(wide(a) + wide(self.dt_bias)),
-            beta=torch.sigmoid(wide(b)),
-            level_scales=self.level_scale(hidden) if self.level_scale is not None else None,
-            initial_state=state.memory if state else None,
-            output_final_state=output_state,
-            use_qk_l2norm_in_kernel=True,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_cpu=cu_seqlens_cpu,
-        )
+        inputs = {
+            "q": q.unflatten(-1, (self.num_key_heads, -1)),
+            "k": k.unflatten(-1, (self.num_key_heads, -1)),
+            "v": v.unflatten(-1, (self.num_heads, -1)),
+            "g": -torch.exp(wide(self.A_log)) * F.softplus(wide(a) + wide(self.dt_bias)),
+            "beta": torch.sigmoid(wide(b)),
+        }
+        scales = self.level_scale(hidden) if self.level_scale is not None else None
+        o, new_state = mix(inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu)
         o = self.norm(o, gate.unflatten(-1, (self.num_heads, -1)))
-        return self.out_proj(o.flatten(-2)), RecurrentMixerState(conv_tail, memory) if memory is not None else None
+        return self.out_proj(o.flatten(-2)), new_state

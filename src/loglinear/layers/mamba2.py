@@ -14,8 +14,8 @@ from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.norm import GatedRMSNorm
+from loglinear.layers.recurrence import mix, writes_into
 from loglinear.layers.state import RecurrentMixerState
-from loglinear.ops import log_linear_attention
 
 
 class LogLinearMamba2(StatedInit):
@@ -82,22 +82,18 @@ class LogLinearMamba2(StatedInit):
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
         z, xBC, dt = self.in_proj(hidden).split(self.in_widths, dim=-1)
-        xBC, conv_tail = self.conv(xBC, state.conv if state else None, cu_seqlens)
+        xBC, conv_tail = self.conv(xBC, state.conv if state else None, cu_seqlens, in_place=writes_into(state))
         x, B, C = xBC.split(self.conv_widths, dim=-1)
         x = x.unflatten(-1, (self.num_heads, -1))
 
         dt = F.softplus(wide(dt) + wide(self.dt_bias))  # [B, T, H]
-        y, memory = log_linear_attention(
-            q=C.unflatten(-1, (self.num_groups, -1)),
-            k=B.unflatten(-1, (self.num_groups, -1)),
-            v=(x * dt.unsqueeze(-1)).to(x.dtype),
-            g=-torch.exp(wide(self.A_log)) * dt,
-            level_scales=self.level_scale(hidden) if self.level_scale is not None else None,
-            initial_state=state.memory if state else None,
-            output_final_state=output_state,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_cpu=cu_seqlens_cpu,
-        )
+        inputs = {
+            "q": C.unflatten(-1, (self.num_groups, -1)),
+            "k": B.unflatten(-1, (self.num_groups, -1)),
+            "v": (x * dt.unsqueeze(-1)).to(x.dtype),
+            "g": -torch.exp(wide(self.A_log)) * dt,
+        }
+        scales = self.level_scale(hidden) if self.level_scale is not None else None
+        y, new_state = mix(inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu)
         y = y + x * self.D.to(x.dtype).unsqueeze(-1)  # the skip takes x as it is, not x·dt
-        out = self.out_proj(self.norm(y.flatten(-2), z))
-        return out, RecurrentMixerState(conv_tail, memory) if memory is not None else None
+        return self.out_proj(self.norm(y.flatten(-2), z)), new_state

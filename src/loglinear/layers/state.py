@@ -1,18 +1,31 @@
 """What a mixer remembers of the tokens it has seen, one row per sequence, each at a position of its own.
 
-Both kinds answer to the same calls: ``position``, ``batch_size``, ``nbytes``, ``reorder``, ``clone``, ``detach``, ``to``.
-Mixers never write into a state that they are given; they return a new one.
+Every kind answers to the same calls: ``position``, ``batch_size``, ``nbytes``, ``reorder``, ``clone``, ``detach``, ``to``.
+There are two sorts. Ordinary states are never written into: a mixer returns a new one. States *for decoding*
+(``for_decoding`` makes them, ``in_place`` is true) have buffers of fixed size; outside of autograd a mixer writes the new
+tokens into them and returns the same object, so that a CUDA graph finds everything where it was.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from loglinear.decoding_state import DecodingState
 from loglinear.state import LinearState, LogLinearState, TensorState
+
+
+@dataclass
+class LinearDecodingState(LinearState):
+    """The state of the plain linear model, updated in place. It holds any number of tokens."""
+
+    def to_state(self) -> LinearState:
+        """The same past as the initial state of an ordinary call; everything copied."""
+        return LinearState(self.position.clone(), self.state.clone())
 
 
 @dataclass
@@ -25,7 +38,7 @@ class RecurrentMixerState:
     """
 
     conv: Tensor
-    memory: LogLinearState | LinearState
+    memory: LogLinearState | LinearState | DecodingState
 
     @property
     def position(self) -> Tensor:
@@ -40,6 +53,54 @@ class RecurrentMixerState:
     def nbytes(self) -> int:
         """Bytes held by all tensors of the state."""
         return self.conv.numel() * self.conv.element_size() + self.memory.nbytes
+
+    @property
+    def in_place(self) -> bool:
+        """Whether this is a state for decoding."""
+        return isinstance(self.memory, (DecodingState, LinearDecodingState))
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens that a row can hold; None where there is no limit."""
+        return self.memory.max_context if isinstance(self.memory, DecodingState) else None
+
+    def for_decoding(
+        self, max_context: int, entry_dtype: torch.dtype = torch.float32, dtype: torch.dtype | None = None
+    ) -> RecurrentMixerState:
+        """The same past in buffers of its own, to be updated in place. Waits for the device once.
+
+        Args:
+            max_context: tokens that a row must be able to hold. entry_dtype: of log-linear entries, float32 or bfloat16.
+            dtype: of the activations to come; None is that of ``conv``.
+        """
+        dtype = dtype or self.conv.dtype
+        memory = self.ordinary().memory
+        ready: DecodingState | LinearDecodingState
+        if isinstance(memory, LogLinearState):
+            ready = DecodingState.from_state(memory, max_context, entry_dtype, dtype)
+        else:
+            assert isinstance(memory, LinearState)
+            ready = LinearDecodingState(
+                memory.position.clone(), memory.state.clone(memory_format=torch.contiguous_format)
+            )
+        return RecurrentMixerState(self.conv.to(dtype, copy=True).contiguous(), ready)
+
+    def ordinary(self) -> RecurrentMixerState:
+        """The same past as an ordinary state; a state for decoding is copied, any other is returned as it is."""
+        if not isinstance(self.memory, (DecodingState, LinearDecodingState)):
+            return self
+        return RecurrentMixerState(self.conv.clone(), self.memory.to_state())
+
+    def grow(self, max_context: int) -> RecurrentMixerState:
+        """A state for decoding with room for ``max_context`` tokens, in new buffers."""
+        if not isinstance(self.memory, DecodingState):
+            return self
+        return RecurrentMixerState(self.conv, self.memory.grow(max_context))
+
+    def restore_(self, other: RecurrentMixerState) -> RecurrentMixerState:
+        """Become a copy of ``other``, a state for decoding of the same sizes; the buffers stay where they are."""
+        copy_tensors_(self._tensors(), other._tensors())
+        return self
 
     def reorder(self, index: Tensor) -> RecurrentMixerState:
         """Rows ``index`` (int64 ``[B']``), in that order; rows may repeat or be left out (beam search)."""
@@ -56,6 +117,9 @@ class RecurrentMixerState:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> RecurrentMixerState:
         """Move to ``device`` and/or store as ``dtype``; logs stay float32 and positions int64."""
         return RecurrentMixerState(self.conv.to(device=device, dtype=dtype), self.memory.to(device, dtype))
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.conv, *self.memory._tensors()]
 
 
 @dataclass
@@ -74,10 +138,78 @@ class KVState(TensorState):
     keys: Tensor
     values: Tensor
 
+    in_place: ClassVar[bool] = False
+
+    @property
+    def max_context(self) -> int:
+        """S, tokens that a row can hold."""
+        return self.keys.shape[1]
+
+    def for_decoding(
+        self, max_context: int, entry_dtype: torch.dtype = torch.float32, dtype: torch.dtype | None = None
+    ) -> KVDecodingState:
+        """The same past in buffers of ``max_context`` tokens, to be updated in place (``entry_dtype`` is not for these)."""
+        used = min(self.keys.shape[1], max_context)  # what lies further back has no meaning, or reserve has complained
+        keys, values = (
+            x.new_zeros(x.shape[0], max_context, *x.shape[2:], dtype=dtype or x.dtype) for x in (self.keys, self.values)
+        )
+        keys[:, :used] = self.keys[:, :used]
+        values[:, :used] = self.values[:, :used]
+        return KVDecodingState(self.position.clone(), keys, values)
+
     def crop(self, tokens: int) -> KVState:
         """The state ``tokens`` tokens earlier (assisted generation takes back what it guessed wrongly)."""
         kept = self.keys.shape[1] - tokens  # still at least every position
         return KVState(self.position - tokens, self.keys[:, :kept], self.values[:, :kept])
 
+    def ordinary(self) -> KVState:
+        """This state; a state for decoding is copied."""
+        return self
+
+
+@dataclass
+class KVDecodingState(KVState):
+    """Keys and values in buffers of fixed size, updated in place. Columns of a call must fit behind every position."""
+
+    in_place: ClassVar[bool] = True
+
+    def crop(self, tokens: int) -> KVDecodingState:
+        """This state ``tokens`` tokens earlier, in place."""
+        self.position -= tokens
+        return self
+
+    def ordinary(self) -> KVState:
+        """The same past as an ordinary state; everything copied. Waits for the device once."""
+        used = max(self.position.tolist(), default=0)
+        return KVState(self.position.clone(), self.keys[:, :used].clone(), self.values[:, :used].clone())
+
+    def grow(self, max_context: int) -> KVDecodingState:
+        """A state with room for ``max_context`` tokens, in new buffers."""
+        more = max(max_context - self.keys.shape[1], 0)
+        keys, values = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.keys, self.values))
+        return KVDecodingState(self.position, keys, values)
+
+    def restore_(self, other: KVState) -> KVDecodingState:
+        """Become a copy of ``other``, a state for decoding of the same sizes; the buffers stay where they are."""
+        copy_tensors_(self._tensors(), other._tensors())
+        return self
+
 
 MixerState = RecurrentMixerState | KVState
+
+
+def same_buffers(one: MixerState, other: MixerState) -> bool:
+    """Whether two states for decoding have tensors of the same shapes and dtypes, on the same devices."""
+    if type(one) is not type(other) or not (one.in_place and other.in_place):
+        return False
+    kinds = [[(x.shape, x.dtype, x.device) for x in state._tensors()] for state in (one, other)]
+    return kinds[0] == kinds[1]
+
+
+def copy_tensors_(own: list[Tensor], new: list[Tensor]) -> None:
+    """``own[i]`` becomes ``new[i]``, in place; all must agree in shape."""
+    shapes = [[list(x.shape) for x in tensors] for tensors in (own, new)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"other must have tensors of shapes {shapes[0]}: got {shapes[1]}")
+    for mine, theirs in zip(own, new):
+        mine.copy_(theirs)

@@ -2,12 +2,22 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from loglinear.models.cache import cache_nbytes
+from loglinear.models.cache import cache_nbytes, restore_cache, snapshot_cache
 from loglinear.models.configuration import MIXERS, LogLinearConfig
+from loglinear.models.decoding import DecodingGraph
 from loglinear.models.modeling import LogLinearForCausalLM, LogLinearModel
 
 AutoConfig.register(LogLinearConfig.model_type, LogLinearConfig, exist_ok=True)
 AutoModel.register(LogLinearConfig, LogLinearModel, exist_ok=True)
 AutoModelForCausalLM.register(LogLinearConfig, LogLinearForCausalLM, exist_ok=True)
 
-__all__ = ["MIXERS", "LogLinearConfig", "LogLinearForCausalLM", "LogLinearModel", "cache_nbytes"]
+__all__ = [
+    "MIXERS",
+    "DecodingGraph",
+    "LogLinearConfig",
+    "LogLinearForCausalLM",
+    "LogLinearModel",
+    "cache_nbytes",
+    "restore_cache",
+    "snapshot_cache",
+]

@@ -48,6 +48,8 @@ class LogLinearConfig(PreTrainedConfig):
         num_attention_heads, num_key_value_heads, head_dim: of softmax attention; None: heads of 64, all with own keys.
         rope_theta: base of the rotary frequencies of softmax attention.
         rms_norm_eps: of every norm. initializer_range: standard deviation of linear and embedding weights.
+        decoding_entry_dtype: of the entries of log-linear decoding states: ``"float32"``, or ``"bfloat16"`` for half the
+            memory and an error as of rounding keys and values.
         use_cache: whether a model in evaluation mode returns a cache. tie_word_embeddings: share input and output ones.
         bos_token_id, eos_token_id, pad_token_id: special tokens, for ``generate`` and data collators.
 
@@ -80,6 +82,7 @@ class LogLinearConfig(PreTrainedConfig):
     rope_theta: float = 500_000.0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    decoding_entry_dtype: str = "float32"
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -115,6 +118,8 @@ class LogLinearConfig(PreTrainedConfig):
             have, divisor = getattr(self, heads), getattr(self, groups)
             if have % divisor:
                 raise ValueError(f"{heads} must be a multiple of {groups}={divisor}: got {have}")
+        if self.decoding_entry_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"decoding_entry_dtype must be 'float32' or 'bfloat16': got {self.decoding_entry_dtype!r}")
         if "attention" in self.layer_mixers and self.head_dim % 2:
             raise ValueError(f"head_dim must be even (rotary positions turn pairs): got {self.head_dim}")
 

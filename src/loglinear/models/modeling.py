@@ -7,6 +7,7 @@ the plain decoder ``x += mixer(norm(x)); x += mlp(norm(x))``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, RMSNorm, S
 from loglinear.layers.initialization import StatedInit
 from loglinear.models.cache import MixerCacheLayer, check_cache
 from loglinear.models.configuration import LogLinearConfig
+from loglinear.models.decoding import GraphedCall
 from loglinear.models.layout import TokenLayout, plan_layout
 
 
@@ -79,16 +81,18 @@ class LogLinearBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LogLinearConfig, layer_idx: int) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
+        self.layer_idx, self.config = layer_idx, config
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = build_mixer(config, config.layer_mixers[layer_idx])
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
         self.mlp = LogLinearMLP(config) if config.intermediate_size else None
 
     def forward(self, hidden: Tensor, layout: TokenLayout, past_key_values: Cache | None = None) -> Tensor:
-        """hidden as ``layout.pack`` leaves it; reads and replaces this layer's state in the cache."""
+        """hidden as ``layout.pack`` leaves it; this layer's state in the cache takes the tokens in."""
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         assert cache is None or isinstance(cache, MixerCacheLayer)  # check_cache saw to it
+        if cache is not None:
+            cache.reserve(layout.length)
         # Layers may lie on different devices (device_map="auto").
         cu_seqlens = None if layout.cu_seqlens is None else layout.cu_seqlens.to(hidden.device)
         mixed, state = self.mixer(
@@ -99,7 +103,8 @@ class LogLinearBlock(GradientCheckpointingLayer):
             cu_seqlens_cpu=layout.cu_seqlens_cpu,
         )
         if cache is not None:
-            cache.store(state, columns=layout.length)
+            assert state is not None
+            cache.store(state, layout.length, getattr(torch, self.config.decoding_entry_dtype))
         hidden = hidden + mixed
         return hidden if self.mlp is None else hidden + self.mlp(self.mlp_norm(hidden))
 
@@ -279,3 +284,12 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+        """The mask as it is: ``generate`` asks for one mask per layer type where a cache is static, and no mixer takes one."""
+        return attention_mask
+
+    def get_compiled_call(self, compile_config) -> Callable[..., CausalLMOutputWithPast]:
+        """What ``generate`` calls for single tokens over a static cache on CUDA: a CUDA graph instead of a compiled model."""
+        return GraphedCall(self)

@@ -1,0 +1,109 @@
+"""RECURRENCE: the sequence mixing of both recurrent mixers, ordinary or in place.
+
+Special about this file: a state for decoding takes short calls through the step ops, which wait for nothing and allocate only
+their result; whatever they do not take (long or packed calls) goes through the ordinary op and back into the same buffers.
+Under autograd every call is functional.
+
+Legend: B rows, T tokens, H value heads, G q/k groups, K, V widths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.decoding_state import DecodingState
+from loglinear.layers.state import LinearDecodingState, RecurrentMixerState, copy_tensors_
+from loglinear.ops import (
+    log_linear_attention,
+    log_linear_attention_step,
+    log_linear_delta_rule,
+    log_linear_delta_rule_step,
+)
+from loglinear.state import LinearState, LogLinearState
+
+
+def writes_into(state: RecurrentMixerState | None) -> bool:
+    """Whether a call updates ``state`` in place: it is one for decoding, and nothing is recorded for a backward pass."""
+    return state is not None and state.in_place and not torch.is_grad_enabled()
+
+
+def mix(
+    inputs: dict[str, Tensor],
+    level_scales: Tensor | None,
+    state: RecurrentMixerState | None,
+    conv_tail: Tensor,
+    output_state: bool,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+) -> tuple[Tensor, RecurrentMixerState | None]:
+    """o ``[B, T, H, V]`` and the state after the last token (None unless asked for).
+
+    Args:
+        inputs: q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g ``[B, T, H]``; with beta ``[B, T, H]`` it is the delta rule, on
+            q and k of unit length. level_scales: λ ``[B, T, H, L]``; None is the linear model.
+        conv_tail: the convolution's next tail; where ``writes_into(state)``, ``state.conv`` has it already.
+        The others: as in ``loglinear.layers``.
+    """
+    if state is not None and writes_into(state):
+        o = _mix_in_place(inputs, level_scales, state.memory, cu_seqlens, cu_seqlens_cpu)
+        return o, state if output_state else None
+    memory = None if state is None else state.ordinary().memory
+    assert not isinstance(memory, DecodingState)
+    o, after = _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu)
+    return o, RecurrentMixerState(conv_tail, after) if after is not None else None
+
+
+def _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu):
+    options = {"initial_state": memory, "output_final_state": output_state}
+    options |= {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": cu_seqlens_cpu}
+    if "beta" in inputs:
+        return log_linear_delta_rule(**inputs, level_scales=level_scales, **options, use_qk_l2norm_in_kernel=True)
+    return log_linear_attention(**inputs, level_scales=level_scales, **options)
+
+
+def _mix_in_place(inputs, level_scales, memory, cu_seqlens, cu_seqlens_cpu) -> Tensor:
+    """o of an ordinary call or a step; ``memory`` takes the tokens in."""
+    length = inputs["q"].shape[1]
+    if isinstance(memory, LinearDecodingState):
+        if cu_seqlens is None and length == 1:
+            return linear_step(**inputs, state=memory)
+        o, after = _ordinary(inputs, level_scales, memory, True, cu_seqlens, cu_seqlens_cpu)
+        assert isinstance(after, LinearState)
+        copy_tensors_(memory._tensors(), after._tensors())
+        return o
+    known_dtype = inputs["q"].dtype == memory.open_k.dtype  # autocast may have been switched since the state was made
+    if cu_seqlens is None and 1 <= length <= memory.chunk_size and known_dtype:
+        if "beta" in inputs:
+            return log_linear_delta_rule_step(
+                **inputs, level_scales=level_scales, state=memory, use_qk_l2norm_in_kernel=True
+            )
+        return log_linear_attention_step(**inputs, level_scales=level_scales, state=memory)
+    o, after = _ordinary(inputs, level_scales, memory.to_state(), True, cu_seqlens, cu_seqlens_cpu)
+    assert isinstance(after, LogLinearState)
+    memory.restore_(DecodingState.from_state(after, memory.max_context, memory.entries.dtype, memory.open_k.dtype))
+    return o
+
+
+def linear_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: LinearDecodingState, beta: Tensor | None = None
+) -> Tensor:
+    """o ``[B, 1, H, V]`` for one token of every row of the linear model, which ``state`` takes in. Waits for nothing.
+
+    ``S ← e^g S + k vᵀ``, with the delta rule ``S ← e^g S + β k (v - e^g kᵀS)ᵀ`` and q, k of unit length; ``o = qᵀS``.
+    """
+    memory, groups = state.state, q.shape[2]
+    with torch.autocast(q.device.type, enabled=False):  # products with the state are as precise as the state
+        q, k = (x[:, 0].to(memory.dtype) for x in (q, k))
+        if beta is not None:
+            q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+        S = memory.unflatten(1, (groups, -1))  # [B, G, H/G, K, V], a view
+        S.mul_(g[:, 0].to(memory.dtype).exp().unflatten(1, (groups, -1))[..., None, None])
+        new = v[:, 0].to(memory.dtype).unflatten(1, (groups, -1)).unsqueeze(-2)  # [B, G, H/G, 1, V]
+        if beta is not None:
+            known = k[:, :, None, None] @ S
+            new = (new - known) * beta[:, 0].to(memory.dtype).unflatten(1, (groups, -1))[..., None, None]
+        S.addcmul_(k[:, :, None, :, None], new)
+        o = (q[:, :, None, None] @ S).squeeze(-2).flatten(1, 2)
+    state.position += 1
+    return o.unsqueeze(1).to(v.dtype)

@@ -1,0 +1,163 @@
+"""DECODING in a CUDA graph: one replay a token instead of the thousands of launches that a model's layers need.
+
+Special about this file: nothing is computed only to warm up. The first token runs eagerly on a side stream, which compiles
+kernels and fills torch's workspaces; the second is recorded and replayed, every further one replayed. What the graph reads
+and writes stands still: the buffers of a static cache, the ids, the logits. Off CUDA, and for widths that the step kernels do
+not take, the model is simply called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from loglinear.layers import MixerState, RecurrentMixerState
+from loglinear.models.cache import MixerCacheLayer, mixer_layers
+from loglinear.ops import DecodingState
+from loglinear.ops.step import has_kernel
+
+
+def on_side_stream(work: Callable[[], Tensor]) -> Tensor:
+    """``work()`` on another stream than the current one, which waits for it; what a capture needs to have run before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = work()
+    torch.cuda.current_stream().wait_stream(side)
+    return result
+
+
+def record(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A function that replays ``work`` (recording runs its Python code but nothing on the device), and its fixed result."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph.replay, result
+
+
+class DecodingGraph:
+    """The one-token forward pass of a causal language model over one static cache.
+
+    Args:
+        model: ``LogLinearForCausalLM`` in evaluation mode, on one device. Its parameters must stay where they are.
+        cache: ``StaticCache(config=model.config, max_cache_len=...)`` that has read a prompt.
+
+        >>> cache = StaticCache(config=model.config, max_cache_len=1_000_000)
+        >>> logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        >>> step = DecodingGraph(model, cache)
+        >>> for _ in range(100):
+        ...     logits = step(logits.argmax(-1, keepdim=True))
+
+    Raises:
+        ValueError: the cache is not static.
+    """
+
+    def __init__(self, model: torch.nn.Module, cache: Cache) -> None:
+        if not cache.is_compileable:
+            raise ValueError(f"cache must be a StaticCache, whose buffers stay where they are: got {cache!r}")
+        self.model, self.cache = model, cache
+        self.ids: Tensor | None = None  # [B, 1], where the graph reads
+        self.logits: Tensor | None = None  # [B, vocab_size], where it writes
+        self.replay: Callable[[], None] | None = None
+        self.states: list[MixerState | None] = []  # whose buffers the recording knows
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Logits ``[B, vocab_size]`` after one more token of every row, ids ``[B, 1]``. The next call may overwrite them.
+
+        Raises:
+            ValueError: ids of another shape, an empty cache, or one that is full.
+        """
+        layers = mixer_layers(self.cache)
+        if input_ids.dim() != 2 or input_ids.shape[1] != 1:
+            raise ValueError(f"input_ids must have shape [B, 1]: got {list(input_ids.shape)}")
+        if any(layer.state is None for layer in layers):
+            raise ValueError("cache must have read a prompt: got an empty one")
+        states = [layer.state for layer in layers]
+        if not all(captured_by_graphs(state) for state in states):
+            return self._forward(input_ids)
+        if self.ids is None or self.ids.shape != input_ids.shape or not same_objects(states, self.states):
+            return self._warm_up(input_ids, layers)
+        for layer in layers:
+            layer.reserve(1)
+        ids = self.ids.copy_(input_ids)
+        if self.replay is None:
+            self.replay, self.logits = record(lambda: self._forward(ids))  # counts the column as it runs
+        else:
+            for layer in layers:
+                layer.length += 1
+        self.replay()
+        assert self.logits is not None
+        return self.logits
+
+    def _warm_up(self, input_ids: Tensor, layers: list[MixerCacheLayer]) -> Tensor:
+        """The eager pass, for the first token and for whatever has new buffers."""
+        self.replay, self.logits = None, None
+        self.ids = input_ids.clone()
+        before = [layer.state for layer in layers]
+        logits = on_side_stream(lambda: self._forward(input_ids))
+        # An ordinary state (of a prompt under autograd) has taken another path: then the next token warms up too.
+        self.states = before if same_objects(before, [layer.state for layer in layers]) else []
+        return logits
+
+    def _forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
+def captured_by_graphs(state: MixerState | None) -> bool:
+    """Whether a step from this state waits for nothing: on CUDA, log-linear ones where the step kernels take the widths."""
+    if state is None or state.position.device.type != "cuda":
+        return False
+    memory = state.memory if isinstance(state, RecurrentMixerState) else None
+    return not isinstance(memory, DecodingState) or has_kernel(memory.open_k, memory.open_v)
+
+
+def same_objects(one: list, other: list) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other))
+
+
+class GraphedCall:
+    """Stands in for the model where ``generate`` decodes: single unpadded tokens go through a ``DecodingGraph``."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.graph: DecodingGraph | None = None
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As the model's own; where the graph serves, only ``logits [B, 1, vocab_size]`` and the cache are filled in."""
+        if input_ids is None or past_key_values is None or not self._serves(input_ids, past_key_values, kwargs):
+            return self._eager(input_ids, past_key_values, attention_mask, kwargs)
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):  # waits, as generate does every token
+            return self._eager(input_ids, past_key_values, attention_mask, kwargs)
+        if self.graph is None or self.graph.cache is not past_key_values:
+            self.graph = DecodingGraph(self.model, past_key_values)
+        logits = self.graph(input_ids).unsqueeze(1)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+
+    def _serves(self, input_ids: Tensor, cache: Cache, kwargs: dict[str, Any]) -> bool:
+        asked = [kwargs.get(name) for name in ("output_hidden_states", "output_attentions")]
+        config: Any = self.model.config
+        plain = not any(asked) and not config.output_hidden_states and not torch.is_grad_enabled()
+        devices = set(getattr(self.model, "hf_device_map", {}).values())
+        return (
+            plain
+            and len(devices) <= 1
+            and input_ids.shape[1] == 1
+            and cache.is_compileable
+            and cache.get_seq_length() > 0
+        )
+
+    def _eager(self, input_ids, cache, attention_mask, kwargs) -> CausalLMOutputWithPast:
+        return self.model(input_ids=input_ids, past_key_values=cache, attention_mask=attention_mask, **kwargs)
