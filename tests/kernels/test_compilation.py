@@ -83,6 +83,14 @@ def test_kernels_compile(target, delta, record_property):
             assert found.spills <= SPILLED_BYTES, f"{found} spills"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", [False, True])
+def test_wide_heads_fit_into_shared_memory(delta):
+    """The kernels that hold the most at once, at widths beyond those that they are tuned for."""
+    for found in resources("sm_90", delta, ("query_grads_kernel", "map_grads_kernel"), H=2, G=2, K=256, V=384):
+        assert found.shared <= SHARED_MEMORY["sm_90"], f"{found} needs more shared memory than there is"
+
+
 def step_resources(target: str, delta: bool, entries: torch.dtype = torch.float32) -> Resources:
     """The step kernel of one rule for one bfloat16 token: 48 heads of 128 x 64, or 16 of 128 x 128 with the delta rule."""
     H, G, K, V = (16, 16, 128, 128) if delta else (48, 1, 128, 64)

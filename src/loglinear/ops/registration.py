@@ -19,7 +19,7 @@ from loglinear.ops.checks import sequence_lengths
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
 
-MAX_WIDTH = 256  # K and V of the kernels; wider heads run the plain torch form
+MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 1024  # of the kernels; wider heads run the plain torch form
 DELTA_RULE_SHARED_MEMORY = 160 << 10  # bytes that a multiprocessor must have: data-centre GPUs from 2020 on do
 
 
@@ -39,10 +39,11 @@ def device_has_kernels(device: torch.device, delta: bool) -> bool:
 
 
 def has_kernel(q: Tensor, v: Tensor, beta: Tensor | None, level_scales: Tensor | None) -> bool:
-    """Whether the kernels take these inputs: CUDA, λ given, at most 32 bits, K and V up to 256."""
+    """Whether the kernels take these inputs: CUDA, λ given, at most 32 bits, K up to 256, V up to 1,024."""
     if not q.is_cuda or level_scales is None or v.dtype == torch.float64:
         return False
-    return q.shape[3] <= MAX_WIDTH and v.shape[3] <= MAX_WIDTH and device_has_kernels(q.device, beta is not None)
+    fits = q.shape[3] <= MAX_KEY_WIDTH and v.shape[3] <= MAX_VALUE_WIDTH
+    return fits and device_has_kernels(q.device, beta is not None)
 
 
 def continues(

@@ -16,7 +16,7 @@ from loglinear import kernels
 from loglinear.decoding_state import DecodingState
 from loglinear.ops import checks
 from loglinear.ops.attention import _unit
-from loglinear.ops.registration import MAX_WIDTH
+from loglinear.ops.registration import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
 from loglinear.reference.step import step
 
 NAMES = ("q", "k", "v", "g", "beta", "level_scales")
@@ -116,8 +116,8 @@ def kernels_of() -> Any:
 
 
 def has_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take these inputs: CUDA, at most 32 bits, K and V up to 256."""
-    fits = q.is_cuda and v.dtype != torch.float64 and q.shape[3] <= MAX_WIDTH and v.shape[3] <= MAX_WIDTH
+    """Whether the kernels take these inputs: CUDA, at most 32 bits, K up to 256, V up to 1,024."""
+    fits = q.is_cuda and v.dtype != torch.float64 and q.shape[3] <= MAX_KEY_WIDTH and v.shape[3] <= MAX_VALUE_WIDTH
     return fits and kernels.installed()
 
 

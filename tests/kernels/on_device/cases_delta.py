@@ -13,7 +13,7 @@ from loglinear.reference.chunkwise import chunkwise
 
 NAMES = ("q", "k", "v", "g", "beta", "level_scales")
 # (K, V) that are tested in every dtype on a GPU: powers of two, others, and the largest that the ops give to the kernels.
-FULL_WIDTHS = ((64, 64), (128, 64), (128, 128), (64, 128), (96, 96), (192, 192), (256, 256), (16, 16), (40, 24))
+FULL_WIDTHS = ((64, 64), (128, 64), (128, 128), (64, 128), (96, 96), (192, 384), (256, 256), (16, 16), (40, 24))
 
 
 def config_for(dtype: torch.dtype, key_width: int, value_width: int) -> DeltaRuleConfig:

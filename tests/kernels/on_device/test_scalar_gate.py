@@ -9,9 +9,9 @@ from cases import BFLOAT16, INTERPRETED, check
 # Chunk 16 in the interpreter (a group is 128 tokens), 64 or 128 on a GPU.
 LENGTHS = (1, 15, 16, 17, 129, 389) if INTERPRETED else (1, 63, 64, 65, 127, 128, 129, 1000, 2048, 4097)
 WIDTHS = (
-    ((24, 40),)
+    ((24, 40), (16, 72))
     if INTERPRETED
-    else ((64, 64), (128, 64), (128, 128), (64, 128), (256, 64), (96, 96), (16, 16), (40, 24))
+    else ((64, 64), (128, 64), (128, 128), (64, 128), (256, 64), (96, 96), (16, 16), (40, 24), (256, 256), (128, 384))
 )
 
 

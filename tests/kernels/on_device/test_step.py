@@ -116,7 +116,7 @@ def test_groups(device, delta, groups):
     check(make(device, delta, T=C + 1, H=4, G=groups), C - 1, (2,))
 
 
-WIDTHS = [(24, 40)] if INTERPRETED else [(16, 16), (96, 96), (128, 64), (192, 256), (256, 256), (1, 1)]
+WIDTHS = [(24, 40)] if INTERPRETED else [(16, 16), (96, 96), (128, 64), (192, 384), (256, 256), (1, 1)]
 
 
 @pytest.mark.parametrize("delta", RULES)

@@ -15,6 +15,12 @@ def entry_product(do_head, stride_do, valid, do_tile, entry, C: tl.constexpr, K:
     if V <= BV:
         state = load_state(entry, 0, 0, K, V, BK, BV)
         product = tl.dot(do_tile, tl.trans(state), input_precision=PRECISION)
+    elif V > 2 * BV:  # the loads of all tiles at once would not fit into shared memory
+        product = tl.zeros([C, BK], tl.float32)
+        for first_v in tl.range(0, V, BV):
+            part = load_tile(do_head, stride_do, valid, C, V, BV, first_v)
+            state = load_state(entry, 0, first_v, K, V, BK, BV)
+            product = tl.dot(part, tl.trans(state), acc=product, input_precision=PRECISION)
     else:
         product = tl.zeros([C, BK], tl.float32)
         for first_v in tl.static_range(0, V, BV):
