@@ -30,7 +30,7 @@ def by_chunks(x: dict, do: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("gate", ["usual", "zero"])
-@pytest.mark.parametrize("T", [65_536, MILLION])
+@pytest.mark.parametrize("T", [16_384, 65_536, MILLION])
 def test_up_to_a_million_tokens(device, T, gate):
     """Against the chunkwise form in float64: all tokens, the first and the last thousand."""
     x = make(device, T=T, H=1, K=32, V=32, L=21, dtype=torch.bfloat16, gate=gate)

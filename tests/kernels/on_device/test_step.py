@@ -96,6 +96,26 @@ def test_several_tokens_a_call(device, delta):
     check(make(device, delta, T=4 * C + 5), 3 * C - 1, (1, 2, C, 3))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="hours in the interpreter")
+@pytest.mark.parametrize("delta", RULES)
+def test_nothing_has_drifted_after_300_000_tokens(device, delta):
+    """A chunk a call, from a prefill of 1,000 tokens on; the scalar gate forgets over a hundred thousand tokens."""
+    x = make(device, delta, T=301_000, H=1, K=16, V=16, L=20)
+    if not delta:
+        x["g"] *= 1e-4
+    want, final = full(x)
+    state = start(x, 1000)
+    got = steps(tokens(x, 1000, 301_000), state, (C,))
+    for part in (slice(None), slice(-1000, None)):
+        error = relative(got[:, part], want[:, 1000:][:, part])
+        assert error <= FLOAT32, f"o has relative error {error:.2e} > {FLOAT32:.2e}"
+    back = state.to_state()
+    held = [y.entries * y.decay[..., None, None].exp() for y in (back, final)]
+    slots = held[1].shape[1]
+    assert relative(held[0][:, :slots], held[1]) <= FLOAT32
+
+
 @pytest.mark.parametrize("delta", RULES)
 def test_a_row_does_not_see_its_batch(device, delta):
     lengths = (2, C - 2, 4 * C - 1)
