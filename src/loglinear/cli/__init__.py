@@ -15,6 +15,7 @@ from importlib import import_module
 COMMANDS = {
     "train": "train a language model on text, or go on with an interrupted run",
     "evaluate": "perplexity and loss by position of a checkpoint",
+    "niah": "needle in a haystack: samples, a short fine-tune, and the heatmap of length and depth",
     "generate": "continue a prompt and show the size of the state",
     "demo": "train Log-Linear Mamba-2 and its linear twin on this Python's sources, and compare them",
     "masks": "draw the attention masks side by side",

@@ -1,4 +1,4 @@
-"""``loglinear evaluate``: perplexity of a checkpoint, and its loss by position as a curve and as numbers."""
+"""``loglinear evaluate``: perplexity of a checkpoint, its loss by position, and measures of recall on the same text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import tyro
 from loglinear.tasks.lm.config import DataConfig, Packing
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
     from loglinear.cli.checkpoint import Checkpoint
     from loglinear.tasks.lm.documents import Side, Source
     from loglinear.tasks.lm.tokens import Windows
 
+Measure = Literal["repeats", "retrieval", "levels"]
+
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Perplexity and loss by position of a checkpoint, on its own validation data or on any other text."""
+    """Perplexity, loss by position and recall of a checkpoint, on its own validation data or on any other text."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Folder of a run or of one of its checkpoints."""
@@ -43,10 +48,21 @@ class EvaluateArgs:
     """auto: bfloat16 autocast on a GPU that has it, float32 otherwise."""
     buckets: int = 32
     """Ranges of positions in the curve."""
+    measures: tuple[Measure, ...] = ()
+    """Further measures, each a .json and a .png. repeats: loss by distance where the last 4 tokens occurred before;
+    retrieval: definitions (#define NAME value) asked for again; levels: mean λ of each level and layer."""
+    distances: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    """Of retrieval: tokens between a definition and the question."""
+    questions: int = 100
+    """Of retrieval: definitions to ask for, at every distance."""
     output: Path | None = None
     """Folder for loss_by_position.json and .png; none: `evaluation` in the checkpoint's folder."""
     cache: Path = field(default_factory=lambda: DataConfig().cache)
     """Folder for tokenized data."""
+
+    def __post_init__(self) -> None:
+        if not self.distances or self.questions < 1:
+            raise ValueError("distances and questions: retrieval needs at least one of each")
 
 
 def evaluate(args: EvaluateArgs) -> dict:
@@ -74,12 +90,52 @@ def evaluate(args: EvaluateArgs) -> dict:
     output = args.output or checkpoint.folder / "evaluation"
     output.mkdir(parents=True, exist_ok=True)
     (output / "loss_by_position.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw_losses({args.checkpoint.name: losses}, output / "loss_by_position.png", args.buckets)
+    trained = (checkpoint.record or {}).get("arguments", {}).get("context")
+    draw_losses({args.checkpoint.name: losses}, output / "loss_by_position.png", args.buckets, trained)
     console.print(
         f"loss {result['loss']:.4f} ± {result['standard_error']:.4f} nats per token, perplexity {result['perplexity']:.3f}"
     )
     console.print(f"curve and numbers: {output / 'loss_by_position.png'}, {output / 'loss_by_position.json'}")
+    for measure in dict.fromkeys(args.measures):
+        with console.status(measure):
+            rows = _measure(measure, args, checkpoint, windows, losses, dtype, output)
+        head = {"checkpoint": str(checkpoint.folder), "data": described["data"], "hash": described["hash"]}
+        (output / f"{measure}.json").write_text(json.dumps({**head, "rows": rows}, indent=2) + "\n")
+        console.print(f"{measure}: {output / f'{measure}.png'}, {output / f'{measure}.json'}")
     return result
+
+
+def _measure(
+    measure: Measure,
+    args: EvaluateArgs,
+    checkpoint: Checkpoint,
+    windows: Windows,
+    losses: np.ndarray,
+    dtype: torch.dtype,
+    output: Path,
+) -> list[dict]:
+    """Draw one of the further measures and return its rows."""
+    name, path = args.checkpoint.name, output / f"{measure}.png"
+    if measure == "repeats":
+        import numpy as np
+
+        from loglinear.tasks.lm.repeats import by_distance, draw_repeats
+
+        rows = by_distance(np.stack([windows[i]["input_ids"].numpy() for i in range(len(windows))]), losses)
+        draw_repeats({name: rows}, path)
+    elif measure == "levels":
+        from loglinear.tasks.lm.levels import draw_levels, mean_level_scales
+
+        rows = mean_level_scales(checkpoint.model, windows, args.batch_size, dtype)
+        draw_levels(rows, path)
+    else:
+        from loglinear.tasks.lm.retrieval import draw_retrieval, questions, retrieve
+
+        source, side = _source(args, checkpoint.record)
+        asked = questions(source.documents(side), checkpoint.tokenizer, args.distances, args.questions)
+        rows = retrieve(checkpoint.model, asked, dtype)
+        draw_retrieval({name: rows}, path)
+    return rows
 
 
 def sequences(args: EvaluateArgs, checkpoint: Checkpoint) -> tuple[Windows, dict]:

@@ -22,17 +22,21 @@ class LanguageModelTrainer(Trainer):
         self.add_callback(meter)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters with two axes or more that are not marked ``_no_weight_decay``."""
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
-        ]
+        return decay_parameter_names(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self.meter.read(self.state.global_step)}
         super().log(logs, start_time)
+
+
+def decay_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters with two axes or more that are not marked ``_no_weight_decay``."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
+    ]
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:

@@ -69,6 +69,12 @@ class Mean:
         return cls(float(means.mean()), float(error))
 
 
+def share_error(share: float, count: int) -> float:
+    """Standard error of a share of ``count`` samples. One hit and one miss more keep it above 0 where all samples agree."""
+    smoothed = (share * count + 1) / (count + 2)
+    return math.sqrt(smoothed * (1 - smoothed) / count)
+
+
 def by_position(losses: np.ndarray, buckets: int = 32) -> list[dict]:
     """``losses`` ``[sequences, positions]`` averaged in ``buckets`` equal ranges of positions (fewer if there are fewer).
 

@@ -10,11 +10,14 @@ from matplotlib.figure import Figure
 from loglinear.tasks.lm.evaluation import by_position
 
 
-def draw_losses(losses: dict[str, np.ndarray], path: Path, buckets: int = 32) -> None:
+def draw_losses(
+    losses: dict[str, np.ndarray], path: Path, buckets: int = 32, trained_context: int | None = None
+) -> None:
     """Save a PNG of the loss by position of each model, from its ``position_losses`` on the same sequences.
 
     With several models a lower panel shows each one minus the first, sequence by sequence, so that what makes a
-    sequence hard for both cancels. Bands are one standard error.
+    sequence hard for both cancels. Bands are one standard error. A line stands at the end of ``trained_context`` tokens if
+    the sequences are longer.
     """
     first_name, *other_names = losses
     figure = Figure(figsize=(7, 6 if other_names else 4), layout="constrained")
@@ -29,6 +32,9 @@ def draw_losses(losses: dict[str, np.ndarray], path: Path, buckets: int = 32) ->
         panels[1].axhline(0, color="grey", linewidth=0.8)
         panels[1].set_ylabel("difference (nats per token)")
         panels[1].legend()
+    if trained_context is not None and trained_context <= losses[first_name].shape[1]:
+        for panel in panels:
+            panel.axvline(trained_context, color="grey", linestyle=":", linewidth=1)
     panels[-1].set_xlabel("position in the sequence (tokens)")
     figure.savefig(path, dpi=150)
 

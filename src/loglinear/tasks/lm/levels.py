@@ -1,0 +1,92 @@
+"""What the tree learned to use: the mean λ of every level and layer, over the tokens that have a bucket at that level."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loglinear.layers.level_scale import LevelScale
+from loglinear.tasks.lm.tokens import Windows
+
+
+def level_counts(length: int, levels: int) -> Tensor:
+    """``[length, levels]``: how many buckets of token t take λ number l. Levels beyond the last share its λ."""
+    positions = torch.arange(length)
+    counts = torch.zeros(length, levels, dtype=torch.long)
+    counts[:, 0] = 1  # the token itself
+    for bit in range(max(length - 1, 0).bit_length()):
+        counts[:, min(bit + 1, levels - 1)] += positions >> bit & 1
+    return counts
+
+
+@torch.inference_mode()
+def mean_level_scales(
+    model: PreTrainedModel, windows: Windows, batch_size: int, dtype: torch.dtype = torch.float32
+) -> list[dict]:
+    """For each log-linear layer: its name, and λ averaged over sequences and tokens, ``[heads][levels]``.
+
+    A token counts at a level as often as it has a bucket there. None where no token has one. Raises ValueError for a
+    model without log-linear layers.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LevelScale)}
+    if not layers:
+        raise ValueError("measures: levels needs a model with a log-linear layer, and this one has none")
+    sums: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    counts = {
+        name: level_counts(windows.context, module.L.shape[1]).to(device, torch.float32)
+        for name, module in layers.items()
+    }
+
+    def add(name: str, module: torch.nn.Module, inputs: tuple, scales: Tensor) -> None:
+        weighted = torch.einsum("bthl,tl->hl", scales.float(), counts[name]).double()
+        sums[name] = sums.get(name, 0) + weighted
+
+    hooks = [module.register_forward_hook(partial(add, name)) for name, module in layers.items()]
+    model.eval()
+    try:
+        for start in range(0, len(windows), batch_size):
+            stop = min(start + batch_size, len(windows))
+            ids = torch.stack([windows[index]["input_ids"] for index in range(start, stop)]).to(device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                # A mask would pack the rows into one, and a cache costs memory: neither is needed.
+                model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        {
+            "layer": name.removesuffix(".mixer.level_scale"),
+            "heads": _means(sums[name], counts[name].double().sum(0) * len(windows)),
+        }
+        for name in layers
+    ]
+
+
+def _means(sums: Tensor, counts: Tensor) -> list[list[float | None]]:
+    return [[float(s / n) if n else None for s, n in zip(row, counts)] for row in sums]
+
+
+def draw_levels(layers: list[dict], path: Path) -> None:
+    """Save a PNG: mean λ over level and layer (left), and its spread over the heads of a layer (right)."""
+    widest = max(len(layer["heads"][0]) for layer in layers)
+    values = np.full((2, len(layers), widest), np.nan)
+    for i, layer in enumerate(layers):
+        heads = np.array(layer["heads"], dtype=float)  # None becomes nan
+        values[0, i, : heads.shape[1]] = heads.mean(0)
+        values[1, i, : heads.shape[1]] = heads.std(0)
+    figure = Figure(figsize=(3 + 0.8 * widest, 1.8 + 0.28 * len(layers)), layout="constrained")
+    for panel, title, shown in zip(figure.subplots(1, 2), ("mean λ", "standard deviation over heads"), values):
+        image = panel.imshow(shown, aspect="auto", cmap="viridis")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("level (0: the token itself)")
+        panel.set_yticks(range(len(layers)), [layer["layer"].removeprefix("model.") for layer in layers], fontsize=7)
+        panel.set_xticks(range(0, widest, 1 if widest <= 12 else 2))
+        figure.colorbar(image, ax=panel)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,95 @@
+"""Recall in running text: the loss where the last tokens have been seen before, by how far back that was.
+
+A token counts if the ``NGRAM`` tokens before it occurred earlier in its sequence. Its distance is that to the token which
+followed them the last time. Where that was the same token, the text repeats itself there and a model that remembers
+can know it: those are kept apart as "repeated".
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+NGRAM = 4
+
+
+def repeat_distances(ids: np.ndarray, ngram: int = NGRAM) -> tuple[np.ndarray, np.ndarray]:
+    """For each prediction of one sequence ``ids [T]``: distance to the last repeat, int64 ``[T - 1]``, and whether it held.
+
+    Entry ``p`` is about token ``p + 1``, as in ``position_losses``. The distance is 0 where the ``ngram`` tokens before
+    the token did not occur earlier; ``held`` says that the token is the one that followed them then.
+    """
+    length = len(ids)
+    distances, held = np.zeros(max(length - 1, 0), np.int64), np.zeros(max(length - 1, 0), bool)
+    codes = _ngram_codes(np.asarray(ids, np.int64), ngram)[: max(length - ngram, 0)]
+    order = np.argsort(codes, kind="stable")
+    same = codes[order[1:]] == codes[order[:-1]]
+    later, earlier = order[1:][same] + ngram, order[:-1][same] + ngram  # the tokens that follow the two
+    distances[later - 1] = later - earlier
+    held[later - 1] = ids[later] == ids[earlier]
+    return distances, held
+
+
+def _ngram_codes(ids: np.ndarray, ngram: int) -> np.ndarray:
+    """A number for each run of ``ngram`` tokens, equal for equal runs and nothing else."""
+    first = codes = np.unique(ids, return_inverse=True)[1]
+    for n in range(1, min(ngram, len(ids))):
+        # Both factors are below T after the renumbering, so the product fits.
+        pairs = codes[:-1] * np.int64(len(ids)) + first[n:]
+        codes = np.unique(pairs, return_inverse=True)[1]
+    return codes
+
+
+def by_distance(ids: np.ndarray, losses: np.ndarray, ngram: int = NGRAM) -> list[dict]:
+    """Loss in ranges of distance that double: of ``ids [sequences, T]`` and ``losses [sequences, T - 1]``.
+
+    Each row: ``first`` and ``last`` distance in tokens (0, 0: no repeat), and for all tokens and for the repeated ones
+    their number, loss and standard error in nats. Sequences are the independent samples. Empty ranges are left out.
+    """
+    found = [repeat_distances(row, ngram) for row in ids]
+    distances, held = np.stack([row[0] for row in found]), np.stack([row[1] for row in found])
+    ranges = np.frexp(distances)[1]  # bits of the distance: 0 for 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7
+    rows = []
+    for number in np.unique(ranges):
+        chosen = ranges == number
+        first = 0 if number == 0 else 1 << int(number) - 1
+        row = {"first": first, "last": max(2 * first - 1, 0), **_mean("tokens", "loss", losses, chosen)}
+        if number:
+            row |= _mean("repeated_tokens", "repeated_loss", losses, chosen & held)
+        rows.append(row)
+    return rows
+
+
+def _mean(count_name: str, name: str, losses: np.ndarray, chosen: np.ndarray) -> dict:
+    """Mean over the chosen tokens, and its standard error as a ratio of two sums over sequences."""
+    counts, sums = chosen.sum(1), np.where(chosen, losses, 0).sum(1, dtype=np.float64)
+    total, sequences = int(counts.sum()), int((counts > 0).sum())
+    if not total:
+        return {count_name: 0, name: None, f"{name}_standard_error": None}
+    mean = sums.sum() / total
+    error = None  # one sequence cannot tell
+    if sequences > 1:
+        error = math.sqrt(((sums - mean * counts) ** 2).sum() * sequences / (sequences - 1)) / total
+    return {count_name: total, name: float(mean), f"{name}_standard_error": error}
+
+
+def draw_repeats(results: dict[str, list[dict]], path: Path) -> None:
+    """Save a PNG of the loss by distance of each model, from ``by_distance``. Bands are one standard error."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panel = figure.subplots()
+    for color, (name, rows) in enumerate(results.items()):
+        for field, style, label in (("loss", "--", "all"), ("repeated_loss", "-", "the same token follows")):
+            shown = [row for row in rows if row["first"] and row[field] is not None]
+            distance = np.array([row["first"] for row in shown])
+            mean = np.array([row[field] for row in shown])
+            error = np.array([row[f"{field}_standard_error"] for row in shown], dtype=float)  # None becomes nan
+            panel.plot(distance, mean, style, color=f"C{color}", marker=".", label=f"{name}: {label}")
+            panel.fill_between(distance, mean - error, mean + error, alpha=0.2, color=f"C{color}", linewidth=0)
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel(f"tokens since the last {NGRAM} tokens occurred before")
+    panel.set_ylabel("loss (nats per token)")
+    panel.legend()
+    figure.savefig(path, dpi=150)

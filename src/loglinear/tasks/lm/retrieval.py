@@ -1,0 +1,211 @@
+"""Exact retrieval from real files: a definition asked for again, so many tokens later.
+
+    #define BITMASK_SIZE 32 ... the file goes on for `distance` tokens ... #define BITMASK_SIZE| 32
+
+Special about this file: question and answer are the very tokens of the definition, and the text in between is that of the
+file, then of the files after it. The same sequence without the definition ("without") tells what a model guesses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from loglinear.tasks.lm.evaluation import share_error
+
+LEAD = 256  # tokens of the file kept before the definition
+PER_FILE = 4  # questions from one file at most, so that no file with a table of constants decides the score
+# `#define NAME value` of C, `NAME = value` of Python. A value of one character is too easily guessed.
+DEFINITION = re.compile(
+    r"^[ \t]*(?:#[ \t]*define[ \t]+(?P<c>[A-Za-z_]\w{3,})[ \t]+|(?P<py>[A-Z_][A-Z0-9_]{3,})[ \t]*=[ \t]*)"
+    r"(?P<value>[-\w.\"'()]{2,24})[ \t]*(?:(?:/[/*]|#).*)?$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One sequence: int64 ``ids``, of which ``ids[answer:]`` are asked for. ``distance`` is from answer to answer.
+
+    ``own``: share of the tokens in between that are of the file itself.
+    """
+
+    ids: np.ndarray
+    answer: int
+    distance: int
+    own: float
+    name: str
+    value: str
+
+    def without(self, lead: int, length: int) -> Question:
+        """The same question with the definition, ``length`` tokens from ``lead`` on, cut out."""
+        ids = np.concatenate([self.ids[:lead], self.ids[lead + length :]])
+        return Question(ids, self.answer - length, self.distance, self.own, self.name, self.value)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Tokens ``start .. stop`` of a file are ``head`` and value of a definition; the value begins at token ``value_at``."""
+
+    start: int
+    value_at: int
+    stop: int
+    name: str
+    value: str
+
+
+@dataclass
+class _File:
+    """Tokens of a file and of those after it, the definitions to ask for, and where a later file defines a name again."""
+
+    ids: list[int]
+    definitions: list[Definition]
+    own: int
+    redefined: dict[str, int]
+
+    def extend(self, ids: list[int], names: Iterable[str]) -> None:
+        for name in names:
+            self.redefined.setdefault(name, len(self.ids))
+        self.ids.extend(ids)
+
+
+def definitions(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[list[Definition], Counter[str]]:
+    """Definitions of ``text``, tokenized with these character ``offsets``, and how often each name is defined.
+
+    A name that is defined twice is not asked for, nor one whose definition's borders are no borders of tokens.
+    """
+    matches = [(match, "c" if match["c"] else "py") for match in DEFINITION.finditer(text)]
+    names = Counter(match[group] for match, group in matches)
+    starts, stops = np.array(offsets).reshape(-1, 2).T
+    found = []
+    for match, group in matches:
+        line = text.rfind("\n", 0, match.start(group)) + 1
+        start = int(np.searchsorted(stops, line, side="right"))
+        value_at = int(np.searchsorted(stops, match.start("value"), side="right"))
+        stop = int(np.searchsorted(starts, match.end("value"), side="left"))
+        whole = (
+            start < value_at < stop and starts[value_at] >= match.end(group) and stops[stop - 1] == match.end("value")
+        )
+        if whole and names[match[group]] == 1:
+            found.append(Definition(start, value_at, stop, match[group], match["value"]))
+    return found, names
+
+
+def questions(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
+    distances: Sequence[int],
+    samples: int,
+    seed: int = 0,
+) -> Iterator[tuple[Question, Question]]:
+    """Questions about ``samples`` definitions at each distance, every one with and without its definition in sight.
+
+    A file is used with the files after it, as far as they are needed. A distance at which a later file has defined the
+    name again is left out.
+    """
+    rng = np.random.default_rng(seed)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    waiting: deque[_File] = deque()
+    left = samples
+    for text in documents:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = encoded["input_ids"]
+        found, names = definitions(text, encoded["offset_mapping"])
+        for file in waiting:
+            file.extend(ids, names)
+        if found:
+            chosen = [found[i] for i in sorted(rng.permutation(len(found))[:PER_FILE])]
+            waiting.append(_File(list(ids), chosen, len(ids), {}))
+        while waiting and len(waiting[0].ids) >= waiting[0].definitions[-1].value_at + max(distances):
+            file = waiting.popleft()
+            for definition in file.definitions[:left]:
+                for distance in distances:
+                    if file.redefined.get(definition.name, len(file.ids)) >= definition.value_at + distance:
+                        yield _ask(file, definition, distance, newline)
+            left = max(0, left - len(file.definitions))
+        if not left:
+            return
+
+
+def _ask(file: _File, definition: Definition, distance: int, newline: list[int]) -> tuple[Question, Question]:
+    head = file.ids[definition.start : definition.value_at]
+    value = file.ids[definition.value_at : definition.stop]
+    start = max(0, definition.start - LEAD)
+    end = definition.value_at + distance - len(newline) - len(head)
+    if end <= definition.stop:
+        raise ValueError(f"distances must leave room for definition and question: got {distance}")
+    ids = np.array([*file.ids[start:end], *newline, *head, *value], np.int64)
+    own = (min(file.own, end) - definition.stop) / (end - definition.stop)
+    question = Question(ids, len(ids) - len(value), distance, own, definition.name, definition.value)
+    return question, question.without(definition.start - start, definition.stop - definition.start)
+
+
+@torch.inference_mode()
+def retrieve(
+    model: PreTrainedModel,
+    pairs: Iterable[tuple[Question, Question]],
+    dtype: torch.dtype = torch.float32,
+    on_question: Callable[[int], None] | None = None,
+) -> list[dict]:
+    """Ask every question once with and once without its definition, one sequence at a time.
+
+    A row for each distance, shares with standard errors: ``exact`` and ``without``, where the likeliest token is right at
+    every place of the value, which is what greedy decoding writes; the loss of the value in nats per token, with and
+    without; and ``own``, the share of the text in between that is of the same file.
+    """
+    model.eval()
+    cells: dict[int, list[tuple[float, ...]]] = {}
+    for number, pair in enumerate(pairs, start=1):
+        (exact, loss), (guessed, guess_loss) = (_answer(model, question, dtype) for question in pair)
+        cells.setdefault(pair[0].distance, []).append((exact, guessed, loss, guess_loss, pair[0].own))
+        if on_question is not None:
+            on_question(number)
+    if not cells:
+        raise ValueError(
+            "measures: retrieval found no definition (#define NAME value, NAME = value) with enough text after it; "
+            "give more text or shorter distances"
+        )
+    rows = []
+    for distance, values in sorted(cells.items()):
+        means = dict(zip(("exact", "without", "loss", "loss_without", "own"), np.mean(values, axis=0).tolist()))
+        errors = {f"{name}_standard_error": share_error(means[name], len(values)) for name in ("exact", "without")}
+        rows.append({"distance": distance, "questions": len(values), **means, **errors})
+    return rows
+
+
+def _answer(model: PreTrainedModel, question: Question, dtype: torch.dtype) -> tuple[bool, float]:
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(question.ids)[None].to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[0, question.answer - 1 :]).float()
+    targets = ids[0, question.answer :]
+    return bool((logits.argmax(-1) == targets).all()), float(cross_entropy(logits, targets))
+
+
+def draw_retrieval(results: dict[str, list[dict]], path: Path) -> None:
+    """Save a PNG of the share of exact values by distance, of each model; dashed, what it guesses without the definition."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panel = figure.subplots()
+    for color, (name, rows) in enumerate(results.items()):
+        distance = np.array([row["distance"] for row in rows])
+        for field, style, label in (("exact", "-", name), ("without", "--", f"{name}, without the definition")):
+            share = np.array([row[field] for row in rows])
+            error = np.array([row[f"{field}_standard_error"] for row in rows])
+            panel.plot(distance, share, style, color=f"C{color}", marker=".", label=label)
+            panel.fill_between(distance, share - error, share + error, alpha=0.2, color=f"C{color}", linewidth=0)
+    panel.set_xscale("log", base=2)
+    panel.set_ylim(-0.02, 1.02)
+    panel.set_xlabel("tokens since the definition")
+    panel.set_ylabel("share of exact values")
+    panel.legend()
+    figure.savefig(path, dpi=150)
