@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Needle in a haystack and recall on real text for any number of trained models, each after the same fine-tune.
+#
+#   runs/niah.sh OUTPUT CHECKPOINT...
+#
+# The models must share tokenizer and data, as runs of `loglinear train` with one --data and --cache do; they then see the
+# same needles in the same text. Fine-tuned on up to 16K tokens, tested to 64K. Models that are done are skipped.
+set -euo pipefail
+output=$1
+shift
+for checkpoint in "$@"; do
+    name=$(basename "$checkpoint")
+    # Before the fine-tune: loss by position at four times the trained context, repeats, definitions, and λ.
+    context=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["arguments"]["context"])' "$checkpoint/record.json")
+    measures=(repeats retrieval)
+    if grep -q '"log_linear' "$checkpoint/config.json"; then measures+=(levels); fi
+    if [[ ! -e $output/$name/recall/retrieval.json ]]; then
+        loglinear evaluate "$checkpoint" --context $((4 * context)) --packing document --batch-size 1 \
+            --measures "${measures[@]}" --output "$output/$name/recall"
+    fi
+    if [[ ! -e $output/$name/tuned/record.json ]]; then
+        loglinear niah finetune "$checkpoint" --contexts 1024 2048 4096 8192 16384 --output "$output/$name/tuned"
+    fi
+    if [[ ! -e $output/$name/niah/niah.json ]]; then
+        loglinear niah evaluate "$output/$name/tuned" --contexts 1024 2048 4096 8192 16384 32768 65536 \
+            --output "$output/$name/niah"
+    fi
+done
