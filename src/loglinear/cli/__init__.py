@@ -18,6 +18,7 @@ COMMANDS = {
     "niah": "needle in a haystack: samples, a short fine-tune, and the heatmap of length and depth",
     "generate": "continue a prompt and show the size of the state",
     "demo": "train Log-Linear Mamba-2 and its linear twin on this Python's sources, and compare them",
+    "mqar": "train small models on associative recall side by side, and compare how many pairs they recall",
     "masks": "draw the attention masks side by side",
 }
 

@@ -1,0 +1,127 @@
+"""``loglinear mqar``: how many key-value pairs each kind of model recalls, as a table, a figure and rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from loglinear.tasks.mqar.config import MODELS, PRESETS, Grid
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from loglinear.tasks.mqar.report import Result
+
+
+@dataclass(frozen=True)
+class MqarArgs:
+    """Multi-query associative recall: train small models side by side and compare how many pairs they recall.
+
+    What an option leaves at none, the preset decides. Interrupted and started again, it goes on.
+    """
+
+    preset: Literal["small", "full"] = "small"
+    """small: Mamba-2 and its log-linear twin on two CPU cores in minutes; full: five models at six sizes on one GPU."""
+    output: Path = Path("out/mqar")
+    """Folder for rows.jsonl, results.json and accuracy.png; models whose rows are there are not trained again."""
+    workers: int | None = None
+    """Models that train at the same time, each in a process of its own; none: a core each (at most 8 on a GPU)."""
+    device: str | None = None
+    """cuda or cpu; none: cuda if there is one."""
+    models: tuple[str, ...] | None = None
+    """Names as in the table."""
+    widths: tuple[int, ...] | None = None
+    """Widths of the models."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens in a sequence."""
+    pairs: tuple[int, ...] | None = None
+    """Numbers of key-value pairs for the first length, at most a quarter of it; more in proportion for the others."""
+    state_size: int | None = None
+    """Width of the keys of recurrent models."""
+    matched_state: bool = False
+    """Also linear models with one state as large as all states of their log-linear twin together."""
+    learning_rates: tuple[float, ...] | None = None
+    """Tried for every model alike with the first seed; the best on validation sequences gets all seeds."""
+    seeds: tuple[int, ...] | None = None
+    """Of weights and training sequences."""
+    steps: int | None = None
+    """Optimizer steps of each model."""
+    batch_size: int | None = None
+    """Sequences per step."""
+    vocab_size: int | None = None
+    """Half of it keys, half of it values."""
+
+    def grid(self) -> Grid:
+        """The preset with what was asked for in its place. Raises ValueError for what cannot be run."""
+        grid = PRESETS[self.preset]
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        recipe = replace(grid.recipe, **{n: v for n, v in given.items() if n in {f.name for f in fields(grid.recipe)}})
+        grid = replace(grid, recipe=recipe, **{n: v for n, v in given.items() if n in {f.name for f in fields(grid)}})
+        for name in ("models", "widths", "lengths", "pairs", "learning_rates", "seeds"):
+            if not getattr(grid, name):
+                raise ValueError(f"{name} must not be empty")
+        unknown = [model for model in grid.models if model not in MODELS]
+        if unknown:
+            raise ValueError(f"models must be among {list(MODELS)}: got {unknown}")
+        return grid
+
+
+def mqar(args: MqarArgs) -> list[Result]:
+    """Train what is missing, print the table and what it says, write figure and numbers; returns the results."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+    from rich.console import Console
+
+    from loglinear.tasks.lm.atomic import write_atomically
+    from loglinear.tasks.mqar.data import check_batches
+    from loglinear.tasks.mqar.figure import draw_accuracy
+    from loglinear.tasks.mqar.report import results, verdicts
+    from loglinear.tasks.mqar.run import run_grid
+
+    console = Console(soft_wrap=True)
+    grid = args.grid()
+    for cells in grid.sweeps():
+        check_batches(grid.recipe.batch_size, cells[0].length, cells[0].pairs, grid.recipe.vocab_size)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    workers = args.workers or min(os.cpu_count() or 1, 8 if device == "cuda" else 64)
+
+    def on_row(row: dict, done: int, total: int) -> None:
+        cell, recalled = row["cell"], sum(row["test"].values()) / len(row["test"])
+        console.print(
+            f"{done}/{total}  {cell['model']}, width {cell['width']}, length {cell['length']}, K {cell['state_size']}, "
+            f"learning rate {cell['learning_rate']:g}, seed {cell['seed']}: {recalled:.3f} in {row['seconds']:.0f} s",
+            highlight=False,
+        )
+
+    found = results(run_grid(grid, args.output / "rows.jsonl", workers, device, on_row))
+    for length in grid.lengths:
+        console.print(accuracy_table([result for result in found if result.length == length]))
+    lines = verdicts(found)
+    for line in lines:
+        console.print(line, highlight=False)
+    draw_accuracy(found, args.output / "accuracy.png")
+    numbers = {"results": [asdict(result) for result in found], "verdicts": lines}
+    write_atomically(args.output / "results.json", json.dumps(numbers, indent=2) + "\n")
+    console.print(f"rows, numbers and figure: {args.output}")
+    return found
+
+
+def accuracy_table(found: list[Result]) -> Table:
+    """Accuracy on the test sequences of one length, mean and standard deviation over seeds."""
+    from rich.table import Table
+
+    counts = [pairs for pairs in found[0].accuracy if pairs != "mean"]
+    columns = [*counts, "mean"] if len(counts) > 1 else counts
+    title = f"Share of values recalled, length {found[0].length}: mean ± standard deviation over seeds"
+    headers = ("model", "width", "K", "state", "learning rate", "seeds")
+    table = Table(*headers, *(c if c == "mean" else f"{c} pairs" for c in columns), title=title)
+    for result in found:
+        recurrent = result.state_floats is not None
+        state = (str(result.state_size), f"{result.state_floats:,}") if recurrent else ("", "")
+        values = [f"{mean:.3f} ± {spread:.3f}" for mean, spread in (result.accuracy[c] for c in columns)]
+        table.add_row(result.model, str(result.width), *state, f"{result.learning_rate:g}", str(result.seeds), *values)
+    return table

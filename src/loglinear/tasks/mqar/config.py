@@ -1,0 +1,137 @@
+"""What an associative-recall run trains: the grid, cut into cells. Nothing heavy is imported: the command line builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+
+from loglinear.fenwick import num_levels
+
+# Name in tables to mixer of LogLinearConfig, in the order of the tables.
+MODELS = {
+    "Transformer": "attention",
+    "Mamba-2": "mamba2",
+    "Log-Linear Mamba-2": "log_linear_mamba2",
+    "Gated DeltaNet": "gated_deltanet",
+    "Log-Linear Gated DeltaNet": "log_linear_gated_deltanet",
+}
+VALUE_DIM = 32  # V of every recurrent model; with width/16 heads the values together are twice the width, as in Mamba-2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every cell of a run has in common."""
+
+    steps: int
+    """Optimizer steps of each model, after each of which the sequences are new ones."""
+    batch_size: int
+    """Sequences per step: a multiple of the numbers of pairs."""
+    vocab_size: int
+    """Half of it keys, half of it values."""
+    layers: int
+    """Blocks of each model."""
+    mlp: int
+    """Inner width of the MLPs, in widths of the model; 0 leaves them out."""
+    warmup: float
+    """Share of the steps in which the learning rate rises; then it falls to zero along a cosine."""
+    weight_decay: float
+    """Of matrices; norms, biases and gates do not decay."""
+    held_out: int
+    """Sequences per number of pairs that choose the learning rate, and as many others for the table."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to train: the unit of work, and of resuming."""
+
+    model: str
+    width: int
+    state_size: int
+    length: int
+    pairs: tuple[int, ...]
+    learning_rate: float
+    seed: int
+    recipe: Recipe
+
+    @property
+    def heads(self) -> int:
+        """H of a recurrent model."""
+        return max(1, self.width // 16)
+
+    @property
+    def state_floats(self) -> int | None:
+        """Numbers that a layer of a recurrent model keeps at most of one sequence; None for the Transformer."""
+        if self.model == "Transformer":
+            return None
+        # A token sees at most one state for each level.
+        states = num_levels(self.length) if self.model.startswith("Log-Linear") else 1
+        return states * self.heads * self.state_size * VALUE_DIM
+
+    def identity(self) -> dict:
+        """The cell as JSON gives it back."""
+        return {**asdict(self), "pairs": list(self.pairs)}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All combinations of what is listed. Each learning rate is tried with the first seed; the best one gets all seeds."""
+
+    models: tuple[str, ...]
+    widths: tuple[int, ...]
+    lengths: tuple[int, ...]
+    pairs: tuple[int, ...]
+    """Numbers of pairs for the first length; longer sequences have more in proportion."""
+    state_size: int
+    """K: width of the keys of the recurrent models."""
+    matched_state: bool
+    """Whether linear models are trained a second time, with keys so much wider that their one state is as large as all states
+    of their log-linear twin together."""
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    recipe: Recipe
+
+    def sweeps(self) -> Iterator[list[Cell]]:
+        """For each model at each size, the cells with the first seed that decide its learning rate."""
+        for width, length, model in product(self.widths, self.lengths, self.models):
+            pairs = tuple(count * length // self.lengths[0] for count in self.pairs)
+            state_sizes = [self.state_size]
+            if self.matched_state and f"Log-Linear {model}" in MODELS:
+                state_sizes.append(self.state_size * num_levels(length))
+            for state_size in state_sizes:
+                yield [
+                    Cell(model, width, state_size, length, pairs, rate, self.seeds[0], self.recipe)
+                    for rate in self.learning_rates
+                ]
+
+
+PRESETS = {
+    # Two CPU cores, under three minutes.
+    "small": Grid(
+        models=("Mamba-2", "Log-Linear Mamba-2"),
+        widths=(32,),
+        lengths=(32,),
+        pairs=(8,),
+        state_size=8,
+        matched_state=False,
+        learning_rates=(0.01, 0.02, 0.04),
+        seeds=(0, 1, 2),
+        recipe=Recipe(
+            steps=700, batch_size=32, vocab_size=32, layers=1, mlp=0, warmup=0.1, weight_decay=0.0, held_out=256
+        ),
+    ),
+    # One GPU; runs/mqar.sh says how long.
+    "full": Grid(
+        models=tuple(MODELS),
+        widths=(16, 32, 64),
+        lengths=(256, 512),
+        pairs=(4, 8, 16, 32, 64),
+        state_size=16,
+        matched_state=False,
+        learning_rates=(1e-3, 3e-3, 1e-2),
+        seeds=(0, 1, 2),
+        recipe=Recipe(
+            steps=4000, batch_size=160, vocab_size=2048, layers=2, mlp=0, warmup=0.1, weight_decay=0.1, held_out=512
+        ),
+    ),
+}

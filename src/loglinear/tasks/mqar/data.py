@@ -1,0 +1,145 @@
+"""Sequences of multi-query associative recall, drawn on any device and without loops over sequences.
+
+    key value key value key value | query  filler filler filler query filler query filler
+    position 0 .. 2·pairs - 1       slot 0        slot 1        slot 2       slot 3
+
+Special about this file: it follows the definition of Zoology (Arora et al. 2023, appendix on synthetics), except that training
+sequences never repeat: every block of batches is drawn anew from its own seed. Keys are distinct and come from the first half
+of the vocabulary without token 0, values are distinct and come from the second half. A query repeats a key and asks for its
+value; the value itself is not shown. Each key is asked for once, in a slot of two tokens, and slot s is chosen with
+probability proportional to (s + 1)^(a - 1). All other tokens are uniform over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+POWER = 0.01  # the exponent a of Zoology; 1 would be uniform
+ROWS_AT_ONCE = 16_384  # drawing keys takes a number per row and vocabulary entry: 64 MiB at 2,048 entries
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Sequences, and what is asked of them.
+
+    Attributes:
+        tokens: int64 ``[..., rows, T]``.
+        queries: int64 ``[..., asked]``, the positions of queries, counted through the rows (row · T + position).
+        answers: int64 ``[..., asked]``, the value that belongs to each.
+    """
+
+    tokens: Tensor
+    queries: Tensor
+    answers: Tensor
+
+
+def check_sizes(length: int, pairs: int, vocab_size: int) -> None:
+    """Raise ValueError where a sequence cannot hold the pairs and their queries, or the vocabulary not the keys."""
+    if pairs < 1 or 4 * pairs > length:
+        raise ValueError(f"pairs must be 1 to a quarter of the length {length}, two tokens each way: got {pairs}")
+    if pairs > vocab_size // 2 - 1:
+        raise ValueError(f"vocab_size must be at least {2 * pairs + 2} for {pairs} distinct keys: got {vocab_size}")
+
+
+def check_batches(rows: int, length: int, mixture: tuple[int, ...], vocab_size: int) -> None:
+    """Raise ValueError where batches of ``rows`` sequences cannot hold equal shares of each number of pairs."""
+    for pairs in mixture:
+        check_sizes(length, pairs, vocab_size)
+    if rows < 1 or rows % len(mixture):
+        raise ValueError(f"batch_size must be a multiple of the {len(mixture)} numbers of pairs: got {rows}")
+
+
+def slot_probabilities(length: int, pairs: int, device: torch.device | str = "cpu") -> Tensor:
+    """float32 ``[slots]``: the power law over the slots of two tokens that follow the pairs."""
+    slots = torch.arange(1, (length - 2 * pairs) // 2 + 1, device=device, dtype=torch.float32)
+    weights = slots ** (POWER - 1)
+    return weights / weights.sum()
+
+
+def draw(rows: int, length: int, pairs: int, vocab_size: int, generator: torch.Generator) -> Recall:
+    """``rows`` sequences of T = ``length`` tokens with ``pairs`` pairs each, on the generator's device.
+
+    Raises ValueError as ``check_sizes`` does.
+    """
+    check_sizes(length, pairs, vocab_size)
+    device, half = generator.device, vocab_size // 2
+    keys = 1 + _distinct(torch.ones(half - 1, device=device), rows, pairs, generator)
+    values = half + _distinct(torch.ones(vocab_size - half, device=device), rows, pairs, generator)
+    positions = 2 * pairs + 2 * _distinct(slot_probabilities(length, pairs, device), rows, pairs, generator)
+    tokens = torch.randint(vocab_size, (rows, length), device=device, generator=generator)
+    tokens[:, : 2 * pairs] = torch.stack([keys, values], dim=2).flatten(1)
+    tokens.scatter_(1, positions, keys)
+    queries = positions + length * torch.arange(rows, device=device)[:, None]
+    return Recall(tokens, queries.flatten(), values.flatten())
+
+
+def _distinct(weights: Tensor, rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """``[rows, count]`` indices into ``weights``, drawn one after the other without replacement in each row.
+
+    The smallest of exponential times with these rates come in exactly that order and with exactly these probabilities.
+    """
+    drawn = []
+    for start in range(0, rows, ROWS_AT_ONCE):
+        size = (min(ROWS_AT_ONCE, rows - start), len(weights))
+        times = torch.empty(size, device=weights.device).exponential_(generator=generator) / weights
+        drawn.append(times.topk(count, dim=1, largest=False, sorted=True).indices)
+    return torch.cat(drawn)
+
+
+def draw_batches(
+    batches: int,
+    rows: int,
+    length: int,
+    mixture: tuple[int, ...],
+    vocab_size: int,
+    generator: torch.Generator,
+    apart_from: Tensor | None = None,
+) -> Recall:
+    """``batches`` batches of ``rows`` sequences; the same share of each batch has each number of pairs in ``mixture``.
+
+    Args:
+        rows: a multiple of the length of ``mixture``; the first rows have the first number of pairs.
+        apart_from: ``fingerprints`` of sequences that must not be drawn; those that are, are drawn again.
+
+    Raises:
+        ValueError: sizes do not fit, or so few sequences exist that none apart from those are found.
+    """
+    check_batches(rows, length, mixture, vocab_size)
+    share = rows // len(mixture)
+    parts = []
+    for i, pairs in enumerate(mixture):
+        part = _draw_apart(batches * share, length, pairs, vocab_size, generator, apart_from)
+        row = torch.arange(batches * share, device=generator.device)[:, None]
+        within_batch = part.queries.view(-1, pairs) + length * (i * share + row % share - row)
+        shapes = ((batches, share, length), (batches, -1), (batches, -1))
+        parts.append([x.view(shape) for x, shape in zip((part.tokens, within_batch.flatten(), part.answers), shapes)])
+    return Recall(*(torch.cat(column, dim=1) for column in zip(*parts)))
+
+
+def fingerprints(tokens: Tensor) -> Tensor:
+    """int64 ``[rows]`` for tokens ``[rows, T]``: equal for equal rows, for others with a chance of about 2^-64."""
+    mixing = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (tokens.shape[1],), generator=mixing).to(tokens.device)
+    return (tokens * factors).sum(1)  # modulo 2^64
+
+
+def _draw_apart(
+    rows: int, length: int, pairs: int, vocab_size: int, generator: torch.Generator, apart_from: Tensor | None
+) -> Recall:
+    drawn = draw(rows, length, pairs, vocab_size, generator)
+    if apart_from is None:
+        return drawn
+    queries, answers = drawn.queries.view(rows, pairs), drawn.answers.view(rows, pairs)
+    for _ in range(100):
+        again = torch.isin(fingerprints(drawn.tokens), apart_from).nonzero().squeeze(1)
+        if not len(again):
+            return drawn
+        other = draw(len(again), length, pairs, vocab_size, generator)
+        shift = length * (again - torch.arange(len(again), device=again.device))[:, None]
+        drawn.tokens[again] = other.tokens
+        queries[again] = other.queries.view(-1, pairs) + shift
+        answers[again] = other.answers.view(-1, pairs)
+    raise ValueError(f"vocab_size: {vocab_size} is too small to draw training sequences apart from the held-out ones")

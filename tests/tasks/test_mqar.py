@@ -1,0 +1,208 @@
+"""Training cells side by side, going on after an interruption, and what the numbers are made to say."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loglinear.cli import main
+from loglinear.tasks.mqar import run
+from loglinear.tasks.mqar.config import MODELS, PRESETS, Cell, Recipe
+from loglinear.tasks.mqar.data import Recall
+from loglinear.tasks.mqar.report import Result, best_rate, results, verdicts
+from loglinear.tasks.mqar.train import (
+    TrainingStep,
+    accuracy,
+    build_model,
+    held_out,
+    learning_rate,
+    train_cell,
+    training_batches,
+)
+
+RECIPE = Recipe(steps=3, batch_size=4, vocab_size=16, layers=1, mlp=0, warmup=0.1, weight_decay=0.1, held_out=6)
+CELL = Cell("Log-Linear Mamba-2", 16, 4, 16, (2, 4), 0.01, 0, RECIPE)
+
+
+def row(model, rate, seed, validation, test=0.5, state_size=8, state_floats=512, loss=1.0):
+    cell = {"model": model, "width": 16, "length": 64, "state_size": state_size, "learning_rate": rate, "seed": seed}
+    accuracies = {"validation": {"16": validation}, "test": {"16": test}}
+    return {"cell": cell, "final_loss": loss, "state_floats": state_floats, **accuracies}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_cell_trains_and_its_row_can_be_repeated(model):
+    cell = replace(CELL, model=model)
+    first, second = train_cell(cell), train_cell(cell)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert set(first["test"]) == {"2", "4"}
+    assert first["graph"] is False
+    assert json.loads(json.dumps(cell.identity())) == cell.identity()
+
+
+def test_recurrent_models_of_one_size_keep_equal_states():
+    cells = [replace(CELL, model=model, width=32) for model in MODELS if model != "Transformer"]
+    for cell in cells:
+        mixer = build_model(cell).model.layers[0].mixer
+        if "Mamba" in cell.model:
+            values, key_width = mixer.conv_widths[0], mixer.conv_widths[1]
+        else:
+            values, key_width = mixer.conv_widths[2], mixer.conv_widths[1] // mixer.num_key_heads
+        states = 5 if cell.model.startswith("Log-Linear") else 1  # 16 tokens: levels 0 to 4
+        assert cell.state_floats == states * key_width * values
+    assert replace(CELL, model="Transformer").state_floats is None
+
+
+def test_accuracy_is_the_share_of_answers_by_number_of_pairs():
+    cell = replace(CELL, recipe=replace(RECIPE, held_out=10))
+    model = build_model(cell)
+    test = held_out(cell, "cpu")[1]
+    with torch.no_grad():
+        logits = model(test.tokens[0]).logits.flatten(0, 1)[test.queries[0]]
+    guesses = logits.argmax(-1)
+    # Answers are set to what the model says in a known share of cases: all of two pairs, three quarters of four.
+    answers = guesses.clone()
+    answers[20::4] = (answers[20::4] + 1) % 16
+    found = accuracy(model, cell, Recall(test.tokens, test.queries, answers[None]))
+    assert found == {"2": 1.0, "4": 0.75}
+
+
+def test_validation_test_and_training_sequences_are_disjoint():
+    cell = replace(CELL, recipe=replace(RECIPE, held_out=50, steps=40))
+    validation, test = (set(map(tuple, recall.tokens[0].tolist())) for recall in held_out(cell, "cpu"))
+    batches = list(training_batches(cell, "cpu", torch.zeros(1, dtype=torch.int64)))
+    train = {tuple(tokens) for batch in batches for tokens in batch.tokens.tolist()}
+    assert len(train) == 40 * 4
+    assert not validation & test
+    assert not train & (validation | test)
+
+
+def test_models_of_one_seed_see_the_same_sequences_and_seeds_differ():
+    apart = torch.zeros(1, dtype=torch.int64)
+    first, twin, other = (
+        next(training_batches(cell, "cpu", apart))
+        for cell in (CELL, replace(CELL, model="Mamba-2"), replace(CELL, seed=1))
+    )
+    assert torch.equal(first.tokens, twin.tokens)
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+def test_a_step_is_adamw_with_its_schedule():
+    cell = replace(CELL, recipe=replace(RECIPE, steps=100))
+    assert learning_rate(cell, 0) == pytest.approx(0.001)
+    assert learning_rate(cell, 9) == learning_rate(cell, 10) == pytest.approx(0.01)
+    assert learning_rate(cell, 55) == pytest.approx(0.005)
+    step = TrainingStep(build_model(cell), cell)
+    decayed = {p for group in step.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in step.model.named_parameters() if p not in decayed}
+    assert {name.rsplit(".")[-1] for name in names} >= {"A_log", "dt_bias", "D", "L"}
+    assert not any("proj.weight" in name or "embed" in name for name in names)
+
+
+def test_a_model_learns_what_one_batch_asks():
+    cell = replace(CELL, learning_rate=0.02, recipe=replace(RECIPE, steps=60))
+    batch = next(training_batches(cell, "cpu", torch.zeros(1, dtype=torch.int64)))
+    step = TrainingStep(build_model(cell), cell)
+    losses = [float(step(batch)) for _ in range(60)]
+    assert losses[0] > 2.0
+    assert losses[-1] < 0.5
+
+
+def test_the_grid_sweeps_every_model_alike_and_matches_states():
+    full = list(replace(PRESETS["full"], matched_state=True).sweeps())
+    for sweep in full:
+        assert [cell.learning_rate for cell in sweep] == list(PRESETS["full"].learning_rates)
+        assert len({replace(cell, learning_rate=0.0) for cell in sweep}) == 1
+    plain = list(PRESETS["full"].sweeps())
+    assert len(plain) == 5 * 3 * 2
+    assert len(full) == len(plain) + 2 * 3 * 2
+    assert {(cell.length, cell.pairs) for sweep in plain for cell in sweep} == {
+        (256, (4, 8, 16, 32, 64)),
+        (512, (8, 16, 32, 64, 128)),
+    }
+    states = {(c.model, c.width, c.length): set() for c, *_ in full}
+    for cell, *_ in full:
+        states[cell.model, cell.width, cell.length].add(cell.state_floats)
+    for (model, width, length), floats in states.items():
+        if model in ("Mamba-2", "Gated DeltaNet"):
+            assert states[f"Log-Linear {model}", width, length] <= floats
+
+
+def test_the_rate_is_chosen_on_validation_and_chance_is_decided_by_the_loss():
+    assert best_rate([row("Mamba-2", 1e-3, 0, 0.2, test=0.9), row("Mamba-2", 1e-2, 0, 0.3, test=0.1)]) == 1e-2
+    assert best_rate([row("Mamba-2", 1e-3, 0, 0.1, loss=2.0), row("Mamba-2", 1e-2, 0, 0.1, loss=3.0)]) == 1e-3
+
+
+def test_results_are_means_over_seeds_at_the_chosen_rate():
+    rows = [
+        row("Mamba-2", 1e-3, 0, 0.2, test=0.9),
+        row("Mamba-2", 1e-2, 0, 0.3, test=0.4),
+        row("Mamba-2", 1e-2, 1, 0.1, test=0.6),
+    ]
+    (result,) = results(rows)
+    assert (result.learning_rate, result.seeds) == (1e-2, 2)
+    assert result.accuracy["16"] == pytest.approx((0.5, 0.02**0.5))
+
+
+def test_verdicts_compare_equal_widths_and_equal_states():
+    def result(model, mean, state_size, floats, spread=0.01, seeds=3):
+        return Result(model, 16, 64, state_size, floats, 1e-2, seeds, {"mean": (mean, spread)})
+
+    log_linear = result("Log-Linear Mamba-2", 0.6, 8, 1792)
+    twins, states = verdicts(
+        [
+            result("Mamba-2", 0.4, 8, 256),
+            log_linear,
+            result("Mamba-2", 0.7, 56, 1792),
+            result("Transformer", 1, 8, None),
+        ]
+    )
+    assert "same widths: Log-Linear Mamba-2 is better" in twins
+    assert "same state: Mamba-2 is better" in states
+    (close,) = verdicts([result("Mamba-2", 0.5, 8, 256, spread=0.2), log_linear])
+    assert "no winner" in close
+    (single,) = verdicts([result("Mamba-2", 0.1, 8, 256, seeds=1), log_linear])
+    assert "no winner" in single
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_where_it_was_cut_off(tmp_path, capsys):
+    sizes = ["--lengths", "16", "--pairs", "2", "4", "--widths", "16", "--state-size", "4", "--vocab-size", "16"]
+    short = ["--steps", "2", "--batch-size", "4", "--seeds", "0", "1", "--learning-rates", "0.01", "0.02"]
+    command = ["mqar", "--output", str(tmp_path), "--workers", "2", "--device", "cpu", *sizes, *short]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    rows = run.read_rows(tmp_path / "rows.jsonl")
+    assert len(rows) == 2 * (2 + 1)
+    assert "Log-Linear Mamba-2" in printed
+    assert json.loads((tmp_path / "results.json").read_text())["results"][0]["seeds"] == 2
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+    # The last line is cut off, as by a machine that went away while it was written: its cell alone is trained again.
+    path = tmp_path / "rows.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:40])
+    assert main(command) == 0
+    assert len(re.findall(r"^\d+/\d+ ", printed, re.M)) == 6
+    assert len(re.findall(r"^\d+/\d+ ", capsys.readouterr().out, re.M)) == 1
+    again = run.read_rows(path)
+    assert again[:-1] == rows[:-1]
+    assert {**again[-1], "seconds": 0} == {**rows[-1], "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--models", "Mamba-3"], "models must be among"),
+        (["--pairs", "40"], "pairs must be 1 to a quarter"),
+        (["--pairs", "2", "4", "8"], "batch_size must be a multiple of the 3"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_starts(options, words, tmp_path, capsys):
+    assert main(["mqar", "--output", str(tmp_path / "none"), *options]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
