@@ -106,7 +106,7 @@ class Grid:
 
 
 PRESETS = {
-    # Two CPU cores, under three minutes.
+    # Two CPU cores: 270 s of processor time in all (2026-11-22). When a seed begins to recall varies more than the models do.
     "small": Grid(
         models=("Mamba-2", "Log-Linear Mamba-2"),
         widths=(32,),
@@ -114,7 +114,7 @@ PRESETS = {
         pairs=(8,),
         state_size=8,
         matched_state=False,
-        learning_rates=(0.01, 0.02, 0.04),
+        learning_rates=(0.005, 0.01, 0.02),
         seeds=(0, 1, 2),
         recipe=Recipe(
             steps=700, batch_size=32, vocab_size=32, layers=1, mlp=0, warmup=0.1, weight_decay=0.0, held_out=256
