@@ -106,7 +106,7 @@ class Grid:
 
 
 PRESETS = {
-    # Two CPU cores: 4 of the 10 models took 107 s of processor time. Seeds differ more than the two models do (docs/lab-notes.md).
+    # 4 of its 10 models took 107 s of processor time. Seeds differ more than the two models do (docs/lab-notes.md).
     "small": Grid(
         models=("Mamba-2", "Log-Linear Mamba-2"),
         widths=(32,),
