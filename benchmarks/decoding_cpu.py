@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
+import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import loglinear
+sys.path.insert(0, str(Path(__file__).parent))
 from loglinear import (
     DecodingState,
     log_linear_attention,
@@ -31,6 +29,7 @@ from loglinear import (
     log_linear_delta_rule,
     log_linear_delta_rule_step,
 )
+from ops_cpu import machine
 
 SHAPE = {"B": 1, "H": 48, "G": 1, "K": 128, "V": 64}
 CONTEXTS = (1024, 4096, 16384, 131072)
@@ -91,19 +90,6 @@ def measure(rule: str, rounds: int) -> dict[tuple[int, str], list[float]]:
     return times
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return (
-        subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or "unknown"
-    )
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=150)
@@ -111,10 +97,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "decoding_cpu.jsonl")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    common = {
-        "shape": SHAPE, "dtype": "float32", "threads": args.threads, "commit": commit(), "cpu": cpu(),
-        "loglinear": loglinear.__version__, "torch": torch.__version__, "date": datetime.now(timezone.utc).isoformat(),
-    }  # fmt: skip
+    common = {"shape": SHAPE, "dtype": "float32", **machine(args.threads)}
     missed = []
     for rule in STEPS:
         error = check(rule)

@@ -37,16 +37,15 @@ def attend(
     used = [position % state.chunk_size for position in positions]
     gate = torch.zeros(v.shape[:3], dtype=torch.float32, device=v.device) if g is None else g.float()
     stream = _Stream(lengths, used)
-    q_all, scales_all = stream.join(torch.zeros_like(state.open_k), q), stream.join(None, level_scales)
+    q_all, scales_all = stream.join(None, q), stream.join(None, level_scales)
     k_all, v_all, g_all = (stream.join(a, b) for a, b in ((state.open_k, k), (state.open_v, v), (state.open_g, gate)))
     sizes = [a + b for a, b in zip(used, lengths)]
     bounds = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(v.device, non_blocking=True)
     first_tokens = state.position // state.chunk_size * state.chunk_size
     # Kernels are compiled for a depth of the tree: a power of two is the same depth for many positions.
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
-    o = registration.Kernels.apply(
-        q_all, k_all, v_all, g_all, None, scales_all, scale, bounds, first_tokens, reach
-    )  # fmt: skip
+    inputs = (q_all, k_all, v_all, g_all, None, scales_all)
+    o = registration.Kernels.apply(*inputs, scale, bounds, first_tokens, reach)
     o = stream.new_tokens(o).reshape(v.shape)
 
     rows = [slice(a, b) for a, b in zip(accumulate((0, *lengths)), accumulate(lengths))] if packed else [slice(None)]
