@@ -130,9 +130,10 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
     with without_autocast:
         compiling = torch.compiler.is_compiling()
         if initial_state is None and not (compiling and output_final_state):
-            with_state = output_final_state and beta is None  # beside the kernels: the scalar gate's only
+            # A state beside the kernels: the scalar gate's only, and of the tree.
+            with_state = output_final_state and beta is None and level_scales is not None
             usable = not output_final_state or with_state
-            if compiling or (usable and registration.has_kernel(q, v, beta, level_scales)):
+            if compiling or (usable and registration.has_kernel(q, v, beta)):
                 lengths: tuple[int, ...] = ()
                 if output_final_state or cu_seqlens_cpu is not None:
                     lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
@@ -141,7 +142,7 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
                 return o, final_state(k, v, g, lengths, cu_seqlens is not None) if with_state else None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
         checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
-        if not compiling and registration.continues(q, v, beta, level_scales, initial_state):
+        if not compiling and registration.continues(q, v, beta, initial_state):
             packed = cu_seqlens is not None
             return continued.attend(q, k, v, g, level_scales, scale, lengths, packed, initial_state, output_final_state)
         # What a state holds depends on its positions: no single graph, and no recompilation at every token either.

@@ -38,9 +38,9 @@ def device_has_kernels(device: torch.device, delta: bool) -> bool:
     return not delta or shared >= DELTA_RULE_SHARED_MEMORY
 
 
-def has_kernel(q: Tensor, v: Tensor, beta: Tensor | None, level_scales: Tensor | None) -> bool:
-    """Whether the kernels take these inputs: CUDA, λ given, at most 32 bits, K up to 256, V up to 1,024."""
-    if not q.is_cuda or level_scales is None or v.dtype == torch.float64:
+def has_kernel(q: Tensor, v: Tensor, beta: Tensor | None) -> bool:
+    """Whether the kernels take these inputs: CUDA, at most 32 bits, K up to 256, V up to 1,024."""
+    if not q.is_cuda or v.dtype == torch.float64:
         return False
     fits = q.shape[3] <= MAX_KEY_WIDTH and v.shape[3] <= MAX_VALUE_WIDTH
     return fits and device_has_kernels(q.device, beta is not None)
@@ -50,13 +50,12 @@ def continues(
     q: Tensor,
     v: Tensor,
     beta: Tensor | None,
-    level_scales: Tensor | None,
     state: LogLinearState | LinearState | None,
 ) -> bool:
     """Whether the kernels take these inputs from this state: the scalar gate's, from some number of tokens on."""
     if not isinstance(state, LogLinearState) or state.chunk_size != CHUNK_SIZE or beta is not None:
         return False
-    return q.shape[0] * q.shape[1] > CHUNK_SIZE and has_kernel(q, v, beta, level_scales)
+    return q.shape[0] * q.shape[1] > CHUNK_SIZE and has_kernel(q, v, beta)
 
 
 def run_kernels(
@@ -72,7 +71,8 @@ def run_kernels(
 ) -> Tensor:
     """o by the kernels of either rule. ``continued``: first_tokens and reach, of the scalar gate's kernels only."""
     rate = () if beta is None else (beta,)
-    return kernels_of(beta is not None).forward(q, k, v, g, *rate, level_scales, scale, cu_seqlens, **continued)
+    scales = linear_scales(v) if level_scales is None else level_scales
+    return kernels_of(beta is not None).forward(q, k, v, g, *rate, scales, scale, cu_seqlens, **continued)
 
 
 def run_kernels_backward(
@@ -89,9 +89,15 @@ def run_kernels_backward(
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dg, dβ, dλ) by the kernels of either rule, None where there is no input."""
     rate = () if beta is None else (beta,)
+    scales = linear_scales(v) if level_scales is None else level_scales
     backward = kernels_of(beta is not None).backward
-    *grads, dscales = backward(do, q, k, v, g, *rate, level_scales, scale, cu_seqlens, **continued)
-    return *grads, *(() if beta is not None else (None,)), dscales
+    *grads, dscales = backward(do, q, k, v, g, *rate, scales, scale, cu_seqlens, **continued)
+    return *grads, *(() if beta is not None else (None,)), None if level_scales is None else dscales
+
+
+def linear_scales(v: Tensor) -> Tensor:
+    """λ ``[B, T, H, 1]`` of the linear model: a single one, seen everywhere and shared by all levels."""
+    return v.new_ones(()).expand(*v.shape[:3], 1)
 
 
 def run(
@@ -125,7 +131,7 @@ def attention(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """o of either public op, without states. Shapes as there."""
-    if has_kernel(q, v, beta, level_scales):
+    if has_kernel(q, v, beta):
         return run_kernels(q, k, v, g, beta, level_scales, scale, cu_seqlens)
     return run(q, k, v, g, beta, level_scales, scale, sequence_lengths(q, cu_seqlens, None))[0].contiguous()
 
@@ -148,7 +154,7 @@ def attention_backward(
     cu_seqlens: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of q, k, v, then of g, beta and level_scales where they are given."""
-    if has_kernel(q, v, beta, level_scales):
+    if has_kernel(q, v, beta):
         grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, scale, cu_seqlens)
         return [x for x in grads if x is not None]
     optional = (g, beta, level_scales)

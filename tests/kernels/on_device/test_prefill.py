@@ -19,7 +19,7 @@ T, MORE = (70, 3) if INTERPRETED else (1000, 70)
 @pytest.fixture(autouse=True)
 def on_the_kernels(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta, scales: True)
+        monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
 
 
 def make(device, length, seed=0):
