@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 from loglinear.models import LogLinearForCausalLM
+from loglinear.training.model import compile_blocks
 
 # transformers 5.23 prefers activation_checkpointing_enable, which 5.17 does not have.
 renamed = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -26,6 +27,23 @@ def test_logits_to_keep(make_model, tokens):
     logits = model(ids).logits
     assert torch.equal(model(ids, logits_to_keep=3).logits, logits[:, -3:])
     assert torch.equal(model(ids, logits_to_keep=torch.tensor([4, 0])).logits, logits[:, [4, 0]])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at what it traces
+def test_compiled_blocks_are_one_graph_and_change_no_gradient(make_model, tokens, mixer):
+    """A step is compiled without a break, once for all blocks of one mixer, and gives the numbers of an eager step."""
+    model, ids = make_model(mixer).train(), tokens(2, 70)
+    want = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(model, backend="aot_eager")
+    for _ in range(2):
+        got = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    kinds = len(set(model.config.layer_mixers))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == kinds + 1  # the loss
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for x, y in zip(got, want, strict=True):
+        assert (x - y).norm() <= 1e-6 * y.norm()
 
 
 @renamed

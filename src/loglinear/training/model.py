@@ -1,9 +1,10 @@
-"""From a ModelConfig and a tokenizer to a new model."""
+"""From a ModelConfig and a tokenizer to a new model, and its compilation."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
@@ -29,3 +30,14 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context
             pad_token_id=padding,
         )
     )
+
+
+def compile_blocks(model: LogLinearForCausalLM, **options) -> None:
+    """Compile every block and the loss of ``model`` where they are used; ``options`` are those of ``torch.compile``.
+
+    The blocks of one mixer are one program that is compiled once, however deep the model: the first step waits some seconds, not
+    minutes. Names of parameters stay as they are.
+    """
+    for block in model.model.layers:
+        block.compile(fullgraph=True, **options)
+    model.loss_function = torch.compile(model.loss_function, **options)

@@ -35,7 +35,7 @@ from loglinear.training.checkpoints import (
     remove_incomplete_checkpoints,
 )
 from loglinear.training.config import TrainConfig
-from loglinear.training.model import build_model
+from loglinear.training.model import build_model, compile_blocks
 from loglinear.training.progress import Meter, ShowProgress
 from loglinear.training.record import RECORD, check_same_run, read_record, versions, write_record
 from loglinear.training.trainer import LanguageModelTrainer, training_arguments
@@ -72,6 +72,8 @@ def train(config: TrainConfig, console: Console) -> dict:
 
     last = checkpoints[-1] if checkpoints else None
     model = _initial_model(config, data, last)
+    if config.compile:
+        compile_blocks(model)
     record["model"] = {"parameters": model.num_parameters(), "config": model.config.to_diff_dict()}
     if first_process:
         for unfinished in remove_incomplete_checkpoints(config.output):

@@ -63,10 +63,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "seed": config.seed,
         "data_seed": config.seed,
         "logging_steps": config.log_every,
+        "logging_nan_inf_filter": False,  # it would wait for the device at every step, to hide a loss that is NaN
         "save_steps": config.save_every,
         "eval_strategy": "steps" if config.data.has_validation else "no",
         "eval_steps": config.evaluate_every,
-        "torch_compile": config.compile,
         "ddp_find_unused_parameters": False,
         "prediction_loss_only": True,
         "disable_tqdm": True,
