@@ -11,14 +11,14 @@
 #   runs/mqar.sh [OUTPUT [WORKERS]]
 set -euo pipefail
 output=${1:-out/mqar-full}
-workers=${2:-8}
-loglinear mqar --preset full --output "$output" --workers "$workers"
+workers=${2:-}
+loglinear mqar --preset full --output "$output" ${workers:+--workers "$workers"}
 
 # 40 of these 60 cells are in the grid already.
 mkdir -p "$output/matched"
 [ -e "$output/matched/rows.jsonl" ] || cp "$output/rows.jsonl" "$output/matched/rows.jsonl"
-loglinear mqar --preset full --output "$output/matched" --workers "$workers" --lengths 256 --widths 16 32 \
+loglinear mqar --preset full --output "$output/matched" ${workers:+--workers "$workers"} --lengths 256 --widths 16 32 \
     --models "Mamba-2" "Log-Linear Mamba-2" "Gated DeltaNet" "Log-Linear Gated DeltaNet" --matched-state
 
 # Where time allows, sequences of 1,024 tokens:
-#   loglinear mqar --preset full --output "$output/long" --workers "$workers" --lengths 1024 --pairs 16 32 64 128 256
+#   loglinear mqar --preset full --output "$output/long" ${workers:+--workers "$workers"} --lengths 1024 --pairs 16 32 64 128 256

@@ -27,7 +27,7 @@ class MqarArgs:
     output: Path = Path("out/mqar")
     """Folder for rows.jsonl, results.json and accuracy.png; models whose rows are there are not trained again."""
     workers: int | None = None
-    """Models that train at the same time, each in a process of its own; none: a core each (at most 8 on a GPU)."""
+    """Models that train at the same time, each in a process of its own; none: a core each (at most 8 for each GPU)."""
     device: str | None = None
     """cuda or cpu; none: cuda if there is one."""
     models: tuple[str, ...] | None = None
@@ -87,7 +87,7 @@ def mqar(args: MqarArgs) -> list[Result]:
     for cells in grid.sweeps():
         check_batches(grid.recipe.batch_size, cells[0].length, cells[0].pairs, grid.recipe.vocab_size)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    workers = args.workers or min(os.cpu_count() or 1, 8 if device == "cuda" else 64)
+    workers = args.workers or min(os.cpu_count() or 1, 8 * torch.cuda.device_count() if device == "cuda" else 64)
 
     def on_row(row: dict, done: int, total: int) -> None:
         cell, recalled = row["cell"], sum(row["test"].values()) / len(row["test"])

@@ -66,11 +66,15 @@ def _write_tokens(source: Source, side: Side, tokenizer: PreTrainedTokenizerFast
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     lengths = []
     documents = source.documents(side)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
     with (folder / "values.bin").open("wb") as file:
         while batch := list(islice(documents, DOCUMENTS_PER_CALL)):
-            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                file.write(np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes())
-                lengths.append(len(ids) + 1)
+            # Without the offsets that the ordinary call works out too: half its time.
+            for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
+                file.write(np.asarray([*encoding.ids, tokenizer.eos_token_id], dtype).tobytes())
+                lengths.append(len(encoding.ids) + 1)
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     write_atomically(folder / "format.json", json.dumps({"dtype": np.dtype(dtype).name}))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def run_grid(grid: Grid, path: Path, workers: int, device: str, on_row: Callable
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_cut_line(path)
     sweeps = list(grid.sweeps())
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (workers,)) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _start_worker, (workers, device, spawn.Value("i", 0))) as pool:
         swept = _run(pool, [cell for sweep in sweeps for cell in sweep], path, device, on_row)
         chosen = [
             replace(sweep[0], learning_rate=best_rate([swept[_key(cell.identity())] for cell in sweep]))
@@ -91,5 +93,10 @@ def _drop_cut_line(path: Path) -> None:
             path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
-def _start_worker(workers: int) -> None:
+def _start_worker(workers: int, device: str, started: Synchronized) -> None:
+    """A worker's share of the cores, and its GPU: they take turns."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    if device == "cuda":
+        with started.get_lock():
+            number, started.value = started.value, started.value + 1
+        torch.cuda.set_device(number % torch.cuda.device_count())

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Language modelling: five models of about 40M parameters on the same 201M tokens at a context of 16,384, two seeds for the
+# linear models and their log-linear twins, and what each of them remembers (runs/lm_one.sh).
+#
+#   runs/lm.sh FOLDER [OUTPUT]     FOLDER holds linux-c-long.{train,valid}.jsonl, or the same as .jsonl.xz
+#
+# Device time: estimated, not measured: 60 minutes of one H200, a quarter of that on four.
+#
+# Each model is one job on one GPU; the GPUs of the machine take jobs from one queue, the longest first. Started again, it
+# goes on: training from its last checkpoint, and what is done is not done again.
+set -euo pipefail
+export DATA=$1 OUTPUT=${2:-out/lm}
+here=$(dirname "$0")
+mkdir -p "$OUTPUT"
+
+"$here/lm_one.sh" prepare # the tokens, once, before several jobs would each make them
+gpus=$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))')
+# The Transformer has more layers, for as many parameters.
+xargs -P "$gpus" --process-slot-var=CUDA_VISIBLE_DEVICES -L 1 "$here/lm_one.sh" <<'JOBS'
+attention 10 0
+log_linear_gated_deltanet 8 0
+log_linear_mamba2 8 0
+gated_deltanet 8 0
+mamba2 8 0
+log_linear_gated_deltanet 8 1
+log_linear_mamba2 8 1
+gated_deltanet 8 1
+mamba2 8 1
+JOBS
