@@ -13,11 +13,11 @@ train() {
     loglinear train --data "$DATA/linux-c-long.train$suffix" --validation-data "$DATA/linux-c-long.valid$suffix" \
         --context "$context" --packing document --vocab-size 16384 --hidden-size "${WIDTH:-512}" \
         --mamba-state-size "${STATE:-128}" --delta-num-heads "${HEADS:-6}" --batch-size "${BATCH:-4}" --learning-rate 1e-3 \
-        --log-every 16 "${cache[@]}" "$@"
+        --log-every "${LOG:-16}" "${cache[@]}" "$@"
 }
 
 if [ "$1" = prepare ]; then
-    train --output "$OUTPUT/prepare" --num-hidden-layers 1 --steps 1 --save-every 16
+    train --output "$OUTPUT/prepare" --num-hidden-layers 1 --steps 1 --save-every "${LOG:-16}"
     exit
 fi
 run=$OUTPUT/$1-s$3
