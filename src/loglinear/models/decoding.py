@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -22,22 +23,29 @@ from loglinear.ops import DecodingState
 from loglinear.ops.step import has_kernel
 
 
-def on_side_stream(work: Callable[[], Tensor]) -> Tensor:
+def on_side_stream(work: Callable[[], Tensor], device: torch.device) -> Tensor:
     """``work()`` on another stream than the current one, which waits for it; what a capture needs to have run before."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        result = work()
-    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            result = work()
+        torch.cuda.current_stream().wait_stream(side)
     return result
 
 
-def record(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def record(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """A function that replays ``work`` (recording runs its Python code but nothing on the device), and its fixed result."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, own = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # torch's default one is on the first graph's device
+    # thread_local: other threads (a server's, a data loader's) may go on allocating meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
         result = work()
-    return graph.replay, result
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, result
 
 
 class DecodingGraph:
@@ -57,7 +65,7 @@ class DecodingGraph:
         ValueError: the cache is not static.
     """
 
-    def __init__(self, model: torch.nn.Module, cache: Cache) -> None:
+    def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
         if not cache.is_compileable:
             raise ValueError(f"cache must be a StaticCache, whose buffers stay where they are: got {cache!r}")
         self.model, self.cache = model, cache
@@ -79,7 +87,7 @@ class DecodingGraph:
         if any(layer.state is None for layer in layers):
             raise ValueError("cache must have read a prompt: got an empty one")
         states = [layer.state for layer in layers]
-        if not all(captured_by_graphs(state) for state in states):
+        if not all(captured_by_graphs(state, self.model.dtype) for state in states):
             return self._forward(input_ids)
         if self.ids is None or self.ids.shape != input_ids.shape or not same_objects(states, self.states):
             return self._warm_up(input_ids, layers)
@@ -87,7 +95,7 @@ class DecodingGraph:
             layer.reserve(1)
         ids = self.ids.copy_(input_ids)
         if self.replay is None:
-            self.replay, self.logits = record(lambda: self._forward(ids))  # counts the column as it runs
+            self.replay, self.logits = record(lambda: self._forward(ids), ids.device)  # counts the column
         else:
             for layer in layers:
                 layer.length += 1
@@ -100,7 +108,7 @@ class DecodingGraph:
         self.replay, self.logits = None, None
         self.ids = input_ids.clone()
         before = [layer.state for layer in layers]
-        logits = on_side_stream(lambda: self._forward(input_ids))
+        logits = on_side_stream(lambda: self._forward(input_ids), input_ids.device)
         # An ordinary state (of a prompt under autograd) has taken another path: then the next token warms up too.
         self.states = before if same_objects(before, [layer.state for layer in layers]) else []
         return logits
@@ -109,12 +117,18 @@ class DecodingGraph:
         return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
-def captured_by_graphs(state: MixerState | None) -> bool:
-    """Whether a step from this state waits for nothing: on CUDA, log-linear ones where the step kernels take the widths."""
-    if state is None or state.position.device.type != "cuda":
+def captured_by_graphs(state: MixerState | None, dtype: torch.dtype) -> bool:
+    """Whether a step of a model of ``dtype`` from this state may be recorded: on CUDA, if it waits for nothing.
+
+    Log-linear states need the step kernels, hence their widths and a state in the model's dtype. Under autocast nothing is
+    recorded: it frees its casts of the weights when it ends, and a replay would go on reading them.
+    """
+    if state is None or state.position.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
         return False
     memory = state.memory if isinstance(state, RecurrentMixerState) else None
-    return not isinstance(memory, DecodingState) or has_kernel(memory.open_k, memory.open_v)
+    if not isinstance(memory, DecodingState):
+        return True
+    return memory.open_k.dtype == dtype and has_kernel(memory.open_k, memory.open_v)
 
 
 def same_objects(one: list, other: list) -> bool:
@@ -125,7 +139,7 @@ def same_objects(one: list, other: list) -> bool:
 class GraphedCall:
     """Stands in for the model where ``generate`` decodes: single unpadded tokens go through a ``DecodingGraph``."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.graph: DecodingGraph | None = None
 
