@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.tasks.lm import evaluation
-from loglinear.tasks.lm.evaluation import Mean, by_position, position_losses, summary
+from loglinear.tasks.lm.evaluation import Mean, by_position, per_sequence, position_losses, summary
 from loglinear.tasks.lm.figure import draw_losses
 from loglinear.tasks.lm.tokens import Tokens, Windows
 
@@ -61,6 +61,19 @@ def test_the_standard_error_is_that_of_the_sequence_means():
     assert mean.value == pytest.approx(4.0)
     assert mean.standard_error == pytest.approx(np.std([2.0, 4.0, 6.0], ddof=1) / 3**0.5)
     assert Mean.over_sequences(losses[:1]).standard_error == 0
+
+
+def test_single_sequences_are_kept_so_that_differences_can_be_paired():
+    """Two models whose losses differ by little where sequences differ by much: the pairs must show it."""
+    rng = np.random.default_rng(3)
+    one = (rng.normal(3, 1, (8, 1)) + rng.normal(0, 0.01, (8, 39))).astype(np.float32)
+    kept = [summary(losses)["per_sequence"] for losses in (one, one - 0.05)]
+    edges = kept[0]["edges"]
+    assert (edges[0], edges[-1], len(edges)) == (0, 39, 17)
+    assert kept[0]["losses"][2][5] == pytest.approx(one[2, edges[5] : edges[6]].mean(), abs=1e-5)
+    difference = np.array(kept[1]["losses"]) - np.array(kept[0]["losses"])
+    np.testing.assert_allclose(difference, -0.05, atol=2.1e-5)
+    assert per_sequence(one[:, :5])["edges"] == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_summary_holds_loss_and_perplexity():

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from stand_ins import StandIn, copy_after_match
+from torch.nn.functional import cross_entropy
 
 from loglinear import fenwick
 from loglinear.layers.level_scale import LevelScale
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.tasks.lm import retrieval
 from loglinear.tasks.lm.levels import draw_levels, level_counts, mean_level_scales
 from loglinear.tasks.lm.repeats import by_distance, draw_repeats, repeat_distances
 from loglinear.tasks.lm.retrieval import DEFINITION, PER_FILE, definitions, draw_retrieval, questions, retrieve
@@ -55,6 +57,8 @@ def test_losses_are_gathered_by_distance():
         if row["first"]:
             assert row["repeated_tokens"] == (chosen & held).sum()
             assert row["repeated_loss"] == pytest.approx(losses[chosen & held].mean(), rel=1e-5)
+            assert row["repeated_counts"] == (chosen & held).sum(1).tolist()
+            assert row["repeated_sums"][3] == pytest.approx(losses[3][(chosen & held)[3]].sum(), abs=1e-3)
 
 
 def test_the_error_of_equal_sequences_is_that_of_their_means():
@@ -149,8 +153,33 @@ def test_a_model_that_copies_finds_the_value_and_without_the_definition_does_not
         (300, 5, 1.0, 0.0), (900, 5, 1.0, 0.0)
     ]  # fmt: skip
     assert all(row["loss"] < row["loss_without"] for row in rows)
+    assert [row["right"] for row in rows] == ["11111"] * 2
     draw_retrieval({"copies": rows, "again": rows}, tmp_path / "figure.png")
     assert matplotlib.image.imread(tmp_path / "figure.png")[..., :3].min() < 0.5
+
+
+def test_questions_side_by_side_are_answered_as_each_alone(tokenizer, monkeypatch):
+    """Lengths of one batch differ, by the names and values and by the definition that half of them lack."""
+    documents = [file_text(i) for i in range(60, 80)]
+    asked = list(questions(documents, tokenizer, (300, 900), samples=5))
+    torch.manual_seed(0)
+    config = LogLinearConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, mamba_head_dim=16, mamba_state_size=8,
+        max_position_embeddings=512, initializer_range=0.5,
+    )  # fmt: skip
+    model = LogLinearForCausalLM(config)
+    together = retrieve(model, asked)
+    losses: dict[int, list[float]] = {}
+    for question, _ in asked:
+        ids = torch.from_numpy(question.ids)[None]
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits[0, question.answer - 1 :]
+        losses.setdefault(question.distance, []).append(float(cross_entropy(logits, ids[0, question.answer :])))
+    for row in together:
+        assert row["loss"] == pytest.approx(np.mean(losses[row["distance"]]), rel=1e-4)
+    monkeypatch.setattr(retrieval, "BATCH_TOKENS", 2048)
+    for row, other in zip(together, retrieve(model, asked), strict=True):
+        assert [row["loss"], row["loss_without"]] == pytest.approx([other["loss"], other["loss_without"]], rel=1e-4)
 
 
 def test_text_without_definitions_is_named(tokenizer):

@@ -40,7 +40,8 @@ def finetune(
     optimizer = torch.optim.AdamW(_groups(model, tune.weight_decay), lr=tune.learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, tune.steps))
     log: list[dict] = []
-    losses, exact, count, tokens, start = 0.0, 0, 0, 0, time.perf_counter()
+    sums = torch.zeros(2, device=device)  # loss and exact answers: read for the log only, so that the host runs ahead
+    count, tokens, start = 0, 0, time.perf_counter()
     for step in range(1, tune.steps + 1):
         for part in range(tune.accumulate):
             batch = training_batch(samples, tune, (step - 1) * tune.accumulate + part)
@@ -53,7 +54,8 @@ def finetune(
             loss = cross_entropy(logits.transpose(1, 2), targets)
             (loss / tune.accumulate).backward()
             right = (logits.argmax(-1) == targets) | (targets == -100)
-            losses, exact, count = losses + loss.item(), exact + int(right.all(1).sum()), count + len(batch)
+            sums += torch.stack([loss.detach(), right.all(1).sum()])
+            count += len(batch)
             tokens += len(batch) * len(batch[0].ids)
         torch.nn.utils.clip_grad_norm_(model.parameters(), tune.clip)
         optimizer.step()
@@ -61,10 +63,12 @@ def finetune(
         schedule.step()
         if step % tune.log_every == 0 or step == tune.steps:
             passes = (step - (log[-1]["step"] if log else 0)) * tune.accumulate
+            losses, exact = sums.tolist()
             seconds = time.perf_counter() - start
             entry = {"step": step, "loss": losses / passes, "exact": exact / count}
             log.append(entry | {"tokens_per_second": round(tokens / seconds, 1)})
-            losses, exact, count, tokens, start = 0.0, 0, 0, 0, time.perf_counter()
+            count, tokens, start = 0, 0, time.perf_counter()
+            sums.zero_()
             if on_log is not None:
                 on_log(log[-1])
     if tune.activation_checkpointing:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loglinear.layers.level_scale import LevelScale
+from loglinear.tasks.lm.evaluation import to_device
 from loglinear.tasks.lm.tokens import Windows
 
 
@@ -53,7 +54,7 @@ def mean_level_scales(
     try:
         for start in range(0, len(windows), batch_size):
             stop = min(start + batch_size, len(windows))
-            ids = torch.stack([windows[index]["input_ids"] for index in range(start, stop)]).to(device)
+            ids = to_device(torch.stack([windows[index]["input_ids"] for index in range(start, stop)]), device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 # A mask would pack the rows into one, and a cache costs memory: neither is needed.
                 model.base_model(input_ids=ids, use_cache=False)

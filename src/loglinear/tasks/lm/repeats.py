@@ -48,6 +48,7 @@ def by_distance(ids: np.ndarray, losses: np.ndarray, ngram: int = NGRAM) -> list
 
     Each row: ``first`` and ``last`` distance in tokens (0, 0: no repeat), and for all tokens and for the repeated ones
     their number, loss and standard error in nats. Sequences are the independent samples. Empty ranges are left out.
+    ``repeated_sums`` and ``repeated_counts`` are of single sequences, so that models can be compared on each.
     """
     found = [repeat_distances(row, ngram) for row in ids]
     distances, held = np.stack([row[0] for row in found]), np.stack([row[1] for row in found])
@@ -58,7 +59,10 @@ def by_distance(ids: np.ndarray, losses: np.ndarray, ngram: int = NGRAM) -> list
         first = 0 if number == 0 else 1 << int(number) - 1
         row = {"first": first, "last": max(2 * first - 1, 0), **_mean("tokens", "loss", losses, chosen)}
         if number:
-            row |= _mean("repeated_tokens", "repeated_loss", losses, chosen & held)
+            chosen &= held
+            row |= _mean("repeated_tokens", "repeated_loss", losses, chosen)
+            row["repeated_sums"] = np.where(chosen, losses, 0).sum(1, dtype=np.float64).round(4).tolist()
+            row["repeated_counts"] = chosen.sum(1).tolist()
         rows.append(row)
     return rows
 

@@ -17,12 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from loglinear.tasks.lm.evaluation import share_error
+from loglinear.tasks.lm.evaluation import share_error, to_device
 
 LEAD = 256  # tokens of the file kept before the definition
+BATCH_TOKENS = 65536  # of a forward pass
+PADDING = 256  # sequences are padded to a multiple of this: for every new length kernels and scratch are set up anew
 PER_FILE = 4  # questions from one file at most, so that no file with a table of constants decides the score
 # `#define NAME value` of C, `NAME = value` of Python. A value of one character is too easily guessed.
 DEFINITION = re.compile(
@@ -156,40 +159,81 @@ def retrieve(
     dtype: torch.dtype = torch.float32,
     on_question: Callable[[int], None] | None = None,
 ) -> list[dict]:
-    """Ask every question once with and once without its definition, one sequence at a time.
+    """Ask every question once with and once without its definition, those of one distance side by side.
 
     A row for each distance, shares with standard errors: ``exact`` and ``without``, where the likeliest token is right at
     every place of the value, which is what greedy decoding writes; the loss of the value in nats per token, with and
-    without; and ``own``, the share of the text in between that is of the same file.
+    without; and ``own``, the share of the text in between that is of the same file. ``right`` has a 1 for each question with
+    its definition that was answered exactly, a 0 for the others, in order. ``on_question``: number of questions asked.
     """
     model.eval()
-    cells: dict[int, list[tuple[float, ...]]] = {}
+    waiting: dict[int, list[Question]] = {}
+    answers: dict[int, list[Tensor]] = {}
+    own: dict[int, list[float]] = {}
     for number, pair in enumerate(pairs, start=1):
-        (exact, loss), (guessed, guess_loss) = (_answer(model, question, dtype) for question in pair)
-        cells.setdefault(pair[0].distance, []).append((exact, guessed, loss, guess_loss, pair[0].own))
+        distance = pair[0].distance
+        queue = waiting.setdefault(distance, [])
+        queue.extend(pair)
+        own.setdefault(distance, []).append(pair[0].own)
+        if len(queue) * _padded(queue) >= BATCH_TOKENS:
+            answers.setdefault(distance, []).extend(_answer_all(model, queue, dtype))
+            queue.clear()
         if on_question is not None:
             on_question(number)
-    if not cells:
+    for distance, queue in waiting.items():
+        answers.setdefault(distance, []).extend(_answer_all(model, queue, dtype))
+    if not own:
         raise ValueError(
             "measures: retrieval found no definition (#define NAME value, NAME = value) with enough text after it; "
             "give more text or shorter distances"
         )
-    rows = []
-    for distance, values in sorted(cells.items()):
-        means = dict(zip(("exact", "without", "loss", "loss_without", "own"), np.mean(values, axis=0).tolist()))
-        errors = {f"{name}_standard_error": share_error(means[name], len(values)) for name in ("exact", "without")}
-        rows.append({"distance": distance, "questions": len(values), **means, **errors})
-    return rows
+    return [_row(distance, torch.cat(answers[distance]).cpu().numpy(), own[distance]) for distance in sorted(own)]
 
 
-def _answer(model: PreTrainedModel, question: Question, dtype: torch.dtype) -> tuple[bool, float]:
+def _row(distance: int, answers: np.ndarray, own: list[float]) -> dict:
+    """``answers [2 · questions, 2]``: exact and loss, of each question with its definition and then without."""
+    (exact, loss), (guessed, guess_loss) = (answers[start::2].T.astype(np.float64) for start in (0, 1))
+    values = {"exact": exact, "without": guessed, "loss": loss, "loss_without": guess_loss, "own": np.array(own)}
+    means = {name: float(value.mean()) for name, value in values.items()}
+    errors = {f"{name}_standard_error": share_error(means[name], len(own)) for name in ("exact", "without")}
+    right = "".join("01"[int(hit)] for hit in exact)
+    return {"distance": distance, "questions": len(own), **means, **errors, "right": right}
+
+
+def _padded(asked: Sequence[Question]) -> int:
+    """Tokens of the longest question, up to a multiple of ``PADDING``."""
+    return -(-max(len(question.ids) for question in asked) // PADDING) * PADDING
+
+
+def _answer_all(model: PreTrainedModel, asked: Sequence[Question], dtype: torch.dtype) -> Iterator[Tensor]:
+    """``[questions, 2]`` for each forward pass: 1 where the whole value is right, and its loss. They stay on the device.
+
+    Padding stands behind the values, where no token of a causal model sees it.
+    """
+    if not asked:
+        return
     device = next(model.parameters()).device
-    ids = torch.from_numpy(question.ids)[None].to(device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        logits = model.get_output_embeddings()(hidden[0, question.answer - 1 :]).float()
-    targets = ids[0, question.answer :]
-    return bool((logits.argmax(-1) == targets).all()), float(cross_entropy(logits, targets))
+    length = _padded(asked)
+    size = max(1, BATCH_TOKENS // length)
+    for start in range(0, len(asked), size):
+        batch = asked[start : start + size]
+        ids = torch.zeros(len(batch), length, dtype=torch.long)
+        for row, question in zip(ids, batch):
+            row[: len(question.ids)] = torch.from_numpy(question.ids)
+        row_of, place = np.array(
+            [(row, place) for row, question in enumerate(batch) for place in range(question.answer, len(question.ids))]
+        ).T
+        ids, rows, places = (to_device(x, device) for x in (ids, torch.from_numpy(row_of), torch.from_numpy(place)))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = model.get_output_embeddings()(hidden[rows, places - 1]).float()
+        targets = ids[rows, places]
+        by_question = torch.zeros(3, len(batch), device=device)
+        by_question[0].index_add_(0, rows, (logits.argmax(-1) != targets).float())
+        by_question[1].index_add_(0, rows, cross_entropy(logits, targets, reduction="none"))
+        by_question[2].index_add_(0, rows, torch.ones_like(targets, dtype=torch.float32))
+        wrong, loss, count = by_question
+        yield torch.stack([(wrong == 0).float(), loss / count], dim=1)
 
 
 def draw_retrieval(results: dict[str, list[dict]], path: Path) -> None:

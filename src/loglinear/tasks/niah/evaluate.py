@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from loglinear.tasks.lm.evaluation import share_error
+from loglinear.tasks.lm.evaluation import share_error, to_device
 from loglinear.tasks.niah.data import Sample
 
 
@@ -36,7 +36,7 @@ def answer_logits(model: PreTrainedModel, samples: Sequence[Sample]) -> tuple[Te
     All samples have one length; ``columns`` is the longest answer's. The output layer runs on these columns alone.
     """
     device = next(model.parameters()).device
-    ids = torch.from_numpy(np.stack([sample.ids for sample in samples])).to(device)
+    ids = to_device(torch.from_numpy(np.stack([sample.ids for sample in samples])), device)
     columns = ids.shape[1] - min(sample.answer_start for sample in samples)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return model.get_output_embeddings()(hidden[:, -columns - 1 : -1]).float(), ids[:, -columns:]
@@ -57,17 +57,19 @@ def score_samples(
     """
     model.eval()
     device = next(model.parameters()).device
-    scored: list[tuple[Sample, Score]] = []
+    done: list[Sample] = []
+    rows: list[tuple[Tensor, Tensor]] = []  # stay on the device to the end: the host makes samples while it computes
     for batch in _batches(samples, batch_tokens):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits, targets = answer_logits(model, batch)
-        right = (logits.argmax(-1) == targets).cpu().numpy()
-        losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu().numpy()
-        for sample, row, loss in zip(batch, right, losses):
-            scored.append((_without_ids(sample), _score(sample, row, loss)))
+        right = logits.argmax(-1) == targets
+        rows += zip(right, cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+        done += map(_without_ids, batch)
         if on_batch is not None:
-            on_batch(len(scored))
-    return scored
+            on_batch(len(done))
+    return [
+        (sample, _score(sample, right.cpu().numpy(), loss.cpu().numpy())) for sample, (right, loss) in zip(done, rows)
+    ]
 
 
 def _batches(samples: Iterable[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
