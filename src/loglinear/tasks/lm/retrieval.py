@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from loglinear.tasks.lm.evaluation import share_error, to_device
@@ -228,11 +228,9 @@ def _answer_all(model: PreTrainedModel, asked: Sequence[Question], dtype: torch.
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             logits = model.get_output_embeddings()(hidden[rows, places - 1]).float()
         targets = ids[rows, places]
-        by_question = torch.zeros(3, len(batch), device=device)
-        by_question[0].index_add_(0, rows, (logits.argmax(-1) != targets).float())
-        by_question[1].index_add_(0, rows, cross_entropy(logits, targets, reduction="none"))
-        by_question[2].index_add_(0, rows, torch.ones_like(targets, dtype=torch.float32))
-        wrong, loss, count = by_question
+        losses = cross_entropy(logits, targets, reduction="none")
+        by_place = torch.stack([(logits.argmax(-1) != targets).float(), losses, torch.ones_like(losses)])
+        wrong, loss, count = by_place @ one_hot(rows, len(batch)).float()
         yield torch.stack([(wrong == 0).float(), loss / count], dim=1)
 
 
