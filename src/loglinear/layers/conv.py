@@ -2,7 +2,7 @@
 
 Special about this file: whole batches, packed sequences and continued sequences are one computation. Every sequence is
 extended on the left by its *tail*, the inputs just before it (zeros at its start), and the last inputs of the extended
-sequence are its next tail.
+sequence are its next tail. On CUDA a call from the start of its sequences is one kernel instead (``ops/convolution.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loglinear.layers.initialization import StatedInit
 from loglinear.layers.packing import locate_tokens
+from loglinear.ops import convolution
 
 
 class ShortConvolution(StatedInit):
@@ -61,6 +62,9 @@ class ShortConvolution(StatedInit):
         """
         keep = self.width - 1
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if tail is None and not in_place and convolution.has_kernel(x, self.weight):
+            place = None if cu_seqlens is None else locate_tokens(cu_seqlens, x.shape[1])[1].int()
+            return convolution.convolve(x, self.weight, self.bias, place), self._last_inputs(x, cu_seqlens)
         if tail is None:
             tail = x.new_zeros(rows, keep, self.channels)
         elif tail.shape != (rows, keep, self.channels):
@@ -90,6 +94,17 @@ class ShortConvolution(StatedInit):
         y = self._taps([extended[place - keep + i] for i in range(self.width)])
         new_tail = extended[(offset[1:] + row * keep)[:, None] + steps]  # the last W - 1 of each extended sequence
         return y.unsqueeze(0), new_tail
+
+    def _last_inputs(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The tail after x ``[B, T, channels]`` that had none before it: zeros stand where a sequence is too short."""
+        keep = self.width - 1
+        if cu_seqlens is None:
+            last = x[:, max(0, x.shape[1] - keep) :]
+            return F.pad(last, (0, 0, keep - last.shape[1], 0))  # a copy: a view would keep x alive in a cache
+        offset, steps = cu_seqlens.long(), torch.arange(-keep, 0, device=x.device)
+        place = offset[1:, None] + steps  # [n, W-1], negative where the first sequence is short
+        padded = F.pad(x[0], (0, 0, keep, 0))
+        return padded[place + keep] * (place >= offset[:-1, None]).unsqueeze(-1)
 
     def _taps(self, shifted: list[Tensor]) -> Tensor:
         """Weighted sum of the W shifted inputs, then SiLU. A sum of shifts (not a conv call) works for T = 0 and fuses."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.training.config import ModelConfig
@@ -32,12 +32,12 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context
     )
 
 
-def compile_blocks(model: LogLinearForCausalLM, **options) -> None:
+def compile_blocks(model: PreTrainedModel, **options) -> None:
     """Compile every block and the loss of ``model`` where they are used; ``options`` are those of ``torch.compile``.
 
-    The blocks of one mixer are one program that is compiled once, however deep the model: the first step waits some seconds, not
-    minutes. Names of parameters stay as they are.
+    The blocks of one mixer are one program that is compiled once, however deep the model: the first step waits some seconds,
+    not minutes. Names of parameters stay as they are.
     """
-    for block in model.model.layers:
+    for block in model.base_model.layers:
         block.compile(fullgraph=True, **options)
     model.loss_function = torch.compile(model.loss_function, **options)

@@ -26,7 +26,9 @@ def test_output_and_gradients(device, delta, monkeypatch):
     run = registration.run_kernels
     monkeypatch.setattr(registration, "run_kernels", lambda *a, **k: used.append(True) or run(*a, **k))
     generator = torch.Generator("cpu").manual_seed(0)
-    q, k, v, g = (torch.randn(shape, generator=generator) for shape in ((2, T, 1, 16),) * 2 + ((2, T, 2, 16), (2, T, 2)))
+    q, k, v, g = (
+        torch.randn(shape, generator=generator) for shape in ((2, T, 1, 16),) * 2 + ((2, T, 2, 16), (2, T, 2))
+    )
     rate = [torch.rand((2, T, 2), generator=generator)] if delta else []
     inputs = [q, F.normalize(k, dim=-1) if delta else k, v, -0.1 * g.abs(), *rate]
     inputs = [x.to(device).requires_grad_() for x in inputs]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels import replay
+from loglinear.layers import ShortConvolution
 from loglinear.ops import registration
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -177,3 +178,22 @@ def test_slices_of_heads(monkeypatch, H, G):
     assert chosen[1] < H
     for whole, sliced in zip(*results):
         assert torch.equal(whole, sliced)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_convolution_as_an_operator(packed):
+    conv = ShortConvolution(20).to(DEVICE)
+    x, gradient = torch.randn(2, 1, 50, 20, device=DEVICE)
+    x.requires_grad_()
+    place = torch.arange(50, device=DEVICE, dtype=torch.int32) if packed else None
+    torch.library.opcheck(torch.ops.loglinear.convolution.default, (x, conv.weight, conv.bias, place))
+    bounds = torch.tensor([0, 3, 50], device=DEVICE) if packed else None
+
+    def convolve(x, weight, bias):
+        return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (x, None, bounds))[0]
+
+    inputs = [x, conv.weight, conv.bias]
+    want = gradients(convolve, inputs, gradient)
+    torch._dynamo.reset()
+    for got, expected in zip(gradients(torch.compile(convolve, fullgraph=True), inputs, gradient), want, strict=True):
+        assert torch.equal(got, expected)
