@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -38,6 +39,7 @@ def compile_blocks(model: PreTrainedModel, **options) -> None:
     The blocks of one mixer are one program that is compiled once, however deep the model: the first step waits some seconds,
     not minutes. Names of parameters stay as they are.
     """
-    for block in model.base_model.layers:
+    decoder: Any = model.base_model
+    for block in decoder.layers:
         block.compile(fullgraph=True, **options)
     model.loss_function = torch.compile(model.loss_function, **options)
