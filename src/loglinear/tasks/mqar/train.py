@@ -69,6 +69,8 @@ def train_cell(cell: Cell, device: str = "cpu") -> dict:
         "validation": accuracy(model, cell, validation),
         "test": accuracy(model, cell, test),
         "graph": step.replay is not None,
+        "device": torch.cuda.get_device_name() if step.on_cuda else "CPU",
+        "torch": torch.__version__,
     }
     return {**row, "seconds": round(time.perf_counter() - started, 2)}
 

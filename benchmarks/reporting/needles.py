@@ -1,0 +1,121 @@
+"""The section on needle in a haystack, after an equal short fine-tune of every model."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from loglinear.tasks.lm.evaluation import share_error
+from reporting.rows import LABELS, PAIRS, seeds_of
+from reporting.statistics import Difference
+from reporting.text import MISSING, NOT_RUN, Section, picture, signed, table
+
+CLAIM = "The paper's claim: needles are found more often with log-linear attention than with its linear twin."
+
+Cells = dict[str, dict[tuple[str, int], tuple[float, int]]]
+
+
+def section(rows: list[dict], language: list[dict]) -> Section:
+    """The whole section, from the cells of the test and, for the settings of the fine-tune, the models' rows."""
+    made = Section("Needle in a haystack", "needle in a haystack", CLAIM)
+    cells = by_context(rows)
+    if not cells:
+        made.add(NOT_RUN)
+        return made
+    tuned = _tuned(language)
+    longest = max(tuned["contexts"]) if tuned else None
+    if tuned:
+        made.add(
+            f"Each model is first fine-tuned for {tuned['steps']:,} steps of {tuned['batch_tokens'] * tuned['accumulate']:,} "
+            f"tokens on needles in the training text, at lengths up to {longest:,}. The test is on validation text with "
+            "keys and values that were not seen."
+        )
+    made.add("Share of exact answers, over all depths and seeds:")
+    kinds_and_contexts = sorted({cell for found in cells.values() for cell in found}, key=_order(rows))
+    lines = [
+        [kind, f"{context:,}", *(_share(found.get((kind, context))) for found in cells.values())]
+        for kind, context in kinds_and_contexts
+    ]
+    made.add(table(["needle", "tokens", *(LABELS[mixer] for mixer in cells)], lines))
+    made.add([f"- {line}" for pair in PAIRS for line in _sentences(cells, *pair, longest)])
+    made.add(*(picture(f"niah_{mixer}", f"Needles by depth and length, {LABELS[mixer]}") for mixer in cells))
+    return made
+
+
+def by_context(rows: list[dict]) -> Cells:
+    """Share of exact answers and number of samples by mixer, kind and length, over depths and seeds."""
+    wanted = {row["name"] for group in _first(rows).values() for row in group.values()}
+    found: dict[str, dict[tuple[str, int], list[dict]]] = {mixer: {} for mixer in LABELS}
+    for row in rows:
+        if row["name"] in wanted:
+            found[row["mixer"]].setdefault((row["kind"], row["context"]), []).append(row)
+    return {
+        mixer: {cell: _pooled(group) for cell, group in groups.items()} for mixer, groups in found.items() if groups
+    }
+
+
+def _pooled(rows: list[dict]) -> tuple[float, int]:
+    samples = sum(row["samples"] for row in rows)
+    return sum(row["exact"] * row["samples"] for row in rows) / samples, samples
+
+
+def heatmap_rows(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """Cells by mixer, then by name of the run."""
+    return {
+        mixer: {row["name"]: [r for r in rows if r["name"] == row["name"]] for row in group.values()}
+        for mixer, group in _first(rows).items()
+    }
+
+
+def tuned_context(language: list[dict]) -> int | None:
+    """Longest length of the fine-tune, None if there was none."""
+    tuned = _tuned(language)
+    return max(tuned["contexts"]) if tuned else None
+
+
+def _first(rows: list[dict]) -> dict[str, dict[int, dict]]:
+    return seeds_of(list({row["name"]: row for row in rows}.values()))
+
+
+def _tuned(language: list[dict]) -> dict | None:
+    settings = [row["tuned"] for group in seeds_of(language).values() for row in group.values() if row["tuned"]]
+    without_history = [{k: v for k, v in tuned.items() if k != "history"} for tuned in settings]
+    if any(tuned != without_history[0] for tuned in without_history):
+        raise ValueError(f"rows: the models were fine-tuned in different ways: {without_history}")
+    return without_history[0] if without_history else None
+
+
+def _order(rows: list[dict]):
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    preferred = [kind for kind in ("number", "word", "multi-key", "multi-value") if kind in kinds]
+    order = [*preferred, *(kind for kind in sorted(kinds) if kind not in preferred)]
+    return lambda cell: (order.index(cell[0]), cell[1])
+
+
+def _share(cell: tuple[float, int] | None) -> str:
+    return "" if cell is None else f"{100 * cell[0]:.0f}% ± {100 * share_error(*cell):.0f}"
+
+
+def _sentences(cells: Cells, linear: str, log_linear: str, longest: int | None) -> list[str]:
+    """How many cells are clearly above, clearly below or neither, within the lengths of the fine-tune and beyond."""
+    names = f"{LABELS[log_linear]} against {LABELS[linear]}"
+    if linear not in cells or log_linear not in cells:
+        return [f"{names}: {MISSING}."]
+    lines = []
+    both = [cell for cell in cells[linear] if cell in cells[log_linear]]
+    parts = [("at lengths of the fine-tune", [c for c in both if longest is None or c[1] <= longest])]
+    if longest is not None:
+        parts.append(("beyond them", [c for c in both if c[1] > longest]))
+    for where, chosen in parts:
+        if chosen:
+            found = [_difference(cells[log_linear][cell], cells[linear][cell]) for cell in chosen]
+            above, below = (sum(d.sign == sign for d in found) for sign in (1, -1))
+            mean = fmean(d.value for d in found)
+            lines.append(
+                f"{names}, {where}: clearly above in {above} of {len(found)} cells of the table, clearly below in {below}; "
+                f"{signed(100 * mean, 1)} points on average."
+            )
+    return lines
+
+
+def _difference(one: tuple[float, int], other: tuple[float, int]) -> Difference:
+    return Difference(one[0] - other[0], (share_error(*one) ** 2 + share_error(*other) ** 2) ** 0.5)
