@@ -109,7 +109,7 @@ def section(rows: list[dict]) -> Section:
             made.add(
                 f"Share of values recalled at length {length:,}, mean ± standard deviation over seeds, in percent:"
             )
-            made.add(_accuracy([result for result in grid if result.length == length]))
+            made.add(_accuracy([result for result in grid if result.length == length], _rates(group)))
         made.add(*_required(cells(grid)))
         matched = matched_states(found)
         if matched:
@@ -141,23 +141,28 @@ def verdicts(log_linear: str, compared: list[Cell]) -> list[Verdict]:
 
 
 def _recipe(recipe: dict, rows: list[dict]) -> str:
-    rates = sorted({row["cell"]["learning_rate"] for row in rows})
+    rates = _rates(rows)
     devices = sorted({row["device"] for row in rows if "device" in row})
     return (
         f"{recipe['layers']} layers, {recipe['steps']:,} steps of {recipe['batch_size']} sequences, vocabulary "
         f"{recipe['vocab_size']:,}, learning rate out of {', '.join(f'{rate:g}' for rate in rates)} for each model by "
-        f"validation accuracy with the first seed; {len(rows)} models trained"
+        f"validation accuracy with the first seed (* at the edge of these); {len(rows)} models trained"
         f"{' on ' + ', '.join(devices) if devices else ''}; commit {', '.join(sorted({row['commit'] for row in rows}))}."
     )
 
 
-def _accuracy(found: list[Result]) -> list[str]:
+def _rates(rows: list[dict]) -> list[float]:
+    return sorted({row["cell"]["learning_rate"] for row in rows})
+
+
+def _accuracy(found: list[Result], rates: list[float]) -> list[str]:
     counts = sorted({pairs for result in found for pairs in result.accuracy if pairs != "mean"}, key=int)
     lines = []
     for result in found:
         values = (result.accuracy.get(pairs) for pairs in (*counts, "mean"))
         shown = ["" if value is None else f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}" for value in values]
-        lines.append([result.model, str(result.width), f"{result.learning_rate:g}", str(result.seeds), *shown])
+        edge = "*" if len(rates) > 1 and result.learning_rate in (rates[0], rates[-1]) else ""
+        lines.append([result.model, str(result.width), f"{result.learning_rate:g}{edge}", str(result.seeds), *shown])
     return table(["model", "width", "learning rate", "seeds", *(f"{pairs} pairs" for pairs in counts), "mean"], lines)
 
 

@@ -13,7 +13,7 @@ from loglinear.tasks.mqar.figure import draw_accuracy
 from loglinear.tasks.niah.figure import draw_heatmaps
 from reporting import associative, needles, recall
 from reporting.language import Runs, keys
-from reporting.rows import LABELS, PAIRS, read, seeds_of
+from reporting.rows import LABELS, PAIRS, SOFTMAX, read, seeds_of
 from reporting.statistics import Repeats, check_same_sequences, paired, repeats_difference
 
 FAMILIES = ("attention", "mamba2", "gated_deltanet")
@@ -52,11 +52,14 @@ def _language(runs: Runs, folder: Path) -> Iterator[Path]:
         path = folder / ("loss_by_position_long.png" if long else "loss_by_position.png")
         figure = Figure(figsize=(7.5, 7), layout="constrained")
         upper, lower = figure.subplots(2, sharex=True)
+        drawn: dict[str, Sequence[float]] = {}
         for mixer, group in runs.items():
             curves = [row["evaluations"][key]["by_position"] for row in group.values() if key in row["evaluations"]]
             if curves:
                 middle = [(row[0] + row[1]) / 2 for row in curves[0]]
-                upper.plot(middle, np.mean([[row[2] for row in curve] for curve in curves], axis=0), **_style(mixer))
+                drawn[mixer] = np.mean([[row[2] for row in curve] for curve in curves], axis=0).tolist()
+                upper.plot(middle, drawn[mixer], **_style(mixer))
+        _keep_in_view(upper, drawn)
         for linear, log_linear in PAIRS:
             found = _bucket_differences(runs, linear, log_linear, key)
             if found is not None:
@@ -118,9 +121,11 @@ def _draw_repeats(panels: Sequence, runs: Runs, key: str) -> None:
         for mixer in runs
         if (found := recall.repeats_of(runs, mixer, key))
     }
+    drawn: dict[str, Sequence[float]] = {}
     for mixer, seeds in ranges.items():
         distances = sorted(seeds[0])
-        panels[0].plot(distances, [fmean(s[d]["repeated_loss"] for s in seeds) for d in distances], **_style(mixer))
+        drawn[mixer] = [fmean(s[d]["repeated_loss"] for s in seeds) for d in distances]
+        panels[0].plot(distances, drawn[mixer], **_style(mixer))
     for linear, log_linear in PAIRS:
         if linear in ranges and log_linear in ranges:
             distances = sorted(ranges[linear][0])
@@ -140,6 +145,7 @@ def _draw_repeats(panels: Sequence, runs: Runs, key: str) -> None:
         panel.set_title(key.replace("-", " tokens, packing "), fontsize=10)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8)
+    _keep_in_view(panels[0], drawn)
 
 
 def _at(seeds: list[dict[int, dict]], distance: int) -> Repeats:
@@ -186,4 +192,14 @@ def _draw_levels(found: dict[str, list[dict]], path: Path) -> None:
 def _style(mixer: str) -> dict:
     family = FAMILIES.index(mixer.removeprefix("log_linear_"))
     dashed = mixer in dict(PAIRS)
-    return {"color": f"C{family}", "linestyle": "--" if dashed else "-", "label": LABELS[mixer]}
+    return {"color": f"C{family}", "linestyle": "--" if dashed else "-", "marker": ".", "label": LABELS[mixer]}
+
+
+def _keep_in_view(panel, curves: dict[str, Sequence[float]]) -> None:
+    """End the axis above the recurrent models: beyond its trained context softmax attention can be far above them."""
+    recurrent = [value for mixer, curve in curves.items() if mixer != SOFTMAX for value in curve]
+    if recurrent and SOFTMAX in curves:
+        top = max(recurrent) + 0.5 * (max(recurrent) - min(recurrent))
+        if max(curves[SOFTMAX]) > top:
+            panel.set_ylim(top=top)
+            panel.set_title(f"{panel.get_title()} ({LABELS[SOFTMAX]} leaves the frame)".strip(), fontsize=10)

@@ -37,9 +37,8 @@ def section(rows: list[dict]) -> Section:
     lines = [*_costs(runs), *_seed_spread(runs)]
     if lines:
         made.add([f"- {line}" for line in lines])
-    differences, sentences = _differences(runs)
     made.add("Difference of the loss, log-linear minus linear, in nats per token on the same validation sequences:")
-    made.add(differences, [f"- {line}" for line in sentences])
+    made.add(_differences(runs))
     for key, long in keys(runs):
         where = f"{key.replace('-', ' tokens, packing ')}"
         made.add(f"Loss by position ({where}; mean over seeds, nats per token):", _by_position(runs, key))
@@ -170,35 +169,26 @@ def _seed_spread(runs: Runs) -> list[str]:
     return [f"Two seeds of one model differ, in nats: {', '.join(parts)}."] if parts else []
 
 
-def _differences(runs: Runs) -> tuple[list[str], list[str]]:
-    lines, sentences = [], []
+def _differences(runs: Runs) -> list[str]:
+    """A row for each pair, evaluation and range of positions: from the start, and the far part of it."""
+    lines = []
+    trained = next(iter(next(iter(runs.values())).values()))["arguments"]["context"]
     for linear, log_linear in PAIRS:
-        names = f"{LABELS[log_linear]} − {LABELS[linear]}"
         for key, long in keys(runs):
             evaluation = next(
                 (r["evaluations"][key] for r in runs.get(linear, {}).values() if key in r["evaluations"]), None
             )
-            trained = next(iter(runs.get(linear, {}).values()))["arguments"]["context"] if evaluation else 0
-            far = edge_at(evaluation, trained if long else FAR) if evaluation else None
-            for first in (0, far):
-                if evaluation is None or first is None:
-                    continue
-                by_seed = differences_by_seed(runs, linear, log_linear, key, first)
-                if not by_seed:
-                    continue
-                where = (
-                    f"{evaluation['context']:,} tokens, {evaluation['sequences']} sequences, from position {first:,}"
-                )
-                mean = fmean(d.value for d in by_seed.values())
-                cells = ", ".join(difference(d) for d in by_seed.values())
-                lines.append([names, where, cells, signed(mean)])
-                said = direction(list(by_seed.values()))
-                sentences.append(
-                    f"{LABELS[log_linear]} against {LABELS[linear]}, {where}: {said} ({signed(mean)} nats)."
-                )
-    if not lines:
-        return [NOT_RUN], []
-    return table(["pair", "positions", "by seed", "mean"], lines), sentences
+            if evaluation is None:
+                continue
+            for first in (0, edge_at(evaluation, trained if long else FAR)):
+                by_seed = {} if first is None else differences_by_seed(runs, linear, log_linear, key, first)
+                if by_seed:
+                    where = f"from {first:,} of {evaluation['context']:,}, {evaluation['sequences']} sequences"
+                    cells = ", ".join(difference(d) for d in by_seed.values())
+                    mean = signed(fmean(d.value for d in by_seed.values()))
+                    names = f"{LABELS[log_linear]} − {LABELS[linear]}"
+                    lines.append([names, where, direction(list(by_seed.values())), cells, mean])
+    return table(["pair", "positions", "log-linear is", "by seed", "mean"], lines, words=3) if lines else [NOT_RUN]
 
 
 def _by_position(runs: Runs, key: str, ranges: int = 8) -> list[str]:

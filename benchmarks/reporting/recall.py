@@ -17,7 +17,7 @@ from reporting.statistics import (
     repeats_difference,
     share_closed,
 )
-from reporting.text import MISSING, NOT_RUN, Section, Verdict, difference, picture, table
+from reporting.text import MISSING, NOT_RUN, Section, Verdict, difference, percent, picture, table
 
 FAR = 4096  # "further than 4K away"
 GOAL = 0.5  # of the gap between linear and softmax
@@ -127,7 +127,7 @@ def _share_in_words(parts: Sequence[list[dict]]) -> str:
     share = _share(parts)
     if share is None:
         return "Softmax attention is not clearly below the linear model here: there is no gap to close."
-    return f"Of the gap to softmax attention, {100 * share.value:.0f}% ± {100 * share.error:.0f} is closed."
+    return f"Of the gap to softmax attention, {percent(share)} is closed."
 
 
 def _goal(runs: Runs, linear: str, log_linear: str, shown: list[str]) -> Verdict:
@@ -142,7 +142,7 @@ def _goal(runs: Runs, linear: str, log_linear: str, shown: list[str]) -> Verdict
             numbers.append(f"no gap at {key}")
             result = "no gap" if result == MISSING else result
         else:
-            numbers.append(f"{100 * share.value:.0f}% ± {100 * share.error:.0f} at {key}")
+            numbers.append(f"{percent(share)} at {key}")
             if result in (MISSING, "no gap"):  # the shortest context that shows a gap: where the models were trained
                 result = "met" if share.value >= GOAL else "not met"
     return Verdict(requirement, result, ", ".join(numbers))

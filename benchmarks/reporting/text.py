@@ -36,9 +36,9 @@ class Section:
             self.lines += [block, ""] if isinstance(block, str) else [*block, ""]
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first column is text, the others are numbers."""
-    rule = ["---", *["---:"] * (len(headers) - 1)]
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
+    """Lines of a Markdown table; the first ``words`` columns are text, the others numbers."""
+    rule = [*["---"] * words, *["---:"] * (len(headers) - words)]
     return [f"| {' | '.join(line)} |" for line in (headers, rule, *rows)]
 
 
@@ -50,6 +50,11 @@ def signed(value: float, digits: int = 4) -> str:
     """+0.1230 or −0.1230; without a sign where nothing but zeros is left."""
     shown = f"{abs(value):.{digits}f}"
     return shown if not float(shown) else ("+" if value > 0 else "−") + shown
+
+
+def percent(share: Difference) -> str:
+    """A share and its standard error, where less than nothing is possible."""
+    return f"{signed(100 * share.value, 0).removeprefix('+')}% ± {100 * share.error:.0f}"
 
 
 def difference(value: Difference, digits: int = 4, factor: float = 1.0) -> str:

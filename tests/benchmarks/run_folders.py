@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,13 @@ def token_losses(context: int, name: str, level: float, far: float, repeats: flo
     losses[:, 8192:] += far
     losses[:, BLOCK + 3 : 2 * BLOCK - 1] = (own + repeats).astype(np.float32)
     return losses
+
+
+@lru_cache(maxsize=16)
+def evaluated(context: int, name: str, level: float, far: float, repeats: float) -> tuple[dict, list[dict]]:
+    """The summary and the repeats of a model: the same for the same arguments, and most tests share two models."""
+    losses = token_losses(context, name, level, far, repeats)
+    return summary(losses), by_distance(sequences(context), losses)
 
 
 def write_run(
@@ -64,10 +72,9 @@ def write_run(
     write(folder / "record.json", record)
     head = {"data": "files", "hash": "abc", "side": "validation"}
     for part, context, packing in (("evaluation", 16384, "stream"), ("recall", 65536, "document")):
-        losses = token_losses(context, name, level, far, repeats)
-        rows = summary(losses)
-        write(folder / part / "loss_by_position.json", {**head, "context": context, "packing": packing, **rows})
-        write(folder / part / "repeats.json", {"rows": by_distance(sequences(context), losses)})
+        losses, rows = evaluated(context, name, level, far, repeats)
+        write(folder / part / "loss_by_position.json", {**head, "context": context, "packing": packing, **losses})
+        write(folder / part / "repeats.json", {"rows": rows})
     write(folder / "recall" / "retrieval.json", {"rows": [retrieval_row(d, retrieved) for d in (1024, 65536)]})
     if mixer.startswith("log_linear"):
         heads = [[0.5 + 0.1 * level for level in range(6)], [0.7 + 0.1 * level for level in range(6)]]
