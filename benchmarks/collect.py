@@ -1,13 +1,15 @@
 """From run folders to committed rows: ``python benchmarks/collect.py OUT``, then ``python benchmarks/report.py``.
 
-Reads what is finished below OUT, says what is missing, and writes results/{lm,niah,mqar}.jsonl. Collecting again replaces
-rows of the same identity: a model's name, and a cell of the needle test or of associative recall.
+Reads what is finished of the runs OUT/<name>-s<seed> and of OUT/mqar, says what is missing, and writes
+results/{lm,niah,mqar}.jsonl. Collecting again replaces rows of the same identity: a model's name, and a cell of the needle
+test or of associative recall.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,19 +23,20 @@ EXPECTED = [f"{mixer}-s{seed}" for mixer in LABELS for seed in ((0, 1) if mixer 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("out", type=Path, help="folder of run folders, and of mqar/")
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--mqar", type=Path, help="folder of associative recall; none: OUT/mqar")
     parser.add_argument("--commit", default=commit(), help="of the code that ran; none: that of this checkout")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     options = parser.parse_args()
-    for line in collect(options.out, options.results, options.commit):
+    for line in collect(options.out, options.results, options.commit, options.mqar or options.out / "mqar"):
         print(line)
 
 
-def collect(out: Path, results: Path, commit: str) -> Iterator[str]:
-    """Write the rows of everything that is finished below ``out``; yields what was found and what is missing."""
+def collect(out: Path, results: Path, commit: str, mqar: Path) -> Iterator[str]:
+    """Write the rows of everything that is finished; yields what was found and what is missing."""
     if not out.is_dir():
         raise SystemExit(f"collect: no folder {out}")
-    folders = [folder for folder in sorted(out.iterdir()) if folder.is_dir() and folder.name != "mqar"]
+    folders = [folder for folder in sorted(out.iterdir()) if folder.is_dir() and re.search(r"-s\d+$", folder.name)]
     language, needles = [], []
     for folder in folders:
         row = language_row(folder, commit)
@@ -42,9 +45,9 @@ def collect(out: Path, results: Path, commit: str) -> Iterator[str]:
             needles += needle_rows(folder, row)
         yield f"{folder.name}: {describe(folder, row)}"
     yield from (f"missing: {name}" for name in EXPECTED if name not in {row["name"] for row in language})
-    recall = {json.dumps(row["cell"], sort_keys=True): row | {"commit": commit} for row in recall_rows(out / "mqar")}
+    recall = {json.dumps(row["cell"], sort_keys=True): row | {"commit": commit} for row in recall_rows(mqar)}
     if not recall:
-        yield f"missing: {out / 'mqar'}/rows.jsonl"
+        yield f"missing: {mqar / 'rows.jsonl'}"
     for name, rows in (("lm", language), ("niah", needles), ("mqar", list(recall.values()))):
         if rows:
             yield f"{results / name}.jsonl: {len(rows)} rows collected, {merge(name, rows, results)} in all"

@@ -133,10 +133,11 @@ def verdicts(log_linear: str, compared: list[Cell]) -> list[Verdict]:
     if not own:
         return [Verdict(name, MISSING, "") for name in names]
     asked = [cell for cell in own if cell.must_gain]
+    result = "no such cell" if not asked else "met" if all(cell.gains for cell in asked) else "not met"
     kept, gained = sum(cell.not_below for cell in own), sum(cell.gains for cell in asked)
     return [
         Verdict(names[0], "met" if kept == len(own) else "not met", f"{kept} of {len(own)} cells"),
-        Verdict(names[1], "met" if gained == len(asked) else "not met", f"{gained} of {len(asked)} such cells"),
+        Verdict(names[1], result, f"{gained} of {len(asked)} such cells"),
     ]
 
 

@@ -11,7 +11,7 @@ from reporting.statistics import Difference, check_same_sequences, edge_at, pair
 from reporting.text import MISSING, NOT_RUN, Section, below, difference, direction, picture, signed, table
 
 FAR = 8192  # "past position 8K"
-OWN = ("mixer", "seed")  # arguments in which the models of a comparison differ by intent
+OWN = ("mixer", "seed", "num_hidden_layers")  # arguments in which the models of a comparison differ by intent
 
 CLAIM = (
     "The paper's claim: log-linear Mamba-2 and Gated DeltaNet reach a lower loss than their linear twins, and the loss by "
@@ -98,7 +98,7 @@ def _setup(runs: Runs) -> str:
     differing = [name for name in names if len({str(row["arguments"].get(name)) for row in rows}) > 1]
     per_step = first["tokens"] // shared["steps"]
     text = (
-        f"{shared['num_hidden_layers']} layers of width {shared['hidden_size']}, {shared['steps']:,} steps of {per_step:,} "
+        f"Width {shared['hidden_size']}, {shared['steps']:,} steps of {per_step:,} "
         f"tokens in sequences of {shared['context']:,}, peak learning rate {shared['learning_rate']:g}, AdamW, on "
         f"`{shared['data'].rpartition('/')[2]}` (hash {first['data']['hash'][:12]}); "
         f"{', '.join(sorted({row['gpu'] for row in rows}))}; torch {first['versions']['torch']}, "
@@ -117,6 +117,7 @@ def _models(runs: Runs) -> list[str]:
         lines.append(
             [
                 LABELS[mixer],
+                str(rows[0]["arguments"]["num_hidden_layers"]),
                 f"{rows[0]['parameters'] / 1e6:.1f}M",
                 f"{rows[0]['tokens'] / 1e6:.0f}M",
                 ", ".join(f"{row['validation_perplexity']:.3f}" for row in rows),
@@ -126,7 +127,9 @@ def _models(runs: Runs) -> list[str]:
             ]
         )
     speed = "tokens/s (20th to 80th percentile)"
-    return table(["model", "parameters", "tokens", "perplexity by seed", "loss by seed", speed, "peak GiB"], lines)
+    return table(
+        ["model", "layers", "parameters", "tokens", "perplexity by seed", "loss by seed", speed, "peak GiB"], lines
+    )
 
 
 def _speed(row: dict) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ from statistics import fmean
 from loglinear.tasks.lm.evaluation import share_error
 from reporting.rows import LABELS, PAIRS, seeds_of
 from reporting.statistics import Difference
-from reporting.text import MISSING, NOT_RUN, Section, picture, signed, table
+from reporting.text import MISSING, NOT_RUN, Section, difference, picture, table
 
 CLAIM = "The paper's claim: needles are found more often with log-linear attention than with its linear twin."
 
@@ -29,7 +29,8 @@ def section(rows: list[dict], language: list[dict]) -> Section:
             f"tokens on needles in the training text, at lengths up to {longest:,}. The test is on validation text with "
             "keys and values that were not seen."
         )
-    made.add("Share of exact answers, over all depths and seeds:")
+    samples = [f"{count:,}" for count in sorted({count for found in cells.values() for _, count in found.values()})]
+    made.add(f"Share of exact answers, over all depths and seeds ({' or '.join(samples)} samples each):")
     kinds_and_contexts = sorted({cell for found in cells.values() for cell in found}, key=_order(rows))
     lines = [
         [kind, f"{context:,}", *(_share(found.get((kind, context))) for found in cells.values())]
@@ -109,10 +110,11 @@ def _sentences(cells: Cells, linear: str, log_linear: str, longest: int | None) 
         if chosen:
             found = [_difference(cells[log_linear][cell], cells[linear][cell]) for cell in chosen]
             above, below = (sum(d.sign == sign for d in found) for sign in (1, -1))
-            mean = fmean(d.value for d in found)
+            error = sum(d.error**2 for d in found) ** 0.5 / len(found)
+            mean = Difference(fmean(d.value for d in found), error)
             lines.append(
                 f"{names}, {where}: clearly above in {above} of {len(found)} cells of the table, clearly below in {below}; "
-                f"{signed(100 * mean, 1)} points on average."
+                f"{difference(mean, 1, 100)} points on average."
             )
     return lines
 

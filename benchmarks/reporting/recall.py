@@ -135,7 +135,7 @@ def _goal(runs: Runs, linear: str, log_linear: str, shown: list[str]) -> Verdict
     numbers, result = [], MISSING
     for key in shown:
         parts = [repeats_of(runs, mixer, key) for mixer in (linear, log_linear, SOFTMAX)]
-        if not all(parts):
+        if not all(parts) or repeats_beyond(parts[0], FAR) is None:
             continue
         share = _share(parts)
         if share is None:

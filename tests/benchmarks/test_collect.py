@@ -25,7 +25,7 @@ def out(tmp_path):
 
 
 def test_rows_hold_what_the_report_needs(out, tmp_path):
-    list(collect(out, tmp_path / "results", "abc"))
+    list(collect(out, tmp_path / "results", "abc", out / "mqar"))
     linear, log_linear = sorted(read("lm", tmp_path / "results"), key=lambda row: row["name"], reverse=True)
     assert (linear["mixer"], linear["seed"], linear["commit"], linear["gpu"]) == ("mamba2", 0, "abc", "GPU")
     assert linear["tokens"] == 300 * 4 * 2 * 16384
@@ -48,13 +48,13 @@ def test_rows_hold_what_the_report_needs(out, tmp_path):
 
 
 def test_collecting_again_replaces_and_keeps_what_is_elsewhere(out, tmp_path):
-    list(collect(out, tmp_path / "results", "abc"))
+    list(collect(out, tmp_path / "results", "abc", out / "mqar"))
     before = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
-    list(collect(out, tmp_path / "results", "abc"))
+    list(collect(out, tmp_path / "results", "abc", out / "mqar"))
     assert {path.name: path.read_text() for path in (tmp_path / "results").iterdir()} == before
     write_run(tmp_path / "more", "mamba2-s0", level=0.5)
     write_run(tmp_path / "more", "attention-s0")
-    list(collect(tmp_path / "more", tmp_path / "results", "abc"))
+    list(collect(tmp_path / "more", tmp_path / "results", "abc", tmp_path / "none"))
     found = {row["name"]: row["validation_loss"] for row in read("lm", tmp_path / "results")}
     assert found == {"mamba2-s0": 2.0, "attention-s0": 1.5, "log_linear_mamba2-s1": 1.5}
     assert len(read("niah", tmp_path / "results")) == 3 * 6
@@ -64,13 +64,15 @@ def test_collecting_again_replaces_and_keeps_what_is_elsewhere(out, tmp_path):
 def test_what_is_missing_is_said(out, tmp_path):
     record = json.loads((out / "mamba2-s0" / "record.json").read_text())
     write(out / "gated_deltanet-s0" / "record.json", record | {"status": "running"})
+    write(out / "prepare" / "record.json", record)  # no name of a model and a seed
     (out / "mamba2-s0" / "recall" / "retrieval.json").unlink()
     (out / "mamba2-s0" / "niah" / "niah.json").unlink()
-    lines = list(collect(out, tmp_path / "results", "abc"))
+    lines = list(collect(out, tmp_path / "results", "abc", out / "mqar"))
     said = {line.partition(": ")[0]: line for line in lines}
     assert "not finished, its record says 'running'" in said["gated_deltanet-s0"]
     assert said["mamba2-s0"].endswith("; MISSING retrieval, needles")
     assert "MISSING" not in said["log_linear_mamba2-s1"]
+    assert "prepare" not in said
     missing = {line.removeprefix("missing: ") for line in lines if line.startswith("missing: ")}
     assert missing == set(EXPECTED) - {"mamba2-s0", "log_linear_mamba2-s1"}
     assert len(EXPECTED) == 9
