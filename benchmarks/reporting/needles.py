@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from statistics import fmean
 
+import numpy as np
+
 from loglinear.tasks.lm.evaluation import share_error
 from reporting.rows import LABELS, PAIRS, seeds_of
-from reporting.statistics import Difference
+from reporting.statistics import Difference, paired
 from reporting.text import MISSING, NOT_RUN, Section, difference, picture, table
 
 CLAIM = "The paper's claim: needles are found more often with log-linear attention than with its linear twin."
 
-Cells = dict[str, dict[tuple[str, int], tuple[float, int]]]
+Cells = dict[str, dict[tuple[str, int], np.ndarray]]  # share of seeds that answered each sample, [samples]
 
 
 def section(rows: list[dict], language: list[dict]) -> Section:
@@ -29,8 +31,10 @@ def section(rows: list[dict], language: list[dict]) -> Section:
             f"tokens on needles in the training text, at lengths up to {longest:,}. The test is on validation text with "
             "keys and values that were not seen."
         )
-    samples = [f"{count:,}" for count in sorted({count for found in cells.values() for _, count in found.values()})]
-    made.add(f"Share of exact answers, over all depths and seeds ({' or '.join(samples)} samples each):")
+    samples = [f"{count:,}" for count in sorted({len(hits) for found in cells.values() for hits in found.values()})]
+    made.add(
+        f"Share of exact answers, over all depths and seeds ({' or '.join(samples)} samples each, the same for all models):"
+    )
     kinds_and_contexts = sorted({cell for found in cells.values() for cell in found}, key=_order(rows))
     lines = [
         [kind, f"{context:,}", *(_share(found.get((kind, context))) for found in cells.values())]
@@ -43,20 +47,18 @@ def section(rows: list[dict], language: list[dict]) -> Section:
 
 
 def by_context(rows: list[dict]) -> Cells:
-    """Share of exact answers and number of samples by mixer, kind and length, over depths and seeds."""
-    wanted = {row["name"] for group in _first(rows).values() for row in group.values()}
-    found: dict[str, dict[tuple[str, int], list[dict]]] = {mixer: {} for mixer in LABELS}
-    for row in rows:
-        if row["name"] in wanted:
-            found[row["mixer"]].setdefault((row["kind"], row["context"]), []).append(row)
-    return {
-        mixer: {cell: _pooled(group) for cell, group in groups.items()} for mixer, groups in found.items() if groups
-    }
-
-
-def _pooled(rows: list[dict]) -> tuple[float, int]:
-    samples = sum(row["samples"] for row in rows)
-    return sum(row["exact"] * row["samples"] for row in rows) / samples, samples
+    """What was answered by mixer, kind and length: samples of all depths, a mean over seeds."""
+    found: Cells = {}
+    for mixer, by_name in heatmap_rows(rows).items():
+        hits: dict[tuple[str, int], list[list[int]]] = {}
+        for own in by_name.values():
+            answers: dict[tuple[str, int], list[int]] = {}
+            for row in sorted(own, key=lambda row: row["depth"]):
+                answers.setdefault((row["kind"], row["context"]), []).extend(int(hit) for hit in row["right"])
+            for cell, right in answers.items():
+                hits.setdefault(cell, []).append(right)
+        found[mixer] = {cell: np.mean(right, axis=0) for cell, right in hits.items()}
+    return found
 
 
 def heatmap_rows(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
@@ -92,8 +94,10 @@ def _order(rows: list[dict]):
     return lambda cell: (order.index(cell[0]), cell[1])
 
 
-def _share(cell: tuple[float, int] | None) -> str:
-    return "" if cell is None else f"{100 * cell[0]:.0f}% ± {100 * share_error(*cell):.0f}"
+def _share(answers: np.ndarray | None) -> str:
+    if answers is None:
+        return ""
+    return f"{100 * answers.mean():.0f}% ± {100 * share_error(float(answers.mean()), len(answers)):.0f}"
 
 
 def _sentences(cells: Cells, linear: str, log_linear: str, longest: int | None) -> list[str]:
@@ -108,7 +112,7 @@ def _sentences(cells: Cells, linear: str, log_linear: str, longest: int | None) 
         parts.append(("beyond them", [c for c in both if c[1] > longest]))
     for where, chosen in parts:
         if chosen:
-            found = [_difference(cells[log_linear][cell], cells[linear][cell]) for cell in chosen]
+            found = [paired(cells[log_linear][cell], cells[linear][cell]) for cell in chosen]
             above, below = (sum(d.sign == sign for d in found) for sign in (1, -1))
             error = sum(d.error**2 for d in found) ** 0.5 / len(found)
             mean = Difference(fmean(d.value for d in found), error)
@@ -117,7 +121,3 @@ def _sentences(cells: Cells, linear: str, log_linear: str, longest: int | None) 
                 f"{difference(mean, 1, 100)} points on average."
             )
     return lines
-
-
-def _difference(one: tuple[float, int], other: tuple[float, int]) -> Difference:
-    return Difference(one[0] - other[0], (share_error(*one) ** 2 + share_error(*other) ** 2) ** 0.5)

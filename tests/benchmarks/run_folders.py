@@ -106,7 +106,8 @@ def retrieval_row(distance: int, right: str) -> dict:
 
 def needle(context: int, depth: float, exact: float) -> dict:
     shares = {"exact": exact, "standard_error": share_error(exact, 20), "at_depth": exact, "loss": 1.0}
-    return {"kind": "number", "context": context, "depth": depth, "samples": 20, **shares}
+    right = "".join("01"[(i + round(4 * depth)) % 20 < round(20 * exact)] for i in range(20))
+    return {"kind": "number", "context": context, "depth": depth, "samples": 20, **shares, "right": right}
 
 
 def recall_row(mixer: str, seed: int, accuracy: dict[str, float], state_size: int = 16, rate: float = 0.01) -> dict:

@@ -179,13 +179,20 @@ def test_levels_are_averaged_over_layers(made):
 # --------------------------------------------------------------------------------------------------------------- needles
 
 
-@pytest.mark.parametrize(("found", "above", "below"), [(0.8, 1, 0), (0.52, 0, 0), (0.2, 0, 1)])
-def test_needles_are_counted_by_cell(made, found, above, below):
+@pytest.mark.parametrize(
+    ("found", "above", "below", "share", "mean"),
+    [
+        (0.8, 1, 0, "80% ± 5", "+30.0 ± 6.0"),
+        (0.55, 0, 0, "55% ± 6", "+5.0 ± 2.8"),  # of 60 samples the same 30, and 3 more
+        (0.2, 0, 1, "20% ± 5", "−30.0 ± 6.0"),
+    ],
+)
+def test_needles_are_compared_sample_by_sample(made, found, above, below, share, mean):
     rows = made({"found": found})
     lines = needles.section(rows["niah"], rows["lm"]).lines
-    assert cells(lines, "number", "1,024")[1:] == ["50% ± 5", f"{100 * found:.0f}% ± {4 if found != 0.52 else 5}"]
+    assert cells(lines, "number", "1,024")[1:] == ["50% ± 6", share]
     for where in ("at lengths of the fine-tune", "beyond them"):
-        expected = f"{where}: clearly above in {above} of 1 cells of the table, clearly below in {below}; "
+        expected = f"{where}: clearly above in {above} of 1 cells of the table, clearly below in {below}; {mean} points"
         assert sum(expected in line for line in lines) == 1
 
 

@@ -222,6 +222,7 @@ def test_the_table_and_the_figure_hold_every_cell(samples, tokenizer, tmp_path):
     assert len(right) == 4 * 2 * 3
     assert {row["exact"] for row in right} == {1.0}
     assert {row["samples"] for row in right} == {2}
+    assert ({row["right"] for row in right}, {row["right"] for row in wrong}) == ({"11"}, {"00"})
     assert all(row["standard_error"] > 0 for row in right + wrong)
     assert [(row["context"], row["samples"], row["exact"]) for row in by_context(wrong) if row["kind"] == "word"] == [
         (600, 6, 0.0), (800, 6, 0.0)

@@ -98,7 +98,10 @@ def _without_ids(sample: Sample) -> Sample:
 
 
 def table(scored: Sequence[tuple[Sample, Score]]) -> list[dict]:
-    """A row for every kind, length and depth: shares of samples, their standard errors, and the mean loss in nats."""
+    """A row for every kind, length and depth: shares of samples, their standard errors, and the mean loss in nats.
+
+    ``right`` has a 1 for each exact answer, a 0 for the others, in order: models are compared on the same samples.
+    """
     cells: dict[tuple[str, int, float], list[Score]] = {}
     for sample, score in scored:
         cells.setdefault((sample.kind, len(sample.ids), sample.depth), []).append(score)
@@ -109,6 +112,7 @@ def table(scored: Sequence[tuple[Sample, Score]]) -> list[dict]:
             "standard_error": share_error(share, len(scores)),
             "at_depth": float(np.mean([score.at_depth for score in scores])),
             "loss": float(np.mean([score.loss for score in scores])),
+            "right": "".join("01"[score.exact] for score in scores),
         }
         for (kind, context, depth), scores in cells.items()
     ]
