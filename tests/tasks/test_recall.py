@@ -218,24 +218,26 @@ def windows():
     return Windows(Tokens(values, np.array([0, len(values)])), 40)
 
 
-def test_mean_scales_are_averages_over_tokens_with_a_bucket(model, windows, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_scales_are_averages_over_tokens_with_a_bucket(dtype, model, windows, tmp_path):
+    """Under autocast, too: averages of thousands of tokens must not be rounded to its eight bits."""
     scales: dict[int, torch.Tensor] = {}
     hooks = [
         layer.mixer.level_scale.register_forward_hook(lambda m, x, out, i=i: scales.update({i: out}))
         for i, layer in enumerate(model.model.layers)
         if i != 1
     ]
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model.eval()(torch.stack([windows[i]["input_ids"] for i in range(5)]))
     for hook in hooks:
         hook.remove()
-    rows = mean_level_scales(model, windows, batch_size=2)
+    rows = mean_level_scales(model, windows, batch_size=2, dtype=dtype)
     assert [row["layer"] for row in rows] == ["model.layers.0", "model.layers.2"]
     for row, layer in zip(rows, (0, 2)):
         for head, means in enumerate(row["heads"]):
             for level, mean in enumerate(means):
                 tokens = level_counts(40, len(means))[:, level].repeat(5)
-                values = scales[layer][:, :, head, level].flatten()
+                values = scales[layer][:, :, head, level].float().flatten()
                 assert mean == pytest.approx(float((values * tokens).sum() / tokens.sum()), rel=1e-4)
     assert not any(module._forward_hooks for module in model.modules())
     draw_levels(rows, tmp_path / "levels.png")

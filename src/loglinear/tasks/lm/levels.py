@@ -46,8 +46,9 @@ def mean_level_scales(
     }
 
     def add(name: str, module: torch.nn.Module, inputs: tuple, scales: Tensor) -> None:
-        weighted = torch.einsum("bthl,tl->hl", scales.float(), counts[name]).double()
-        sums[name] = sums.get(name, 0) + weighted
+        # Autocast would make a matrix product of einsum and round the sums to bfloat16.
+        weighted = (scales.float() * counts[name].unsqueeze(1)).sum((0, 1))
+        sums[name] = sums.get(name, 0) + weighted.double()
 
     hooks = [module.register_forward_hook(partial(add, name)) for name, module in layers.items()]
     model.eval()
