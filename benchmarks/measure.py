@@ -75,10 +75,10 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def append(name: str, rows: list[dict]) -> Path:
-    """Append rows to ``results/<name>.jsonl``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
+def append(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
+    """Append rows to ``<folder>/<name>.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
