@@ -285,6 +285,11 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    @property
+    def init_continuous_batching(self) -> Any:  # type: ignore[override]
+        """Not there: continuous batching pages keys and values. A server that asks (``hasattr``) then answers in turn."""
+        raise AttributeError("init_continuous_batching: log-linear and linear states have no pages of keys and values")
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
         """The mask as it is: ``generate`` asks for one mask per layer type where a cache is static, and no mixer takes one."""
