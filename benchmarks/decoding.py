@@ -100,11 +100,17 @@ def kv_cache_steps(batch: int, context: int) -> dict[str, Callable[[], Tensor]]:
     return {f"sdpa kv cache 48/8x64, {name}": run(backend) for name, backend in backends.items()}
 
 
-def measure(name: str, call: Callable[[], object], budget_ms: int, graph: bool = True, **columns) -> dict:
+def times(build: Callable[[], Callable], budget_ms: int, graph: bool) -> tuple[float, float, float]:
+    """Median and spread, in milliseconds, of what ``build`` gives; all that it holds is let go."""
+    call = build()
+    return milliseconds(captured(call) if graph else call, budget_ms)
+
+
+def measure(name: str, build: Callable[[], Callable], budget_ms: int, graph: bool = True, **columns) -> dict:
     """A row: times in milliseconds, or why there are none."""
     columns["timing"] = "cuda graph" if graph else "eager"
     try:
-        median, low, high = milliseconds(captured(call) if graph else call, budget_ms)
+        median, low, high = times(build, budget_ms, graph)
         row = {"op": name, **columns, "ms": median, "ms_low": low, "ms_high": high}
     except Exception as error:
         row = {"op": name, **columns, "error": f"{type(error).__name__}: {error}"[:200]}
@@ -127,7 +133,7 @@ def ours(shape: Shape, context: int, delta: bool, bandwidth: float, budget_ms: i
             columns = dict(B=shape.B, context=context, positions=kind, entries=str(entry_dtype).removeprefix("torch."))
             columns |= dict(live_bytes=read, state_bytes=state.nbytes, floor_ms=read / bandwidth * 1e3)
             name = f"loglinear {'delta rule' if delta else 'scalar gate'} {columns['entries']}"
-            rows.append(measure(name, our_step(shape, state, delta), budget_ms, **columns))
+            rows.append(measure(name, lambda s=state: our_step(shape, s, delta), budget_ms, **columns))
     return rows
 
 
@@ -153,15 +159,8 @@ def main() -> None:
         for label, build in peers.items():
             if args.peers != "all" and not any(part in label for part in wanted):
                 continue
-            try:
-                call = build()
-            except Exception as error:
-                print(f"{label}: {type(error).__name__}: {error}"[:160], flush=True)
-                continue
             graph = not label.startswith("fla")  # it reads positions back to the host
-            rows.append(measure(label, call, args.budget_ms, graph, B=batch, context=context))
-            del call
-            torch.cuda.empty_cache()
+            rows.append(measure(label, build, args.budget_ms, graph, B=batch, context=context))
         append("decoding", [common | row for row in rows])
 
 

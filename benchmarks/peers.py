@@ -154,7 +154,10 @@ def mamba2_ssd(shape: Shape, chunk: int) -> Run:
 
 
 def mamba2_step(shape: Shape) -> Callable[[], Tensor]:
-    """One token of Mamba-2's linear recurrence, its state in the dtype of the inputs."""
+    """One token of Mamba-2's linear recurrence, its state in the dtype of the inputs, as its own cache keeps it.
+
+    Strides of 0 say that a head's rows share A, dt and the bias of dt, as in Mamba-2: the kernel then reads one number a head.
+    """
     load_mamba_without_extensions()
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
@@ -162,7 +165,7 @@ def mamba2_step(shape: Shape) -> Callable[[], Tensor]:
     x = inputs(shape)
     state = torch.randn(B, H, V, K, dtype=shape.dtype, device="cuda")
     step = (-x["g"][:, 0]).unsqueeze(-1).expand(B, H, V)
-    rate = -torch.ones(H, device="cuda")[:, None, None].expand(H, V, K)
+    rate = torch.full((H,), -1.0, device="cuda")[:, None, None].expand(H, V, K)
     zero = torch.zeros(H, device="cuda")[:, None].expand(H, V)  # it may do without D and a bias of dt, but fails then
     tokens = (x["v"][:, 0], step, rate, x["k"][:, 0], x["q"][:, 0])
     return lambda: selective_state_update(state, *tokens, D=zero, dt_bias=zero)
@@ -173,6 +176,9 @@ def fla_log_linear_step(shape: Shape, context: int) -> Callable[[], Tensor]:
     import dataclasses
 
     from fla.ops.log_linear_attn import chunk_log_linear_attn
+
+    if context > 1 << 17:
+        raise ValueError("flash-linear-attention's log-linear op takes fewer than 2^17 tokens")
 
     def once(x: dict[str, Tensor], **state):
         return chunk_log_linear_attn(*x.values(), output_final_state=True, **state)
