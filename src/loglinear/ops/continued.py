@@ -45,7 +45,7 @@ def attend(
     # Kernels are compiled for a depth of the tree: a power of two is the same depth for many positions.
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
     inputs = (q_all, k_all, v_all, g_all, None, scales_all)
-    o = registration.Kernels.apply(*inputs, scale, bounds, first_tokens, reach)
+    o = registration.run_eager(*inputs, scale, bounds, first_tokens, reach)
     o = stream.new_tokens(o).reshape(v.shape)
 
     rows = [slice(a, b) for a, b in zip(accumulate((0, *lengths)), accumulate(lengths))] if packed else [slice(None)]

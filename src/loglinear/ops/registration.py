@@ -1,8 +1,9 @@
 """``loglinear::attention``: the op as PyTorch's compiler, checkpointing and FSDP2 see it, with fake and backward.
 
-Special about this file: the backward operator recomputes the states, so that nothing but the inputs is kept. On CUDA it is
-the Triton kernels where they fit. Eager code on the CPU, and every call with a state, does not come through here: it
-differentiates ``chunkwise`` directly, which can be done twice and through states.
+Special about this file: the backward operator recomputes the states, so that nothing but the inputs is kept; only eager calls
+of the delta rule keep more (see ``Kernels``). On CUDA it is the Triton kernels where they fit. Eager code on the CPU, and every
+call with a state, does not come through here: it differentiates ``chunkwise`` directly, which can be done twice and through
+states.
 """
 
 from __future__ import annotations
@@ -75,6 +76,21 @@ def run_kernels(
     return kernels_of(beta is not None).forward(q, k, v, g, *rate, scales, scale, cu_seqlens, **continued)
 
 
+def run_kernels_keeping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    level_scales: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """(o, what spares the delta rule's backward some of its work)."""
+    scales = linear_scales(v) if level_scales is None else level_scales
+    return kernels_of(True).forward_keeping(q, k, v, g, beta, scales, scale, cu_seqlens)
+
+
 def run_kernels_backward(
     do: Tensor,
     q: Tensor,
@@ -85,13 +101,16 @@ def run_kernels_backward(
     level_scales: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None,
-    **continued,
+    **options,
 ) -> tuple[Tensor | None, ...]:
-    """(dq, dk, dv, dg, dβ, dλ) by the kernels of either rule, None where there is no input."""
+    """(dq, dk, dv, dg, dβ, dλ) by the kernels of either rule, None where there is no input.
+
+    options: first_tokens and reach of the scalar gate, or ``kept`` of the delta rule.
+    """
     rate = () if beta is None else (beta,)
     scales = linear_scales(v) if level_scales is None else level_scales
     backward = kernels_of(beta is not None).backward
-    *grads, dscales = backward(do, q, k, v, g, *rate, scales, scale, cu_seqlens, **continued)
+    *grads, dscales = backward(do, q, k, v, g, *rate, scales, scale, cu_seqlens, **options)
     return *grads, *(() if beta is not None else (None,)), None if level_scales is None else dscales
 
 
@@ -194,18 +213,34 @@ attention.register_autograd(_backward, setup_context=_save)
 
 
 class Kernels(torch.autograd.Function):
-    """The same kernels for eager calls: a custom operator costs the host more than a short sequence costs the GPU."""
+    """The same kernels for eager calls: a custom operator costs the host more than a short sequence costs the GPU.
+
+    With ``differentiate`` and an input that needs a gradient, the delta rule's forward leaves its maps for the backward.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, level_scales, scale, cu_seqlens, first_tokens=None, reach=0):
-        ctx.save_for_backward(q, k, v, g, beta, level_scales, cu_seqlens)
+    def forward(ctx, q, k, v, g, beta, level_scales, scale, cu_seqlens, differentiate, first_tokens=None, reach=0):
+        inputs = q, k, v, g, beta, level_scales
         ctx.scale = scale
         ctx.continued = {} if first_tokens is None else {"first_tokens": first_tokens, "reach": reach}
-        return run_kernels(q, k, v, g, beta, level_scales, scale, cu_seqlens, **ctx.continued)
+        kept: list[Tensor] = []
+        if beta is not None and differentiate and any(ctx.needs_input_grad):
+            o, *kept = run_kernels_keeping(*inputs, scale, cu_seqlens)
+        else:
+            o = run_kernels(*inputs, scale, cu_seqlens, **ctx.continued)
+        ctx.save_for_backward(*inputs, cu_seqlens, *kept)
+        return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        q, k, v, g, beta, level_scales, cu_seqlens = ctx.saved_tensors
-        grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, ctx.scale, cu_seqlens, **ctx.continued)
-        return *grads, None, None, None, None
+        q, k, v, g, beta, level_scales, cu_seqlens, *kept = ctx.saved_tensors
+        inputs = q, k, v, g, beta, level_scales
+        options = ctx.continued if beta is None else {"kept": tuple(kept)}
+        grads = run_kernels_backward(do, *inputs, ctx.scale, cu_seqlens, **options)
+        return *grads, None, None, None, None, None
+
+
+def run_eager(q, k, v, g, beta, level_scales, scale, cu_seqlens, *continued) -> Tensor:
+    """``Kernels``, as the caller's grad mode asks: inside of them it is always off."""
+    return Kernels.apply(q, k, v, g, beta, level_scales, scale, cu_seqlens, torch.is_grad_enabled(), *continued)

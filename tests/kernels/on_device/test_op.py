@@ -158,19 +158,19 @@ def test_cuda_graph_of_forward_and_backward(delta):
 @pytest.mark.parametrize(("H", "G"), [(4, 2), (3, 1), (2, 2)])
 def test_slices_of_heads(monkeypatch, H, G):
     """Where the intermediates of all heads pass the allowance, the backward takes some at a time; no bit changes."""
-    backward = importlib.import_module("loglinear.kernels.delta_rule.backward")
+    backward, memory = (importlib.import_module(f"loglinear.kernels.delta_rule.{x}") for x in ("backward", "memory"))
     choose, chosen = backward.heads_at_a_time, []
 
-    def heads_at_a_time(problem, x):
-        chosen.append(choose(problem, x))
+    def heads_at_a_time(*sizes):
+        chosen.append(choose(*sizes))
         return chosen[-1]
 
     monkeypatch.setattr(backward, "heads_at_a_time", heads_at_a_time)
     inputs = make(True, H=H, G=G)
     gradient = torch.randn_like(inputs[2])
     results = []
-    for allowed in (backward.UNSLICED, 0):
-        monkeypatch.setattr(backward, "UNSLICED", allowed)
+    for allowed in (memory.UNSLICED, 0):
+        monkeypatch.setattr(memory, "UNSLICED", allowed)
         replay.tape_of.cache_clear()  # a recorded call would not look at the allowance again
         results.append(gradients(op, inputs, gradient))
     replay.tape_of.cache_clear()

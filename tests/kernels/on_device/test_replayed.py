@@ -38,14 +38,21 @@ def make(device, delta: bool, T: int, seed: int, packed: bool) -> tuple[dict, to
 
 @pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("delta", [False, True])
-def test_same_bits(device, monkeypatch, delta, packed, sliced):
+@pytest.mark.parametrize(("delta", "keep"), [(False, False), (True, False), (True, True)])
+def test_same_bits(device, monkeypatch, delta, keep, packed, sliced):
     rule = delta_rule if delta else scalar_gate
+    if keep:
+        forward = importlib.import_module("loglinear.kernels.delta_rule.forward")
+        monkeypatch.setattr(forward, "keeps_maps", lambda problem, size: True)
     if sliced:
-        monkeypatch.setattr(importlib.import_module("loglinear.kernels.delta_rule.backward"), "UNSLICED", 0)
+        monkeypatch.setattr(importlib.import_module("loglinear.kernels.delta_rule.memory"), "UNSLICED", 0)
 
     def both(seed):
         x, do = make(device, delta, 1500, seed, packed)
+        if keep:
+            o, *kept = rule.forward_keeping(**x)
+            assert kept
+            return [o, *rule.backward(do, **x, kept=tuple(kept))]
         return [rule.forward(**x), *rule.backward(do, **x)]
 
     recorded = []

@@ -13,7 +13,6 @@ from loglinear.kernels.common import GROUP
 from loglinear.kernels.delta_rule.entry_grads import entry_grads_kernel
 from loglinear.kernels.delta_rule.forward import (
     FIRST_OF_TWO,
-    Maps,
     launch_maps,
     launch_path_queries,
     launch_path_states,
@@ -21,6 +20,7 @@ from loglinear.kernels.delta_rule.forward import (
 from loglinear.kernels.delta_rule.group_grads import SPARE, group_grads_kernel
 from loglinear.kernels.delta_rule.key_grads import key_grads_kernel
 from loglinear.kernels.delta_rule.map_grads import map_grads_kernel
+from loglinear.kernels.delta_rule.memory import Maps, heads_at_a_time
 from loglinear.kernels.delta_rule.path_grads import path_grads_kernel
 from loglinear.kernels.delta_rule.score_grads import PLANES, score_grads_kernel
 from loglinear.kernels.delta_rule.transport_grads import path_state_grads_kernel, transport_grads_kernel
@@ -30,8 +30,6 @@ from loglinear.kernels.head_sums import sum_heads
 from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config
-
-UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,9 @@ def launch_path_grads(
         x.do, x.level_scales, maps.entries, states, *queries, inner_grads, query_grads, out.dlevel_scales,
         problem.path_starts, problem.row_sequence, *problem.table, problem.path_entries, x.do.stride(1),
         x.level_scales.stride(1), out.dlevel_scales.stride(1), x.factor, problem.levels,
-        **common_constants(problem, x.v.dtype, without=("G", "EXACT")), LOG_C=C.bit_length() - 1, BK=problem.tile(K),
-        BV=tiles(problem, launch, problem.value_width)[0], LEVELS=padded(problem.levels), **launch.options,
+        **common_constants(problem, x.v.dtype, without=("G", "EXACT")), HEADS=maps.heads, LOG_C=C.bit_length() - 1,
+        BK=problem.tile(K), BV=tiles(problem, launch, problem.value_width)[0], LEVELS=padded(problem.levels),
+        **launch.options,
     )  # fmt: skip
     return inner_grads, query_grads
 
@@ -114,7 +113,7 @@ def launch_entry_grads(problem: Problem, x: Inputs, inner_queries: Tensor, inner
     )  # fmt: skip
 
 
-def launch_transport_grads(problem: Problem, x: Inputs, entries: Tensor, group_queries: Tensor) -> Tensor:
+def launch_transport_grads(problem: Problem, x: Inputs, maps: Maps, group_queries: Tensor) -> Tensor:
     """``[slots, H, K, K+V]``: what T_j made of ``[A_j | S_j]``, for entry j of every group's path; no dA for the last."""
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     path_grads = common.scratch((problem.path_slots, H, K, K + V), x.v.dtype, x.v.device)
@@ -135,31 +134,29 @@ def launch_transport_grads(problem: Problem, x: Inputs, entries: Tensor, group_q
         inner = min(block if x.v.dtype == torch.float32 else 128, problem.tile(V))
         common.launch(
             transport_grads_kernel, problem.row_groups * H * blocks,
-            entries, path_grads, problem.path_starts, problem.group_sequence, *problem.table, problem.path_entries,
-            **constants, BM=block, BK=problem.tile(K), BV=inner, **launch.options,
+            maps.entries, path_grads, problem.path_starts, problem.group_sequence, *problem.table, problem.path_entries,
+            **constants, HEADS=maps.heads, BM=block, BK=problem.tile(K), BV=inner, **launch.options,
         )  # fmt: skip
     return path_grads
 
 
-def launch_wide_entry_grads(
-    problem: Problem, entries: Tensor, states: Tensor, path_grads: Tensor, grads: Tensor
-) -> None:
+def launch_wide_entry_grads(problem: Problem, maps: Maps, states: Tensor, path_grads: Tensor, grads: Tensor) -> None:
     """Rows of ``grads``: the gradients of the entries of whole groups."""
-    H, K, V, dtype = problem.heads, problem.key_width, problem.value_width, entries.dtype
+    H, K, V, dtype = problem.heads, problem.key_width, problem.value_width, states.dtype
     launch, segment = problem.config.wide_entry_grads, problem.config.segment
     block = min(launch.block_v, problem.tile(max(K, V)))
     # Those whose entries are longer than a segment, with the one that ends with the last group, which nothing reads.
     levels = max(problem.chunk_groups.bit_length() - segment.bit_length(), 0)
     sequences = problem.batch if problem.sequences is None else problem.sequences.shape[0]
     slots = problem.row_groups // segment + 1 + sequences
-    segments = common.scratch((levels, slots, H, K, K + V), dtype, entries.device)
+    segments = common.scratch((levels, slots, H, K, K + V), dtype, states.device)
     programs = problem.row_groups * H * (cdiv(K, block) + cdiv(V, block))
     for long in (True, False) if levels else (False,):
         common.launch(
             wide_entry_grads_kernel, programs * (levels if long else 1),
-            entries, states, path_grads, segments if long else grads, problem.path_starts, problem.group_sequence,
+            maps.entries, states, path_grads, segments if long else grads, problem.path_starts, problem.group_sequence,
             *problem.table, problem.path_entries, problem.row_groups, slots,
-            **common_constants(problem, dtype, without=("G", "EXACT")), BK=problem.tile(K), BN=block,
+            **common_constants(problem, dtype, without=("G", "EXACT")), HEADS=maps.heads, BK=problem.tile(K), BN=block,
             BT=min(launch.block_v, 64, problem.tile(K)), SEGMENT=segment, LONG=long, **launch.options,
         )  # fmt: skip
     if levels:
@@ -185,7 +182,8 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
             group_grads_kernel, tier.groups * H * blocks,
             x.k, maps.groups[t - 1] if t else maps.writes, maps.sums, maps.chunk_log, map_grads, grads,
             tier.group_sequence, *tier.table, problem.tokens, maps.sums.stride(0), x.k.stride(1), problem.rows,
-            **common_constants(problem, x.v.dtype), BK=problem.tile(K), BN=block, TIER=t, TOP=top, **walk.options,
+            **common_constants(problem, x.v.dtype), HEADS=maps.heads, BK=problem.tile(K), BN=block, TIER=t, TOP=top,
+            **walk.options,
         )  # fmt: skip
         if t == 0:
             return
@@ -193,7 +191,7 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
         common.launch(
             unit_grads_kernel, tier.groups * GROUP.value * H * (cdiv(K, tile_n) + cdiv(V, tile_n)),
             maps.prefixes[t], maps.entries, grads, map_grads, tier.group_sequence, *tier.table, problem.rows,
-            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), BK=problem.tile(K), BN=tile_n,
+            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), HEADS=maps.heads, BK=problem.tile(K), BN=tile_n,
             BW=min(walk.block_v, problem.tile(K + V)), TIER=t, **outer.options,
         )  # fmt: skip
 
@@ -211,9 +209,9 @@ def launch_score_grads(
         x.q, x.k, x.v, x.do, x.level_scales, maps.sums, maps.solve, maps.writes, query_grads, scores, out.dlevel_scales,
         gains, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1), x.k.stride(1),
         x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), out.dlevel_scales.stride(1), x.factor, problem.levels,
-        **common_constants(problem, x.v.dtype), LOG_C=C.bit_length() - 1, BK=tiles(problem, launch, problem.key_width)[0],
-        BV=tiles(problem, launch, problem.value_width)[0], LEVELS=padded(problem.levels), HAS_GATE=x.g is not None,
-        **launch.options,
+        **common_constants(problem, x.v.dtype), HEADS=maps.heads, LOG_C=C.bit_length() - 1,
+        BK=tiles(problem, launch, problem.key_width)[0], BV=tiles(problem, launch, problem.value_width)[0],
+        LEVELS=padded(problem.levels), HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
     return scores, gains
 
@@ -232,7 +230,7 @@ def launch_map_grads(
         x.k, x.v, x.do, maps.sums, maps.chunk_log, maps.solve, maps.writes, maps.prefixes[0], maps.entries, grads,
         query_grads, scores, key_grads, out.dv, ends, chunk_gains, problem.row_sequence, *problem.table, problem.tokens,
         maps.sums.stride(0), x.k.stride(1), x.v.stride(1), x.do.stride(1), out.dv.stride(1), problem.rows,
-        **common_constants(problem, x.v.dtype), BK=problem.tile(K),
+        **common_constants(problem, x.v.dtype), HEADS=maps.heads, BK=problem.tile(K),
         BN=min(launch.block_k or launch.block_v, problem.tile(K)), BV=tiles(problem, launch, V)[0],
         BW=tiles(problem, launch, K + V)[0], HAS_GATE=gated, **launch.options,
     )  # fmt: skip
@@ -252,47 +250,33 @@ def launch_key_grads(
         out.dbeta, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1),
         x.k.stride(1), gate.stride(1), x.beta.stride(1), out.dq.stride(1), out.dk.stride(1), dgate.stride(1),
         out.dbeta.stride(1), out.dq.stride(0), out.dk.stride(0), **common_constants(problem, x.v.dtype, without=("V",)),
-        BK=tiles(problem, launch, problem.key_width)[0], HAS_GATE=x.g is not None, **launch.options,
+        HEADS=maps.heads, BK=tiles(problem, launch, problem.key_width)[0], HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
 
 
-def backward_of_heads(problem: Problem, x: Inputs, out: Gradients) -> None:
-    """The whole backward of the heads that x and out hold."""
+def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | None) -> None:
+    """The whole backward of the heads that x and out hold; their maps are made again if they were not kept."""
     K, V = problem.key_width, problem.value_width
-    maps = launch_maps(problem, x.k, x.v, x.g, x.beta, prefixes=True)
+    if maps is None:
+        maps = launch_maps(problem, x.k, x.v, x.g, x.beta, prefixes=True)
     states = launch_path_states(problem, maps.entries, maps=True)
     queries = launch_path_queries(problem, x.q, x.k, maps)
     inner_grads, query_grads = launch_path_grads(problem, x, out, maps, states, queries)
+    inner_queries, group_queries = queries
+    deep = problem.chunk_groups > 1
+    path_grads = launch_transport_grads(problem, x, maps, group_queries) if deep else None
+    del queries, group_queries
     spare = SPARE.value * max(tier.groups for tier in problem.tiers)
     grads = common.scratch((problem.rows + spare, problem.heads, K, K + V), x.v.dtype, x.v.device)
-    launch_entry_grads(problem, x, queries[0], inner_grads, grads)
-    if problem.chunk_groups > 1:
-        path_grads = launch_transport_grads(problem, x, maps.entries, queries[1])
-        launch_wide_entry_grads(problem, maps.entries, states, path_grads, grads)
-        del path_grads
-    del states, queries, inner_grads
+    launch_entry_grads(problem, x, inner_queries, inner_grads, grads)
+    if path_grads is not None:
+        launch_wide_entry_grads(problem, maps, states, path_grads, grads)
+    del states, path_grads, inner_queries, inner_grads
     launch_tree_grads(problem, x, maps, grads)
     scores, gains = launch_score_grads(problem, x, out, maps, query_grads)
     key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, query_grads, scores)
     del grads
     launch_key_grads(problem, x, out, maps, query_grads, scores, key_grads, (gains, ends, chunk_gains))
-
-
-def heads_at_a_time(problem: Problem, x: Inputs) -> int:
-    """Heads whose intermediates fit into the bytes of inputs, output and gradients: whole groups or a part of one.
-
-    Heads do not meet but in the sums over a group, which are in a fixed order, so this changes no bit.
-    """
-    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
-    # What belongs to the paths is gone when the scores and the shares of dk come.
-    paths = problem.rows * 4 * C * K + 2 * problem.path_slots * K * (K + V)
-    later = problem.rows * C * (2 * K + PLANES.value * C)
-    elements = problem.rows * (K * (K + V) * 4 + C * (2 * K + V + C)) + max(paths, later)
-    given = sum(2 * y.numel() * y.element_size() for y in (x.q, x.k, x.v, x.do))
-    allowed = max(given, UNSLICED) // max(elements * x.v.element_size(), 1)
-    per_group = problem.heads_per_group
-    fitting = [n for n in range(1, H + 1) if H % n == 0 and (n % per_group == 0 or per_group % n == 0)]
-    return max((n for n in fitting if n <= allowed), default=1)
 
 
 def allocate_gradients(problem: Problem, x: Inputs) -> Gradients:
@@ -317,29 +301,33 @@ def backward(
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     config: DeltaRuleConfig | None = None,
+    kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of ``forward``: (dq, dk, dv, dg, dbeta, dlevel_scales), contiguous, of their inputs' dtypes; dg None if g is.
 
-    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
+    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``. ``kept`` is what ``forward_keeping``
+    returned after o, if it was called with the same arguments: no bit depends on it.
     """
     config = delta_rule_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, beta, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=True)
-    return replay(run_backward, [*inputs, *tables], scale, config)  # type: ignore[return-value]
+    return replay(run_backward, [*inputs, *tables, *kept], scale, config, len(kept))  # type: ignore[return-value]
 
 
-def run_backward(inputs: list, scale: float, config: DeltaRuleConfig) -> tuple[Tensor | None, ...]:
-    """The launches of ``backward``."""
-    do, q, k, v, g, beta, level_scales, *tables = inputs
+def run_backward(inputs: list, scale: float, config: DeltaRuleConfig, kept: int) -> tuple[Tensor | None, ...]:
+    """The launches of ``backward``; the last ``kept`` inputs are the forward's maps."""
+    do, q, k, v, g, beta, level_scales, *tables = inputs[: len(inputs) - kept]
+    maps = Maps.of(tuple(inputs[len(inputs) - kept :])) if kept else None
     x = Inputs(q, k, v, g, beta, level_scales, do, scale)
     problem = describe(q, v, level_scales, tuple(tables), config)
     out = allocate_gradients(problem, x)
-    count, per_group = heads_at_a_time(problem, x), problem.heads_per_group
+    count, per_group = heads_at_a_time(problem, v.element_size(), kept > 0), problem.heads_per_group
     if count == problem.heads:
-        backward_of_heads(problem, x, out)
+        backward_of_heads(problem, x, out, maps)
     else:
         part = dataclasses.replace(problem, heads=count, groups=cdiv(count, per_group))
         for first in range(0, problem.heads, count):
-            backward_of_heads(part, x.heads(first, count, per_group), out.heads(first, count, per_group))
+            own = x.heads(first, count, per_group), out.heads(first, count, per_group)
+            backward_of_heads(part, *own, None if maps is None else maps.part(first, count))
     dq, dk = sum_heads(out.dq, q), sum_heads(out.dk, k)
     return dq, dk, out.dv, out.dg, out.dbeta, out.dlevel_scales

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from loglinear.kernels import common
 from loglinear.kernels.delta_rule.chunk_maps import chunk_maps_kernel
-from loglinear.kernels.delta_rule.group_maps import group_maps_kernel
+from loglinear.kernels.delta_rule.group_maps import PREFIXES, group_maps_kernel
+from loglinear.kernels.delta_rule.memory import Maps, keeps_maps
 from loglinear.kernels.delta_rule.output import output_kernel
 from loglinear.kernels.delta_rule.path_queries import path_queries_kernel
 from loglinear.kernels.delta_rule.path_states import path_states_kernel
@@ -18,31 +17,6 @@ from loglinear.kernels.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 
 FIRST_OF_TWO = 3  # the first group, from 0, with two entries before it
-
-
-class Maps(NamedTuple):
-    """What is known of the chunks before any query is read. ``low`` is v's dtype; logs are in base 2.
-
-    A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X that comes before the span leaves it as ``A X + S``.
-
-    sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk; two planes, value and rounding error, for
-        float32 inputs. chunk_log: ``[rows, H]`` float32.
-    solve: ``[rows, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
-    writes: ``[rows, H, C, K+V]`` low, ``[W | U]``.
-    entries: ``[rows, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at row0 + e - 1. The entry of all chunks of
-        the highest tier's group is there too, if the group is whole; no query reads it.
-    groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
-    prefixes: one ``[units, H, K, K+V]`` low per tier: the map of the units of a group before each unit; undefined where it
-        is ``[I | 0]`` or an entry: for units 0, 1, 2 and 4 of a group. Empty where it was not asked for.
-    """
-
-    sums: Tensor
-    chunk_log: Tensor
-    solve: Tensor
-    writes: Tensor
-    entries: Tensor
-    groups: tuple[Tensor, ...]
-    prefixes: tuple[Tensor, ...]
 
 
 def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +50,7 @@ def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: 
     tiers = problem.tiers
     entries = maps(problem.rows)
     groups = tuple(maps(tier.groups) for tier in tiers[:-1])
-    before = tuple(maps(tier.units) for tier in tiers) if prefixes else ()
+    before = tuple(maps(tier.groups * PREFIXES.value) for tier in tiers) if prefixes else ()
     launch = problem.config.group_maps
     block = min(launch.block_v, problem.tile(K + V))
     for t, tier in enumerate(tiers):
@@ -107,8 +81,8 @@ def launch_path_states(problem: Problem, entries: Tensor, maps: bool = False) ->
     common.launch(
         path_states_kernel, problem.row_groups * H * cdiv(K, block),
         entries, states, problem.path_starts, problem.group_sequence, *problem.table, problem.path_entries,
-        **common_constants(problem, entries.dtype, without=("G", "C", "EXACT")), BM=block, BK=problem.tile(K), MAPS=maps,
-        **launch.options,
+        **common_constants(problem, entries.dtype, without=("G", "C", "EXACT")), HEADS=entries.stride(0) // (K * (K + V)),
+        BM=block, BK=problem.tile(K), MAPS=maps, **launch.options,
     )  # fmt: skip
     return states
 
@@ -146,7 +120,7 @@ def launch_path_queries(problem: Problem, q: Tensor, k: Tensor, maps: Maps) -> t
         path_queries_kernel, problem.rows * problem.heads,
         q, k, maps.sums, maps.writes, maps.entries, inner_queries, group_queries, problem.row_sequence, *problem.table,
         problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1), **common_constants(problem, q.dtype),
-        BK=problem.tile(problem.key_width), **launch.options,
+        HEADS=maps.heads, BK=problem.tile(problem.key_width), **launch.options,
     )  # fmt: skip
     return inner_queries, group_queries
 
@@ -173,16 +147,34 @@ def forward(
     Returns:
         o ``[B, T, H, V]`` of v's dtype, contiguous.
     """
+    return forward_keeping(q, k, v, g, beta, level_scales, scale, cu_seqlens, config, keep=False)[0]
+
+
+def forward_keeping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    level_scales: Tensor,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    config: DeltaRuleConfig | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, ...]:
+    """(o, what spares ``backward`` some of its work: nothing where that takes too much memory, or without ``keep``)."""
     config = delta_rule_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, beta, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=True)
-    return replay(run_forward, [*inputs, *tables], scale, config)[0]
+    return replay(run_forward, [*inputs, *tables], scale, config, keep)  # type: ignore[return-value]
 
 
-def run_forward(inputs: list, scale: float, config: DeltaRuleConfig) -> tuple[Tensor]:
+def run_forward(inputs: list, scale: float, config: DeltaRuleConfig, keep: bool) -> tuple[Tensor, ...]:
     """The launches of ``forward``."""
     q, k, v, g, beta, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config)
-    maps = launch_maps(problem, k, v, g, beta)
+    keep = keep and keeps_maps(problem, v.element_size())
+    maps = launch_maps(problem, k, v, g, beta, prefixes=keep)
     states = launch_path_states(problem, maps.entries)
-    return (launch_output(problem, q, k, v, level_scales, scale, maps, states),)
+    o = launch_output(problem, q, k, v, level_scales, scale, maps, states)
+    return o, *(maps.tensors if keep else ())

@@ -77,6 +77,7 @@ def group_grads_kernel(
     stride_k,
     spare,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -110,7 +111,7 @@ def group_grads_kernel(
         local = first_unit + 5
         row = row0 + (local + 1) * SIZE - 1
         pair = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
-        unit = (unit0 + local).to(tl.int64) * H + h
+        unit = (unit0 + local).to(tl.int64) * HEADS + h
         both = load_map_if(here > 5, pair, first, K, WIDTH, BK, BN)
         both = pull_back(both, maps, k_head, head_sums, chunk_log, unit, local, start, length, all_tokens, stride_k, K, WIDTH,
                          C, BK, BN, TIER, EXACT, PRECISION)  # fmt: skip
@@ -131,7 +132,7 @@ def group_grads_kernel(
         x += entry
         target = grads + (prefix_row(c, row, spare + group * SPARE).to(tl.int64) * H + h) * (K * WIDTH)
         store_map(target, x, True, first, K, WIDTH, BK, BN)
-        unit = (unit0 + local).to(tl.int64) * H + h
+        unit = (unit0 + local).to(tl.int64) * HEADS + h
         x = pull_back(x, maps, k_head, head_sums, chunk_log, unit, local, start, length, all_tokens, stride_k, K, WIDTH, C,
                       BK, BN, TIER, EXACT, PRECISION)  # fmt: skip
     if here > 0:

@@ -17,6 +17,7 @@ from loglinear.kernels.delta_rule.products import memory_times
 
 PAIRS = tl.constexpr(0x6542)  # units of the pair's walk in tier 0, a digit each; above, units 2 and 6 are left out:
 HIGH_PAIRS = tl.constexpr(0x54)  # an entry that is one unit has been written by the tier below
+PREFIXES = tl.constexpr(4)  # of a group that are neither ``[I | 0]`` nor an entry: those before units 3, 5, 6 and 7
 
 
 @triton.jit
@@ -33,6 +34,12 @@ def locate_group(group, group_sequence, sequences, T, N, NG, C: tl.constexpr, TI
         unit0 = start
         units = (length if PACKED else N) >> (LOG_GROUP * TIER)
     return start, length, unit0, units, row0, group0
+
+
+@triton.jit
+def prefix_slot(c, group):
+    """Where the prefix before unit c of a group is, if it is one of the PREFIXES."""
+    return group * PREFIXES + tl.maximum(c - 4, 0)
 
 
 @triton.jit
@@ -98,7 +105,7 @@ def group_maps_kernel(
     sums,
     entries,  # [rows, H, K, K+V]
     whole_maps,  # [groups, H, K, K+V], unless TOP
-    prefixes,  # [units, H, K, K+V], if STORE_PREFIXES
+    prefixes,  # [4 groups, H, K, K+V], if STORE_PREFIXES
     group_sequence,
     sequences,
     T,
@@ -149,7 +156,8 @@ def group_maps_kernel(
         unit = (unit0 + local).to(tl.int64) * H + h
         if STORE_PREFIXES:
             inside = (paired == 0) & (c > 2) & (c != 4)  # the others are [I | 0] or an entry
-            store_map(prefixes + unit * (K * WIDTH), x, inside, first, K, WIDTH, BK, BN)
+            place = prefix_slot(c, group).to(tl.int64) * H + h
+            store_map(prefixes + place * (K * WIDTH), x, inside, first, K, WIDTH, BK, BN)
         x = tl.where((paired == 1) & (c % 2 == 0), identity_columns(first, BK, BN), x)
         low = x.to(units_in.dtype.element_ty)
         if TIER == 0:

@@ -72,6 +72,7 @@ def key_grads_kernel(
     dq_parts,
     dk_parts,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
@@ -103,7 +104,7 @@ def key_grads_kernel(
     from_start = tl.exp2(high)
     strength = tl.load(beta + origin * stride_b + h + in_chunk * stride_b, mask=valid, other=0.0).to(tl.float32)
     products = product(k_head, k_head, stride_k, stride_k, valid, C, K, BK, PRECISION)
-    solved = tl.load(square(solve + unit * (C * C), C))
+    solved = tl.load(square(solve + (row.to(tl.int64) * HEADS + h) * (C * C), C))
     solve_grads = tl.load(square(planes + SOLVE_GRADS * C * C, C))
     doverlap, overlap, dstrength = inverse_grads(products, decays, strength, solved, solve_grads, C, PRECISION)
     tl.store(dbeta + origin * stride_db + h + in_chunk * stride_db, dstrength.to(dbeta.dtype.element_ty), mask=valid)

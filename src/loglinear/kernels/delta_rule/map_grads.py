@@ -39,7 +39,7 @@ def map_grads_kernel(
     chunk_log,
     solve,
     writes,
-    prefixes,  # [rows, H, K, K+V]
+    prefixes,  # [4 groups, H, K, K+V]
     entries,
     grads,  # [rows + spare rows, H, K, K+V], as group_grads leaves them
     query_grads,
@@ -61,6 +61,7 @@ def map_grads_kernel(
     stride_dv,
     spare,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -88,6 +89,7 @@ def map_grads_kernel(
     valid = in_chunk < length - n * C
     origin = (start + n * C).to(tl.int64)
     unit = row.to(tl.int64) * H + h
+    kept = row.to(tl.int64) * HEADS + h
     dtype = scores.dtype.element_ty
     planes = scores + unit * (PLANES * C * C)
     k_head = k + origin * stride_k + h // (H // G) * K
@@ -95,22 +97,23 @@ def map_grads_kernel(
     head_sums = sums + h.to(tl.int64) * sums_stride + origin
     to_end = decay_to_end(head_sums, tl.minimum(length - n * C, C), all_tokens, C, EXACT)
     from_start = tl.exp2(tl.load(head_sums + in_chunk, mask=valid, other=0.0))
-    written = writes + unit * (C * WIDTH)
+    written = writes + kept * (C * WIDTH)
     targets = key_grads + unit * (2 * C * K)
     acc = tl.zeros([C, BK], tl.float32)
     solve_grads = tl.zeros([C, C], tl.float32)
 
     products = tl.load(square(planes + PRODUCTS * C * C, C))
     c = n % GROUP
-    x_row = prefix_row(c, row, spare + (group0 + n // GROUP) * SPARE)
+    group = group0 + n // GROUP
+    x_row = prefix_row(c, row, spare + group * SPARE)
     trace = tl.zeros([BK], tl.float32)
     for first in range(0, K, BN):
         # What is multiplied last is loaded first, and arrives in the meantime.
         queries = load_part(query_grads + unit * (C * K), 0, first, K, C, K, C, BN)
         erased = load_part(written, 0, first, K, C, WIDTH, C, BN)
         keys = k_tile if BN == BK else load_tile(k_head, stride_k, valid, C, K, BN, first)
-        transition = transition_grads(prefixes, entries, grads, c, unit, row, x_row, h, 0, first, H, K, WIDTH, 1, BK, BN, BW,
-                                      PRECISION)  # fmt: skip
+        transition = transition_grads(prefixes, entries, grads, c, group, row, x_row, h, 0, first, H, HEADS, K, WIDTH, 1, BK,
+                                      BN, BW, PRECISION)  # fmt: skip
         if HAS_GATE:
             is_diagonal = tl.arange(0, BK)[:, None] == (first + tl.arange(0, BN))[None, :]
             trace += tl.sum(tl.where(is_diagonal, transition, 0.0), axis=1)
@@ -125,7 +128,7 @@ def map_grads_kernel(
     solve_grads *= from_start[None, :]
 
     masked = tl.load(square(planes + MASKED * C * C, C))
-    solved = tl.load(square(solve + unit * (C * C), C))
+    solved = tl.load(square(solve + kept * (C * C), C))
     # Not pipelined: its buffers would leave room for one program on a multiprocessor and not two.
     for first in tl.range(0, V, BV, num_stages=1):
         values = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first)
@@ -148,4 +151,4 @@ def map_grads_kernel(
         keys = load_tile(k_head, stride_k, valid, C, K, BK, 0)  # again, that registers need not hold them till here
         ends = tl.sum(acc * keys.to(tl.float32), axis=1)
         tl.store(end_gains + h.to(tl.int64) * all_tokens + origin + in_chunk, ends, mask=valid)
-        tl.store(chunk_gains + unit, tl.sum(trace, axis=0) * tl.exp2(tl.load(chunk_log + unit)))
+        tl.store(chunk_gains + unit, tl.sum(trace, axis=0) * tl.exp2(tl.load(chunk_log + kept)))

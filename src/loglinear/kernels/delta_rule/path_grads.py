@@ -69,6 +69,7 @@ def path_grads_kernel(
     factor,
     L,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -101,7 +102,7 @@ def path_grads_kernel(
     acc = tl.zeros([C, BK], tl.float32)
 
     slot = path_start(m, sequence, path_starts, paths, PACKED)
-    nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * H + h) * SIZE
+    nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
     queries = load_part_if(m > 0, group_queries + unit * (C * K), 0, 0, K, C, K, C, BK)
     rest = n - n % GROUP
     for j in range(set_bits(m)):
@@ -120,7 +121,7 @@ def path_grads_kernel(
         place = (slot.to(tl.int64) * H + h) * (C * K)
         tree_level = bit_length(rest) - 1
         rest -= 1 << tree_level
-        entry = entries + ((row0 + n - rest - 1).to(tl.int64) * H + h) * SIZE
+        entry = entries + ((row0 + n - rest - 1).to(tl.int64) * HEADS + h) * SIZE
         if (i > 0) | (m > 0):
             after = acc.to(dtype)
             store_part(inner_grads + place, after, 0, 0, K, C, K, C, BK)

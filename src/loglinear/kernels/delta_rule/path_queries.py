@@ -50,6 +50,7 @@ def path_queries_kernel(
     stride_q,
     stride_k,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -72,19 +73,20 @@ def path_queries_kernel(
     valid = in_chunk < length - n * C
     origin = (start + n * C).to(tl.int64)
     unit = row.to(tl.int64) * H + h
+    kept = row.to(tl.int64) * HEADS + h
     q_head = q + origin * stride_q + h // (H // G) * K
     k_head = k + origin * stride_k + h // (H // G) * K
     high, low = load_sum(sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, EXACT)
     products = local_products(q_head, k_head, stride_q, stride_k, valid, high, low, C, K, BK, EXACT, PRECISION)
     q_tile = load_tile(q_head, stride_q, valid, C, K, BK, 0)
-    erased = load_square(writes + unit * (C * (K + V)), K + V, C, K, C, BK)
+    erased = load_square(writes + kept * (C * (K + V)), K + V, C, K, C, BK)
     queries = start_queries(q_tile, products, erased, high, PRECISION)
     slot = inner_start(n, row0)
     first_group = n < GROUP
     e = n
     for _ in range(set_bits(n % GROUP) - first_group.to(tl.int32)):  # no jump past the last entry of all
         store_queries(inner_queries + (slot.to(tl.int64) * H + h) * (C * K), queries, K, C, BK)
-        entry = entries + ((row0 + e - 1).to(tl.int64) * H + h) * (K * (K + V))
+        entry = entries + ((row0 + e - 1).to(tl.int64) * HEADS + h) * (K * (K + V))
         queries = times_memory(queries, entry, 0, 0, K, K + V, K, C, BK, BK, K % BK != 0, PRECISION).to(queries.dtype)
         slot += 1
         e -= lowbit(e)

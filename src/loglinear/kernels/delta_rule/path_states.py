@@ -50,6 +50,7 @@ def path_states_kernel(
     NG,
     paths,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BM: tl.constexpr,
@@ -73,14 +74,14 @@ def path_states_kernel(
     if (length < 0) | (count < 2):
         return
     slot = path_start(m, sequence, path_starts, paths, PACKED)
-    nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * H + h) * (K * WIDTH)
+    nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * HEADS + h) * (K * WIDTH)
     x = load_part(nearest, first_k, 0, K, K, WIDTH, BM, BK)
     f = m & (m - 1)
     for step in range((count - 1) * (TILES + 1) - 1):
         j = step // (TILES + 1) + 1
         tile = step % (TILES + 1)
         jump = tile == TILES
-        source = entries + ((row0 + f * GROUP - 1).to(tl.int64) * H + h) * (K * WIDTH)
+        source = entries + ((row0 + f * GROUP - 1).to(tl.int64) * HEADS + h) * (K * WIDTH)
         first = tl.where(jump, 0, K + tile * BK)
         end = tl.where(jump, K, WIDTH)
         MASKED: tl.constexpr = (K % BK != 0) or (V % BK != 0)

@@ -106,6 +106,7 @@ def score_grads_kernel(
     factor,
     L,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -132,6 +133,7 @@ def score_grads_kernel(
     valid = in_chunk < length - n * C
     origin = (start + n * C).to(tl.int64)
     unit = row.to(tl.int64) * H + h
+    kept = row.to(tl.int64) * HEADS + h
     dtype = scores.dtype.element_ty
     q_head = q + origin * stride_q + h // (H // G) * K
     k_head = k + origin * stride_k + h // (H // G) * K
@@ -145,7 +147,7 @@ def score_grads_kernel(
     products = product(q_head, k_head, stride_q, stride_k, valid, C, K, BK, PRECISION) * decays
     products_low = products.to(dtype)
     tl.store(square(planes + PRODUCTS * C * C, C), products_low)
-    solved = tl.load(square(solve + unit * (C * C), C))
+    solved = tl.load(square(solve + kept * (C * C), C))
     within = tl.dot(products_low, solved, input_precision=PRECISION)
     scales = level_scales + origin * stride_s + h * L
     near, far = local_scales(scales, valid, stride_s, factor, L, C)
@@ -162,7 +164,7 @@ def score_grads_kernel(
     solve_grads = tl.dot(tl.trans(products_low), dwithin, input_precision=PRECISION)
     tl.store(square(planes + SOLVE_GRADS * C * C, C), solve_grads.to(dtype))
     query_head = query_grads + unit * (C * K)
-    erased = product(query_head, writes + unit * (C * (K + V)), K, K + V, in_chunk >= 0, C, K, BK, PRECISION)
+    erased = product(query_head, writes + kept * (C * (K + V)), K, K + V, in_chunk >= 0, C, K, BK, PRECISION)
     dproducts = tl.dot(dwithin, tl.trans(solved), input_precision=PRECISION) - erased
     tl.store(square(planes + PRODUCT_GRADS * C * C, C), (dproducts * decays).to(dtype))
     if HAS_GATE:

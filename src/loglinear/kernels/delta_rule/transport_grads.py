@@ -101,6 +101,7 @@ def transport_grads_kernel(
     NG,
     paths,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BM: tl.constexpr,
@@ -124,7 +125,7 @@ def transport_grads_kernel(
     slot = path_start(m, sequence, path_starts, paths, PACKED) + count - 1
     target = path_grads + (slot.to(tl.int64) * H + h) * SIZE
     rest = m - (1 << (bit_length(m) - 1))  # the bits of the entries after the one that is next, which has the others
-    entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * H + h) * SIZE
+    entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
     acc = tl.zeros([BM, BK], tl.float32)
     acc = state_product(acc, target, entry, first_k, K, V, BM, BK, BV, PRECISION)
     for _ in range(count - 2):
@@ -132,7 +133,7 @@ def transport_grads_kernel(
         target -= H * SIZE
         store_part(target, after, first_k, 0, K, K, K + V, BM, BK)
         rest -= 1 << (bit_length(rest) - 1)
-        entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * H + h) * SIZE
+        entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
         acc = times_transposed(after, entry, K + V, K, BM, BK, PRECISION)
         acc = state_product(acc, target, entry, first_k, K, V, BM, BK, BV, PRECISION)
     store_part(target - H * SIZE, acc, first_k, 0, K, K, K + V, BM, BK)

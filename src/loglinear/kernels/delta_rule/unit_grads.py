@@ -12,23 +12,23 @@ import triton.language as tl
 
 from loglinear.kernels.common import GROUP
 from loglinear.kernels.delta_rule.group_grads import SPARE, is_prefix, prefix_row
-from loglinear.kernels.delta_rule.group_maps import locate_group
+from loglinear.kernels.delta_rule.group_maps import locate_group, prefix_slot
 from loglinear.kernels.delta_rule.tiles import load_part, load_part_if, store_part
 
 
 @triton.jit
-def transition_grads(prefixes, entries, grads, c, unit, row, x_row, h, first_k, first_n, H: tl.constexpr, K: tl.constexpr,
-                     WIDTH: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
-                     PRECISION: tl.constexpr):  # fmt: skip
+def transition_grads(prefixes, entries, grads, c, group, row, x_row, h, first_k, first_n, H: tl.constexpr,
+                     HEADS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr,
+                     BN: tl.constexpr, BW: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Tile ``[BK, BN]`` of dA of unit c of a group, whose prefix's gradient is in ``x_row``; entries have SIZE rows a unit."""
     own = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
     # Units 2, 4 and 6 are a pair's first, as unit 0 is the prefix's: what is before them is [I | 0].
     total = load_part_if(c % 2 == 0, own, first_k, first_n, K, K, WIDTH, BK, BN).to(tl.float32)
     x = grads + (x_row.to(tl.int64) * H + h) * (K * WIDTH)
-    before_x = prefixes + unit * (K * WIDTH)
+    before_x = prefixes + (prefix_slot(c, group).to(tl.int64) * HEADS + h) * (K * WIDTH)
     # The prefix before units 1, 2 and 4 is an entry, as is the pair's first unit before unit 5.
     other = tl.where(c == 5, own, x)
-    before_other = entries + ((row - SIZE).to(tl.int64) * H + h) * (K * WIDTH)
+    before_other = entries + ((row - SIZE).to(tl.int64) * HEADS + h) * (K * WIDTH)
     blocks = (WIDTH + BW - 1) // BW
     after_entry = (0b110110 >> c) & 1
     after_prefix = (0b11101000 >> c) & 1
@@ -54,7 +54,7 @@ def state_grads(grads, c, row, x_row, h, first_k, first_n, H: tl.constexpr, K: t
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "spare"])
 def unit_grads_kernel(
-    prefixes,  # [units, H, K, K+V], read for units 3, 5, 6 and 7 of a group
+    prefixes,  # [4 groups, H, K, K+V]
     entries,  # [rows, H, K, K+V]
     grads,  # [rows + spare rows, H, K, K+V], as group_grads leaves them
     map_grads,  # [units, H, K, K+V]
@@ -65,6 +65,7 @@ def unit_grads_kernel(
     NG,
     spare,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -97,8 +98,8 @@ def unit_grads_kernel(
     target = map_grads + unit * (K * WIDTH)
     if tile_n < TILES_A:
         first_n = tile_n * BN
-        total = transition_grads(prefixes, entries, grads, c, unit, row, x_row, h, first_k, first_n, H, K, WIDTH, SIZE, BK, BN,
-                                 BW, PRECISION)  # fmt: skip
+        total = transition_grads(prefixes, entries, grads, c, group, row, x_row, h, first_k, first_n, H, HEADS, K, WIDTH, SIZE,
+                                 BK, BN, BW, PRECISION)  # fmt: skip
         store_part(target, total, first_k, first_n, K, K, WIDTH, BK, BN)
     else:
         first_n = (tile_n - TILES_A) * BN

@@ -19,8 +19,8 @@ from loglinear.kernels.delta_rule.tiles import store_part
 
 @triton.jit
 def groups_sum(total, entries, states, path_grads, f, first, count, slot, row0, h, first_k, first_n, end,
-               H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
+               H: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+               BT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add tile ``[BK, BN]``, as far as column ``end``, of ``count`` groups from ``first > f`` on; ``slot`` is that of first.
 
     A product is over BT of the K rows of T at a time.
@@ -32,7 +32,7 @@ def groups_sum(total, entries, states, path_grads, f, first, count, slot, row0, 
         row = step % PARTS * BT
         j = set_bits(m - f)
         # T_1 is the A of the nearest entry.
-        nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * H + h) * SIZE
+        nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
         place = ((slot + j).to(tl.int64) * H + h) * SIZE
         source = tl.where(j == 1, nearest, states + place)
         left = load_block(source, row, first_k, 0, K, K + V, K, BT, BK, K % BT != 0 or K % BK != 0)
@@ -59,6 +59,7 @@ def wide_entry_grads_kernel(
     units,
     slots,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -116,7 +117,7 @@ def wide_entry_grads_kernel(
     total = load_block(own, first_k, first_n, 0, end * nearest, K + V, K, BK, BN, True).to(tl.float32)
     slot += tl.where(nearest > 0, set_bits(first), 0)
     total = groups_sum(total, entries, states, path_grads, f, first + nearest, count - nearest, slot, row0, h, first_k,
-                       first_n, end, H, K, V, BK, BN, BT, PRECISION)  # fmt: skip
+                       first_n, end, H, HEADS, K, V, BK, BN, BT, PRECISION)  # fmt: skip
     head = grads + (target * H + h) * (K * (K + V))
     if tile_n < TILES_A:
         store_part(head, total, first_k, first_n, K, K, K + V, BK, BN)

@@ -1,0 +1,106 @@
+"""MEMORY: what the forward pass leaves for the backward, and how many heads the backward takes at a time.
+
+Special about this file: arithmetic on the host, before anything is allocated. Maps that the backward need not make again and
+slices of many heads both make it faster, and both cost memory: the bytes of inputs, outputs and their gradients bound them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from loglinear.kernels.delta_rule.group_maps import PREFIXES
+from loglinear.kernels.delta_rule.score_grads import PLANES
+from loglinear.kernels.problem import Problem, cdiv
+
+SHARE = 2.0  # bytes of maps and intermediates together, at most, in those of inputs, output and their gradients
+KEPT_SHARE = 1.25  # of maps that are kept from the forward pass
+UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
+
+
+class Maps(NamedTuple):
+    """What is known of the chunks before any query is read. ``low`` is v's dtype; logs are in base 2.
+
+    A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X that comes before the span leaves it as ``A X + S``.
+
+    sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk; two planes, value and rounding error, for
+        float32 inputs. chunk_log: ``[rows, H]`` float32.
+    solve: ``[rows, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
+    writes: ``[rows, H, C, K+V]`` low, ``[W | U]``.
+    entries: ``[rows, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at row0 + e - 1. The entry of all chunks of
+        the highest tier's group is there too, if the group is whole; no query reads it.
+    groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
+    prefixes: one ``[4 groups, H, K, K+V]`` low per tier: the map of the units of a group before each unit, where it is
+        neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``). None where they were not asked for.
+    """
+
+    sums: Tensor
+    chunk_log: Tensor
+    solve: Tensor
+    writes: Tensor
+    entries: Tensor
+    groups: tuple[Tensor, ...]
+    prefixes: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All in a row. ``Maps.of`` undoes it."""
+        return *self[:5], *self.groups, *self.prefixes
+
+    @staticmethod
+    def of(tensors: tuple[Tensor, ...]) -> Maps:
+        """Maps with prefixes, from their ``tensors``."""
+        tiers = (len(tensors) - 4) // 2
+        first, rest = tensors[:5], tensors[5:]
+        return Maps(*first, rest[: tiers - 1], rest[tiers - 1 :])  # type: ignore[call-arg]
+
+    @property
+    def heads(self) -> int:
+        """Heads side by side in memory: more than there are here, where these are some of them."""
+        return self.chunk_log.stride(0)
+
+    def part(self, first: int, count: int) -> Maps:
+        """Those of ``count`` heads, where they lie."""
+        heads = slice(first, first + count)
+        own = (x[:, heads] for x in self[1:5])
+        rest = (tuple(x[:, heads] for x in maps) for maps in (self.groups, self.prefixes))
+        return Maps(self.sums[heads], *own, *rest)  # type: ignore[arg-type, misc]
+
+
+def map_elements(problem: Problem) -> int:
+    """Elements of all ``Maps`` of one head, with prefixes. The logs, two numbers a token, are left out."""
+    K, V, C = problem.key_width, problem.value_width, problem.config.chunk
+    tiers = problem.tiers
+    maps = problem.rows + sum(tier.groups for tier in tiers[:-1]) + PREFIXES.value * sum(tier.groups for tier in tiers)
+    return problem.rows * C * (C + K + V) + maps * K * (K + V)
+
+
+def given_bytes(problem: Problem, size: int) -> int:
+    """Bytes of q, k, v, o and their gradients, of ``size`` bytes an element."""
+    widths = problem.groups * problem.key_width + problem.heads * problem.value_width
+    return 4 * problem.tokens * widths * size
+
+
+def keeps_maps(problem: Problem, size: int) -> bool:
+    """Whether a forward pass leaves its maps for the backward: all of them or none."""
+    kept = map_elements(problem) * problem.heads * size
+    return problem.rows > 0 and kept <= KEPT_SHARE * given_bytes(problem, size)
+
+
+def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
+    """Heads whose intermediates fit into the memory that is left: whole groups or a part of one. ``kept``: maps are there.
+
+    Heads do not meet but in the sums over a group, which are in a fixed order, so this changes no bit.
+    """
+    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
+    maps = map_elements(problem)
+    # What belongs to the paths is gone when the scores and the shares of dk come.
+    paths = problem.rows * 3 * C * K + 2 * problem.path_slots * K * (K + V)
+    later = problem.rows * C * (2 * K + PLANES.value * C)
+    elements = cdiv(problem.rows * 3, 2) * K * (K + V) + problem.rows * C * K + max(paths, later)
+    left = SHARE * given_bytes(problem, size) - (maps * H * size if kept else 0)
+    allowed = max(left, UNSLICED) // max((elements + (0 if kept else maps)) * size, 1)
+    per_group = problem.heads_per_group
+    fitting = [n for n in range(1, H + 1) if H % n == 0 and (n % per_group == 0 or per_group % n == 0)]
+    return max((n for n in fitting if n <= allowed), default=1)

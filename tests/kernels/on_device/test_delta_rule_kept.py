@@ -1,0 +1,107 @@
+"""What the delta rule's forward keeps changes no bit of any result, is not written to, and is bounded."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from cases import BFLOAT16, INTERPRETED
+from cases_delta import NAMES, config_for, make
+
+from loglinear.kernels import delta_rule
+from loglinear.kernels.delta_rule.memory import KEPT_SHARE, heads_at_a_time, keeps_maps, map_elements
+from loglinear.kernels.problem import describe
+from loglinear.kernels.tuning import delta_rule_config
+
+CHUNK = 16 if INTERPRETED else 64
+PACKED = (0, CHUNK + 2, 1, 0, 3 * CHUNK + 3)
+
+
+@pytest.fixture(autouse=True)
+def maps_are_kept(monkeypatch):
+    monkeypatch.setattr(
+        importlib.import_module("loglinear.kernels.delta_rule.forward"), "keeps_maps", lambda problem, size: True
+    )
+
+
+def both(x: dict, keep: bool, cu_seqlens=None, scale: float = 0.7) -> list:
+    """o and the gradients of ``NAMES``."""
+    config = config_for(x["v"].dtype, x["q"].shape[3], x["v"].shape[3])
+    do = torch.randn(x["v"].shape, generator=torch.Generator("cpu").manual_seed(9)).to(x["v"])
+    common = dict(scale=scale, cu_seqlens=cu_seqlens, config=config)
+    o, *kept = delta_rule.forward_keeping(**x, **common, keep=keep)
+    assert bool(kept) == keep
+    before = [y.clone() for y in kept]
+    gradients = delta_rule.backward(do, **x, **common, kept=tuple(kept))
+    for y, old in zip(kept, before):
+        assert torch.equal(y.nan_to_num(0.5), old.nan_to_num(0.5)), "the backward wrote to what was kept"
+    return [o, *gradients]
+
+
+def compare(x: dict, cu_seqlens=None) -> None:
+    kept, made_again = both(x, True, cu_seqlens), both(x, False, cu_seqlens)
+    for name, got, want in zip(("o", *NAMES), kept, made_again):
+        assert (got is None and want is None) or torch.equal(got, want), name
+
+
+@pytest.mark.parametrize(("chunks", "dtype"), [(1, BFLOAT16), (10, BFLOAT16), (8, torch.float32)])
+def test_same_bits(device, chunks, dtype):
+    """A chunk, two tiers, and one with a whole group."""
+    compare(make(device, T=chunks * CHUNK - 5, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")
+def test_same_bits_in_three_tiers(device):
+    compare(make(device, T=CHUNK * 66 + 1, dtype=BFLOAT16))
+
+
+def test_same_bits_of_packed_sequences_without_gate(device):
+    x = make(device, T=sum(PACKED), gate="none")
+    compare(x, torch.tensor((0, *PACKED), device=device).cumsum(0).int())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_same_bits_in_slices_of_heads(device, monkeypatch, count):
+    """A slice reads its heads where they lie among all."""
+    x = make(device, T=10 * CHUNK - 3 if count == 1 else CHUNK, H=2 * count, G=2, dtype=BFLOAT16)
+    want = both(x, False)
+    module = importlib.import_module("loglinear.kernels.delta_rule.backward")
+    monkeypatch.setattr(module, "heads_at_a_time", lambda *sizes: count)
+    for name, got, expected in zip(("o", *NAMES), both(x, True), want):
+        assert torch.equal(got, expected), name
+
+
+def problem_of(B: int, T: int, H: int, G: int, K: int, V: int, dtype=torch.bfloat16):
+    q, v, scales = (torch.empty(B, T, *x, device="meta", dtype=dtype) for x in ((G, K), (H, V), (H, 16)))
+    return describe(q, v, scales, (), delta_rule_config(dtype, K, V))
+
+
+def test_kept_maps_are_bounded():
+    """By the bytes of q, k, v, o and gradients; a token alone, shared keys and wide heads would take more."""
+    assert keeps_maps(problem_of(2, 16384, 16, 16, 128, 128), 2)
+    assert keeps_maps(problem_of(1, 4096, 4, 4, 64, 64), 2)
+    assert not keeps_maps(problem_of(2, 16384, 16, 1, 128, 128), 2)
+    assert not keeps_maps(problem_of(2, 16384, 16, 16, 256, 256), 2)
+    assert not keeps_maps(problem_of(1, 1, 2, 2, 64, 64), 2)
+    assert not keeps_maps(problem_of(0, 64, 2, 2, 64, 64), 2)
+
+
+def test_elements_of_maps_are_those_that_are_kept(device):
+    """Were the rule to count less than is kept, the bound would not hold."""
+    x = make(device, B=2, T=CHUNK * 9, H=2)
+    problem = describe(x["q"], x["v"], x["level_scales"], (), config_for(torch.float32, 16, 16))
+    kept = delta_rule.forward_keeping(**x, config=problem.config)[1:]
+    logs = sum(y.numel() for y in kept[:2])
+    assert sum(y.numel() for y in kept) - logs == 2 * map_elements(problem)
+
+
+def test_slices_share_the_memory_that_is_left():
+    """At the benchmark's shape half of the heads, with the maps kept or not: three times the given bytes in all."""
+    problem = problem_of(2, 16384, 16, 16, 128, 128)
+    assert heads_at_a_time(problem, 2, kept=True) == 8
+    assert heads_at_a_time(problem, 2, kept=False) == 8
+    assert heads_at_a_time(problem_of(2, 131072, 16, 16, 128, 128), 2, kept=True) == 4
+    assert heads_at_a_time(problem_of(1, 4096, 16, 16, 128, 128), 2, kept=True) == 16
+    assert KEPT_SHARE * 4 * problem.tokens * 16 * 256 >= map_elements(problem) * 16
