@@ -162,7 +162,7 @@ class Tape:
 
     def play(self, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
         results = [None if x is None else torch.empty(x[0], dtype=x[1], device=device) for x in self.results]
-        memory = arena(self.scratch, device)
+        memory = arena(self.scratch, device) if self.scratch else None
         base = [0 if x is None else x.data_ptr() for x in (*inputs, *results, memory)]
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         for start, arguments, addresses in self.launches:

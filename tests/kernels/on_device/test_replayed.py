@@ -8,7 +8,8 @@ import pytest
 import torch
 from cases import INTERPRETED
 
-from loglinear.kernels import delta_rule, replay, scalar_gate
+from loglinear import DecodingState
+from loglinear.kernels import decoding, delta_rule, replay, scalar_gate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="the interpreter has nothing to replay")]
 
@@ -71,3 +72,30 @@ def test_same_bits(device, monkeypatch, delta, keep, packed, sliced):
         for got, want in zip(both(seed), expected):
             assert torch.equal(got, want)
     assert len(played) == 6, "the calls were not replayed"
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_steps_of_same_bits(device, monkeypatch, delta):
+    """At every position of two chunks and a bit, closings included; the state too."""
+    x, _ = make(device, delta, 150, 0, packed=False)
+    run = decoding.delta_step if delta else decoding.scalar_step
+    played, play = [], replay.Tape.play
+    monkeypatch.setattr(replay.Tape, "play", lambda *arguments: played.append(1) or play(*arguments))
+
+    def steps(recorded: bool):
+        state = DecodingState.empty(2, 4, 2, 64, 64, 4096, torch.bfloat16, delta_rule=delta, device=device)
+        outputs = []
+        for t in range(150):
+            if recorded:
+                replay.tape_of.cache_clear()
+            outputs.append(run(**{name: y[:, t : t + 1].clone() for name, y in x.items()}, state=state))
+            state.position += 1
+        return [torch.cat(outputs, 1), *state._tensors()]
+
+    want = steps(recorded=True)
+    assert not played
+    replay.tape_of.cache_clear()
+    got = steps(recorded=False)
+    assert len(played) == 149
+    for one, other in zip(got, want):
+        assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""HOST of the step kernels: one launch a call, nothing but ``o`` allocated, nothing waited for.
+"""HOST of the step kernels: one launch a call, repeated from its tape, nothing but ``o`` allocated, nothing waited for.
 
 Special about this file: tiles follow from widths alone, never from B, so that a row's bits do not depend on its neighbours.
 (They do depend on where inputs lie: Triton compiles anew for strides and addresses that are no multiples of 16.)
@@ -17,6 +17,7 @@ from loglinear.kernels import common
 from loglinear.kernels.decoding.delta_step import delta_step_kernel
 from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
 from loglinear.kernels.problem import cdiv, padded
+from loglinear.kernels.replay import replay
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,25 @@ def scalar_step(
 
     q, k ``[B, T, G, K]`` and v ``[B, T, H, V]`` of the dtype of ``state.open_k``, 32 or 16 bits; g, level_scales any float.
     """
+    held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g)
+    return replay(run_scalar_step, [q, k, v, g, level_scales, *held], state.chunk_size, scale)[0]
+
+
+def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
+    """The launch of ``scalar_step``."""
+    (q, k, v, g, level_scales), held = inputs[:5], inputs[5:]
+    entries = held[1]
     o = common.scratch(v.shape, v.dtype, v.device)
-    wide = state.entries.dtype == torch.float32
-    programs, options = constants(q.shape, v.shape, g is not None, state.chunk_size, wide, SCALAR_GATE)
-    inputs, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, level_scales)))
+    wide = entries.dtype == torch.float32
+    programs, options = constants(q.shape, v.shape, g is not None, chunk, wide, SCALAR_GATE)
+    rows, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, level_scales)))
     if programs:
         common.launch(
             scalar_step_kernel, programs,
-            *inputs, o, state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g,
-            v.shape[1], level_scales.shape[3], state.entries.shape[2], *strides, scale, **options,
+            *rows, o, *held, v.shape[1], level_scales.shape[3], entries.shape[2], *strides, scale, **options,
             PRECISION="ieee" if v.dtype == torch.float32 else "tf32",
         )  # fmt: skip
-    return o
+    return (o,)
 
 
 def delta_step(
@@ -115,15 +123,22 @@ def delta_step(
     normalize: bool = False,
 ) -> Tensor:
     """The same with the delta rule; ``normalize`` divides q and k by their lengths first."""
+    held = (state.position, state.entries, state.open_k, state.open_v, state.open_g, state.open_solve)
+    return replay(run_delta_step, [q, k, v, g, beta, level_scales, *held], state.chunk_size, scale, normalize)[0]
+
+
+def run_delta_step(inputs: list, chunk: int, scale: float, normalize: bool) -> tuple[Tensor]:
+    """The launch of ``delta_step``."""
+    (q, k, v, g, beta, level_scales), held = inputs[:6], inputs[6:]
+    entries = held[1]
     o = common.scratch(v.shape, v.dtype, v.device)
-    wide = state.entries.dtype == torch.float32
-    programs, options = constants(q.shape, v.shape, g is not None, state.chunk_size, wide, DELTA_RULE)
-    inputs, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, beta, level_scales)))
+    wide = entries.dtype == torch.float32
+    programs, options = constants(q.shape, v.shape, g is not None, chunk, wide, DELTA_RULE)
+    rows, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, beta, level_scales)))
     if programs:
         common.launch(
             delta_step_kernel, programs,
-            *inputs, o, state.position, state.entries, state.open_k, state.open_v, state.open_g, state.open_solve,
-            v.shape[1], level_scales.shape[3], state.entries.shape[2], *strides, scale, **options, NORM=normalize,
-            PRECISION=float32_products(v.dtype),
+            *rows, o, *held, v.shape[1], level_scales.shape[3], entries.shape[2], *strides, scale, **options,
+            NORM=normalize, PRECISION=float32_products(v.dtype),
         )  # fmt: skip
-    return o
+    return (o,)
