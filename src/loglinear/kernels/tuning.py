@@ -64,8 +64,14 @@ def scalar_gate_config(dtype: torch.dtype, key_width: int, value_width: int) -> 
     """The configuration for inputs of this dtype and these widths."""
     if dtype == torch.float32:
         return float32_config(max(key_width, 16))
-    if key_width > 128:
-        return low_precision_config(chunk=64, warps=8)
+    if key_width > 128 or value_width > 128:
+        warps = 8 if key_width > 128 else 4
+        config = low_precision_config(chunk=64, warps=warps)
+        if value_width <= 128:
+            return config
+        # These unroll their tiles of V: each loaded ahead, they would be more than the shared memory (Triton 3.6).
+        one_by_one = Launch(warps=warps, stages=1)
+        return dataclasses.replace(config, local=one_by_one, value=one_by_one)
     # Depths measured one kernel at a time: H200, Triton 3.6, bf16, B=2, T=16,384, H=48, G=1, K=128, V=64, 2026-11-22.
     config = low_precision_config(chunk=64, warps=4)
     deep = Launch(warps=4, stages=3)
