@@ -231,8 +231,7 @@ def launch_map_grads(
         query_grads, scores, key_grads, out.dv, ends, chunk_gains, problem.row_sequence, *problem.table, problem.tokens,
         maps.sums.stride(0), x.k.stride(1), x.v.stride(1), x.do.stride(1), out.dv.stride(1), problem.rows,
         **common_constants(problem, x.v.dtype), HEADS=maps.heads, BK=problem.tile(K),
-        BN=min(launch.block_k or launch.block_v, problem.tile(K)), BV=tiles(problem, launch, V)[0],
-        BW=tiles(problem, launch, K + V)[0], HAS_GATE=gated, **launch.options,
+        BN=tiles(problem, launch, K)[0], BV=tiles(problem, launch, V)[0], HAS_GATE=gated, **launch.options,
     )  # fmt: skip
     return key_grads, ends, chunk_gains
 

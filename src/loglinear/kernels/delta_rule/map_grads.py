@@ -1,8 +1,10 @@
 """MAP GRADIENTS: what the keys, the values and the triangular inverse of a chunk get from the gradient of its map.
 
-With ``A = γ_C I - K_endᵀ W`` and ``S = K_endᵀ U`` the two halves ``[dA | dS]`` are read alike, a block of columns at a time:
-``K_end [-dA | dS]`` is the gradient of ``[W | U]``, and ``[-W | U] [dA | dS]ᵀ`` that of K_end. Neither dA nor dS is stored: a
-block is made where it is used, as in unit_grads.
+The chunk takes a map Y before it to ``γ_C Y + K_endᵀ D`` with ``D = [0 | U] - W Y``, and X is the gradient of that. Two thin
+products, ``K_end X`` and D, then give everything: the first is the gradient of D, so that of U in the columns of S and, times
+Y, that of -W; and ``D Xᵀ`` is the gradient of K_end. Each X is read a block of columns at a time, beside the same block of Y;
+the gradient ``X Yᵀ`` of the chunk's transition, a matrix ``[K, K]``, is never formed. U alone is met a second time, in the
+columns of S, where the gradients of all maps that the chunk closes are added up first.
 """
 
 from __future__ import annotations
@@ -12,22 +14,102 @@ import triton.language as tl
 
 from loglinear.kernels.common import GROUP, load_tile, locate, store_tile
 from loglinear.kernels.delta_rule.group_grads import SPARE, prefix_row
-from loglinear.kernels.delta_rule.group_maps import decay_to_end
-from loglinear.kernels.delta_rule.products import tokens_times
+from loglinear.kernels.delta_rule.group_maps import decay_to_end, identity_columns, load_square, prefix_slot
+from loglinear.kernels.delta_rule.products import FLOAT32_SLICE, column_slice, memory_times, tokens_times
 from loglinear.kernels.delta_rule.score_grads import MASKED, PLANES, PRODUCTS, SOLVE_GRADS, square
-from loglinear.kernels.delta_rule.tiles import load_part, store_part
-from loglinear.kernels.delta_rule.unit_grads import state_grads, transition_grads
+from loglinear.kernels.delta_rule.tiles import load_part, load_part_if, store_part
+from loglinear.kernels.delta_rule.unit_grads import state_grads
 
 
 @triton.jit
-def keys_times(k_tile, k_head, stride_k, valid, right, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-               BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """``K right`` ``[C, BN]``, from the keys at hand or, in float32, from memory."""
-    if PRECISION == "ieee":
-        total = tokens_times(k_head, stride_k, valid, right, C, K, BK, BN, PRECISION)
+def times_tokens(left, k_tile, k_head, stride_k, valid, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """``left [C, BK]`` times the transposed keys, at hand or, in float32, from memory: ``[C, C]``."""
+    if PRECISION == "ieee" and BK > FLOAT32_SLICE:
+        total = tl.zeros([C, C], tl.float32)
+        for part in range(BK // FLOAT32_SLICE):
+            columns = part * FLOAT32_SLICE + tl.arange(0, FLOAT32_SLICE)[None, :]
+            pointers = k_head + (tl.arange(0, C)[:, None] * stride_k + columns)
+            keys = tl.load(pointers, mask=valid[:, None] & (columns < K), other=0.0)
+            part_of_left = column_slice(left, part, BK // FLOAT32_SLICE, C, FLOAT32_SLICE)
+            total = tl.dot(part_of_left, tl.trans(keys), total, input_precision=PRECISION)
     else:
-        total = tl.dot(k_tile, right, input_precision=PRECISION)
+        total = tl.dot(left, tl.trans(k_tile), input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def inner_product(left, right, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """``<X, Y>`` of two tiles with BN columns: on tensor cores, that the tiles need not pass through registers."""
+    if PRECISION == "ieee":
+        product = tl.sum(left * right)
+    else:
+        pairs = tl.dot(tl.trans(left), right, input_precision=PRECISION)
+        is_diagonal = tl.arange(0, BN)[:, None] == tl.arange(0, BN)[None, :]
+        product = tl.sum(tl.where(is_diagonal, pairs, 0.0))
+    return product
+
+
+@triton.jit
+def after_maps(prefixes, entries, grads, c, group, row, x_row, h, k_tile, erased, k_head, stride_k, valid, written,
+               H: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+               BN: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``(W Y Xᵀ, K X Yᵀ, <X, Y>)`` of the prefix before unit c and, for unit 5, of unit 4 before it; zero for unit 0."""
+    own = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
+    x = grads + (x_row.to(tl.int64) * H + h) * (K * WIDTH)
+    prefix = prefixes + (prefix_slot(c, group).to(tl.int64) * HEADS + h) * (K * WIDTH)
+    # The prefix before units 1, 2 and 4 is an entry, as is the pair's first unit before unit 5.
+    entry = entries + ((row - 1).to(tl.int64) * HEADS + h) * (K * WIDTH)
+    other = tl.where(c == 5, own, x)
+    acc = tl.zeros([C, BK], tl.float32)
+    dw = tl.zeros([C, BK], tl.float32)
+    trace = 0.0
+    BLOCKS: tl.constexpr = (WIDTH + BN - 1) // BN
+    after_entry = (0b110110 >> c) & 1
+    after_prefix = (0b11101000 >> c) & 1
+    for i in range(BLOCKS * (1 - after_entry), BLOCKS * (1 + after_prefix)):
+        is_other = i < BLOCKS
+        first = tl.where(is_other, i, i - BLOCKS) * BN
+        left = load_part(tl.where(is_other, other, x), 0, first, WIDTH, K, WIDTH, BK, BN)
+        right = load_part(tl.where(is_other, entry, prefix), 0, first, WIDTH, K, WIDTH, BK, BN)
+        if HAS_GATE:
+            trace += inner_product(left, right, BN, PRECISION)
+        if PRECISION == "ieee":
+            passed = tokens_times(k_head, stride_k, valid, left, C, K, BK, BN, PRECISION)
+        else:
+            passed = tl.dot(k_tile, left, input_precision=PRECISION)
+        dw = tl.dot(passed.to(left.dtype), tl.trans(right), dw, input_precision=PRECISION)
+        if PRECISION == "ieee":
+            change = memory_times(written, right, WIDTH, C, K, C, BK, BN, PRECISION)
+        else:
+            change = tl.dot(erased, right, input_precision=PRECISION)
+        acc = tl.dot(change.to(left.dtype), tl.trans(left), acc, input_precision=PRECISION)
+    return acc, dw, trace
+
+
+@triton.jit
+def after_identity(acc, dw, trace, grads, c, row, h, k_tile, erased, k_head, stride_k, valid, written, H: tl.constexpr,
+                   K: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+                   HAS_GATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Add the same of ``Y = [I | 0]``, where unit c is the first of the prefix or of a pair."""
+    x = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
+    if HAS_GATE:
+        diagonal = tl.arange(0, BK)
+        inside = diagonal < tl.where(c % 2 == 0, K, 0)
+        trace += tl.sum(tl.load(x + diagonal * (WIDTH + 1), mask=inside, other=0.0).to(tl.float32))
+    if PRECISION == "ieee" or BK > 128:  # no room for A whole
+        for first in range(0, K, BN):
+            left = load_part_if(c % 2 == 0, x, 0, first, K, K, WIDTH, BK, BN)
+            identity = identity_columns(first, BK, BN).to(left.dtype)
+            passed = tokens_times(k_head, stride_k, valid, left, C, K, BK, BN, PRECISION).to(left.dtype)
+            part = load_part(written, 0, first, K, C, WIDTH, C, BN)
+            dw = tl.dot(passed, tl.trans(identity), dw, input_precision=PRECISION)
+            acc = tl.dot(part, tl.trans(left), acc, input_precision=PRECISION)
+    else:
+        left = load_part_if(c % 2 == 0, x, 0, 0, K, K, WIDTH, BK, BK)
+        dw = tl.dot(k_tile, left, dw, input_precision=PRECISION)
+        acc = tl.dot(erased, tl.trans(left), acc, input_precision=PRECISION)
+    return acc, dw, trace
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "spare"])
@@ -69,7 +151,6 @@ def map_grads_kernel(
     BK: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
-    BW: tl.constexpr,
     HAS_GATE: tl.constexpr,
     EXACT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -91,41 +172,31 @@ def map_grads_kernel(
     unit = row.to(tl.int64) * H + h
     kept = row.to(tl.int64) * HEADS + h
     dtype = scores.dtype.element_ty
-    planes = scores + unit * (PLANES * C * C)
     k_head = k + origin * stride_k + h // (H // G) * K
     k_tile = load_tile(k_head, stride_k, valid, C, K, BK, 0)
     head_sums = sums + h.to(tl.int64) * sums_stride + origin
-    to_end = decay_to_end(head_sums, tl.minimum(length - n * C, C), all_tokens, C, EXACT)
-    from_start = tl.exp2(tl.load(head_sums + in_chunk, mask=valid, other=0.0))
     written = writes + kept * (C * WIDTH)
-    targets = key_grads + unit * (2 * C * K)
-    acc = tl.zeros([C, BK], tl.float32)
-    solve_grads = tl.zeros([C, C], tl.float32)
-
-    products = tl.load(square(planes + PRODUCTS * C * C, C))
     c = n % GROUP
     group = group0 + n // GROUP
     x_row = prefix_row(c, row, spare + group * SPARE)
-    trace = tl.zeros([BK], tl.float32)
-    for first in range(0, K, BN):
-        # What is multiplied last is loaded first, and arrives in the meantime.
-        queries = load_part(query_grads + unit * (C * K), 0, first, K, C, K, C, BN)
-        erased = load_part(written, 0, first, K, C, WIDTH, C, BN)
-        keys = k_tile if BN == BK else load_tile(k_head, stride_k, valid, C, K, BN, first)
-        transition = transition_grads(prefixes, entries, grads, c, group, row, x_row, h, 0, first, H, HEADS, K, WIDTH, 1, BK,
-                                      BN, BW, PRECISION)  # fmt: skip
-        if HAS_GATE:
-            is_diagonal = tl.arange(0, BK)[:, None] == (first + tl.arange(0, BN))[None, :]
-            trace += tl.sum(tl.where(is_diagonal, transition, 0.0), axis=1)
-        da = transition.to(dtype)
-        dw = keys_times(k_tile, k_head, stride_k, valid, da, C, K, BK, BN, PRECISION) * to_end[:, None]
-        dw = tl.dot(tl.trans(products), queries, dw, input_precision=PRECISION)
-        dw_low = (-dw).to(dtype)
-        store_part(targets, dw_low, 0, first, K, C, K, C, BN)
-        solve_grads = tl.dot(dw_low, tl.trans(keys), solve_grads, input_precision=PRECISION)
-        acc = tl.dot(erased, tl.trans(da), acc, input_precision=PRECISION)
+    erased = load_square(written, WIDTH, C, K, C, BK)
+    acc, dw, trace = after_maps(prefixes, entries, grads, c, group, row, x_row, h, k_tile, erased, k_head, stride_k, valid,
+                                written, H, HEADS, K, WIDTH, C, BK, BN, HAS_GATE, PRECISION)  # fmt: skip
+    acc, dw, trace = after_identity(acc, dw, trace, grads, c, row, h, k_tile, erased, k_head, stride_k, valid, written, H, K,
+                                    WIDTH, C, BK, BN, HAS_GATE, PRECISION)  # fmt: skip
+    if HAS_GATE:
+        tl.store(chunk_gains + unit, trace * tl.exp2(tl.load(chunk_log + kept)))
+    to_end = decay_to_end(head_sums, tl.minimum(length - n * C, C), all_tokens, C, EXACT)
     acc = -acc
-    solve_grads *= from_start[None, :]
+    planes = scores + unit * (PLANES * C * C)
+    targets = key_grads + unit * (2 * C * K)
+    products = tl.load(square(planes + PRODUCTS * C * C, C))
+    queries = load_part(query_grads + unit * (C * K), 0, 0, K, C, K, C, BK)
+    dw = tl.dot(tl.trans(products), queries, dw * to_end[:, None], input_precision=PRECISION)
+    dw_low = (-dw).to(dtype)
+    store_part(targets, dw_low, 0, 0, K, C, K, C, BK)
+    from_start = tl.exp2(tl.load(head_sums + in_chunk, mask=valid, other=0.0))
+    solve_grads = times_tokens(dw_low, k_tile, k_head, stride_k, valid, C, K, BK, PRECISION) * from_start[None, :]
 
     masked = tl.load(square(planes + MASKED * C * C, C))
     solved = tl.load(square(solve + kept * (C * C), C))
@@ -135,7 +206,10 @@ def map_grads_kernel(
         outputs = load_tile(do + origin * stride_do + h * V, stride_do, valid, C, V, BV, first)
         added = load_part(written + K, 0, first, V, C, WIDTH, C, BV)
         ds = state_grads(grads, c, row, x_row, h, 0, first, H, K, V, BK, BV).to(dtype)
-        du = keys_times(k_tile, k_head, stride_k, valid, ds, C, K, BK, BV, PRECISION)
+        if PRECISION == "ieee":
+            du = tokens_times(k_head, stride_k, valid, ds, C, K, BK, BV, PRECISION)
+        else:
+            du = tl.dot(k_tile, ds, input_precision=PRECISION)
         du = (du * to_end[:, None]).to(dtype)
         solve_grads = tl.dot(du, tl.trans(values), solve_grads, input_precision=PRECISION)
         dvalues = tl.dot(tl.trans(masked), outputs, input_precision=PRECISION)
@@ -151,4 +225,3 @@ def map_grads_kernel(
         keys = load_tile(k_head, stride_k, valid, C, K, BK, 0)  # again, that registers need not hold them till here
         ends = tl.sum(acc * keys.to(tl.float32), axis=1)
         tl.store(end_gains + h.to(tl.int64) * all_tokens + origin + in_chunk, ends, mask=valid)
-        tl.store(chunk_gains + unit, tl.sum(trace, axis=0) * tl.exp2(tl.load(chunk_log + kept)))

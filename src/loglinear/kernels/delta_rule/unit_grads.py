@@ -2,7 +2,7 @@
 
 The prefix after a unit (A, S) is ``A Y + [0 | S]`` with Y the prefix before it, so ``dA = X Yᵀ`` over all K + V columns, and dS
 is X's last V columns. Units 2, 4, 5 and 6 of a group close a pair too: alone, where Y is ``[I | 0]``, or unit 5 after unit 4.
-The kernel is for units that are groups. Those of tier 0, the chunks, are map_grads' own: it needs no dA in memory.
+The kernel is for units that are groups. Of those of tier 0, the chunks, map_grads needs no dA.
 """
 
 from __future__ import annotations
