@@ -89,10 +89,10 @@ def launch_path_grads(
     launch = problem.config.path_grads
     common.launch(
         path_grads_kernel, problem.rows * H,
-        x.do, x.level_scales, maps.entries, states, *queries, inner_grads, query_grads, out.dlevel_scales,
-        problem.path_starts, problem.row_sequence, *problem.table, problem.path_entries, x.do.stride(1),
-        x.level_scales.stride(1), out.dlevel_scales.stride(1), x.factor, problem.levels,
-        **common_constants(problem, x.v.dtype, without=("G", "EXACT")), HEADS=maps.heads, LOG_C=C.bit_length() - 1,
+        x.k, x.do, x.level_scales, maps.sums, maps.writes, maps.entries, states, *queries, inner_grads, query_grads,
+        out.dlevel_scales, problem.path_starts, problem.row_sequence, *problem.table, problem.path_entries, problem.tokens,
+        maps.sums.stride(0), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1), out.dlevel_scales.stride(1),
+        x.factor, problem.levels, **common_constants(problem, x.v.dtype), HEADS=maps.heads, LOG_C=C.bit_length() - 1,
         BK=problem.tile(K), BV=tiles(problem, launch, problem.value_width)[0], LEVELS=padded(problem.levels),
         **launch.options,
     )  # fmt: skip

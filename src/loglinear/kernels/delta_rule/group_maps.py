@@ -1,10 +1,11 @@
 """GROUP MAPS: the entries inside every group of units, and the map of the whole group, one tier of the tree at a time.
 
 A map ``[A | S]`` is applied to another as to any state, ``X <- A X + [0 | S]``, and columns of X do not meet: a program owns
-a block of columns of one group's maps and walks the group's units. Half of the programs keep the *prefix* of the group,
-which is the entry after 1, 2, 4 and 8 units; the others the *pair*, the last one or two units, which is the entry after 3,
-5, 6 and 7. The units of tier 0 are chunks, whose map is applied as two thin products and never formed; those of a higher
-tier are the groups of the tier below. So the longest chain has eight units a tier, and no program walks a sequence.
+a block of columns of one group's maps and walks the group's units. Some programs keep the *prefix* of the group, which is the
+entry after 1, 2, 4 and 8 units; the others the *pair* of units 4 and 5, which is the entry after 6. The units of tier 0 are
+chunks, whose map is applied as two thin products and never formed, and whose own entries are written only for the backward,
+which needs those of units 0 and 4; the units of a higher tier are the groups of the tier below. So the longest chain has eight
+units a tier, and no program walks a sequence.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import triton.language as tl
 from loglinear.kernels.common import GROUP, LOG_GROUP, decay_between, load_sum, load_tile, locate
 from loglinear.kernels.delta_rule.products import memory_times
 
-PAIRS = tl.constexpr(0x6542)  # units of the pair's walk in tier 0, a digit each; above, units 2 and 6 are left out:
-HIGH_PAIRS = tl.constexpr(0x54)  # an entry that is one unit has been written by the tier below
+FIRST_PAIRED = tl.constexpr(4)  # units 4 and 5 are a pair that is an entry; 0 and 1, 2 and 3 are the prefix's
 PREFIXES = tl.constexpr(4)  # of a group that are neither ``[I | 0]`` nor an entry: those before units 3, 5, 6 and 7
 
 
@@ -145,20 +145,17 @@ def group_maps_kernel(
     here = tl.minimum(units - first_unit, GROUP)
     if paired == 0:
         steps = here
-    elif TIER == 0:
-        steps = (here > 2).to(tl.int32) + (here > 4).to(tl.int32) + (here > 5).to(tl.int32) + (here > 6).to(tl.int32)
     else:
-        steps = (here > 5).to(tl.int32) * 2
+        steps = (here > FIRST_PAIRED + 1).to(tl.int32) * 2
     x = identity_columns(first, BK, BN)
     for i in range(steps):
-        c = tl.where(paired == 1, (PAIRS if TIER == 0 else HIGH_PAIRS) >> (4 * i) & 15, i)
+        c = i + paired * FIRST_PAIRED
         local = first_unit + c
         unit = (unit0 + local).to(tl.int64) * H + h
         if STORE_PREFIXES:
             inside = (paired == 0) & (c > 2) & (c != 4)  # the others are [I | 0] or an entry
             place = prefix_slot(c, group).to(tl.int64) * H + h
             store_map(prefixes + place * (K * WIDTH), x, inside, first, K, WIDTH, BK, BN)
-        x = tl.where((paired == 1) & (c % 2 == 0), identity_columns(first, BK, BN), x)
         low = x.to(units_in.dtype.element_ty)
         if TIER == 0:
             valid = tl.arange(0, C) < length - local * C
@@ -178,7 +175,8 @@ def group_maps_kernel(
             added = load_added(base, first, WIDTH, K, K, BK, BN)
             x = added.to(tl.float32) + memory_times(base, low, WIDTH, K, K, BK, BK, BN, PRECISION)
         is_entry = (paired == 1) | ((c & (c + 1)) == 0)
-        if TIER > 0:
+        # An entry of one unit has been written by the tier below, if it is one that a query reads as it is (see leaf.py).
+        if TIER > 0 or not STORE_PREFIXES:
             is_entry = is_entry & (c % 2 == 1)
         # An entry of this group and others is the next tier's to write.
         closes_group = (c + 1 == GROUP) & ((group - group0) % 2 == 1)

@@ -15,27 +15,10 @@ import triton.language as tl
 from loglinear.kernels.common import GROUP, load_tile, locate, store_tile
 from loglinear.kernels.delta_rule.group_grads import SPARE, prefix_row
 from loglinear.kernels.delta_rule.group_maps import decay_to_end, identity_columns, load_square, prefix_slot
-from loglinear.kernels.delta_rule.products import FLOAT32_SLICE, column_slice, memory_times, tokens_times
+from loglinear.kernels.delta_rule.products import memory_times, times_tokens, tokens_times
 from loglinear.kernels.delta_rule.score_grads import MASKED, PLANES, PRODUCTS, SOLVE_GRADS, square
 from loglinear.kernels.delta_rule.tiles import load_part, load_part_if, store_part
 from loglinear.kernels.delta_rule.unit_grads import state_grads
-
-
-@triton.jit
-def times_tokens(left, k_tile, k_head, stride_k, valid, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """``left [C, BK]`` times the transposed keys, at hand or, in float32, from memory: ``[C, C]``."""
-    if PRECISION == "ieee" and BK > FLOAT32_SLICE:
-        total = tl.zeros([C, C], tl.float32)
-        for part in range(BK // FLOAT32_SLICE):
-            columns = part * FLOAT32_SLICE + tl.arange(0, FLOAT32_SLICE)[None, :]
-            pointers = k_head + (tl.arange(0, C)[:, None] * stride_k + columns)
-            keys = tl.load(pointers, mask=valid[:, None] & (columns < K), other=0.0)
-            part_of_left = column_slice(left, part, BK // FLOAT32_SLICE, C, FLOAT32_SLICE)
-            total = tl.dot(part_of_left, tl.trans(keys), total, input_precision=PRECISION)
-    else:
-        total = tl.dot(left, tl.trans(k_tile), input_precision=PRECISION)
-    return total
 
 
 @triton.jit
@@ -196,7 +179,11 @@ def map_grads_kernel(
     dw_low = (-dw).to(dtype)
     store_part(targets, dw_low, 0, 0, K, C, K, C, BK)
     from_start = tl.exp2(tl.load(head_sums + in_chunk, mask=valid, other=0.0))
-    solve_grads = times_tokens(dw_low, k_tile, k_head, stride_k, valid, C, K, BK, PRECISION) * from_start[None, :]
+    if PRECISION == "ieee":
+        solve_grads = times_tokens(dw_low, k_head, stride_k, valid, C, K, BK, PRECISION)
+    else:
+        solve_grads = tl.dot(dw_low, tl.trans(k_tile), input_precision=PRECISION)
+    solve_grads *= from_start[None, :]
 
     masked = tl.load(square(planes + MASKED * C * C, C))
     solved = tl.load(square(solve + kept * (C * C), C))

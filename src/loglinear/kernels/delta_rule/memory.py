@@ -29,7 +29,8 @@ class Maps(NamedTuple):
     solve: ``[rows, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
     writes: ``[rows, H, C, K+V]`` low, ``[W | U]``.
     entries: ``[rows, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at row0 + e - 1. The entry of all chunks of
-        the highest tier's group is there too, if the group is whole; no query reads it.
+        the highest tier's group is there too, if the group is whole; no query reads it. Those of single chunks are undefined
+        (see leaf.py), except, beside prefixes, that of a group's unit 0 and, before a unit 5, of unit 4.
     groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
     prefixes: one ``[4 groups, H, K, K+V]`` low per tier: the map of the units of a group before each unit, where it is
         neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``). None where they were not asked for.

@@ -1,7 +1,8 @@
 """OUTPUT: each chunk attends to itself under the λ mask, then its queries read the entries that cover everything before it.
 
 An entry says what to add, ``λ ∘ (Q S)``, and how to jump over it, ``Q <- Q A``: decay is part of A. So the queries walk the
-entries within their group; the states of the others have been carried to the start of the group.
+entries within their group, the first of which may be the chunk before itself (see leaf.py); the states of the others have been
+carried to the start of the group.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from loglinear.kernels.common import (
     store_tile,
 )
 from loglinear.kernels.delta_rule.group_maps import load_square
+from loglinear.kernels.delta_rule.leaf import leaf_jump, leaf_scores
 from loglinear.kernels.delta_rule.path_states import path_start
 from loglinear.kernels.delta_rule.products import times_memory, token_products
+from loglinear.kernels.delta_rule.tiles import load_part
 
 
 @triton.jit
@@ -56,16 +59,16 @@ def start_queries(q_tile, products, erased, high, PRECISION: tl.constexpr):
 def walk(acc, queries, entries, states, rows, n, slot, scales, stride, valid, factor, L, h, first_v, H: tl.constexpr,
          K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
          PRECISION: tl.constexpr):  # fmt: skip
-    """Add ``λ ∘ (Q S)`` for every entry on the query path of chunk n: a jump ``Q <- Q A`` follows each of its group's own.
+    """Add ``λ ∘ (Q S)`` for every entry on the query path of chunk n but a leaf; a jump ``Q <- Q A`` follows its group's.
 
     Those before the group have states as seen from its start, all but the nearest from ``states`` (see path_states.py);
     ``slot`` is the first of the group's, ``rows`` row 0 of the sequence. A tile of S is as wide as A, so that all take
     turns in one loop: one of them arrives while the other is multiplied, in the memory of two tiles and not of four.
     """
     MASKED: tl.constexpr = (K % BK != 0) or (V % BK != 0)
-    own = 2 * set_bits(n % GROUP)
+    own = 2 * set_bits(n % GROUP // 2)
     before = set_bits(n // GROUP)
-    e = n
+    e = n // 2 * 2
     for step in range(own + before - (before == 0).to(tl.int32)):  # no jump past the last entry of all
         j = step - own
         jump = (j < 0) & (step % 2 == 1)
@@ -154,6 +157,17 @@ def output_kernel(
     v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BK, first_v)
     acc = tl.dot((scores * mask).to(v_tile.dtype), v_tile, input_precision=PRECISION)
 
+    if n % 2 == 1:
+        before_k = k + (origin - C) * stride_k + h // (H // G) * K
+        before_sums = sums + h.to(tl.int64) * sums_stride + (origin - C)
+        before_written = writes + (unit - H) * (C * (K + V))
+        # Loaded before they are used, to arrive in the meantime.
+        added = load_part(before_written + K, 0, first_v, V, C, K + V, C, BK)
+        erased = load_square(before_written, K + V, C, K, C, BK)
+        weight = entry_scales(scales, stride_s, valid, n, factor, L, C, LOG_C)
+        pairs = leaf_scores(queries, before_k, stride_k, before_sums, all_tokens, C, K, BK, EXACT, PRECISION)
+        acc = tl.dot((pairs * weight[:, None]).to(v_tile.dtype), added, acc, input_precision=PRECISION)
+        queries = leaf_jump(queries, pairs, before_sums, erased, C, PRECISION)
     slot = path_start(n // GROUP, sequence, path_starts, paths, PACKED)
     acc = walk(acc, queries, entries, states, row0, n, slot, scales, stride_s, valid, factor, L, h, first_v, H, K, V, C,
                LOG_C, BK, PRECISION)  # fmt: skip

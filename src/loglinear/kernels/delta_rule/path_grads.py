@@ -2,8 +2,8 @@
 
 The states before the group, as seen from its start, give ``O += λ ∘ (Q S)`` each, so ``dO Sᵀ`` gives dλ and their sum dQ. An
 entry (A, S) within the group gives ``Q' = Q A`` besides: with dQ' known, ``dQ' Aᵀ`` is the other part of dQ, which is dQ' of
-the entry before. What is left at the end is the gradient of the queries as seen from the start of their chunk. Every dQ' is
-kept for the gradients of the entries.
+the entry before. The last may be a leaf (see leaf.py). What is left at the end is the gradient of the queries as seen from the
+start of their chunk. Every dQ' is kept for the gradients of the entries.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.common import GROUP, bit_length, load_tile, locate, log2_of_power, lowbit, set_bits
-from loglinear.kernels.delta_rule.group_maps import map_tile
+from loglinear.kernels.delta_rule.group_maps import decay_to_end, map_tile
+from loglinear.kernels.delta_rule.leaf import leaf_scores
 from loglinear.kernels.delta_rule.path_queries import inner_start
 from loglinear.kernels.delta_rule.path_states import path_start
-from loglinear.kernels.delta_rule.products import times_transposed
+from loglinear.kernels.delta_rule.products import times_tokens, times_transposed
 from loglinear.kernels.delta_rule.tiles import load_part, load_part_if, store_part
 
 
@@ -45,10 +46,41 @@ def state_gradient(product, queries, scales, stride, valid, tree_level, factor, 
     return scale[:, None] * product, tl.where(tl.arange(0, LEVELS)[None, :] == level, gain[:, None], 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "paths", "L"])
+@triton.jit
+def leaf_gradient(acc, queries, grads, followed, do_head, stride_do, valid, keys, stride_k, sums, plane, written, scales,
+                  stride, factor, L, LOG_C: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                  BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """(dQ, dλ) past the entry of one chunk, whose keys, sums and ``[W | U]`` are given; acc is the gradient after it.
+
+    With ``G = Q K_endᵀ``, of which ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` is the gradient.
+    """
+    after = acc.to(grads.dtype.element_ty)
+    if followed:  # by another entry
+        store_part(grads, after, 0, 0, K, C, K, C, BK)
+    everywhere = tl.arange(0, C) >= 0
+    outer = tl.zeros([C, C], tl.float32)
+    for first in range(0, V, BV):
+        do_tile = load_tile(do_head, stride_do, valid, C, V, BV, first)
+        added = load_tile(written + K, K + V, everywhere, C, V, BV, first)
+        outer = tl.dot(do_tile, tl.trans(added), outer, input_precision=PRECISION)
+    pairs = leaf_scores(
+        load_part(queries, 0, 0, K, C, K, C, BK), keys, stride_k, sums, plane, C, K, BK, EXACT, PRECISION
+    )
+    share, gain = state_gradient(outer, pairs, scales, stride, valid, 0, factor, L, LOG_C, C, LEVELS)
+    share -= times_tokens(after, written, K + V, everywhere, C, K, BK, PRECISION)
+    share = (share * decay_to_end(sums, C, plane, C, EXACT)[None, :]).to(after.dtype)
+    acc = acc * tl.exp2(tl.load(sums + C - 1))
+    return tl.dot(share, load_tile(keys, stride_k, everywhere, C, K, BK, 0), acc, input_precision=PRECISION), gain
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "paths", "all_tokens", "sums_stride", "L"])
 def path_grads_kernel(
+    k,
     do,
     level_scales,
+    sums,
+    writes,
     entries,
     states,  # [slots, H, K, K+V], as path_states leaves them
     inner_queries,  # [1.5 rows, H, C, K] queries before each entry within their group
@@ -63,6 +95,9 @@ def path_grads_kernel(
     N,
     NG,
     paths,
+    all_tokens,
+    sums_stride,
+    stride_k,
     stride_do,
     stride_s,
     stride_ds,
@@ -70,6 +105,7 @@ def path_grads_kernel(
     L,
     H: tl.constexpr,
     HEADS: tl.constexpr,
+    G: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -77,6 +113,7 @@ def path_grads_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     LEVELS: tl.constexpr,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -116,7 +153,7 @@ def path_grads_kernel(
 
     rest = n % GROUP
     slot = inner_start(n, row0) + set_bits(rest)
-    for i in range(set_bits(rest)):
+    for i in range(set_bits(rest // 2)):
         slot -= 1
         place = (slot.to(tl.int64) * H + h) * (C * K)
         tree_level = bit_length(rest) - 1
@@ -130,6 +167,15 @@ def path_grads_kernel(
         queries = load_part(inner_queries + place, 0, 0, K, C, K, C, BK)
         share, gain = state_gradient(product, queries, scales, stride_s, valid, tree_level, factor, L, LOG_C, C, LEVELS)
         acc += share
+        gradient += gain
+    if n % 2 == 1:
+        place = ((slot - 1).to(tl.int64) * H + h) * (C * K)
+        before_k = k + (origin - C) * stride_k + h // (H // G) * K
+        before_sums = sums + h.to(tl.int64) * sums_stride + (origin - C)
+        written = writes + ((row - 1).to(tl.int64) * HEADS + h) * (C * (K + V))
+        acc, gain = leaf_gradient(acc, inner_queries + place, inner_grads + place, n > 1, do_head, stride_do, valid, before_k,
+                                  stride_k, before_sums, all_tokens, written, scales, stride_s, factor, L, LOG_C, C, K, V, BK,
+                                  BV, LEVELS, EXACT, PRECISION)  # fmt: skip
         gradient += gain
     store_part(query_grads + unit * (C * K), acc, 0, 0, K, C, K, C, BK)
     columns = tl.arange(0, LEVELS)[None, :]

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from loglinear.kernels.common import GROUP, load_sum, load_tile, locate, lowbit, set_bits, set_bits_before
 from loglinear.kernels.delta_rule.group_maps import load_square, map_tile
+from loglinear.kernels.delta_rule.leaf import leaf_jump, leaf_scores
 from loglinear.kernels.delta_rule.output import local_products, start_queries
 from loglinear.kernels.delta_rule.products import times_memory
 
@@ -83,8 +84,18 @@ def path_queries_kernel(
     queries = start_queries(q_tile, products, erased, high, PRECISION)
     slot = inner_start(n, row0)
     first_group = n < GROUP
-    e = n
-    for _ in range(set_bits(n % GROUP) - first_group.to(tl.int32)):  # no jump past the last entry of all
+    leaf = ((n % 2 == 1) & (n > 1)).to(tl.int32)  # no jump past the last entry of all
+    if leaf == 1:
+        store_queries(inner_queries + (slot.to(tl.int64) * H + h) * (C * K), queries, K, C, BK)
+        before_sums = sums + h.to(tl.int64) * sums_stride + (origin - C)
+        erased = load_square(writes + (kept - HEADS) * (C * (K + V)), K + V, C, K, C, BK)
+        pairs = leaf_scores(
+            queries, k_head - C * stride_k, stride_k, before_sums, all_tokens, C, K, BK, EXACT, PRECISION
+        )
+        queries = leaf_jump(queries, pairs, before_sums, erased, C, PRECISION)
+    slot += leaf
+    e = n - leaf
+    for _ in range(set_bits(n % GROUP) - first_group.to(tl.int32) - leaf):
         store_queries(inner_queries + (slot.to(tl.int64) * H + h) * (C * K), queries, K, C, BK)
         entry = entries + ((row0 + e - 1).to(tl.int64) * HEADS + h) * (K * (K + V))
         queries = times_memory(queries, entry, 0, 0, K, K + V, K, C, BK, BK, K % BK != 0, PRECISION).to(queries.dtype)

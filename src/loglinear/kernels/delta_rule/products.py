@@ -143,3 +143,22 @@ def tokens_times(tokens, stride, valid, right, C: tl.constexpr, K: tl.constexpr,
         tile = load_tile(tokens, stride, valid, C, K, BK, 0)
         total = tl.dot(tile, right, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def times_tokens(
+    left, tokens, stride, valid, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``left [C, BK]`` times the transposed tokens of a chunk, pointed at by the first, of K columns: ``[C, C]`` float32."""
+    if PRECISION == "ieee" and BK > FLOAT32_SLICE:
+        total = tl.zeros([C, C], tl.float32)
+        for part in range(BK // FLOAT32_SLICE):
+            columns = part * FLOAT32_SLICE + tl.arange(0, FLOAT32_SLICE)[None, :]
+            pointers = tokens + (tl.arange(0, C)[:, None] * stride + columns)
+            tile = tl.load(pointers, mask=valid[:, None] & (columns < K), other=0.0)
+            part_of_left = column_slice(left, part, BK // FLOAT32_SLICE, C, FLOAT32_SLICE)
+            total = tl.dot(part_of_left, tl.trans(tile), total, input_precision=PRECISION)
+    else:
+        tile = load_tile(tokens, stride, valid, C, K, BK, 0)
+        total = tl.dot(left, tl.trans(tile), input_precision=PRECISION)
+    return total
