@@ -142,7 +142,8 @@ def path_grads_kernel(
     nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
     queries = load_part_if(m > 0, group_queries + unit * (C * K), 0, 0, K, C, K, C, BK)
     rest = n - n % GROUP
-    for j in range(set_bits(m)):
+    # One state arrives while the one before is multiplied. Two maps of the next loop would not leave room for that.
+    for j in tl.range(set_bits(m), num_stages=2):
         source = tl.where(j > 0, states + ((slot + j).to(tl.int64) * H + h) * SIZE, nearest)
         product = entry_product(do_head, stride_do, valid, source, C, K, V, BK, BV, PRECISION)
         tree_level = log2_of_power(lowbit(rest))
