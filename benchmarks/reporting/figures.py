@@ -16,6 +16,7 @@ from reporting.language import Runs, keys
 from reporting.rows import LABELS, PAIRS, SOFTMAX, read, seeds_of
 from reporting.statistics import Repeats, check_same_sequences, paired, repeats_difference
 
+SHOWN_TOKENS = 1000  # fewer repeats at a distance are in the tables only: noise that would hide the rest
 FAMILIES = ("attention", "mamba2", "gated_deltanet")
 
 
@@ -115,9 +116,9 @@ def _recall(runs: Runs, folder: Path) -> Iterator[Path]:
 
 
 def _draw_repeats(panels: Sequence, runs: Runs, key: str) -> None:
-    """Left: loss by distance. Right: log-linear minus linear on the same tokens."""
+    """Left: loss by distance. Right: log-linear minus linear on the same tokens. Ranges of few tokens are left out."""
     ranges = {
-        mixer: [{r["first"]: r for r in e["repeats"] if r.get("repeated_tokens")} for e in found]
+        mixer: [{r["first"]: r for r in e["repeats"] if r.get("repeated_tokens", 0) >= SHOWN_TOKENS} for e in found]
         for mixer in runs
         if (found := recall.repeats_of(runs, mixer, key))
     }
