@@ -16,12 +16,24 @@ from loglinear.layers.state import KVDecodingState, KVState
 from loglinear.state import CHUNK_SIZE
 
 
+@torch.library.custom_op("loglinear::rotary_table", mutates_args=())
+def rotary_table(position: Tensor, half: int, theta: float) -> Tensor:
+    """cos and sin of ``position · theta^(-i/half)`` ``[2, B, T, half]``. An operator, or the compiler would put the
+    angles into every kernel that turns a head by them, once for each head."""
+    frequency = theta ** (-torch.arange(half, device=position.device, dtype=torch.float32) / half)
+    angle = position.unsqueeze(-1) * frequency
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+@rotary_table.register_fake
+def _(position, half, theta):
+    return position.new_empty((2, *position.shape, half), dtype=torch.float32)
+
+
 def rotary(position: Tensor, theta: float, *heads: Tensor) -> list[Tensor]:
     """Rotate pairs ``(i, i + W/2)`` of each ``[B, T, heads, W]`` by ``position[b, t] · theta^(-2i/W)`` (Su et al. 2021)."""
     half = heads[0].shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=position.device, dtype=torch.float32) / half)
-    angle = (position.unsqueeze(-1) * frequency).unsqueeze(-2)  # [B, T, 1, W/2]
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = rotary_table(position, half, theta).unsqueeze(-2)  # [B, T, 1, W/2]
 
     def turned(x: Tensor) -> Tensor:
         left, right = wide(x).split(half, dim=-1)
