@@ -35,7 +35,7 @@ case $1 in log_linear_*) measures=(levels "${measures[@]}") ;; esac
 [ "$3" = 0 ] || exit 0
 lengths=($((context / 16)) $((context / 8)) $((context / 4)) $((context / 2)) "$context")
 [ -e "$run/tuned/record.json" ] || loglinear niah finetune "$run" --output "$run/tuned" --contexts "${lengths[@]}" \
-    --steps "${TUNE_STEPS:-600}" "${cache[@]}"
+    --steps "${TUNE_STEPS:-400}" "${cache[@]}"
 [ -e "$run/niah/niah.json" ] || loglinear niah evaluate "$run/tuned" --output "$run/niah" --samples "${SAMPLES:-5}" \
     --depths 5 --contexts "${lengths[@]}" $((2 * context)) $((4 * context)) "${cache[@]}"
 echo finished

@@ -3,7 +3,8 @@
 # rates, three seeds; then widths 16 and 32 against linear models with a state as large as all states of their twin.
 #
 # Device time: estimated, not measured. 150 + 20 cells of 4,000 recorded steps, 2 to 4 ms a step, one after the other: 25 to 45
-# minutes. Worker processes take turns on the GPU; what they overlap is the host's work (starting, compiling, recording).
+# minutes of one GPU. Worker processes are spread over all GPUs of the machine; those of one GPU take turns on it and overlap
+# the host's work (starting, compiling, recording).
 #
 # Started again, it goes on where it stopped: a cell (model, width, length, pairs, state, learning rate, seed) whose row is in
 # rows.jsonl is skipped. Copy the output folder off the machine when a lease ends, and back before the next.
