@@ -13,6 +13,7 @@ import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from measure import commit
 from reporting.rows import LABELS, PAIRS, RESULTS, merge
@@ -156,7 +157,17 @@ def describe(folder: Path, row: dict | None) -> str:
 
 
 def load(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """A JSON file, without the folders of its paths: they say where a machine keeps things, not what was run."""
+    return without_folders(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def without_folders(value: Any) -> Any:
+    """The value with every absolute path replaced by its last part."""
+    if isinstance(value, dict):
+        return {name: without_folders(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def thin(points: list, count: int = CURVE_POINTS) -> list:

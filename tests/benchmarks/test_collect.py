@@ -8,7 +8,7 @@ import math
 import pytest
 from run_folders import recall_row, write, write_recall, write_run
 
-from collect import EXPECTED, collect, thin
+from collect import EXPECTED, collect, thin, without_folders
 from reporting.rows import merge, read, short
 
 
@@ -45,6 +45,11 @@ def test_rows_hold_what_the_report_needs(out, tmp_path):
     assert len(read("niah", tmp_path / "results")) == 2 * 6
     assert [row["cell"]["state_size"] for row in read("mqar", tmp_path / "results")] == [144, 16, 16]
     assert len(json.dumps(linear)) < 60_000
+
+
+def test_rows_hold_no_folder_of_a_machine():
+    value = {"data": "/".join(["", "home", "me", "text.jsonl"]), "hashes": [{"a": "/x/y"}, "stdlib", 3], "share": "a/b"}
+    assert without_folders(value) == {"data": "text.jsonl", "hashes": [{"a": "y"}, "stdlib", 3], "share": "a/b"}
 
 
 def test_collecting_again_replaces_and_keeps_what_is_elsewhere(out, tmp_path):
