@@ -104,7 +104,7 @@ class ShortConvolution(StatedInit):
         offset, steps = cu_seqlens.long(), torch.arange(-keep, 0, device=x.device)
         place = offset[1:, None] + steps  # [n, W-1], negative where the first sequence is short
         padded = F.pad(x[0], (0, 0, keep, 0))
-        return padded[place + keep] * (place >= offset[:-1, None]).unsqueeze(-1)
+        return padded[place + keep].masked_fill((place < offset[:-1, None]).unsqueeze(-1), 0)
 
     def _taps(self, shifted: list[Tensor]) -> Tensor:
         """Weighted sum of the W shifted inputs, then SiLU. A sum of shifts (not a conv call) works for T = 0 and fuses."""

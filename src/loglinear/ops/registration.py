@@ -72,7 +72,7 @@ def run_kernels(
 ) -> Tensor:
     """o by the kernels of either rule. ``continued``: first_tokens and reach, of the scalar gate's kernels only."""
     rate = () if beta is None else (beta,)
-    scales = linear_scales(v) if level_scales is None else level_scales
+    scales = scales_of(v, level_scales)
     return kernels_of(beta is not None).forward(q, k, v, g, *rate, scales, scale, cu_seqlens, **continued)
 
 
@@ -87,7 +87,7 @@ def run_kernels_keeping(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """(o, what spares the delta rule's backward some of its work)."""
-    scales = linear_scales(v) if level_scales is None else level_scales
+    scales = scales_of(v, level_scales)
     return kernels_of(True).forward_keeping(q, k, v, g, beta, scales, scale, cu_seqlens)
 
 
@@ -108,15 +108,15 @@ def run_kernels_backward(
     options: first_tokens and reach of the scalar gate, or ``kept`` of the delta rule.
     """
     rate = () if beta is None else (beta,)
-    scales = linear_scales(v) if level_scales is None else level_scales
+    scales = scales_of(v, level_scales)
     backward = kernels_of(beta is not None).backward
     *grads, dscales = backward(do, q, k, v, g, *rate, scales, scale, cu_seqlens, **options)
     return *grads, *(() if beta is not None else (None,)), None if level_scales is None else dscales
 
 
-def linear_scales(v: Tensor) -> Tensor:
-    """λ ``[B, T, H, 1]`` of the linear model: a single one, seen everywhere and shared by all levels."""
-    return v.new_ones(()).expand(*v.shape[:3], 1)
+def scales_of(v: Tensor, level_scales: Tensor | None) -> Tensor:
+    """λ as the kernels want it; the linear model's is ``[B, T, H, 1]``, a single one that all levels share."""
+    return v.new_ones(()).expand(*v.shape[:3], 1) if level_scales is None else level_scales
 
 
 def run(

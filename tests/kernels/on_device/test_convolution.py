@@ -78,3 +78,11 @@ def test_fewer_tokens_than_taps(device):
         want, after = conv(x, torch.zeros(2, 3, 5, device=device))
         torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6)
         assert torch.equal(tail, after)
+
+
+def test_a_tail_holds_nothing_of_the_sequence_before(device):
+    x = torch.randn(1, 6, 5, device=device)
+    x[:, :5] = float("nan")
+    tail = ShortConvolution(5).to(device)(x, None, torch.tensor([0, 5, 6], device=device))[1]
+    assert torch.equal(tail[1, -1], x[0, -1])
+    assert torch.equal(tail[1, :-1], torch.zeros(2, 5, device=device))
