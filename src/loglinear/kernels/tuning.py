@@ -12,6 +12,10 @@ from functools import lru_cache
 
 import torch
 
+# Triton 3.6 reads past the end of shared memory on Hopper where a 16-bit tile narrower than 64 columns (128 bytes, a whole
+# swizzle) enters one product as it is and another transposed: wrong results at some widths, a fault at others.
+LEAST_TILE = 64  # of 16 bits
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -40,11 +44,13 @@ class ScalarGateConfig:
     ``heads`` is an upper bound: a program takes the largest divisor of heads per group that does not pass it. Their dq, dk
     and score gradients add up in registers, so more heads mean fewer partial sums in memory.
     ``segment`` is the largest number of groups whose entry gradient one program sums.
+    ``least_tile`` is the width to which narrower tiles are padded.
     """
 
     chunk: int
     heads: int
     segment: int
+    least_tile: int
     block_k: int
     states: Launch
     output: Launch
@@ -86,6 +92,7 @@ def low_precision_config(chunk: int, warps: int, block_k: int = 128, heads: int 
         chunk=chunk,
         heads=heads,
         segment=8,
+        least_tile=LEAST_TILE,
         block_k=block_k,
         states=wide,
         output=wide,
@@ -105,6 +112,7 @@ def float32_config(key_width: int) -> ScalarGateConfig:
         chunk=32,
         heads=4,
         segment=8,
+        least_tile=16,
         block_k=min(64, 1 << (key_width - 1).bit_length()),
         states=small,
         output=small,
@@ -151,7 +159,7 @@ def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> D
     if dtype == torch.float32:
         return uniform_delta_config(32, Launch(warps=8 if key_width > 64 else 4, stages=1, block_v=32))
     if key_width > 128:
-        return uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64), least_tile=64)
+        return uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64), least_tile=LEAST_TILE)
     return NARROW_DELTA_RULE
 
 
@@ -160,13 +168,11 @@ def uniform_delta_config(chunk: int, launch: Launch, segment: int = 8, least_til
     return DeltaRuleConfig(chunk, segment, least_tile, *[launch] * (len(dataclasses.fields(DeltaRuleConfig)) - 3))
 
 
-# Triton 3.6 reads past the end of shared memory on Hopper where a 16-bit tile narrower than 64 columns (128 bytes, a whole
-# swizzle) enters one product as it is and another transposed: wrong gradients at K = V = 16, a fault at other shapes.
 # The best of each kernel, measured: H200, Triton 3.6, bf16, B=2, T=16,384, H=G=16, K=V=128, 2026-11-22.
 NARROW_DELTA_RULE = DeltaRuleConfig(
     chunk=64,
     segment=8,
-    least_tile=64,
+    least_tile=LEAST_TILE,
     chunk_maps=Launch(warps=4, stages=2, block_v=64),
     group_maps=Launch(warps=4, stages=2, block_v=64),
     path_states=Launch(warps=4, stages=2, block_v=64),
@@ -180,6 +186,6 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     group_grads=Launch(warps=4, stages=2, block_v=64),
     unit_grads=Launch(warps=4, stages=1, block_v=64),
     score_grads=Launch(warps=4, stages=1, block_v=128),
-    map_grads=Launch(warps=4, stages=1, block_v=64),
-    key_grads=Launch(warps=4, stages=3, block_v=64),
+    map_grads=Launch(warps=4, stages=2, block_v=64),
+    key_grads=Launch(warps=4, stages=1, block_v=128),
 )

@@ -24,7 +24,7 @@ def config_for(dtype: torch.dtype, key_width: int, value_width: int) -> ScalarGa
     """The tuned configuration on a GPU; in the interpreter one of the same shape whose tree is deep at few tokens."""
     if INTERPRETED:
         small = low_precision_config(chunk=16, warps=4, block_k=16, heads=2)
-        return dataclasses.replace(small, segment=1)
+        return dataclasses.replace(small, segment=1, least_tile=16)
     return scalar_gate_config(dtype, key_width, value_width)
 
 

@@ -53,7 +53,7 @@ def config_for(delta: bool, dtype: torch.dtype, tile: int):
     config = float32_config(tile) if dtype == torch.float32 else low_precision_config(16, 4)
     names = ("states", "output", "windows", "chunk_grads", "local", "value", "query", "key")
     launches = dict.fromkeys(names, launch)
-    return dataclasses.replace(config, chunk=16, heads=2, segment=1, block_k=tile, **launches)
+    return dataclasses.replace(config, chunk=16, heads=2, segment=1, least_tile=16, block_k=tile, **launches)
 
 
 def check(delta: bool, layout=lambda x: x, cuts=None, tile: int | None = 32, programs: int = PROGRAMS, **sizes):

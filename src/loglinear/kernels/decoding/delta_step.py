@@ -12,6 +12,7 @@ import triton.language as tl
 from loglinear.kernels.common import load_state, log2_of_power, lowbit, path_length, store_state
 from loglinear.kernels.decoding.open_chunk import (
     entry_scales,
+    held_slots,
     open_decays,
     open_gates,
     open_scales,
@@ -66,7 +67,8 @@ def close_chunk(entries, stored, given, stride, first, units, values, solve, thr
     """Carry every entry over chunk n, ``X -> γ X + K_endᵀ T (V - diag(γ_j) K X)``, V only for the entry that is made.
 
     That one starts from the sum of those that merge: the map is linear. Keys and entries come in blocks of BLOCK rows: all
-    products are C x C x BV, and shared memory is left for other programs. A slot past the buffers is not written.
+    products are C x C x BV, and shared memory is left for other programs. A slot past the buffers is neither read
+    nor written.
     """
     BLOCK: tl.constexpr = BK if BK < 64 else 64
     to_end = tl.exp(after)
@@ -74,8 +76,8 @@ def close_chunk(entries, stored, given, stride, first, units, values, solve, thr
     decay = tl.exp(whole)
     slot = log2_of_power(lowbit(n + 1))
     lowest = 0
-    count = slot
-    rest = n & -lowbit(n + 1)  # the entries that only age
+    count = tl.minimum(slot, M)
+    rest = held_slots(n & -lowbit(n + 1), M)  # the entries that only age
     for _ in tl.range(path_length(rest, 0) + 1, num_stages=1):
         known = tl.zeros([C, BV], tl.float32)
         for first_k in tl.range(0, K, BLOCK, num_stages=1):
@@ -194,7 +196,9 @@ def delta_step_kernel(
 
         out = tl.sum((read * open_scales(scales, i, L, C))[:, None] * values, axis=0)
         erased = tl.sum((read * tl.exp(through))[:, None] * keys, axis=0)
-        past = weighted_entries(entries, entry_scales(scales, n, L, LOG_C), n, first_v, K, V, BK, BV, STAGES)
+        past = weighted_entries(
+            entries, entry_scales(scales, n, L, LOG_C), held_slots(n, M), first_v, K, V, BK, BV, STAGES
+        )
         out += tl.sum((tl.exp(whole) * query - erased)[:, None] * past, axis=0)
         tl.store(o + t * (H * V) + columns, out.to(o.dtype.element_ty), mask=columns < V)
 

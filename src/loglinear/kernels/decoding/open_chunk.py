@@ -71,21 +71,27 @@ def entry_scales(scales, n, L, LOG_C: tl.constexpr):
 
 
 @triton.jit
+def held_slots(n, M):
+    """The bits of n that have one of M slots: those of a row past the state's context are read as little as written."""
+    return n & ((1 << M) - 1)
+
+
+@triton.jit
 def pick(vector, slot):
     """Element ``slot`` of a vector over slots."""
     return tl.sum(tl.where(tl.arange(0, SLOTS) == slot, vector, 0.0), axis=0)
 
 
 @triton.jit
-def weighted_entries(entries, weights, n, first_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def weighted_entries(entries, weights, held, first_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                      STAGES: tl.constexpr):  # fmt: skip
-    """``Σ_m weights[m] S_m`` ``[BK, BV]`` over the set bits m of n, float32; ``entries`` points at slot 0 of one head.
+    """``Σ_m weights[m] S_m`` ``[BK, BV]`` over the set bits m of ``held``, float32; ``entries`` points at slot 0 of one head.
 
-    The next slot follows from the bits of n alone: loads run ahead of the sums.
+    The next slot follows from the bits alone: loads run ahead of the sums.
     """
     total = tl.zeros([BK, BV], tl.float32)
-    e = n
-    for _ in tl.range(path_length(n, 0), num_stages=STAGES):
+    e = held
+    for _ in tl.range(path_length(held, 0), num_stages=STAGES):
         slot = log2_of_power(lowbit(e))
         state = load_state(entries + slot * (K * V), 0, first_v, K, V, BK, BV)
         total += pick(weights, slot) * state.to(tl.float32)

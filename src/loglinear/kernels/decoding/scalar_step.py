@@ -12,6 +12,7 @@ from loglinear.kernels.common import load_state, log2_of_power, lowbit, store_st
 from loglinear.kernels.decoding.open_chunk import (
     SLOTS,
     entry_scales,
+    held_slots,
     open_decays,
     open_gates,
     open_scales,
@@ -28,7 +29,7 @@ def close_chunk(entries, stored, given, stride, first, v_tile, after, logs, n, M
     """Turn chunk n into an entry and merge it with those of its size; returns the slot that now holds it.
 
     logs ``[SLOTS]``: log decay from every entry to the end of chunk n. Keys and entries come in blocks of BLOCK rows, which
-    leaves registers and shared memory for other programs. A slot past the buffers is not written.
+    leaves registers and shared memory for other programs. A slot past the buffers is neither read nor written.
     """
     BLOCK: tl.constexpr = BK if BK < 64 else 64
     weighted = (v_tile.to(tl.float32) * tl.exp(after)[:, None]).to(v_tile.dtype)
@@ -37,7 +38,7 @@ def close_chunk(entries, stored, given, stride, first, v_tile, after, logs, n, M
     for first_k in tl.range(0, K, BLOCK, num_stages=1):
         k_tile = open_tile(stored, given, stride, first, C - 1, C, K, BLOCK, first_k)
         state = tl.dot(tl.trans(k_tile), weighted, input_precision=PRECISION)
-        for m in tl.range(slot, num_stages=1):
+        for m in tl.range(tl.minimum(slot, M), num_stages=1):
             earlier = load_state(entries + m * (K * V), first_k, first_v, K, V, BLOCK, BV)
             state += pick(carried, m) * earlier.to(tl.float32)
         store_state(entries + slot * (K * V), state, slot < M, first_k, first_v, K, V, BLOCK, BV)
@@ -124,8 +125,8 @@ def scalar_step_kernel(
         scores = tl.sum(k_tile.to(tl.float32) * query[None, :], axis=1)
         weights = scores * tl.exp(after) * open_scales(scales, i, L, C)
         out = tl.sum(weights[:, None] * v_tile.to(tl.float32), axis=0)
-        past = weighted_entries(entries, entry_scales(scales, n, L, LOG_C) * tl.exp(whole + logs), n, first_v, K, V, BK,
-                                BV, STAGES)  # fmt: skip
+        past = weighted_entries(entries, entry_scales(scales, n, L, LOG_C) * tl.exp(whole + logs), held_slots(n, M),
+                                first_v, K, V, BK, BV, STAGES)  # fmt: skip
         out += tl.sum(query[:, None] * past, axis=0)
         tl.store(o + t * (H * V) + columns, out.to(o.dtype.element_ty), mask=columns < V)
 

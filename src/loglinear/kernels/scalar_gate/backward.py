@@ -49,7 +49,7 @@ class Gains:
 def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
     """(BK, BV, number of tiles) of kernels whose program owns a tile of a state."""
     K, V = problem.key_width, problem.value_width
-    tile_k, tile_v = min(problem.config.block_k, padded(K)), min(launch.block_v, padded(V))
+    tile_k, tile_v = min(problem.config.block_k, problem.tile(K)), min(launch.block_v, problem.tile(V))
     return tile_k, tile_v, cdiv(K, tile_k) * cdiv(V, tile_v)
 
 
@@ -131,8 +131,8 @@ def launch_local_grads(problem: Problem, x: Inputs, states: States, gains: Gains
         x.q, x.k, x.v, x.do, x.level_scales, states.sums, score_grads, dscales, gains.rows, gains.columns, problem.row_sequence,
         *problem.table, problem.tokens, states.sums.stride(0), x.q.stride(1), x.k.stride(1), x.v.stride(1),
         x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype),
-        LOG_C=chunk.bit_length() - 1, BK=padded(problem.key_width),
-        BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
+        LOG_C=chunk.bit_length() - 1, BK=problem.tile(problem.key_width),
+        BV=min(launch.block_v, problem.tile(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
         HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
     return dscales, score_grads
@@ -148,8 +148,8 @@ def launch_value_grads(problem: Problem, x: Inputs, states: States, chunk_grads:
         x.q, x.k, x.v, x.do, x.level_scales, states.sums, chunk_grads, dv, gains.columns, gains.chunks,
         problem.row_sequence, *problem.table, problem.tokens, states.sums.stride(0), x.q.stride(1), x.k.stride(1),
         x.v.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels,
-        **common_constants(problem, x.v.dtype), BK=padded(problem.key_width),
-        BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, HAS_GATE=x.g is not None,
+        **common_constants(problem, x.v.dtype), BK=problem.tile(problem.key_width),
+        BV=min(launch.block_v, problem.tile(problem.value_width)), HEADS=heads, HAS_GATE=x.g is not None,
         **launch.options,
     )  # fmt: skip
     return dv
@@ -175,8 +175,8 @@ def launch_query_grads(
         x.q, x.k, x.do, x.level_scales, states.sums, states.entries, states.entry_log, score_grads, partial, dscales,
         gains.rows, gains.levels, problem.row_sequence, *problem.table, problem.tokens, states.sums.stride(0),
         x.q.stride(1), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1), x.factor, problem.levels, **constants,
-        LOG_C=problem.config.chunk.bit_length() - 1, BK=padded(problem.key_width),
-        BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
+        LOG_C=problem.config.chunk.bit_length() - 1, BK=problem.tile(problem.key_width),
+        BV=min(launch.block_v, problem.tile(problem.value_width)), HEADS=heads, LEVELS=padded(problem.levels),
         HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
     return sum_heads(partial, x.q)
@@ -191,7 +191,7 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: T
         key_grads_kernel, problem.rows * blocks,
         x.q, x.v, states.sums, chunk_grads, score_grads, partial, problem.row_sequence, *problem.table, problem.tokens,
         states.sums.stride(0), x.q.stride(1), x.v.stride(1), **common_constants(problem, x.v.dtype),
-        BK=padded(problem.key_width), BV=min(launch.block_v, padded(problem.value_width)), HEADS=heads,
+        BK=problem.tile(problem.key_width), BV=min(launch.block_v, problem.tile(problem.value_width)), HEADS=heads,
         **launch.options,
     )  # fmt: skip
     return sum_heads(partial, x.k)

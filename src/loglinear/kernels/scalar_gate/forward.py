@@ -42,7 +42,7 @@ def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None
     matrices = [common.scratch((n, H, K, V), v.dtype, device) for n in (problem.rows, problem.row_groups)]
     states = States(sums, *logs, *matrices)
     launch = problem.config.states
-    tile_k, tile_v = min(problem.config.block_k, padded(K)), min(launch.block_v, padded(V))
+    tile_k, tile_v = min(problem.config.block_k, problem.tile(K)), min(launch.block_v, problem.tile(V))
     grid = problem.row_groups * H * cdiv(K, tile_k) * cdiv(V, tile_v)
     gate = sums if g is None else g
     common.launch(
@@ -79,7 +79,7 @@ def launch_output(
 ) -> Tensor:
     """o, from the chunks themselves and the entries before them."""
     launch = problem.config.output
-    tile_v = min(launch.block_v, padded(problem.value_width))
+    tile_v = min(launch.block_v, problem.tile(problem.value_width))
     o = common.scratch(tuple(v.shape), v.dtype, v.device)
     grid = problem.rows * problem.heads * cdiv(problem.value_width, tile_v)
     common.launch(
@@ -87,7 +87,7 @@ def launch_output(
         q, k, v, level_scales, states.sums, states.entries, states.entry_log, o, problem.row_sequence, *problem.table,
         problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1), level_scales.stride(1), factor,
         problem.levels, **common_constants(problem, v.dtype), LOG_C=problem.config.chunk.bit_length() - 1,
-        TREE=padded(problem.tree_levels), BK=padded(problem.key_width), BV=tile_v, **launch.options,
+        TREE=padded(problem.tree_levels), BK=problem.tile(problem.key_width), BV=tile_v, **launch.options,
     )  # fmt: skip
     return o
 
