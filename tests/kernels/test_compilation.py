@@ -15,7 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from loglinear import DecodingState
-from loglinear.kernels import decoding, delta_rule, replay, scalar_gate
+from loglinear.kernels import cross_entropy, decoding, delta_rule, replay, scalar_gate
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -123,8 +123,26 @@ def test_steps_compile(target, delta, record_property):
             assert found.spills == 0, f"{found} spills"
 
 
+def loss_resources(target: str) -> Resources:
+    """The kernel of the output layer's loss for logits of 32,000 bfloat16 columns."""
+    hidden, weight = (torch.empty(size, 512, dtype=torch.bfloat16, device="meta") for size in (256, 32000))
+    targets = torch.empty(256, dtype=torch.int64, device="meta")
+    with recording() as found, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cross_entropy.loss_and_gradients(hidden, weight, targets, -100, True, False)
+        return build(found[0], TARGETS[target])[0]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_loss_compiles(target):
+    found = loss_resources(target)
+    assert found.shared <= 1024, f"{found}: only maxima and sums go through shared memory"
+    assert found.spills == 0, f"{found} spills"
+
+
 if __name__ == "__main__":
     for name in TARGETS:
         launched = (*resources(name, False, H=48), *resources(name, True, G=16, V=128))
-        for found in (*launched, step_resources(name, False), step_resources(name, True)):
+        steps = step_resources(name, False), step_resources(name, True)
+        for found in (*launched, *steps, loss_resources(name)):
             print(f"| {name} | {found.name} | {found.warps} | {found.registers} | {found.spills} | {found.shared} |")

@@ -10,6 +10,7 @@ from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels import replay
 from loglinear.layers import ShortConvolution
 from loglinear.ops import registration
+from loglinear.ops.cross_entropy import linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -197,3 +198,29 @@ def test_convolution_as_an_operator(packed):
     torch._dynamo.reset()
     for got, expected in zip(gradients(torch.compile(convolve, fullgraph=True), inputs, gradient), want, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_linear_cross_entropy_as_an_operator():
+    hidden, weight = torch.randn(70, 24, device=DEVICE), torch.randn(200, 24, device=DEVICE)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    targets = torch.randint(200, (70,), device=DEVICE)
+    arguments = (*inputs, targets, -100, torch.bfloat16, True, True)
+    torch.library.opcheck(torch.ops.loglinear.linear_cross_entropy.default, arguments)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        want = gradients(lambda *x: linear_cross_entropy(*x, targets), inputs, torch.ones((), device=DEVICE))
+        torch._dynamo.reset()
+        compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+        got = gradients(lambda *x: compiled(*x, targets), inputs, torch.ones((), device=DEVICE))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
+
+
+def test_linear_cross_entropy_keeps_no_logits():
+    """65,536 tokens and a vocabulary of 32,000 in bf16: 4 GB of logits, of which an eighth is ever there."""
+    hidden = torch.randn(65536, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(32000, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(32000, (65536,), device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert torch.cuda.max_memory_allocated() - before < 512 << 20
