@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer
 
 from loglinear.cli import main
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.models.modeling import OutputLayer
 from loglinear.tasks.lm.config import DataConfig
 from loglinear.training.checkpoints import complete_checkpoints
 from loglinear.training.config import OptimizerConfig, TrainConfig
@@ -169,6 +171,23 @@ def test_only_matrices_decay():
     assert not any(name.endswith((".L", ".A_log", ".dt_bias", ".D", ".bias")) or "norm" in name for name in decaying)
     assert {name for name in kept if name.endswith("proj.weight")} == set(), others
     assert "model.embed_tokens.weight" in decaying
+
+
+def test_no_step_and_no_evaluation_makes_logits(train_options, tmp_path, monkeypatch):
+    """The output layer is only ever asked for a loss, and the Trainer's count of operations is its own formula's."""
+    asked, counted = [], []
+    layer, count = OutputLayer.forward, LanguageModelTrainer.floating_point_ops
+    monkeypatch.setattr(OutputLayer, "forward", lambda self, *x, **o: asked.append(len(x)) or layer(self, *x, **o))
+
+    def floating_point_ops(self, inputs):
+        counted.append((count(self, inputs), Trainer.floating_point_ops(self, inputs)))
+        return counted[-1][0]
+
+    monkeypatch.setattr(LanguageModelTrainer, "floating_point_ops", floating_point_ops)
+    assert main([*train_options, "--output", str(tmp_path / "run"), "--steps", "2", "--evaluate-every", "1"]) == 0
+    assert set(asked) == {2}  # hidden states and targets
+    assert len(asked) > 4, "more than two steps and one batch to evaluate"
+    assert [got for got, _ in counted] == [want for _, want in counted] != [0, 0]
 
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -26,6 +27,7 @@ from loglinear.models.cache import MixerCacheLayer, check_cache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.decoding import GraphedCall
 from loglinear.models.layout import TokenLayout, plan_layout
+from loglinear.ops.cross_entropy import linear_cross_entropy
 
 
 def build_mixer(config: LogLinearConfig, name: str) -> nn.Module:
@@ -227,6 +229,16 @@ class LogLinearModel(LogLinearPreTrainedModel):
         return DynamicCache(config=self.config) if wanted else None
 
 
+class OutputLayer(nn.Linear):
+    """The output layer. Its loss is a call of the module like its logits, so that the hooks of FSDP and others are run."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None, **options) -> Tensor:
+        """Logits of ``input``, hidden states; with ``targets`` their ``linear_cross_entropy`` with these options."""
+        if targets is None:
+            return super().forward(input)
+        return linear_cross_entropy(input, self.weight, targets, **options)
+
+
 class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
     """The decoder with its output layer: language-model loss, and ``generate``."""
 
@@ -236,7 +248,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
     def __init__(self, config: LogLinearConfig) -> None:
         super().__init__(config)
         self.model = LogLinearModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -250,6 +262,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss when ``labels`` are given.
@@ -257,12 +270,18 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         Args:
             labels: int64 ``[B, T]``, token ids, -100 where no loss is wanted; they are shifted inside.
             logits_to_keep: how many last columns to compute logits for (0: all), or the columns themselves.
+            skip_logits: whether to return the loss alone; the logits of all tokens are then never in memory on CUDA
+                (``linear_cross_entropy``). None: in training mode with labels, unless a ``loss_function`` of your own or
+                ``logits_to_keep`` asks for logits.
             The others: as in ``LogLinearModel.forward``.
 
         Returns:
-            logits ``[B, T, vocab_size]``; the loss is the mean negative log-likelihood in nats per target token, or the sum
-            over ``num_items_in_batch`` when the Trainer passes that.
+            logits ``[B, T, vocab_size]``, None where skipped; the loss is the mean negative log-likelihood in nats per target
+            token, or the sum over ``num_items_in_batch`` when the Trainer passes that. ``shift_labels`` (``[B, T]``, already
+            shifted) and ``ignore_index`` are understood too.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits must be false or None without labels: there would be nothing to return")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -273,17 +292,53 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, columns])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden, logits, loss = outputs.last_hidden_state, None, None
+        if labels is not None and self._loss_needs_no_logits(skip_logits, logits_to_keep):
+            loss = self._loss_of(hidden, labels, **kwargs)
+        else:
+            columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, columns])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=None if skip_logits else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _loss_needs_no_logits(self, skip_logits: bool | None, logits_to_keep: int | Tensor) -> bool:
+        """Whether logits are not wanted, and the loss is the usual one over an output layer that nothing has replaced."""
+        skip = self.training if skip_logits is None else skip_logits
+        every = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        return skip and every and isinstance(self.lm_head, OutputLayer) and self.loss_function is ForCausalLMLoss
+
+    def _loss_of(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **unused,
+    ) -> Tensor:
+        """``ForCausalLMLoss`` from hidden states ``[B, T, hidden_size]``."""
+        targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+        targets = targets.reshape(hidden.shape[:-1]).to(hidden.device)
+        if num_items_in_batch is None:
+            return self.lm_head(hidden, targets, ignore_index=ignore_index)
+        loss = self.lm_head(hidden, targets, ignore_index=ignore_index, reduction="sum")
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Also called when the vocabulary is resized; a plain linear layer becomes an ``OutputLayer`` of the same weight."""
+        plain = new_embeddings
+        if type(plain) is nn.Linear and plain.bias is None and not hasattr(plain, "_hf_hook"):
+            new_embeddings = OutputLayer(plain.in_features, plain.out_features, bias=False, device="meta")
+            new_embeddings.weight = plain.weight
+        self.lm_head = new_embeddings
 
     @property
     def init_continuous_batching(self) -> Any:  # type: ignore[override]

@@ -86,7 +86,7 @@ class TrainConfig:
     evaluate_every: int = 200
     """Steps between two evaluations on the validation data."""
     compile: bool = False
-    """Compile the blocks and the loss with torch.compile."""
+    """Compile the blocks with torch.compile."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
     fsdp: bool = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
@@ -34,12 +33,11 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context
 
 
 def compile_blocks(model: PreTrainedModel, **options) -> None:
-    """Compile every block and the loss of ``model`` where they are used; ``options`` are those of ``torch.compile``.
+    """Compile every block of ``model`` where it is used; ``options`` are those of ``torch.compile``.
 
     The blocks of one mixer are one program that is compiled once, however deep the model: the first step waits some seconds,
-    not minutes. Names of parameters stay as they are.
+    not minutes. Names of parameters stay as they are. The loss of training is products and a kernel: nothing to compile.
     """
     decoder: Any = model.base_model
     for block in decoder.layers:
         block.compile(fullgraph=True, **options)
-    model.loss_function = torch.compile(model.loss_function, **options)

@@ -1,8 +1,13 @@
-"""The Trainer of transformers with our arguments: which parameters decay, and what a log line holds."""
+"""The Trainer of transformers with our arguments: which parameters decay, and what a log line holds.
+
+Special about this file: between two logs nothing waits for the device. Batches are copied from pinned memory when their turn
+comes, so the host works ahead, and what the Trainer does between the model's calls costs no device time.
+"""
 
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +19,7 @@ from loglinear.training.progress import Meter
 
 
 class LanguageModelTrainer(Trainer):
-    """Weight decay on matrices only, and the meter's readings in every training log."""
+    """Weight decay on matrices only, the meter's readings in every training log, and evaluation without logits."""
 
     def __init__(self, *args, meter: Meter, **kwargs):
         super().__init__(*args, **kwargs)
@@ -23,6 +28,21 @@ class LanguageModelTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As the Trainer's; where only the loss is asked for, the model is told so."""
+        if prediction_loss_only:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    @cached_property
+    def _operations_per_token(self) -> int:
+        model: Any = self.model
+        return 6 * model.num_parameters(exclude_embeddings=True)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The Trainer's estimate, without counting the parameters again for every batch."""
+        return self._operations_per_token * inputs["input_ids"].numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -68,6 +88,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "eval_strategy": "steps" if config.data.has_validation else "no",
         "eval_steps": config.evaluate_every,
         "ddp_find_unused_parameters": False,
+        "accelerator_config": {"non_blocking": torch.accelerator.is_available()},  # batches lie in pinned memory
         "prediction_loss_only": True,
         "disable_tqdm": True,
         "log_level": "error",  # its warnings concern a resumed model's tied weights and the like
