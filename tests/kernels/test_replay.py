@@ -146,6 +146,62 @@ def test_an_error_leaves_no_recording_behind(host):
     assert replay.recording() is None
 
 
+class Stream:
+    """Stands for a stream: notes what it waits for, and when, among the launches of ``kernels``."""
+
+    def __init__(self, number, kernels):
+        self.cuda_stream, self.kernels, self.waits = number, kernels, []
+
+    def wait_stream(self, other):
+        self.waits.append((other.cuda_stream, sum(len(kernel.compiled.calls) for kernel in self.kernels)))
+
+
+def test_two_lanes_run_on_two_streams_between_a_fork_and_a_join(host, monkeypatch):
+    """Each lane finds its own scratch, though one is recorded after the other, and what both read stays where it is."""
+    make, use, add = Kernel("x", "y"), Kernel("shared", "own", "y"), Kernel("a", "b", "y")
+    main, second = (Stream(number, (make, use, add)) for number in (7, 8))
+    monkeypatch.setattr(replay, "second_stream", lambda device: second)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+
+    def function(inputs):
+        (x,) = inputs
+
+        def fresh():
+            return scratch((100,), x.dtype, x.device)
+
+        shared, results = fresh(), (fresh(), fresh())
+        launch(make, 1, x, shared)
+        with replay.two_lanes() as choose:
+            for lane in (0, 1, 0, 1):
+                choose(lane)
+                own = fresh()
+                launch(make, 1, x, own)
+                launch(use, 1, shared, own, results[lane])
+                del own
+        last = fresh()
+        launch(add, 1, *results, last)
+        return (last,)
+
+    replay.replay(function, [torch.zeros(4)])
+    replay.replay(function, [torch.zeros(4)])
+    assert [call[3] for call in make.compiled.calls] == [7, 7, 8, 7, 8]
+    assert [call[3] for call in use.compiled.calls] == [7, 8, 7, 8]
+    assert add.compiled.calls[0][3] == 7
+    assert second.waits == [(7, 1)]
+    assert main.waits == [(8, 9)]
+    made = [call[9:] for call in make.compiled.calls]
+    used = [call[9:] for call in use.compiled.calls]
+    (shared,) = {arguments[0] for arguments in used}
+    assert shared == made[0][1]
+    own = [arguments[1] for arguments in used]
+    results = [arguments[2] for arguments in used]
+    assert own == [arguments[1] for arguments in made[1:]]
+    assert (own[:2], results[:2]) == (own[2:], results[2:])
+    assert add.compiled.calls[0][9:11] == tuple(results[:2])
+    places = [shared, *own[:2], *results[:2]]
+    assert all(abs(one - other) >= 400 for one, other in itertools.combinations(places, 2))
+
+
 def test_buffers_share_memory_only_if_they_never_meet():
     sizes, lives = (300, 40, 500, 300, 1, 700), ((0, 1), (0, 5), (1, 2), (2, 3), (3, 3), (4, 5))
     buffers = [replay.Buffer(0, size, *life) for size, life in zip(sizes, lives)]

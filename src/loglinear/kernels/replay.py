@@ -3,13 +3,14 @@
 Special about this file: below some thousand tokens the host is slower than the GPU. Working out sizes, allocating thirty
 tensors and Triton's look at every argument of every launch take ten times as long as the launches themselves, and depend on
 dtypes, shapes, strides and alignments alone: they are done once for each kind of call. Scratch that is never alive at the
-same time shares memory, as the kernels of a call run one after the other.
+same time shares memory. The kernels of a call run one after the other, or in two lanes side by side (``two_lanes``).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -23,16 +24,28 @@ _local = threading.local()
 
 @dataclass
 class Buffer:
-    """Scratch of a recorded call, alive from launch ``first`` to launch ``last``. Sizes and addresses in bytes."""
+    """Scratch of a recorded call, alive from launch ``first`` to launch ``last``. Sizes and addresses in bytes.
+
+    lanes: of the launches that use it. beside: whether one of them may run beside those of the other lane.
+    """
 
     address: int
     size: int
     first: int
     last: int = -1
     offset: int = 0
+    lanes: set[int] = field(default_factory=set)
+    beside: bool = False
 
     def holds(self, address: int) -> bool:
         return self.address <= address < self.address + max(self.size, 1)
+
+    def meets(self, other: Buffer) -> bool:
+        """Whether both may be alive at the same time."""
+        if self.last < 0 or other.last < 0:
+            return False
+        together = self.first <= other.last and other.first <= self.last
+        return together or (self.beside and other.beside and self.lanes != other.lanes)
 
 
 @dataclass
@@ -41,6 +54,7 @@ class Launch:
 
     compiled: Any
     programs: int
+    lane: int
     arguments: list
     places: list[tuple[int, int | Buffer, int]]
 
@@ -53,6 +67,9 @@ class Recording:
     buffers: list[Buffer] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
     complete: bool = True
+    lane: int = 0
+    fork: int = -1  # the first launch of the lanes, if there are any
+    join: int = -1  # the first launch after them
 
     def allocated(self, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
@@ -88,12 +105,13 @@ class Recording:
                 continue
             if isinstance(place[0], Buffer):
                 place[0].last = len(self.launches)
+                place[0].lanes.add(self.lane)
             places.append((index, *place))
             arguments[index] = 0
         if compiled is None:
             self.complete = False
         elif self.complete:
-            self.launches.append(Launch(compiled, programs, arguments, places))
+            self.launches.append(Launch(compiled, programs, self.lane, arguments, places))
 
     def finish(self, results: tuple[Tensor | None, ...]) -> Tape | None:
         """The tape, or None where a launch or a result used memory that is neither an input's nor scratch."""
@@ -103,6 +121,8 @@ class Recording:
             return None
         bases = {id(b): len(self.inputs) + i for i, b in enumerate(kept) if b is not None}
         transient = [b for b in self.buffers if id(b) not in bases]
+        for buffer in transient:
+            self._note_lanes(buffer)
         arena = lay_out(transient)
         last = len(self.inputs) + len(kept)
         launches = []
@@ -113,8 +133,15 @@ class Recording:
                     offset += 0 if id(where) in bases else where.offset
                     where = bases.get(id(where), last)
                 addresses.append((index, where, offset))
-            launches.append((starter(launch.compiled, launch.programs), launch.arguments, addresses))
-        return Tape([None if x is None else (x.shape, x.dtype) for x in results], arena, launches)
+            launches.append((starter(launch.compiled, launch.programs), launch.lane, launch.arguments, addresses))
+        shapes = [None if x is None else (x.shape, x.dtype) for x in results]
+        return Tape(shapes, arena, launches, self.fork, self.join)
+
+    def _note_lanes(self, buffer: Buffer) -> None:
+        """A buffer of both lanes is alive as long as they are: neither knows how far the other has come."""
+        buffer.beside = buffer.first < self.join and buffer.last >= self.fork >= 0
+        if buffer.beside and len(buffer.lanes) > 1:
+            buffer.first, buffer.last = min(buffer.first, self.fork), max(buffer.last, self.join - 1)
 
 
 def spans(x: Tensor, address: int) -> bool:
@@ -124,10 +151,10 @@ def spans(x: Tensor, address: int) -> bool:
 
 
 def lay_out(buffers: list[Buffer]) -> int:
-    """Give each buffer the lowest offset at which it meets none that is alive with it. Returns the bytes needed."""
+    """Give each buffer the lowest offset that is free of those it ``meets``. Returns the bytes needed."""
     placed: list[Buffer] = []
     for buffer in buffers:
-        neighbours = sorted((b for b in placed if b.last >= buffer.first), key=lambda b: b.offset)
+        neighbours = sorted((b for b in placed if b.meets(buffer)), key=lambda b: b.offset)
         for other in neighbours:
             if buffer.offset + buffer.size <= other.offset:
                 break
@@ -158,18 +185,27 @@ class Tape:
 
     results: list[tuple[torch.Size, torch.dtype] | None]
     scratch: int
-    launches: list[tuple[Callable, list, list[tuple[int, int, int]]]]
+    launches: list[tuple[Callable, int, list, list[tuple[int, int, int]]]]
+    fork: int
+    join: int
 
     def play(self, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
         results = [None if x is None else torch.empty(x[0], dtype=x[1], device=device) for x in self.results]
         memory = arena(self.scratch, device) if self.scratch else None
         base = [0 if x is None else x.data_ptr() for x in (*inputs, *results, memory)]
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        for start, arguments, addresses in self.launches:
+        streams = [stream] if self.fork < 0 else [stream, second_stream(device).cuda_stream]
+        for number, (start, lane, arguments, addresses) in enumerate(self.launches):
+            if number == self.fork:
+                second_stream(device).wait_stream(torch.cuda.current_stream(device))
+            elif number == self.join:
+                torch.cuda.current_stream(device).wait_stream(second_stream(device))
             arguments = arguments.copy()
             for index, where, offset in addresses:
                 arguments[index] = base[where] + offset
-            start(stream, arguments)
+            start(streams[lane], arguments)
+        if self.join == len(self.launches):
+            torch.cuda.current_stream(device).wait_stream(second_stream(device))
         return tuple(results)
 
 
@@ -182,6 +218,32 @@ def tape_of(*kind) -> list[Tape | None]:
 def recording() -> Recording | None:
     """The recording of this thread, if a call is being recorded."""
     return getattr(_local, "recording", None)
+
+
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of lane 1, one for each thread and device."""
+    streams = _local.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
+
+
+@contextmanager
+def two_lanes() -> Iterator[Callable[[int], None]]:
+    """Within, launches belong to the lane, 0 or 1, that was last chosen by a call of what is yielded.
+
+    The lanes are repeated on two streams, so that while one's kernel runs out of programs, or waits for memory, the other's
+    has some: no launch of one may need what one of the other writes. Each takes scratch of its own. Once in a call.
+    """
+    note = recording() or Recording([])
+    assert note.fork < 0
+    note.fork = len(note.launches)
+
+    def choose(lane: int) -> None:
+        note.lane = lane
+
+    yield choose
+    note.lane, note.join = 0, len(note.launches)
 
 
 def replay(

@@ -1,4 +1,8 @@
-"""BACKWARD of the delta rule: its launches, in the order in which the gradients flow, for some heads at a time."""
+"""BACKWARD of the delta rule: its launches, in the order in which the gradients flow, for some heads at a time.
+
+Special about this file: slices of heads come in pairs, one on each of two streams. A kernel of few heads leaves the GPU half
+empty while its last programs end; the other slice's fills it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ from loglinear.kernels.delta_rule.unit_grads import unit_grads_kernel
 from loglinear.kernels.delta_rule.wide_entry_grads import segment_sums_kernel, wide_entry_grads_kernel
 from loglinear.kernels.head_sums import sum_heads
 from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
-from loglinear.kernels.replay import replay
+from loglinear.kernels.replay import replay, two_lanes
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config
 
 
@@ -325,8 +329,10 @@ def run_backward(inputs: list, scale: float, config: DeltaRuleConfig, kept: int)
         backward_of_heads(problem, x, out, maps)
     else:
         part = dataclasses.replace(problem, heads=count, groups=cdiv(count, per_group))
-        for first in range(0, problem.heads, count):
-            own = x.heads(first, count, per_group), out.heads(first, count, per_group)
-            backward_of_heads(part, *own, None if maps is None else maps.part(first, count))
+        with two_lanes() as choose:
+            for number, first in enumerate(range(0, problem.heads, count)):
+                choose(number % 2)
+                own = x.heads(first, count, per_group), out.heads(first, count, per_group)
+                backward_of_heads(part, *own, None if maps is None else maps.part(first, count))
     dq, dk = sum_heads(out.dq, q), sum_heads(out.dk, k)
     return dq, dk, out.dv, out.dg, out.dbeta, out.dlevel_scales

@@ -88,8 +88,8 @@ def after_identity(acc, dw, trace, grads, c, row, h, k_tile, erased, k_head, str
             part = load_part(written, 0, first, K, C, WIDTH, C, BN)
             dw = tl.dot(passed, tl.trans(identity), dw, input_precision=PRECISION)
             acc = tl.dot(part, tl.trans(left), acc, input_precision=PRECISION)
-    else:
-        left = load_part_if(c % 2 == 0, x, 0, 0, K, K, WIDTH, BK, BK)
+    elif c % 2 == 0:
+        left = load_part(x, 0, 0, K, K, WIDTH, BK, BK)
         dw = tl.dot(k_tile, left, dw, input_precision=PRECISION)
         acc = tl.dot(erased, tl.trans(left), acc, input_precision=PRECISION)
     return acc, dw, trace

@@ -49,7 +49,9 @@ def state_grads(grads, c, row, x_row, h, first_k, first_n, H: tl.constexpr, K: t
     x = grads + (x_row.to(tl.int64) * H + h) * (K * WIDTH) + K
     own = grads + (row.to(tl.int64) * H + h) * (K * WIDTH) + K
     total = load_part(x, first_k, first_n, V, K, WIDTH, BK, BN).to(tl.float32)
-    return total + load_part_if(is_prefix(c) == 0, own, first_k, first_n, V, K, WIDTH, BK, BN).to(tl.float32)
+    if is_prefix(c) == 0:
+        total += load_part(own, first_k, first_n, V, K, WIDTH, BK, BN).to(tl.float32)
+    return total
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "spare"])
