@@ -79,3 +79,13 @@ def merges(e: int) -> Iterator[int]:
     while step < lowbit(e):
         yield e - step
         step *= 2
+
+
+def aligned_blocks(start: int, stop: int) -> Iterator[range]:
+    """The fewest nodes of the tree that tile leaves ``[start, stop)``: each 2**m leaves from a multiple of 2**m, in order."""
+    while start < stop:
+        size = 1 << (stop - start).bit_length() - 1
+        if start:
+            size = min(size, lowbit(start))
+        yield range(start, start + size)
+        start += size

@@ -103,13 +103,14 @@ def log_linear_delta_rule(
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
     if use_qk_l2norm_in_kernel:
-        q, k = _unit(q, "q"), _unit(k, "k")
+        q, k = unit(q, "q"), unit(k, "k")
     return _attention(
         q, k, v, g, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu
     )
 
 
-def _unit(x: Tensor, name: str) -> Tensor:
+def unit(x: Tensor, name: str) -> Tensor:
+    """x over its length along the last axis, ``x / sqrt(Σ x² + 1e-6)``."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor: got {getattr(x, 'dtype', type(x).__name__)}")
     wide = x if x.dtype == torch.float64 else x.float()

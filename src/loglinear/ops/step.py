@@ -17,7 +17,7 @@ from torch import Tensor
 from loglinear import kernels
 from loglinear.decoding_state import DecodingState
 from loglinear.ops import checks
-from loglinear.ops.attention import _unit
+from loglinear.ops.attention import unit
 from loglinear.ops.registration import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
 from loglinear.reference.step import step
 
@@ -105,7 +105,7 @@ def _run(q, k, v, g, beta, level_scales, state, scale, normalize, advance) -> Te
             o = run.delta_step(q, k, v, g, beta, level_scales, state, scale, normalize)
     else:
         if normalize:
-            q, k = _unit(q, "q"), _unit(k, "k")
+            q, k = unit(q, "q"), unit(k, "k")
         o = step(q, k, v, g, level_scales, state, beta, scale)
     if advance:
         state.position += v.shape[1]

@@ -1,0 +1,53 @@
+"""EXCHANGE: an all-gather that autograd goes back through, and what the convolution needs of it.
+
+Special about this file: the backward pass of an all-gather is a collective too, so that every rank must take it, also one that
+has no use for what it received. The gather therefore stands *on the way of* a tensor that the result depends on in any case.
+That also orders the collectives of the backward pass, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _Exchange(torch.autograd.Function):
+    """(through, sent) to (through, what all ranks sent); see ``exchange``."""
+
+    @staticmethod
+    def forward(ctx, through, sent, group):
+        ctx.group = group
+        received = sent.new_empty(group.size(), *sent.shape)
+        dist.all_gather(list(received.unbind(0)), sent.contiguous(), group=group)
+        return through.view_as(through), received
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dthrough, dreceived):
+        # The transpose of an all-gather. A sum in the order of the ranks here, not one by the backend: always the same bits.
+        returned = torch.empty_like(dreceived, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(returned, dreceived.contiguous(), group=ctx.group)
+        return dthrough, returned.sum(0), None
+
+
+def exchange(through: Tensor, sent: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """``through`` as it is, and ``[R, *sent.shape]``: what each rank of the group sent, of one shape and dtype on all of them.
+
+    Gradients of what the others received come back to ``sent``. The loss must depend on ``through``.
+    """
+    return _Exchange.apply(through, sent, group)
+
+
+def previous_inputs(x: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """x ``[B, T, channels]`` as it is, and the last ``count`` tokens of the rank before ``[B, count, channels]``, zeros on rank 0.
+
+    Go on with the x that is returned: the backward pass runs through it.
+    """
+    length = x.shape[1]
+    if length < count:
+        raise ValueError(f"x must hold at least {count} tokens on every rank: got T={length}")
+    wide = torch.promote_types(x.dtype, torch.float32)  # all backends can send it
+    x, tails = exchange(x, x[:, length - count :].to(wide), group)
+    before = tails[group.rank() - 1] if group.rank() else torch.zeros_like(tails[0])
+    return x, before.to(x.dtype)

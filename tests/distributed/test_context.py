@@ -1,0 +1,86 @@
+"""The ops over several ranks against the same op in one process: outputs, and the gradients of every input on every rank.
+
+Decays and writing strengths are small, or little of a rank's past would be left for an error to show in.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import loglinear
+from loglinear.distributed import context_parallel_attention, context_parallel_delta_rule, context_span
+from oracle import error, make_inputs
+from ranks import on_ranks
+
+SMALL = dict(B=2, H=4, G=2, K=3, V=5, L=11)
+CASES = {  # ranks, tokens of all together, inputs, options of the op
+    "scalar": (3, 576, dict(gate="scalar", **SMALL), {"scale": 0.7}),  # spans of 3 chunks: two or more blocks
+    "delta rule": (3, 576, dict(gate="delta", **SMALL), {"scale": 0.7, "use_qk_l2norm_in_kernel": True}),
+    "two ranks": (2, 256, dict(gate="delta", **SMALL), {}),
+    "no gate, few levels": (3, 192, dict(gate="identity", **SMALL | {"L": 8}), {}),
+    "linear": (3, 192, dict(gate="scalar", **SMALL), {}),
+    "linear delta rule": (2, 128, dict(gate="delta", **SMALL), {}),
+    "resets": (2, 256, dict(gate="scalar", **SMALL), {}),
+    "float32": (2, 256, dict(gate="delta", dtype=torch.float32, **SMALL), {}),
+    "bfloat16": (3, 192, dict(gate="scalar", dtype=torch.bfloat16, **SMALL), {}),
+}
+# Above the dtype's rounding by what sums in another order lose; bfloat16 as one process with the same dtype, twice.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def made(name: str) -> dict:
+    """Inputs of the whole sequence."""
+    _, length, kind, _ = CASES[name]
+    x = make_inputs(T=length, **kind)
+    for weak in {"g", "beta"} & set(x):
+        x[weak] = x[weak] / 50
+    if "linear" in name:
+        del x["level_scales"]
+    if name == "resets":
+        x["g"][:, [0, 5, 63, 64, 127, 140]] = -torch.inf
+        x["g"][:, 70:73] = -1e30
+    return {key: value.requires_grad_() for key, value in x.items()}
+
+
+def call(x: dict, ops: tuple, **options) -> torch.Tensor:
+    """o of the scalar gate's or the delta rule's function of ``ops``."""
+    result = ops["beta" in x](**{"g": None, "level_scales": None, **x}, **options)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def weight(o: torch.Tensor) -> torch.Tensor:
+    return torch.randn(o.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(o.dtype)
+
+
+def one_rank(rank: int) -> dict:
+    dist.init_process_group("gloo")
+    pairs = dist.new_group([0, 1], use_local_synchronization=True) if rank < 2 else None
+    return {name: case(name, dist.group.WORLD if CASES[name][0] == 3 else pairs) for name in CASES if CASES[name][0] > rank}
+
+
+def case(name: str, group) -> list[torch.Tensor]:
+    """o of this rank, and the gradients of its inputs."""
+    whole, (_, length, _, options) = made(name), CASES[name]
+    own = context_span(length, group)
+    x = {key: value[:, own].detach().requires_grad_() for key, value in whole.items()}
+    o = call(x, (context_parallel_attention, context_parallel_delta_rule), **options, group=group)
+    full = torch.zeros(whole["v"].shape, dtype=o.dtype)
+    return [o, *torch.autograd.grad(o, list(x.values()), weight(full)[:, own])]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return on_ranks(3, one_rank)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_those_of_one_process(found, name):
+    ranks, _, _, options = CASES[name]
+    x = made(name)
+    o = call(x, (loglinear.log_linear_attention, loglinear.log_linear_delta_rule), **options)
+    expected = [o, *torch.autograd.grad(o, list(x.values()), weight(o))]
+    for i, want in enumerate(expected):
+        have = torch.cat([torch.as_tensor(result[name][i]) for result in found[:ranks]], 1)
+        assert error(have, want) < TOLERANCE[want.dtype], ["o", *x][i]
