@@ -45,7 +45,13 @@ def on_ranks(count: int, function: Callable, *args) -> list:
 
 
 def _run(sending, rank: int, count: int, port: int, function: Callable, args: tuple) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     try:

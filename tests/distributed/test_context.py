@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 
 import loglinear
 from loglinear.distributed import context_parallel_attention, context_parallel_delta_rule, context_span
 from oracle import error, make_inputs
-from ranks import on_ranks
 
 SMALL = dict(B=2, H=4, G=2, K=3, V=5, L=11)
 CASES = {  # ranks, tokens of all together, inputs, options of the op
@@ -57,7 +57,9 @@ def weight(o: torch.Tensor) -> torch.Tensor:
 def one_rank(rank: int) -> dict:
     dist.init_process_group("gloo")
     pairs = dist.new_group([0, 1], use_local_synchronization=True) if rank < 2 else None
-    return {name: case(name, dist.group.WORLD if CASES[name][0] == 3 else pairs) for name in CASES if CASES[name][0] > rank}
+    return {
+        name: case(name, dist.group.WORLD if CASES[name][0] == 3 else pairs) for name in CASES if CASES[name][0] > rank
+    }
 
 
 def case(name: str, group) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
 """CONTEXT: the ops on one sequence whose tokens lie on several ranks, as plain torch around the ops and one all-gather.
 
-Special about this file: it knows no kernel. A linear recurrence superposes, and its state can be read by queries. A rank cuts its
-span into *blocks*, nodes of the whole sequence's tree, so that all levels in a block are those of a sequence that begins there:
+Special about this file: it knows no kernel. A linear recurrence superposes, and its state can be read by queries. A rank cuts
+its span into *blocks*, nodes of the whole sequence's tree, so that all levels in one are those of a sequence that begins there:
 
 1. the op runs on each block as if nothing stood before it. K more queries behind its last token, the unit vectors, at λ = 1,
    read the state S that the block leaves, row by row;
@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.distributed.exchange import exchange
+from loglinear.distributed.exchange import exchange, outside_graphs
 from loglinear.fenwick import aligned_blocks
 from loglinear.ops import checks, log_linear_attention, log_linear_delta_rule
 from loglinear.ops.attention import unit
@@ -73,7 +73,7 @@ def context_parallel_attention(
         TypeError, ValueError: as the op; T is not a multiple of ``CHUNK_SIZE``, or (on CUDA a device assertion) differs
         between ranks.
     """
-    return _attention(q, k, v, g, None, level_scales, scale, group)
+    return outside_graphs(_attention)(q, k, v, g, None, level_scales, scale, group)
 
 
 def context_parallel_delta_rule(
@@ -97,7 +97,7 @@ def context_parallel_delta_rule(
         raise TypeError("beta must be a tensor [B, T, H]: got None")
     if use_qk_l2norm_in_kernel:
         q, k = unit(q, "q"), unit(k, "k")
-    return _attention(q, k, v, g, beta, level_scales, scale, group)
+    return outside_graphs(_attention)(q, k, v, g, beta, level_scales, scale, group)
 
 
 class Inputs(NamedTuple):
@@ -141,7 +141,6 @@ class Slot(NamedTuple):
     state: Tensor
 
 
-@torch.compiler.disable
 def _attention(q, k, v, g, beta, level_scales, scale, group) -> Tensor:
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     without_autocast: AbstractContextManager = nullcontext()

@@ -7,6 +7,8 @@ That also orders the collectives of the backward pass, on every rank alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,11 +41,20 @@ def exchange(through: Tensor, sent: Tensor, group: dist.ProcessGroup) -> tuple[T
     return _Exchange.apply(through, sent, group)
 
 
-def previous_inputs(x: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """x ``[B, T, channels]`` as it is, and the last ``count`` tokens of the rank before ``[B, count, channels]``, zeros on rank 0.
+def outside_graphs(function: Callable) -> Callable:
+    """``function``, which the compiler leaves as it is: a process group is no part of a graph."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
-    Go on with the x that is returned: the backward pass runs through it.
+
+def previous_inputs(x: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """x ``[B, T, channels]`` as it is, and the last ``count`` tokens of the rank before (zeros on rank 0).
+
+    Go on with the x that is returned: the backward pass runs through it. Raises ValueError if T < ``count``.
     """
+    return outside_graphs(_previous_inputs)(x, count, group)
+
+
+def _previous_inputs(x, count, group):
     length = x.shape[1]
     if length < count:
         raise ValueError(f"x must hold at least {count} tokens on every rank: got T={length}")

@@ -9,9 +9,12 @@
 * ``output_state``: whether to return the state after the last token (None otherwise).
 * ``cu_seqlens``: integer ``[n + 1]``, offsets of n sequences packed along T in a batch of one. They cannot see each other,
   and states have n rows. ``cu_seqlens_cpu``, the same on the CPU, spares a device synchronisation.
+
+After ``set_context_group(module, group)`` the T tokens are a rank's span of one sequence, without states and packing.
 """
 
 from loglinear.layers.attention import SoftmaxAttention
+from loglinear.layers.context import set_context_group
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.gated_deltanet import LogLinearGatedDeltaNet
 from loglinear.layers.level_scale import LevelScale
@@ -32,4 +35,5 @@ __all__ = [
     "RecurrentMixerState",
     "ShortConvolution",
     "SoftmaxAttention",
+    "set_context_group",
 ]

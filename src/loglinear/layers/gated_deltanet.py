@@ -6,6 +6,8 @@ models differ by ``level_scale`` alone. The query scale 1/sqrt(K) and λ would c
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +16,11 @@ from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.norm import GatedRMSNorm
-from loglinear.layers.recurrence import mix, writes_into
+from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 
 class LogLinearGatedDeltaNet(StatedInit):
@@ -61,6 +66,7 @@ class LogLinearGatedDeltaNet(StatedInit):
         self.level_scale = LevelScale(hidden_size, num_heads, num_levels) if log_linear else None
         self.norm = GatedRMSNorm(value_dim, norm_eps)
         self.out_proj = nn.Linear(values, hidden_size, bias=False)
+        self.context_group: ProcessGroup | None = None  # set_context_group
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -78,7 +84,7 @@ class LogLinearGatedDeltaNet(StatedInit):
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
         qkv, gate, a, b = self.in_proj(hidden).split(self.in_widths, dim=-1)
-        qkv, conv_tail = self.conv(qkv, state.conv if state else None, cu_seqlens, in_place=writes_into(state))
+        qkv, conv_tail = convolve(self.conv, qkv, state, cu_seqlens, self.context_group)
         q, k, v = qkv.split(self.conv_widths, dim=-1)
 
         inputs = {
@@ -89,6 +95,8 @@ class LogLinearGatedDeltaNet(StatedInit):
             "beta": torch.sigmoid(wide(b)),
         }
         scales = self.level_scale(hidden) if self.level_scale is not None else None
-        o, new_state = mix(inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu)
+        o, new_state = mix(
+            inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
+        )
         o = self.norm(o, gate.unflatten(-1, (self.num_heads, -1)))
         return self.out_proj(o.flatten(-2)), new_state

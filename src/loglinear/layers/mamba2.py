@@ -6,6 +6,8 @@ Special about this file: in attention's terms C is the query, B the key and ``x 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +16,11 @@ from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.norm import GatedRMSNorm
-from loglinear.layers.recurrence import mix, writes_into
+from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 
 class LogLinearMamba2(StatedInit):
@@ -61,6 +66,7 @@ class LogLinearMamba2(StatedInit):
         self.level_scale = LevelScale(hidden_size, num_heads, num_levels) if log_linear else None
         self.norm = GatedRMSNorm(inner, norm_eps, gate_first=True)
         self.out_proj = nn.Linear(inner, hidden_size, bias=False)
+        self.context_group: ProcessGroup | None = None  # set_context_group
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -82,7 +88,7 @@ class LogLinearMamba2(StatedInit):
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
         z, xBC, dt = self.in_proj(hidden).split(self.in_widths, dim=-1)
-        xBC, conv_tail = self.conv(xBC, state.conv if state else None, cu_seqlens, in_place=writes_into(state))
+        xBC, conv_tail = convolve(self.conv, xBC, state, cu_seqlens, self.context_group)
         x, B, C = xBC.split(self.conv_widths, dim=-1)
         x = x.unflatten(-1, (self.num_heads, -1))
 
@@ -94,6 +100,8 @@ class LogLinearMamba2(StatedInit):
             "g": -torch.exp(wide(self.A_log)) * dt,
         }
         scales = self.level_scale(hidden) if self.level_scale is not None else None
-        y, new_state = mix(inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu)
+        y, new_state = mix(
+            inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
+        )
         y = y + x * self.D.to(x.dtype).unsqueeze(-1)  # the skip takes x as it is, not x·dt
         return self.out_proj(self.norm(y.flatten(-2), z)), new_state

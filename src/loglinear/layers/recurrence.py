@@ -2,17 +2,22 @@
 
 Special about this file: a state for decoding takes short calls through the step ops, which wait for nothing and allocate only
 their result; whatever they do not take (long or packed calls) goes through the ordinary op and back into the same buffers.
-Under autograd every call is functional.
+Under autograd every call is functional. With a context group the tokens are this rank's span of one sequence over all ranks of
+the group: whatever belongs to a whole sequence (states, packing) is refused.
 
 Legend: B rows, T tokens, H value heads, G q/k groups, K, V widths.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from loglinear.decoding_state import DecodingState
+from loglinear.distributed import context_parallel_attention, context_parallel_delta_rule, previous_inputs
+from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.state import LinearDecodingState, RecurrentMixerState, copy_tensors_
 from loglinear.ops import (
     log_linear_attention,
@@ -22,10 +27,30 @@ from loglinear.ops import (
 )
 from loglinear.state import LinearState, LogLinearState
 
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
+
 
 def writes_into(state: RecurrentMixerState | None) -> bool:
     """Whether a call updates ``state`` in place: it is one for decoding, and nothing is recorded for a backward pass."""
     return state is not None and state.in_place and not torch.is_grad_enabled()
+
+
+def convolve(
+    conv: ShortConvolution,
+    x: Tensor,
+    state: RecurrentMixerState | None,
+    cu_seqlens: Tensor | None,
+    context_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """y ``[B, T, channels]`` and the next tail, of a sequence that goes on from ``state`` or from the rank before."""
+    if context_group is None:
+        return conv(x, state.conv if state else None, cu_seqlens, in_place=writes_into(state))
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens must be None with a context group: ranks share one sequence without padding")
+    x, tail = previous_inputs(x, conv.width - 1, context_group)
+    y, next_tail = conv(torch.cat([tail, x], 1))  # not as its state: a call from the start has a kernel
+    return y[:, conv.width - 1 :], next_tail
 
 
 def mix(
@@ -36,6 +61,7 @@ def mix(
     output_state: bool,
     cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
+    context_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, RecurrentMixerState | None]:
     """o ``[B, T, H, V]`` and the state after the last token (None unless asked for).
 
@@ -43,8 +69,11 @@ def mix(
         inputs: q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g ``[B, T, H]``; with beta ``[B, T, H]`` it is the delta rule, on
             q and k of unit length. level_scales: λ ``[B, T, H, L]``; None is the linear model.
         conv_tail: the convolution's next tail; where ``writes_into(state)``, ``state.conv`` has it already.
+        context_group: ranks that share the sequence (``set_context_group``).
         The others: as in ``loglinear.layers``.
     """
+    if context_group is not None:
+        return _mix_over_ranks(inputs, level_scales, state, output_state, context_group), None
     if state is not None and writes_into(state):
         o = _mix_in_place(inputs, level_scales, state.memory, cu_seqlens, cu_seqlens_cpu)
         return o, state if output_state else None
@@ -52,6 +81,18 @@ def mix(
     assert not isinstance(memory, DecodingState)
     o, after = _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu)
     return o, RecurrentMixerState(conv_tail, after) if after is not None else None
+
+
+def _mix_over_ranks(inputs, level_scales, state, output_state, group) -> Tensor:
+    """o of this rank's span."""
+    if state is not None or output_state:
+        name = "output_state must be False" if state is None else "state must be None"
+        raise ValueError(f"{name} with a context group: no rank holds the whole past (of a model: use_cache=False)")
+    if "beta" in inputs:
+        return context_parallel_delta_rule(
+            **inputs, level_scales=level_scales, use_qk_l2norm_in_kernel=True, group=group
+        )
+    return context_parallel_attention(**inputs, level_scales=level_scales, group=group)
 
 
 def _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu):
