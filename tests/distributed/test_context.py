@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from processes import on_ranks
 
 import loglinear
 from loglinear.distributed import context_parallel_attention, context_parallel_delta_rule, context_span

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from processes import on_ranks
 
 from loglinear.distributed import context_span
 from loglinear.layers import set_context_group

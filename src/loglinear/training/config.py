@@ -91,9 +91,11 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
     fsdp: bool = False
     """Shard parameters, gradients and optimizer over the processes of torchrun (FSDP2)."""
+    context_parallel: int = 1
+    """Processes (of torchrun) that share one sequence, each a span of it, for contexts longer than one device holds."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "evaluate_every"):
+        for name in ("log_every", "save_every", "evaluate_every", "context_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
         if self.save_every % self.log_every:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from rich.console import Console
+from torch.distributed import ProcessGroup
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.utils.logging import disable_progress_bar
 
+from loglinear.layers import set_context_group
 from loglinear.tasks.lm.data import TextData, load_data
 from loglinear.training.checkpoints import (
     MarkComplete,
@@ -35,6 +37,7 @@ from loglinear.training.checkpoints import (
     remove_incomplete_checkpoints,
 )
 from loglinear.training.config import TrainConfig
+from loglinear.training.context import ContextTrainer, join_context_group
 from loglinear.training.model import build_model, compile_blocks
 from loglinear.training.progress import Meter, ShowProgress
 from loglinear.training.record import RECORD, check_same_run, read_record, versions, write_record
@@ -51,6 +54,7 @@ def train(config: TrainConfig, console: Console) -> dict:
     first_process = arguments.process_index == 0
     console = console if first_process else Console(quiet=True)
     disable_progress_bar()  # transformers' own, one for every file it saves
+    group = join_context_group(config, arguments)
     with console.status("reading and tokenizing the data"), arguments.main_process_first(desc="reading the data"):
         data = load_data(config.data)
     record = {
@@ -72,8 +76,10 @@ def train(config: TrainConfig, console: Console) -> dict:
 
     last = checkpoints[-1] if checkpoints else None
     model = _initial_model(config, data, last)
+    if group is not None:
+        set_context_group(model, group)
     if config.compile:
-        compile_blocks(model)
+        compile_blocks(model, fullgraph=group is None)
     record["model"] = {"parameters": model.num_parameters(), "config": model.config.to_diff_dict()}
     if first_process:
         for unfinished in remove_incomplete_checkpoints(config.output):
@@ -81,7 +87,7 @@ def train(config: TrainConfig, console: Console) -> dict:
         write_record(config.output, record)
     console.print(f"{model.num_parameters():,} parameters; {'new run' if last is None else f'going on from {last}'}")
     with ShowProgress(console) as progress:
-        trainer = _trainer(config, arguments, model, data, [progress, *_writers(config, record, last)])
+        trainer = _trainer(config, arguments, group, model, data, [progress, *_writers(config, record, last)])
         _train_from(trainer, last, config.optimizer.steps)
     metrics = _finish(trainer, config.output)
     record |= {"status": "complete", "metrics": metrics, "history": trainer.state.log_history}
@@ -118,13 +124,15 @@ def _writers(config: TrainConfig, record: dict, last: Path | None) -> list[Train
 def _trainer(
     config: TrainConfig,
     arguments: TrainingArguments,
+    group: ProcessGroup | None,
     model: PreTrainedModel,
     data: TextData,
     callbacks: list[TrainerCallback],
 ) -> LanguageModelTrainer:
     optimizer = config.optimizer
     tokens_per_step = optimizer.batch_size * optimizer.accumulate * config.data.context * arguments.world_size
-    trainer = LanguageModelTrainer(
+    kind, options = (LanguageModelTrainer, {}) if group is None else (ContextTrainer, {"context_group": group})
+    trainer = kind(
         model,
         arguments,
         train_dataset=data.train,
@@ -132,7 +140,8 @@ def _trainer(
         processing_class=data.tokenizer,
         data_collator=default_data_collator,
         callbacks=callbacks,
-        meter=Meter(tokens_per_step),
+        meter=Meter(tokens_per_step // config.context_parallel),
+        **options,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
