@@ -1,5 +1,6 @@
 """The partition, exhaustively to 4,096 tokens: against a binary counter made of lists, and against the drawn picture."""
 
+import itertools
 import re
 
 import pytest
@@ -93,3 +94,16 @@ def test_query_and_update_meet_in_exactly_one_entry():
 def test_what_is_no_position_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_aligned_blocks_are_the_fewest_nodes_that_tile_a_range():
+    for start in range(40):
+        for stop in range(start, 40):
+            blocks = list(fenwick.aligned_blocks(start, stop))
+            assert [leaf for block in blocks for leaf in block] == list(range(start, stop))
+            for block in blocks:
+                size = len(block)
+                assert size & (size - 1) == 0
+                assert block.start % size == 0
+            for left, right in itertools.pairwise(blocks):  # no two are halves of a node
+                assert len(left) != len(right) or left.start % (2 * len(left))

@@ -56,10 +56,23 @@ def weight(o: torch.Tensor) -> torch.Tensor:
 
 def one_rank(rank: int) -> dict:
     dist.init_process_group("gloo")
-    pairs = dist.new_group([0, 1], use_local_synchronization=True) if rank < 2 else None
-    return {
-        name: case(name, dist.group.WORLD if CASES[name][0] == 3 else pairs) for name in CASES if CASES[name][0] > rank
-    }
+    pair = dist.new_group([0, 1], use_local_synchronization=True) if rank < 2 else None
+    groups = {2: pair, 3: dist.group.WORLD}
+    found = {name: case(name, groups[ranks]) for name, (ranks, *_) in CASES.items() if ranks > rank}
+    return found | {"errors": [error_of(64 * (rank + 1)), error_of(65), span_error(400)]}
+
+
+def error_of(length: int) -> str:
+    x = make_inputs(T=length, **SMALL)
+    with pytest.raises(ValueError) as caught:
+        call(x, (context_parallel_attention,), group=dist.group.WORLD)
+    return str(caught.value)
+
+
+def span_error(length: int) -> str:
+    with pytest.raises(ValueError) as caught:
+        context_span(length, dist.group.WORLD)
+    return str(caught.value)
 
 
 def case(name: str, group) -> list[torch.Tensor]:
@@ -86,3 +99,11 @@ def test_outputs_and_gradients_are_those_of_one_process(found, name):
     for i, want in enumerate(expected):
         have = torch.cat([torch.as_tensor(result[name][i]) for result in found[:ranks]], 1)
         assert error(have, want) < TOLERANCE[want.dtype], ["o", *x][i]
+
+
+def test_spans_that_do_not_fit_are_named(found):
+    for result in found:
+        unequal, ragged, whole = result["errors"]
+        assert unequal == "q must hold as many tokens on every rank of the group: got T=[64, 128, 192]"
+        assert ragged == "q must hold a multiple of 64 tokens on every rank: got T=65"
+        assert whole == "length must be a multiple of 192 (3 ranks, chunks of 64 tokens): got 400"

@@ -78,3 +78,9 @@ def test_a_model_over_two_ranks_is_that_of_one_process():
         assert "without padding" in padded
         assert "use_cache=False" in cached
         assert "q must hold a multiple of 64 tokens on every rank: got T=65" in ragged
+
+
+def test_softmax_attention_is_refused():
+    hybrid = LogLinearForCausalLM(LogLinearConfig(**SIZES | {"mixer": [*MIXERS[:3], "attention"]}))
+    with pytest.raises(ValueError, match=r"softmax attention with a context group: got it in model\.layers\.3\.mixer"):
+        set_context_group(hybrid, object())

@@ -153,6 +153,7 @@ def _attention(q, k, v, g, beta, level_scales, scale, group) -> Tensor:
     length = q.shape[1]
     if length < 1 or length % CHUNK_SIZE:
         raise ValueError(f"q must hold a multiple of {CHUNK_SIZE} tokens on every rank: got T={length}")
+    _check_lengths(q, group)
     with without_autocast:
         wide = torch.promote_types(v.dtype, torch.float32)
         gate = torch.zeros(v.shape[:3], dtype=wide, device=v.device) if g is None else g
@@ -239,31 +240,30 @@ def _gather(
     shapes = [[batch, heads, width, width] if whole.beta is not None else [batch, heads]]
     shapes.append([batch, heads, width, value_width])
     sizes = [math.prod(shape) for shape in shapes]
-    chunks = torch.full((1,), whole.q.shape[1] // CHUNK_SIZE, dtype=wide, device=whole.v.device)
-    nothing = [chunks.new_zeros(size) for size in sizes]
-    parts = [chunks]
+    nothing = [whole.v.new_zeros(size, dtype=wide) for size in sizes]
+    parts: list[Tensor] = []
     for map_ in own:
         parts += [zeros if x is None else x.to(wide).flatten() for x, zeros in zip(map_, nothing)]
     parts += nothing * (max(map(len, plan)) - len(own))  # one size on all ranks
     through, received = exchange(through, torch.cat(parts), group)
-    _check_equal(received[:, 0].detach())
-
     gathered = []
-    for row, blocks in zip(received[:, 1:], plan):
+    for row, blocks in zip(received, plan):
         pieces = row[: len(blocks) * sum(sizes)].split(sizes * len(blocks))
         pairs = zip(pieces[::2], pieces[1::2])
         gathered.append([Map(a.view(shapes[0]), state.view(shapes[1])) for a, state in pairs])
     return through, gathered
 
 
-def _check_equal(chunks: Tensor) -> None:
+def _check_lengths(q: Tensor, group: dist.ProcessGroup) -> None:
     """Raise unless all ranks gave spans of one length; on CUDA the device does, so that the host need not wait."""
-    message = "q must hold as many tokens on every rank of the group"
-    same = (chunks == chunks[0]).all()
-    if chunks.is_cuda:
+    own = torch.tensor([q.shape[1]], device=q.device)
+    lengths = own.new_empty(group.size())
+    dist.all_gather(list(lengths.split(1)), own, group=group)
+    message, same = "q must hold as many tokens on every rank of the group", (lengths == own).all()
+    if q.is_cuda:
         torch._assert_async(same, message)
     elif not same:
-        raise ValueError(f"{message}: got T={[int(x) * CHUNK_SIZE for x in chunks.tolist()]}")
+        raise ValueError(f"{message}: got T={lengths.tolist()}")
 
 
 def slots_before(plan: list[list[range]], maps: list[list[Map]], rank: int, linear: bool) -> list[list[Slot]]:

@@ -21,7 +21,7 @@ class _Exchange(torch.autograd.Function):
     def forward(ctx, through, sent, group):
         ctx.group = group
         received = sent.new_empty(group.size(), *sent.shape)
-        dist.all_gather(list(received.unbind(0)), sent.contiguous(), group=group)
+        dist.all_gather(list(received.unbind()), sent.contiguous(), group=group)
         return through.view_as(through), received
 
     @staticmethod
