@@ -1,0 +1,176 @@
+"""Where the time of a training step goes: the kernels of a profiled step, each counted to one part.
+
+Special about this file: the same rules hold for compiled and eager steps, forward and backward, and for all models. A kernel
+belongs to the operator that launched it, if that is an op of sequence mixing, a convolution or a matrix product; which weight a
+product is of follows from its sizes. What the compiler has fused has no operator of its own and goes by its place:
+
+* loss: between the first and the last product with the vocabulary, which stand in the middle of a step;
+* optimiser: launched by the optimiser or by the clipping of gradients;
+* norms: its name says so, whatever else is fused into it (the residual sum, a gate, a cast);
+* mlp: the nearest products before and after it are both of the MLP (the activation);
+* other: the rest, that is gates, λ, skips, casts of weights, sums, the embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from training_models import matrices
+
+PARTS = ("op", "projections", "convolution", "norms", "mlp", "loss", "optimiser", "other")
+OPTIMISER = "optimiser"  # the range that a step opens around it
+KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
+OPERATORS = {
+    "op": re.compile(r"(loglinear::attention|benchmarks::(ssd|gated_delta)|Kernels|aten::_scaled_dot_product)"),
+    "convolution": re.compile(r"(loglinear::convolution|Convolution(Backward)?$)"),
+    "product": re.compile(r"aten::(addmm|mm|bmm|baddbmm)$"),
+}
+NORMS = re.compile(r"rms_norm|layer_norm|rsqrt|gamma_?beta", re.IGNORECASE)
+
+
+@dataclass
+class Kernel:
+    """One kernel: when it ran (µs), its name, the operator that launched it with the sizes of its matrices, and its part."""
+
+    start: float
+    duration: float
+    name: str
+    kind: str = ""
+    sizes: tuple[int, ...] = ()
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Input and output width of every matrix, by part."""
+
+    pairs: dict[str, set[tuple[int, int]]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Weights:
+        pairs: dict[str, set[tuple[int, int]]] = {"loss": set(), "mlp": set(), "projections": set()}
+        for name, module in matrices(model).items():
+            part = "loss" if name == "lm_head" else "mlp" if ".mlp." in name else "projections"
+            pairs[part].add((module.in_features, module.out_features))
+        return cls(pairs)
+
+    def part(self, sizes: tuple[int, ...]) -> str:
+        """The part whose weight a product of ``sizes`` (m, k, n) is of. One of the three is the number of tokens."""
+        for part, pairs in self.pairs.items():
+            if any(_contains(sizes, pair) for pair in pairs):
+                return part
+        return "other"
+
+
+def _contains(sizes: tuple[int, ...], pair: tuple[int, int]) -> bool:
+    """Whether both widths are among the sizes, as they are or padded to a multiple of 8 (the compiler does that)."""
+    rest = list(sizes)
+    for width in pair:
+        found = next((size for size in rest if size in (width, -(-width // 8) * 8)), None)
+        if found is None:
+            return False
+        rest.remove(found)
+    return True
+
+
+def profile(step: Callable[[], object]) -> dict:
+    """The trace of one step."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())
+
+
+def milliseconds_by_part(trace: dict, weights: Weights) -> dict[str, float]:
+    """Milliseconds of kernels by part, and under "products" those of all matrix products. Their sum without the latter is the GPU's time."""
+    kernels = sorted(launched(trace["traceEvents"]), key=lambda kernel: kernel.start)
+    for kernel in kernels:
+        if kernel.kind == "product":
+            kernel.part = weights.part(kernel.sizes)
+        elif kernel.kind:
+            kernel.part = kernel.kind
+    _place(kernels)
+    times = dict.fromkeys((*PARTS, "products"), 0.0)
+    for kernel in kernels:
+        times[kernel.part] += kernel.duration / 1e3
+        times["products"] += kernel.duration / 1e3 if kernel.kind == "product" else 0.0
+    return times
+
+
+def launched(events: list[dict]) -> list[Kernel]:
+    """The kernels of a trace, each with the operator in whose time it was launched."""
+    events = [event for event in events if event.get("ph") == "X"]
+    operators: dict[int, list[tuple[float, float, str, tuple[int, ...]]]] = defaultdict(list)  # by thread
+    launches: dict[int, tuple[float, int]] = {}
+    for event in events:
+        category, name = event.get("cat"), event["name"]
+        if category in ("cuda_runtime", "cuda_driver") and "correlation" in event["args"]:
+            launches[event["args"]["correlation"]] = event["ts"], event["tid"]
+        kind = OPTIMISER if (category, name) == ("user_annotation", OPTIMISER) else ""
+        if category == "cpu_op":
+            kind = next((kind for kind, pattern in OPERATORS.items() if pattern.match(name)), "")
+        if kind:
+            sizes = _product_sizes(event) if kind == "product" else ()
+            operators[event["tid"]].append((event["ts"], event["ts"] + event["dur"], kind, sizes))
+    outermost = {thread: _outermost(ranges) for thread, ranges in operators.items()}
+    kernels = []
+    for event in events:
+        if event.get("cat") in KERNELS:
+            kernel = Kernel(event["ts"], event["dur"], event["name"])
+            time, thread = launches.get(event["args"].get("correlation"), (0.0, -1))
+            ranges = outermost.get(thread, [])
+            i = bisect_right(ranges, time, key=lambda item: item[0]) - 1
+            if i >= 0 and time <= ranges[i][1]:
+                _, _, kernel.kind, kernel.sizes = ranges[i]
+            kernels.append(kernel)
+    return kernels
+
+
+def _outermost(ranges: list[tuple]) -> list[tuple]:
+    """Without those inside of another, in order."""
+    kept: list[tuple] = []
+    for item in sorted(ranges, key=lambda item: (item[0], -item[1])):
+        if not kept or item[0] >= kept[-1][1]:
+            kept.append(item)
+    return kept
+
+
+def _product_sizes(event: dict) -> tuple[int, ...]:
+    """(m, k, n) of a matrix product, from the last two dimensions of its operands."""
+    first = 1 if "add" in event["name"] else 0  # addmm and baddbmm begin with what they add to
+    left, right = event["args"]["Input Dims"][first : first + 2]
+    return left[-2], left[-1], right[-1]
+
+
+def _place(kernels: list[Kernel]) -> None:
+    """Give a part to the kernels, in the order they ran, that their operator has not given one."""
+    loss = [i for i, kernel in enumerate(kernels) if kernel.kind == "product" and kernel.part == "loss"]
+    products = [(i, kernel.part) for i, kernel in enumerate(kernels) if kernel.kind == "product"]
+    for i, kernel in enumerate(kernels):
+        if kernel.part:
+            continue
+        after = bisect_right(products, i, key=lambda item: item[0])
+        around = {part for _, part in products[max(after - 1, 0) : after + 1]}
+        if loss and loss[0] < i < loss[-1]:
+            kernel.part = "loss"
+        elif NORMS.search(kernel.name):
+            kernel.part = "norms"
+        else:
+            kernel.part = "mlp" if around == {"mlp"} else "other"

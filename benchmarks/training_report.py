@@ -1,0 +1,90 @@
+"""What rows of the training benchmark say together: the required ratios, and tokens per second against context as a figure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+NAME = "training"
+FLASH = "transformer, flash attention 2"
+RATIOS = (  # (what, (model, T), over (model, T), at least)
+    ("Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 16K", ("log_linear_mamba2", 1 << 14), (FLASH, 1 << 14), 1.1),
+    ("Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 64K", ("log_linear_mamba2", 1 << 16), (FLASH, 1 << 16), 3.0),
+    ("Log-Linear Mamba-2 over Mamba-2 with SSD at 16K", ("log_linear_mamba2", 1 << 14), ("mamba2, ssd", 1 << 14), 0.95),
+    (
+        "Log-Linear Gated DeltaNet over Gated DeltaNet at 16K",
+        ("log_linear_gated_deltanet", 1 << 14),
+        ("gated_deltanet", 1 << 14),
+        0.8,
+    ),
+    ("Log-Linear Mamba-2 at 131K over 16K", ("log_linear_mamba2", 1 << 17), ("log_linear_mamba2", 1 << 14), 0.75),
+)
+OUTSIDE = 0.35  # largest share of a step outside of matrix products and the op
+LONGEST = 1 << 19  # tokens that a step must take
+
+
+def report(rows: list[dict]) -> str:
+    """The figures that these rows give, a line each, with what is required."""
+    rate = {(row["model"], row["T"]): row for row in rows}
+    lines = []
+    for what, one, other, least in RATIOS:
+        if one in rate and other in rate:
+            ratio = rate[one]["tokens_per_s"] / rate[other]["tokens_per_s"]
+            alike = rate[one]["checkpointing"] == rate[other]["checkpointing"]
+            note = "" if alike else "; only one of them checkpoints activations"
+            lines.append(f"{what}: {ratio:.2f}x (required {least}x{note})")
+    if (context := overtakes(rows)) is not None:
+        lines.append(f"Log-Linear Mamba-2 is faster than the Transformer, FlashAttention-2, from {context:,} tokens on")
+    for row in rows:
+        if row["model"].startswith("log_linear_") and "outside_share" in row and row["T"] == 1 << 14:
+            share = row["outside_share"]
+            lines.append(f"{row['model']} outside of products and op at 16K: {share:.1%} (required at most {OUTSIDE:.0%})")
+    if longest := [row for row in rows if row["longest"]]:
+        row = max(longest, key=lambda row: row["T"])
+        memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**30:.1f} GiB"
+        lines.append(f"longest context in one step: {row['T']:,} tokens{memory} (required {LONGEST:,})")
+    return "\n".join(lines)
+
+
+def overtakes(rows: list[dict]) -> int | None:
+    """The shortest measured length from which Log-Linear Mamba-2 stays ahead of the Transformer with FlashAttention-2."""
+    rates = [{row["T"]: row["tokens_per_s"] for row in rows if row["model"] == name} for name in ("log_linear_mamba2", FLASH)]
+    ahead = None
+    for length in sorted(rates[0].keys() & rates[1].keys(), reverse=True):
+        if rates[0][length] < rates[1][length]:
+            break
+        ahead = length
+    return ahead
+
+
+def draw(args: argparse.Namespace) -> None:
+    """The figure: tokens a second against context, a curve for each model that has rows of these sizes, the newest of each."""
+    from matplotlib.figure import Figure
+
+    path: Path = args.results / f"{NAME}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    same = ("hidden_size", "vocab_size", "tokens", "residual")
+    rows = [row for row in rows if not row["longest"] and all(row[key] == getattr(args, key) for key in same)]
+    rows = [row for row in rows if args.models is None or row["model"] in args.models]
+    if not rows:
+        raise SystemExit(f"no rows of these sizes in {path}: run this command without --figure")
+    device = rows[-1].get("gpu") or rows[-1]["cpu"]
+    newest = {(row["model"], row["T"]): row for row in rows if device in (row.get("gpu"), row.get("cpu"))}
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    panel = figure.subplots()
+    for name in dict.fromkeys(model for model, _ in newest):
+        curve = sorted((row for (model, _), row in newest.items() if model == name), key=lambda row: row["T"])
+        contexts, rates = ([row[key] for row in curve] for key in ("T", "tokens_per_s"))
+        (line,) = panel.plot(contexts, rates, marker="o", markersize=3, label=name)
+        hollow = [(row["T"], row["tokens_per_s"]) for row in curve if row["checkpointing"]]
+        panel.plot(*zip(*hollow), "o", markersize=6, mfc="none", color=line.get_color()) if hollow else None
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlabel("context (tokens); rings: activations are checkpointed")
+    panel.set_ylabel("tokens/s, whole training step")
+    panel.grid(alpha=0.3, which="both")
+    panel.legend(fontsize=8)
+    figure.suptitle(f"width {args.hidden_size}, {args.tokens:,} tokens a step or one row: {device}", fontsize=10)
+    args.figure.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.figure, dpi=150)
