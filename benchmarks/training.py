@@ -47,13 +47,16 @@ LENGTHS = [1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15, 1 << 16, 1 << 17]
 COMPARED = [1 << 14, 1 << 16]  # where all columns are timed
 LONGEST = [1 << 18, 1 << 19, 1 << 20]
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # bf16 on tensor cores without sparsity, NVIDIA's data sheets (SXM)
-# Largest relative error of one parameter's gradient, two layers. Measured on two CPU cores at the default sizes: see main's check.
-LIMIT = 0.2
+# Relative error of one parameter's gradient, two layers. Measured on two CPU cores, all mixers: 1.1% to 4% at widths of 96 and
+# 768, up to 18% at width 64, where a vector has the numbers of two heads. Gates too large by half: 30% to 120%.
+LIMIT = 0.25
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=tuple(COLUMNS), help="default: all; --longest: log_linear_mamba2")
+    parser.add_argument(
+        "--models", nargs="+", choices=tuple(COLUMNS), help="default: all; --longest: log_linear_mamba2"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens of a row; default: see above")
     parser.add_argument("--tokens", type=int, default=1 << 15, help="of a step, in as many rows as it takes")
     for field in dataclasses.fields(Size)[:-1]:
@@ -65,7 +68,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dynamic", action="store_true", help="compile once for all lengths")
     parser.add_argument("--steps", type=int, default=8, help="timed; fewer, but two, where they take over --seconds")
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--longest", action="store_true", help="one step of 256K, 512K and 1M tokens each, checkpointed")
+    parser.add_argument(
+        "--longest", action="store_true", help="one step of 256K, 512K and 1M tokens each, checkpointed"
+    )
     parser.add_argument("--old-fla", help="folder with flash-linear-attention 0.2.2, unpacked")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
@@ -148,13 +153,14 @@ class Trainer:
 
 
 def check(name: str, args: argparse.Namespace, length: int = 320) -> float:
-    """Largest relative error of a parameter's gradient, two layers under autocast against float64; exits nothing, but raises.
+    """Largest relative error of a parameter's gradient, two layers under autocast against float64; raises if it is no rounding.
 
-    Weights are wider than a model starts with, so that the output of the recurrence counts beside its skip.
+    Weights are larger than a model's at its start, so that what is remembered counts beside the skip, and norms do not blow up
+    the first outputs, which are nearly 0 and all rounding (with an eps of 1e-6 Gated DeltaNet is 5% to 110% off).
     """
     column = COLUMNS[name]
     size = Size(args.hidden_size, 2, 2, args.vocab_size, length)
-    config = size.config(column.mixer, layers=2, initializer_range=args.hidden_size**-0.5)
+    config = size.config(column.mixer, layers=2, initializer_range=args.hidden_size**-0.5, rms_norm_eps=0.1)
     model, exact = build(config, column, args.device), build(config, Column(column.mixer), args.device)
     exact.load_state_dict(model.state_dict())
     exact.double()
@@ -185,7 +191,9 @@ def measure(trainer: Trainer, length: int, checkpointing: bool, args: argparse.N
     times = trainer.times(ids, steps) if steps else alone
     low, *_, high = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
     median, flops = statistics.median(times), model_flops(model, batch, length)
-    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if trainer.cuda and gpu in torch.cuda.get_device_name()), None)
+    peak = next(
+        (peak for gpu, peak in PEAK_FLOPS.items() if trainer.cuda and gpu in torch.cuda.get_device_name()), None
+    )
     row = {"B": batch, "T": length, "checkpointing": checkpointing, "steps": len(times), "first_loss": first}
     row |= {"ms": median, "ms_low": low, "ms_high": high, "tokens_per_s": 1e3 * batch * length / median}
     row |= {"peak_bytes": torch.cuda.max_memory_allocated() if trainer.cuda else None}
@@ -221,7 +229,9 @@ def show(name: str, length: int, row: dict) -> None:
     memory = "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 2**30:6.1f} GiB"
     how = "  checkpointed" if row["checkpointing"] else ""
     spread = f"({row['ms_low']:.1f} … {row['ms_high']:.1f})"
-    print(f"{name:30s} {length:8d}  {row['tokens_per_s']:10.0f} tokens/s  {row['ms']:9.1f} ms {spread}{share}{memory}{how}")
+    print(
+        f"{name:30s} {length:8d}  {row['tokens_per_s']:10.0f} tokens/s  {row['ms']:9.1f} ms {spread}{share}{memory}{how}"
+    )
     if "parts_ms" in row:
         parts = "  ".join(f"{part} {ms:.1f}" for part, ms in row["parts_ms"].items())
         idle = row["ms"] - sum(row["parts_ms"].values())

@@ -1,8 +1,8 @@
-"""The columns of the training benchmark: the paper's models and their peers, built alike; and what a step of each must multiply.
+"""The columns of the training benchmark: the paper's models and their peers, built alike; and the FLOPs that a step needs.
 
-Special about this file: model FLOPs do not depend on who computes them. A parameter of a matrix costs 6 a token; sequence mixing is
-counted in the chunkwise form with chunks of 64 tokens, causal products by their triangle, three times its forward. Recomputation
-counts nothing.
+Special about this file: model FLOPs do not depend on who computes them. A parameter of a matrix costs 6 a token; sequence
+mixing is counted in the chunkwise form with chunks of 64 tokens, causal products by their triangle, three times its forward. What
+is computed a second time counts nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
-from training_peers import FlaGatedDeltaNet, SSDMamba2
 
 from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, SoftmaxAttention
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from training_peers import FlaGatedDeltaNet, SSDMamba2
 
 CHUNK = 64
 HEAD_DIM = 96  # of softmax attention: 16 heads at the paper's width
@@ -23,7 +23,7 @@ HEAD_DIM = 96  # of softmax attention: 16 heads at the paper's width
 
 @dataclass(frozen=True)
 class Column:
-    """A model to time: a mixer of the config, the class that takes its place, and the kernel that softmax attention must use."""
+    """A model to time: a mixer of the config, the class that takes its place, the kernel that softmax attention must use."""
 
     mixer: str
     peer: type[nn.Module] | None = None
@@ -66,7 +66,9 @@ class Size:
         )
 
 
-def build(config: LogLinearConfig, column: Column, device: str, bfloat16_residual: bool = False) -> LogLinearForCausalLM:
+def build(
+    config: LogLinearConfig, column: Column, device: str, bfloat16_residual: bool = False
+) -> LogLinearForCausalLM:
     """A fresh model in training mode with float32 weights.
 
     ``bfloat16_residual``: the embeddings leave as bfloat16, and the residual stream stays so; under autocast it is float32.
@@ -117,7 +119,9 @@ def mixing_flops(mixer: nn.Module, length: int) -> int:
     assert isinstance(mixer, LogLinearGatedDeltaNet)
     keys, _, values = mixer.conv_widths
     K, V = keys // mixer.num_key_heads, values // H
-    inside = triangle * (2 * keys + values + H * (K + V))  # q kᵀ and k kᵀ, times values; the inverse times keys and values
+    inside = triangle * (
+        2 * keys + values + H * (K + V)
+    )  # q kᵀ and k kᵀ, times values; the inverse times keys and values
     if mixer.level_scale is None:
         return inside + 2 * H * K * V * (2 * length + reads)  # what is erased and what is added, what is read
     # Maps of K + V columns: those of chunks, their merges (one a chunk), and the entries that states and queries pass.

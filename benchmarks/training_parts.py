@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
 from training_models import matrices
 
 PARTS = ("op", "projections", "convolution", "norms", "mlp", "loss", "optimiser", "other")
@@ -99,7 +100,7 @@ def profile(step: Callable[[], object]) -> dict:
 
 
 def milliseconds_by_part(trace: dict, weights: Weights) -> dict[str, float]:
-    """Milliseconds of kernels by part, and under "products" those of all matrix products. Their sum without the latter is the GPU's time."""
+    """Milliseconds of kernels by part, which add up to all of them; under "products" those of matrix products once more."""
     kernels = sorted(launched(trace["traceEvents"]), key=lambda kernel: kernel.start)
     for kernel in kernels:
         if kernel.kind == "product":

@@ -11,11 +11,11 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
-from peers import import_from, load_mamba_without_extensions
 from torch import Tensor
 
 from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2
 from loglinear.layers.initialization import wide
+from peers import import_from, load_mamba_without_extensions
 
 SSD_CHUNK = 128  # the fastest of 64, 128 and 256 at T=16,384 (benchmarks/results/scalar_gate.jsonl)
 FLA_CHUNK = 64
@@ -36,7 +36,7 @@ def _ssd_module() -> ModuleType:
 
 @torch.library.custom_op("benchmarks::ssd", mutates_args=())
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    """y ``[B, T, H, V]`` of Mamba-2's scan: x ``[B, T, H, V]``, raw dt ``[B, T, H]``, B and C ``[B, T, G, K]``, the others ``[H]``."""
+    """y ``[B, T, H, V]`` of Mamba-2's scan: x alike, raw dt ``[B, T, H]``, B and C ``[B, T, G, K]``, the others ``[H]``."""
     forward = _ssd_module()._mamba_chunk_scan_combined_fwd
     return forward(x, dt, A, B, C, SSD_CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True)[0].contiguous()
 
@@ -95,7 +95,9 @@ def use_fla(folder: str) -> None:
 @lru_cache(maxsize=1)
 def _fla_module() -> ModuleType:
     if not _folders:
-        raise ImportError("flash-linear-attention 0.2.2 is not given: unpack its wheel and name the folder with --old-fla")
+        raise ImportError(
+            "flash-linear-attention 0.2.2 is not given: unpack its wheel and name the folder with --old-fla"
+        )
     return import_from(_folders[0], "fla.ops.gated_delta_rule.chunk")
 
 

@@ -9,8 +9,18 @@ from pathlib import Path
 NAME = "training"
 FLASH = "transformer, flash attention 2"
 RATIOS = (  # (what, (model, T), over (model, T), at least)
-    ("Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 16K", ("log_linear_mamba2", 1 << 14), (FLASH, 1 << 14), 1.1),
-    ("Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 64K", ("log_linear_mamba2", 1 << 16), (FLASH, 1 << 16), 3.0),
+    (
+        "Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 16K",
+        ("log_linear_mamba2", 1 << 14),
+        (FLASH, 1 << 14),
+        1.1,
+    ),
+    (
+        "Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 64K",
+        ("log_linear_mamba2", 1 << 16),
+        (FLASH, 1 << 16),
+        3.0,
+    ),
     ("Log-Linear Mamba-2 over Mamba-2 with SSD at 16K", ("log_linear_mamba2", 1 << 14), ("mamba2, ssd", 1 << 14), 0.95),
     (
         "Log-Linear Gated DeltaNet over Gated DeltaNet at 16K",
@@ -39,7 +49,9 @@ def report(rows: list[dict]) -> str:
     for row in rows:
         if row["model"].startswith("log_linear_") and "outside_share" in row and row["T"] == 1 << 14:
             share = row["outside_share"]
-            lines.append(f"{row['model']} outside of products and op at 16K: {share:.1%} (required at most {OUTSIDE:.0%})")
+            lines.append(
+                f"{row['model']} outside of products and op at 16K: {share:.1%} (required at most {OUTSIDE:.0%})"
+            )
     if longest := [row for row in rows if row["longest"]]:
         row = max(longest, key=lambda row: row["T"])
         memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**30:.1f} GiB"
@@ -49,7 +61,9 @@ def report(rows: list[dict]) -> str:
 
 def overtakes(rows: list[dict]) -> int | None:
     """The shortest measured length from which Log-Linear Mamba-2 stays ahead of the Transformer with FlashAttention-2."""
-    rates = [{row["T"]: row["tokens_per_s"] for row in rows if row["model"] == name} for name in ("log_linear_mamba2", FLASH)]
+    rates = [
+        {row["T"]: row["tokens_per_s"] for row in rows if row["model"] == name} for name in ("log_linear_mamba2", FLASH)
+    ]
     ahead = None
     for length in sorted(rates[0].keys() & rates[1].keys(), reverse=True):
         if rates[0][length] < rates[1][length]:
