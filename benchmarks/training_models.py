@@ -1,8 +1,8 @@
 """The columns of the training benchmark: the paper's models and their peers, built alike; and the FLOPs that a step needs.
 
 Special about this file: model FLOPs do not depend on who computes them. A parameter of a matrix costs 6 a token; sequence
-mixing is counted in the chunkwise form with chunks of 64 tokens, causal products by their triangle, three times its forward. What
-is computed a second time counts nothing.
+mixing is counted in the chunkwise form with chunks of 64 tokens, causal products by their triangle, three times its forward.
+What is computed twice counts once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Where the time of a training step goes: the kernels of a profiled step, each counted to one part.
 
 Special about this file: the same rules hold for compiled and eager steps, forward and backward, and for all models. A kernel
-belongs to the operator that launched it, if that is an op of sequence mixing, a convolution or a matrix product; which weight a
-product is of follows from its sizes. What the compiler has fused has no operator of its own and goes by its place:
+belongs to the operator that launched it, if that is an op of sequence mixing, a convolution, the loss, a matrix product or
+something that the optimiser does; which weight a product is of follows from its sizes. What the compiler has fused has no
+operator of its own and goes by its place:
 
 * loss: between the first and the last product with the vocabulary, which stand in the middle of a step;
-* optimiser: launched by the optimiser or by the clipping of gradients;
 * norms: its name says so, whatever else is fused into it (the residual sum, a gate, a cast);
 * mlp: the nearest products before and after it are both of the MLP (the activation);
 * other: the rest, that is gates, λ, skips, casts of weights, sums, the embedding.
@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,21 +34,21 @@ KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 OPERATORS = {
     "op": re.compile(r"(loglinear::attention|benchmarks::(ssd|gated_delta)|Kernels|aten::_scaled_dot_product)"),
     "convolution": re.compile(r"(loglinear::convolution|Convolution(Backward)?$)"),
-    "product": re.compile(r"aten::(addmm|mm|bmm|baddbmm)$"),
+    "loss": re.compile(r"loglinear::linear_cross_entropy"),
 }
+PRODUCT = re.compile(r"aten::(add|badd)?b?mm_?$")
 NORMS = re.compile(r"rms_norm|layer_norm|rsqrt|gamma_?beta", re.IGNORECASE)
 
 
 @dataclass
 class Kernel:
-    """One kernel: when it ran (µs), its name, the operator that launched it with the sizes of its matrices, and its part."""
+    """One kernel: when it ran (µs), its name, the part that its operator gives it, and the sizes if it is a matrix product."""
 
     start: float
     duration: float
     name: str
-    kind: str = ""
-    sizes: tuple[int, ...] = ()
     part: str = ""
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,22 +104,20 @@ def milliseconds_by_part(trace: dict, weights: Weights) -> dict[str, float]:
     """Milliseconds of kernels by part, which add up to all of them; under "products" those of matrix products once more."""
     kernels = sorted(launched(trace["traceEvents"]), key=lambda kernel: kernel.start)
     for kernel in kernels:
-        if kernel.kind == "product":
+        if kernel.sizes and not kernel.part:
             kernel.part = weights.part(kernel.sizes)
-        elif kernel.kind:
-            kernel.part = kernel.kind
     _place(kernels)
     times = dict.fromkeys((*PARTS, "products"), 0.0)
     for kernel in kernels:
         times[kernel.part] += kernel.duration / 1e3
-        times["products"] += kernel.duration / 1e3 if kernel.kind == "product" else 0.0
+        times["products"] += kernel.duration / 1e3 if kernel.sizes and kernel.part != "op" else 0.0
     return times
 
 
 def launched(events: list[dict]) -> list[Kernel]:
     """The kernels of a trace, each with the operator in whose time it was launched."""
     events = [event for event in events if event.get("ph") == "X"]
-    operators: dict[int, list[tuple[float, float, str, tuple[int, ...]]]] = defaultdict(list)  # by thread
+    operators, products = defaultdict(list), defaultdict(list)  # by thread
     launches: dict[int, tuple[float, int]] = {}
     for event in events:
         category, name = event.get("cat"), event["name"]
@@ -127,21 +126,26 @@ def launched(events: list[dict]) -> list[Kernel]:
         kind = OPTIMISER if (category, name) == ("user_annotation", OPTIMISER) else ""
         if category == "cpu_op":
             kind = next((kind for kind, pattern in OPERATORS.items() if pattern.match(name)), "")
+            if PRODUCT.match(name):
+                products[event["tid"]].append((event["ts"], event["ts"] + event["dur"], _product_sizes(event)))
         if kind:
-            sizes = _product_sizes(event) if kind == "product" else ()
-            operators[event["tid"]].append((event["ts"], event["ts"] + event["dur"], kind, sizes))
-    outermost = {thread: _outermost(ranges) for thread, ranges in operators.items()}
+            operators[event["tid"]].append((event["ts"], event["ts"] + event["dur"], kind))
+    operators, products = ({thread: _outermost(x) for thread, x in found.items()} for found in (operators, products))
     kernels = []
     for event in events:
         if event.get("cat") in KERNELS:
             kernel = Kernel(event["ts"], event["dur"], event["name"])
             time, thread = launches.get(event["args"].get("correlation"), (0.0, -1))
-            ranges = outermost.get(thread, [])
-            i = bisect_right(ranges, time, key=lambda item: item[0]) - 1
-            if i >= 0 and time <= ranges[i][1]:
-                _, _, kernel.kind, kernel.sizes = ranges[i]
+            kernel.part = _during(operators.get(thread, []), time) or ""
+            kernel.sizes = _during(products.get(thread, []), time) or ()
             kernels.append(kernel)
     return kernels
+
+
+def _during(ranges: list[tuple], time: float) -> Any:
+    """What the range (start, end, what) of a list in order says that holds ``time``; None if there is none."""
+    i = bisect_right(ranges, time, key=lambda item: item[0]) - 1
+    return ranges[i][2] if i >= 0 and time <= ranges[i][1] else None
 
 
 def _outermost(ranges: list[tuple]) -> list[tuple]:
@@ -162,8 +166,8 @@ def _product_sizes(event: dict) -> tuple[int, ...]:
 
 def _place(kernels: list[Kernel]) -> None:
     """Give a part to the kernels, in the order they ran, that their operator has not given one."""
-    loss = [i for i, kernel in enumerate(kernels) if kernel.kind == "product" and kernel.part == "loss"]
-    products = [(i, kernel.part) for i, kernel in enumerate(kernels) if kernel.kind == "product"]
+    loss = [i for i, kernel in enumerate(kernels) if kernel.sizes and kernel.part == "loss"]
+    products = [(i, kernel.part) for i, kernel in enumerate(kernels) if kernel.sizes]
     for i, kernel in enumerate(kernels):
         if kernel.part:
             continue
