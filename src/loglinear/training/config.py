@@ -90,7 +90,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
     fsdp: bool = False
-    """Shard parameters, gradients and optimizer over the processes of torchrun (FSDP2)."""
+    """Shard parameters, gradients and optimizer over the processes of torchrun or accelerate launch (FSDP2)."""
     context_parallel: int = 1
     """Processes (of torchrun) that share one sequence, each a span of it, for contexts longer than one device holds."""
 
@@ -98,6 +98,10 @@ class TrainConfig:
         for name in ("log_every", "save_every", "evaluate_every", "context_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if self.fsdp and self.context_parallel > 1:
+            raise ValueError(
+                f"fsdp: must be off with context_parallel={self.context_parallel}: processes share one or the other"
+            )
         if self.save_every % self.log_every:
             # A logged loss is a mean since the last one: a checkpoint in between would change it after a restart.
             raise ValueError(f"save_every must be a multiple of log_every: got {self.save_every} and {self.log_every}")

@@ -35,8 +35,9 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context
 def compile_blocks(model: PreTrainedModel, fullgraph: bool = True, **options) -> None:
     """Compile every block of ``model`` where it is used; ``options`` are those of ``torch.compile``.
 
-    Without ``fullgraph`` a block may be several graphs: under context parallelism it is. The blocks of one mixer are one program that is compiled once, however deep the model: the first step waits some seconds,
-    not minutes. Names of parameters stay as they are. The loss of training is products and a kernel: nothing to compile.
+    Without ``fullgraph`` a block may be several graphs: under context parallelism it is. The blocks of one mixer are one
+    program that is compiled once, however deep the model: the first step waits some seconds, not minutes. Names of parameters
+    stay as they are. The loss of training is products and a kernel: nothing to compile.
     """
     decoder: Any = model.base_model
     for block in decoder.layers:

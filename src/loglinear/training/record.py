@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from loglinear.tasks.lm.atomic import write_atomically
 
 RECORD = "record.json"
+SHARES = ("batch_size", "accumulate", "processes")
 
 
 def read_record(folder: Path) -> dict | None:
@@ -31,7 +33,7 @@ def write_record(folder: Path, record: dict) -> None:
 
 def check_same_run(folder: Path, old: dict, new: dict) -> None:
     """Raise ValueError naming every argument, or the data, in which ``new`` differs from the record in ``folder``."""
-    before, now = old["arguments"], new["arguments"]
+    before, now = _deciding(old["arguments"]), _deciding(new["arguments"])
     differing = [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         for name in dict.fromkeys([*before, *now])
@@ -44,6 +46,13 @@ def check_same_run(folder: Path, old: dict, new: dict) -> None:
             f"{folder / RECORD} records another run: {'; '.join(differing)}. "
             "Give the recorded arguments to go on with that run, or another --output to start a new one."
         )
+
+
+def _deciding(arguments: dict) -> dict:
+    """The arguments that decide the result: the sequences of a step do, how processes share them out does not."""
+    others = {name: value for name, value in arguments.items() if name not in (*SHARES, "fsdp", "context_parallel")}
+    sequences = math.prod(arguments.get(name, 1) for name in SHARES) // arguments.get("context_parallel", 1)
+    return {**others, " x ".join(SHARES): sequences}
 
 
 def versions() -> dict[str, str]:

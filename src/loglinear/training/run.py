@@ -3,12 +3,15 @@
     arguments -> data -> record -> model -> train, from the last complete checkpoint -> evaluate -> save -> record
 
 The order of the data depends on the seed and the step only, and a checkpoint holds the optimizer, the schedule and the
-random states, so an interrupted run and an unbroken one see the same batches and reach the same losses.
+random states, so an interrupted run and an unbroken one see the same batches and reach the same losses. It may go on with
+more processes or fewer, as long as a step takes as many sequences.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -41,6 +44,7 @@ from loglinear.training.context import ContextTrainer, join_context_group
 from loglinear.training.model import build_model, compile_blocks
 from loglinear.training.progress import Meter, ShowProgress
 from loglinear.training.record import RECORD, check_same_run, read_record, versions, write_record
+from loglinear.training.sharding import ShardedTrainer
 from loglinear.training.trainer import LanguageModelTrainer, training_arguments
 
 
@@ -131,8 +135,8 @@ def _trainer(
 ) -> LanguageModelTrainer:
     optimizer = config.optimizer
     tokens_per_step = optimizer.batch_size * optimizer.accumulate * config.data.context * arguments.world_size
-    kind, options = (LanguageModelTrainer, {}) if group is None else (ContextTrainer, {"context_group": group})
-    trainer = kind(
+    kind: Callable[..., LanguageModelTrainer] = ShardedTrainer if config.fsdp else LanguageModelTrainer
+    trainer = (kind if group is None else partial(ContextTrainer, context_group=group))(
         model,
         arguments,
         train_dataset=data.train,
@@ -141,7 +145,6 @@ def _trainer(
         data_collator=default_data_collator,
         callbacks=callbacks,
         meter=Meter(tokens_per_step // config.context_parallel),
-        **options,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -95,17 +95,14 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(),
     }
-    if config.fsdp:
-        options |= {"fsdp": True, "fsdp_config": {"version": 2}}
     arguments = TrainingArguments(str(config.output), **options)
     if arguments.world_size == 1 and arguments.n_gpu > 1:
         # One process on many GPUs would be DataParallel: slow, and batches as many times larger than asked for.
         arguments._n_gpu = 1
-    if config.fsdp and (arguments.world_size < 2 or arguments.device.type == "cpu"):
-        # Accelerate would leave it out without a word.
+    if config.fsdp and arguments.world_size < 2:
         raise ValueError(
-            f"fsdp: needs two or more accelerators and a process for each (torchrun): got {arguments.world_size} "
-            f"process(es) on {arguments.device.type}"
+            f"fsdp: needs two or more processes (torchrun or accelerate launch): got {arguments.world_size}; a run of "
+            "several goes on in one without it"
         )
     return arguments
 
