@@ -11,6 +11,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@# What else torchtitan asks for (wandb, an older datasets) it does not need to build and train a model.
+	$(BIN)/pip install -q -c constraints.txt --no-deps torchtitan spmd_types torch_checkpointing torchdata
 	touch $(STAMP)
 
 demo: setup

@@ -4,9 +4,9 @@
     python benchmarks/multi_gpu.py --gpus 4 --compile
     python benchmarks/multi_gpu.py --device cpu --hidden-size 64 --layers 2 --vocab-size 512 --T 256 --steps 3    # a rehearsal
 
-First `loglinear train` runs on one GPU, on all with --fsdp, and a third time from the checkpoints of the second: on one GPU, then
-on all again. Each takes the same sequences per step, in bfloat16. Losses must agree as closely as those of one GPU alone that
-takes the same steps in smaller portions, for that is as much as rounding may change; the limit is three times this, plus 1e-3.
+First `loglinear train` runs on one GPU, on all with --fsdp, and a third time from the checkpoints of the second: on one GPU,
+then on all again. Each takes the same sequences per step, in bfloat16. Losses must agree as closely as those of one GPU alone
+that takes the same steps in smaller portions, for that is what rounding changes; the limit is three times this, plus 1e-3.
 
 Only then are rows written. A step is forward, backward, clipping and AdamW under autocast, with one batch of random tokens per
 GPU, the same number on one GPU as on several; its time is that of the slowest process, the median over --steps of them, its
@@ -45,7 +45,9 @@ SEQUENCES = 16  # of a step of the check
 STEPS = 30
 SAVE = 10
 MODEL = "--hidden-size 256 --num-hidden-layers 4 --context 1024 --vocab-size 1024"
-REHEARSAL = "--hidden-size 32 --num-hidden-layers 1 --mamba-head-dim 8 --mamba-state-size 8 --context 64 --vocab-size 300"
+REHEARSAL = (
+    "--hidden-size 32 --num-hidden-layers 1 --mamba-head-dim 8 --mamba-state-size 8 --context 64 --vocab-size 300"
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -195,7 +197,9 @@ def check(args: argparse.Namespace, folder: Path) -> None:
         run.name: max(abs(loss - other) for loss, other in zip(losses(run), expected, strict=True))
         for run in (portions, several, forth, back)
     }
-    print(f"one GPU: loss {expected[0]:.4f} -> {expected[-1]:.4f} in {STEPS} steps; largest differences from it: {gaps}")
+    print(
+        f"one GPU: loss {expected[0]:.4f} -> {expected[-1]:.4f} in {STEPS} steps; largest differences from it: {gaps}"
+    )
     if falls < 0.1 or max(gaps.values()) > 3 * gaps["portions"] + 1e-3:
         raise SystemExit("the loss does not fall, or the runs disagree: nothing recorded")
     LogLinearForCausalLM.from_pretrained(back)
@@ -223,7 +227,10 @@ def main() -> None:
         row["tokens_per_second"] = round(1e3 * gpus * args.B * args.T / row["ms"], 1)
         row["speedup"] = round(row["tokens_per_second"] / (rows[0] if rows else row)["tokens_per_second"], 3)
         rows.append({**common, **row})
-        print(f"{gpus} GPU(s): {row['ms']:.1f} ms ({low:.1f} … {high:.1f}), {row['tokens_per_second']:,.0f} tokens/s, ", end="")
+        print(
+            f"{gpus} GPU(s): {row['ms']:.1f} ms ({low:.1f} … {high:.1f}), {row['tokens_per_second']:,.0f} tokens/s, ",
+            end="",
+        )
         print(f"{row['speedup']:.2f} x one, {memory:.1f} GiB")
     print(f"rows: {append(NAME, rows, args.results)}")
 

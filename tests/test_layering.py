@@ -13,9 +13,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "loglinear"
 # A module may import its own package and packages on lower steps. "" is loglinear/__init__.py, the ops' shop window.
 STEP = {
     **{"fenwick": 0, "state": 0, "decoding_state": 1, "reference": 2, "kernels": 2, "ops": 3, "": 4},
-    **{"distributed": 4, "layers": 5, "models": 6, "tasks": 7, "training": 8, "cli": 9},
+    **{"distributed": 4, "layers": 5, "models": 6, "tasks": 7, "training": 8, "cli": 9, "integrations": 9},
 }
-# Third-party packages that a package may import; tasks, training and cli may import any but triton.
+# Third-party packages that a package may import; tasks, training, cli and integrations may import any but triton.
 THIRD_PARTY = {
     **{"fenwick": set(), "state": {"torch"}, "decoding_state": {"torch"}},
     **{"reference": {"torch"}, "kernels": {"torch", "triton"}},
