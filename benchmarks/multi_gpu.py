@@ -76,7 +76,7 @@ def arguments() -> argparse.Namespace:
 def start(args: argparse.Namespace, folder: Path, processes: int, runs: list[list[str]]) -> list[float]:
     """Train ``runs`` in a group of processes, on as many GPUs; or, if there are none, time steps and return the times.
 
-    Not both in one group: the Trainer ends the group that it used.
+    Not both in one process: `loglinear train` ends the group that it used.
     """
     todo, times = folder / "todo.json", folder / "times.json"
     todo.write_text(json.dumps({"times": str(times), "runs": runs}))

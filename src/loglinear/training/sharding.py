@@ -96,7 +96,8 @@ class ShardedTrainer(LanguageModelTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor:
-        return whole(super()._clip_grad_norm(model))
+        norm = super()._clip_grad_norm(model)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # stays on its device: the host must not wait
 
     def _whole_state(self, optimizer: torch.optim.Optimizer, state: dict) -> dict:
         return whole(state, self.args.should_save)

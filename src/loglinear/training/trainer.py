@@ -99,6 +99,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     if arguments.world_size == 1 and arguments.n_gpu > 1:
         # One process on many GPUs would be DataParallel: slow, and batches as many times larger than asked for.
         arguments._n_gpu = 1
+    if arguments.device.type == "cpu":
+        arguments._setup_devices = torch.device("cpu")  # transformers 5.17 cannot load an optimizer's state to "cpu:0"
     if config.fsdp and arguments.world_size < 2:
         raise ValueError(
             f"fsdp: needs two or more processes (torchrun or accelerate launch): got {arguments.world_size}; a run of "
