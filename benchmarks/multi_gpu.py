@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.gpus < 2 or SEQUENCES % args.gpus:
         parser.error(f"--gpus must be at least 2 and divide {SEQUENCES}: got {args.gpus}")
-    if args.device == "cuda" and torch.cuda.device_count() < args.gpus:
+    if args.work is None and args.device == "cuda" and torch.cuda.device_count() < args.gpus:
         parser.error(f"--gpus {args.gpus} needs as many GPUs: got {torch.cuda.device_count()}")
     return args
 
