@@ -15,13 +15,15 @@ from loglinear.tasks.mqar.config import MODELS, PRESETS, Cell, Recipe
 from loglinear.tasks.mqar.data import Recall
 from loglinear.tasks.mqar.report import Result, best_rate, results, verdicts
 from loglinear.tasks.mqar.train import (
-    TrainingStep,
+    TrainingSteps,
     accuracy,
+    answer_shares,
     build_model,
+    count_right,
     held_out,
     learning_rate,
     train_cell,
-    training_batches,
+    training_blocks,
 )
 
 RECIPE = Recipe(steps=3, batch_size=4, vocab_size=16, layers=1, mlp=0, warmup=0.1, weight_decay=0.1, held_out=6)
@@ -67,15 +69,15 @@ def test_accuracy_is_the_share_of_answers_by_number_of_pairs():
     # Answers are set to what the model says in a known share of cases: all of two pairs, three quarters of four.
     answers = guesses.clone()
     answers[20::4] = (answers[20::4] + 1) % 16
-    found = accuracy(model, cell, Recall(test.tokens, test.queries, answers[None]))
+    found = accuracy(cell, count_right(model, cell, Recall(test.tokens, test.queries, answers[None])))
     assert found == {"2": 1.0, "4": 0.75}
 
 
 def test_validation_test_and_training_sequences_are_disjoint():
     cell = replace(CELL, recipe=replace(RECIPE, held_out=50, steps=40))
     validation, test = (set(map(tuple, recall.tokens[0].tolist())) for recall in held_out(cell, "cpu"))
-    batches = list(training_batches(cell, "cpu", torch.zeros(1, dtype=torch.int64)))
-    train = {tuple(tokens) for batch in batches for tokens in batch.tokens.tolist()}
+    blocks = list(training_blocks(cell, "cpu", torch.zeros(1, dtype=torch.int64)))
+    train = {tuple(tokens) for block in blocks for tokens in block.tokens.flatten(0, 1).tolist()}
     assert len(train) == 40 * 4
     assert not validation & test
     assert not train & (validation | test)
@@ -84,7 +86,7 @@ def test_validation_test_and_training_sequences_are_disjoint():
 def test_models_of_one_seed_see_the_same_sequences_and_seeds_differ():
     apart = torch.zeros(1, dtype=torch.int64)
     first, twin, other = (
-        next(training_batches(cell, "cpu", apart))
+        next(training_blocks(cell, "cpu", apart))
         for cell in (CELL, replace(CELL, model="Mamba-2"), replace(CELL, seed=1))
     )
     assert torch.equal(first.tokens, twin.tokens)
@@ -96,18 +98,18 @@ def test_a_step_is_adamw_with_its_schedule():
     assert learning_rate(cell, 0) == pytest.approx(0.001)
     assert learning_rate(cell, 9) == learning_rate(cell, 10) == pytest.approx(0.01)
     assert learning_rate(cell, 55) == pytest.approx(0.005)
-    step = TrainingStep(build_model(cell), cell)
-    decayed = {p for group in step.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    names = {name for name, p in step.model.named_parameters() if p not in decayed}
+    steps = TrainingSteps(build_model(cell), cell)
+    decayed = {p for group in steps.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in steps.model.named_parameters() if p not in decayed}
     assert {name.rsplit(".")[-1] for name in names} >= {"A_log", "dt_bias", "D", "L"}
     assert not any("proj.weight" in name or "embed" in name for name in names)
 
 
 def test_a_model_learns_what_one_batch_asks():
     cell = replace(CELL, learning_rate=0.02, recipe=replace(RECIPE, steps=60))
-    batch = next(training_batches(cell, "cpu", torch.zeros(1, dtype=torch.int64)))
-    step = TrainingStep(build_model(cell), cell)
-    losses = [float(step(batch)) for _ in range(60)]
+    batch = next(training_blocks(cell, "cpu", torch.zeros(1, dtype=torch.int64)))
+    one = Recall(*(x[:1].expand(60, *x.shape[1:]) for x in batch.parts()))
+    losses = TrainingSteps(build_model(cell), cell)(one).tolist()
     assert losses[0] > 2.0
     assert losses[-1] < 0.5
 

@@ -27,7 +27,9 @@ class MqarArgs:
     output: Path = Path("out/mqar")
     """Folder for rows.jsonl, results.json and accuracy.png; models whose rows are there are not trained again."""
     workers: int | None = None
-    """Models that train at the same time, each in a process of its own; none: a core each (at most 8 for each GPU)."""
+    """Processes that train models; none: one for each core, or two for each GPU."""
+    at_once: int | None = None
+    """Models that take turns in one process, on a GPU each on a stream of its own; none: 8 on a GPU, otherwise 1."""
     device: str | None = None
     """cuda or cpu; none: cuda if there is one."""
     models: tuple[str, ...] | None = None
@@ -52,6 +54,16 @@ class MqarArgs:
     """Sequences per step."""
     vocab_size: int | None = None
     """Half of it keys, half of it values."""
+    weight_decay: float | None = None
+    """Of matrices."""
+    equal_shares: bool | None = None
+    """The same share of the loss for each number of pairs, instead of for each answer."""
+    output_scale: float | None = None
+    """Of the initial output projections of all layers."""
+    initial_decay: float | None = None
+    """Factor on the initial decay rates of recurrent models."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """bfloat16: under autocast."""
 
     def grid(self) -> Grid:
         """The preset with what was asked for in its place. Raises ValueError for what cannot be run."""
@@ -87,7 +99,9 @@ def mqar(args: MqarArgs) -> list[Result]:
     for cells in grid.sweeps():
         check_batches(grid.recipe.batch_size, cells[0].length, cells[0].pairs, grid.recipe.vocab_size)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    workers = args.workers or min(os.cpu_count() or 1, 8 * torch.cuda.device_count() if device == "cuda" else 64)
+    on_gpu, cores = device == "cuda", os.cpu_count() or 1
+    workers = args.workers or (2 * torch.cuda.device_count() if on_gpu else min(cores, 64))
+    at_once = args.at_once or (8 if on_gpu else 1)
 
     def on_row(row: dict, done: int, total: int) -> None:
         cell, recalled = row["cell"], sum(row["test"].values()) / len(row["test"])
@@ -97,7 +111,7 @@ def mqar(args: MqarArgs) -> list[Result]:
             highlight=False,
         )
 
-    found = results(run_grid(grid, args.output / "rows.jsonl", workers, device, on_row))
+    found = results(run_grid(grid, args.output / "rows.jsonl", workers, device, on_row, at_once))
     for length in grid.lengths:
         console.print(accuracy_table([result for result in found if result.length == length]))
     lines = verdicts(found)

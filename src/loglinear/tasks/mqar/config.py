@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Literal
 
 from loglinear.fenwick import num_levels
 
@@ -39,6 +40,15 @@ class Recipe:
     """Of matrices; norms, biases and gates do not decay."""
     held_out: int
     """Sequences per number of pairs that choose the learning rate, and as many others for the table."""
+    equal_shares: bool = False
+    """Whether each number of pairs has the same share in the loss; otherwise each answer has, and many pairs outweigh few."""
+    output_scale: float = 0.1
+    """Of the initial output projections: what a layer adds starts small beside the embeddings. Normalised layers drown them
+    otherwise, and Gated DeltaNet stays at chance (docs/lab-notes.md)."""
+    initial_decay: float = 1.0
+    """Factor on the initial decay rates of recurrent models: as published, a head may forget within ten tokens."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: under autocast; weights, gates, norms, logits and the loss stay float32."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,13 @@ class Recall:
     queries: Tensor
     answers: Tensor
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tokens, self.queries, self.answers
+
+    def batch(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Parts of the i-th of several batches."""
+        return self.tokens[i], self.queries[i], self.answers[i]
+
 
 def check_sizes(length: int, pairs: int, vocab_size: int) -> None:
     """Raise ValueError where a sequence cannot hold the pairs and their queries, or the vocabulary not the keys."""

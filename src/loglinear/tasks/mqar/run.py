@@ -1,4 +1,4 @@
-"""A grid from its first cell to its last, by worker processes that train one model each; interrupted, it goes on.
+"""A grid from its first cell to its last, by worker processes that train several models each; interrupted, it goes on.
 
 Special about this file: the rows file is the only memory. A row is appended when its cell is done, and a cell whose row is
 there is skipped, so any part of a grid can be run at any time, in any order, by any number of workers.
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing import get_context
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-
-import torch
+from queue import Empty
 
 from loglinear.tasks.mqar.config import Cell, Grid
 from loglinear.tasks.mqar.report import best_rate
-from loglinear.tasks.mqar.train import train_cell
+from loglinear.tasks.mqar.side_by_side import Share, start_worker, work
+
+LOOK = 0.5  # seconds without a row until the workers are asked for errors
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -30,48 +31,82 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def run_grid(grid: Grid, path: Path, workers: int, device: str, on_row: Callable[[dict, int, int], None]) -> list[dict]:
-    """Train what ``path`` does not have yet, ``workers`` models at a time; returns the rows of the grid's seeds and rates.
+def run_grid(
+    grid: Grid, path: Path, workers: int, device: str, on_row: Callable[[dict, int, int], None], at_once: int = 1
+) -> list[dict]:
+    """Train what ``path`` does not have yet; returns the rows of the grid's seeds and rates.
 
-    ``on_row(row, done, total)`` is called for every new row of one of the two stages: the sweep of the learning rate with
-    the first seed, and the other seeds at each model's best one.
+    ``workers`` processes train ``at_once`` models each. The learning rate is swept with the first seed; as soon as a sweep is
+    complete, the other seeds follow at its best rate. ``on_row(row, done, total)`` is called for every new row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_cut_line(path)
     sweeps = list(grid.sweeps())
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, _start_worker, (workers, device, spawn.Value("i", 0))) as pool:
-        swept = _run(pool, [cell for sweep in sweeps for cell in sweep], path, device, on_row)
-        chosen = [
-            replace(sweep[0], learning_rate=best_rate([swept[_key(cell.identity())] for cell in sweep]))
-            for sweep in sweeps
-        ]
-        others = [replace(cell, seed=seed) for cell in chosen for seed in grid.seeds[1:]]
-        return [*swept.values(), *_run(pool, others, path, device, on_row).values()]
+    total = sum(len(sweep) for sweep in sweeps) + len(sweeps) * (len(grid.seeds) - 1)
+    rows = {_key(row["cell"]): row for row in read_rows(path)}
 
+    def wanted() -> dict[str, Cell]:
+        return {_key(cell.identity()): cell for cell in _wanted(sweeps, grid.seeds, rows)}
 
-def _run(
-    pool: ProcessPoolExecutor,
-    cells: Iterable[Cell],
-    path: Path,
-    device: str,
-    on_row: Callable[[dict, int, int], None],
-) -> dict[str, dict]:
-    wanted = {_key(cell.identity()): cell for cell in cells}
-    rows = {key: row for row in read_rows(path) if (key := _key(row["cell"])) in wanted}
-    # The longest first, so that no worker is left alone with one at the end.
-    missing = sorted((cell for key, cell in wanted.items() if key not in rows), key=lambda cell: -cell.length)
-    futures = {pool.submit(train_cell, cell, device): cell for cell in missing}
-    try:
-        for future in as_completed(futures):
-            row = {"cell": futures[future].identity(), **future.result()}
+    missing = len(wanted().keys() - rows.keys())
+    with closing(_train(wanted, rows, min(workers, missing), at_once, device)) as trained:
+        for cell, result in trained:
+            row = {"cell": cell.identity(), **result}
             _append(path, row)
             rows[_key(row["cell"])] = row
-            on_row(row, len(rows), len(wanted))
-    finally:
-        for future in futures:
-            future.cancel()
-    return {key: rows[key] for key in wanted}
+            on_row(row, len(wanted().keys() & rows.keys()), total)
+    return [rows[key] for key in wanted()]
+
+
+def _wanted(sweeps: list[list[Cell]], seeds: tuple[int, ...], rows: dict[str, dict]) -> list[Cell]:
+    """The cells of all sweeps, then those of the other seeds for each sweep that ``rows`` has completely."""
+    others = []
+    for sweep in sweeps:
+        swept = [rows.get(_key(cell.identity())) for cell in sweep]
+        done = [row for row in swept if row is not None]
+        if len(done) == len(sweep):
+            others += [replace(sweep[0], learning_rate=best_rate(done), seed=seed) for seed in seeds[1:]]
+    return [*(cell for sweep in sweeps for cell in sweep), *others]
+
+
+def _train(
+    wanted: Callable[[], dict[str, Cell]], rows: dict[str, dict], workers: int, at_once: int, device: str
+) -> Generator[tuple[Cell, dict]]:
+    """(cell, row) of each wanted cell that ``rows``, which the caller fills, does not have; an error in a worker is raised."""
+    if not workers:
+        return
+    spawn = get_context("spawn")
+    share = Share(device, workers, at_once, spawn.Value("i", 0), spawn.Queue(), spawn.Queue(), spawn.Event())
+    given: set[str] = set()
+    with ProcessPoolExecutor(workers, spawn, start_worker, (share,)) as pool:
+        try:
+            crew = [pool.submit(work) for _ in range(workers)]
+            while True:
+                new = [cell for key, cell in wanted().items() if key not in rows and key not in given]
+                for cell in sorted(new, key=_cost, reverse=True):  # no worker is left alone with a long one at the end
+                    share.cells.put(cell)
+                    given.add(_key(cell.identity()))
+                if given <= rows.keys():
+                    break
+                yield _next_row(share, crew)
+        finally:
+            share.over.set()
+            share.cells.cancel_join_thread()
+
+
+def _next_row(share: Share, crew: list[Future]) -> tuple[Cell, dict]:
+    while True:
+        try:
+            return share.rows.get(timeout=LOOK)
+        except Empty:
+            for worker in crew:
+                if worker.done():  # they never are, while it is not over, but by an error
+                    worker.result()
+                    raise RuntimeError("a worker process ended before its cells were done") from None
+
+
+def _cost(cell: Cell) -> int:
+    return cell.length * cell.width * (1 if cell.model == "Transformer" else 4)
 
 
 def _key(identity: dict) -> str:
@@ -91,12 +126,3 @@ def _drop_cut_line(path: Path) -> None:
         content = path.read_bytes()
         if not content.endswith(b"\n"):
             path.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
-def _start_worker(workers: int, device: str, started: Synchronized) -> None:
-    """A worker's share of the cores, and its GPU: they take turns."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    if device == "cuda":
-        with started.get_lock():
-            number, started.value = started.value, started.value + 1
-        torch.cuda.set_device(number % torch.cuda.device_count())

@@ -1,14 +1,16 @@
-"""Training of one cell. On CUDA a step is one graph: tiny models wait for launches, not for arithmetic.
+"""Training of one cell, a turn at a time. On CUDA a step is the replay of one graph, on a stream of the cell's own.
 
-Special about this file: every step has the same shapes (the same numbers of queries, and a learning rate in a tensor), so
-that it can be recorded. The steps that warm up are real steps of the run. Where recording fails, all steps are.
+Special about this file: tiny models fill no GPU and wait for launches, not for arithmetic, so the host only says "one more
+step": batches, learning rates and losses lie in buffers that the recorded step indexes by its own count. The steps that warm
+up are real steps of the run. Where recording fails, all steps are launched one kernel at a time.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +25,7 @@ HELD_OUT_SEED = 0
 SEED_STRIDE = 1_000_000  # of training sequences, more than a run has steps; the CPU's generator reads 32 bits of a seed
 EAGER_STEPS = 3  # before a graph is recorded: kernels compile, optimizer states come to be
 CLIP = 1.0
-# What a layer adds starts small beside the embeddings. Normalised layers drown them otherwise: Gated DeltaNet, trained from
-# weights of full size, stays at chance (docs/lab-notes.md).
-OUTPUT_SCALE = 0.1
+Training = Generator[torch.cuda.Event | None, None, dict]
 
 
 def build_model(cell: Cell) -> LogLinearForCausalLM:
@@ -57,29 +57,63 @@ def build_model(cell: Cell) -> LogLinearForCausalLM:
     model = LogLinearForCausalLM(config)
     with torch.no_grad():
         for block in model.model.layers:
-            block.mixer.out_proj.weight.mul_(OUTPUT_SCALE)
+            block.mixer.out_proj.weight.mul_(cell.recipe.output_scale)
+            if cell.model != "Transformer":
+                block.mixer.A_log.add_(math.log(cell.recipe.initial_decay))
     return model
 
 
-def train_cell(cell: Cell, device: str = "cpu") -> dict:
-    """Train and evaluate; returns the row: accuracy by number of pairs on validation and test, and what it took."""
+def training(cell: Cell, device: str = "cpu") -> Training:
+    """Train and evaluate a turn at a time; the last one returns the row: accuracy by number of pairs and what it took.
+
+    Between turns no stream is current and the host waits for nothing, so that others can have theirs. What a turn yields is
+    an event that has to happen before the next one, or None.
+    """
     started = time.perf_counter()
-    model = build_model(cell).to(device)  # type: ignore[arg-type]
-    validation, test = held_out(cell, device)
-    apart = torch.cat([fingerprints(recall.tokens.flatten(0, 1)) for recall in (validation, test)])
-    step = TrainingStep(model, cell)
-    losses = [step(batch) for batch in training_batches(cell, device, apart)]
-    row = {
-        "parameters": model.num_parameters(),
-        "state_floats": cell.state_floats,
-        "final_loss": float(torch.stack(losses[-20:]).mean()),
-        "validation": accuracy(model, cell, validation),
-        "test": accuracy(model, cell, test),
-        "graph": step.replay is not None,
-        "device": torch.cuda.get_device_name() if step.on_cuda else "CPU",
-        "torch": torch.__version__,
-    }
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    with _on(stream):
+        model = build_model(cell).to(device)  # type: ignore[arg-type]
+        validation, test = held_out(cell, device)
+        apart = torch.cat([fingerprints(recall.tokens.flatten(0, 1)) for recall in (validation, test)])
+        steps = TrainingSteps(model, cell, stream)
+    losses: list[Tensor] = []
+    before = None
+    yield stream.record_event() if stream else None
+    for block in training_blocks(cell, device, apart, stream):
+        with _on(stream):
+            losses.append(steps(block))
+            now = stream.record_event() if stream else None
+        yield before  # one block is on the device, one more waits there
+        before = now
+    with _on(stream):
+        right = [count_right(model, cell, recall) for recall in (validation, test)]
+        final_loss = torch.cat(losses)[-20:].mean()
+        now = stream.record_event() if stream else None
+    yield now
+    with _on(stream):
+        row = {
+            "parameters": model.num_parameters(),
+            "state_floats": cell.state_floats,
+            "final_loss": float(final_loss),
+            "validation": accuracy(cell, right[0]),
+            "test": accuracy(cell, right[1]),
+            "graph": steps.replay is not None,
+            "device": torch.cuda.get_device_name() if stream else "CPU",
+            "torch": torch.__version__,
+        }
     return {**row, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def train_cell(cell: Cell, device: str = "cpu") -> dict:
+    """All turns of one cell alone; returns its row."""
+    turns = training(cell, device)
+    while True:
+        try:
+            event = next(turns)
+        except StopIteration as end:
+            return end.value
+        if event is not None:
+            event.synchronize()
 
 
 def held_out(cell: Cell, device: str) -> tuple[Recall, Recall]:
@@ -92,95 +126,128 @@ def held_out(cell: Cell, device: str) -> tuple[Recall, Recall]:
     return validation, draw_batches(1, *sizes, fingerprints(validation.tokens[0]))
 
 
-def training_batches(cell: Cell, device: str, apart_from: Tensor) -> Iterator[Recall]:
-    """A new batch for each step: the same ones for every model of one seed."""
+def training_blocks(
+    cell: Cell, device: str, apart_from: Tensor, stream: torch.cuda.Stream | None = None
+) -> Iterator[Recall]:
+    """A new batch for each step, ``[batches, ...]`` at a time: the same ones for every model of one seed.
+
+    Drawing waits for the device. On a GPU it has a stream of its own, which is never far behind, for use on ``stream``.
+    """
     recipe = cell.recipe
+    sizes = (recipe.batch_size, cell.length, cell.pairs, recipe.vocab_size)
+    drawing = torch.cuda.Stream(priority=-1) if stream else None
+    if drawing and stream:
+        drawing.wait_stream(stream)  # once: ``apart_from`` is there
     for start in range(0, recipe.steps, BATCHES_AT_ONCE):
-        generator = torch.Generator(device).manual_seed((cell.seed + 1) * SEED_STRIDE + start)
-        count = min(BATCHES_AT_ONCE, recipe.steps - start)
-        sizes = (recipe.batch_size, cell.length, cell.pairs, recipe.vocab_size)
-        block = draw_batches(count, *sizes, generator, apart_from)
-        for i in range(count):
-            yield Recall(block.tokens[i], block.queries[i], block.answers[i])
+        with _on(drawing):
+            generator = torch.Generator(device).manual_seed((cell.seed + 1) * SEED_STRIDE + start)
+            block = draw_batches(min(BATCHES_AT_ONCE, recipe.steps - start), *sizes, generator, apart_from)
+        if drawing and stream:
+            stream.wait_stream(drawing)
+            for x in block.parts():
+                x.record_stream(stream)
+        yield block
 
 
-def answer_logits(model: LogLinearForCausalLM, tokens: Tensor, queries: Tensor) -> Tensor:
-    """``[asked, vocab_size]``: logits where something is asked, for tokens ``[rows, T]``."""
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
-    return model.lm_head(hidden[queries])
+def answer_logits(model: LogLinearForCausalLM, cell: Cell, tokens: Tensor, queries: Tensor) -> Tensor:
+    """float32 ``[asked, vocab_size]``: logits where something is asked, for tokens ``[rows, T]``."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=cell.recipe.precision == "bfloat16"):
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+    return model.lm_head(hidden[queries].float())
 
 
-class TrainingStep:
-    """One optimizer step per call; returns the loss of its batch. Batches must all have the same shapes."""
+class TrainingSteps:
+    """The optimizer steps of one cell, a block of batches per call. On CUDA a step is a graph that finds its batch itself.
 
-    def __init__(self, model: LogLinearForCausalLM, cell: Cell) -> None:
-        self.model, self.cell = model.train(), cell
-        self.device = next(model.parameters()).device
-        self.on_cuda = self.device.type == "cuda"
-        rate = torch.zeros((), device=self.device) if self.on_cuda else 0.0
+    All batches must have the same shapes, and no block be larger than the first. On CUDA, calls are made on ``stream``.
+    """
+
+    def __init__(self, model: LogLinearForCausalLM, cell: Cell, stream: torch.cuda.Stream | None = None) -> None:
+        self.model, self.cell, self.stream = model.train(), cell, stream
+        device = next(model.parameters()).device
+        self.rates = [learning_rate(cell, step) for step in range(cell.recipe.steps)]
+        self.shares = answer_shares(cell).to(device) if cell.recipe.equal_shares else None
         decaying = [p for p in model.parameters() if p.ndim > 1 and not getattr(p, "_no_weight_decay", False)]
         others = [p for p in model.parameters() if p.ndim <= 1 or getattr(p, "_no_weight_decay", False)]
         groups = [
             {"params": decaying, "weight_decay": cell.recipe.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), capturable=self.on_cuda)
+        rate = torch.zeros((), device=device) if stream else 0.0
+        options = {"capturable": True, "fused": True} if stream else {}
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), **options)
         self.done = 0
-        self.inputs: Recall | None = None  # where a graph reads
-        self.loss: Tensor | None = None  # where it writes
         self.replay: Callable[[], None] | None = None
-        self.records = self.on_cuda
+        if stream:
+            self.records = True
+            # What a graph reads and writes: a step finds its rate and batch by the number of steps done.
+            self.place = torch.zeros(1, dtype=torch.int64, device=device)
+            self.rate_table = torch.tensor(self.rates, device=device)
+            self.losses = torch.zeros(BATCHES_AT_ONCE, device=device)
+            self.inputs: Recall | None = None
 
-    def __call__(self, batch: Recall) -> Tensor:
-        self._set_rate(learning_rate(self.cell, self.done))
-        self.done += 1
-        if self.records and self.replay is None and self.done > EAGER_STEPS:
-            self._record(batch)
-        if self.replay is None:
-            return self._side(batch) if self.records else self._step(batch)
+    def __call__(self, block: Recall) -> Tensor:
+        """float32 ``[batches]``: the loss of each batch before its step."""
+        count = len(block.tokens)
+        if self.stream is None:
+            losses = torch.stack([self._at_rate(self.rates[self.done + i], *block.batch(i)) for i in range(count)])
+            self.done += count
+            return losses
+        if self.inputs is None:
+            self.inputs = Recall(*(torch.empty_like(x) for x in block.parts()))
+        for buffer, new in zip(self.inputs.parts(), block.parts()):
+            buffer[:count].copy_(new)
+        for _ in range(count):
+            if self.records and self.replay is None and self.done >= EAGER_STEPS:
+                self._record()
+            (self.replay or self._on_device)()
+            self.done += 1
+        return self.losses[:count].clone()
+
+    def _at_rate(self, rate: float, *batch: Tensor) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return self._step(*batch)
+
+    def _on_device(self) -> None:
+        """A step of which the host knows nothing but that it is one."""
         assert self.inputs is not None
-        assert self.loss is not None
-        for name in ("tokens", "queries", "answers"):
-            getattr(self.inputs, name).copy_(getattr(batch, name))
-        self.replay()
-        return self.loss.clone()
+        rate, batch = self.rate_table.index_select(0, self.place), self.place % BATCHES_AT_ONCE
+        for group in self.optimizer.param_groups:
+            group["lr"].copy_(rate.squeeze(0))
+        loss = self._step(*(x.index_select(0, batch).squeeze(0) for x in self.inputs.parts()))
+        self.losses.index_copy_(0, batch, loss.unsqueeze(0))
+        self.place += 1
 
-    def _step(self, batch: Recall) -> Tensor:
+    def _step(self, tokens: Tensor, queries: Tensor, answers: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(answer_logits(self.model, batch.tokens, batch.queries), batch.answers)
+        logits = answer_logits(self.model, self.cell, tokens, queries)
+        if self.shares is None:
+            loss = F.cross_entropy(logits, answers)
+        else:
+            loss = (F.cross_entropy(logits, answers, reduction="none") * self.shares).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         return loss.detach()
 
-    def _side(self, batch: Recall) -> Tensor:
-        """An eager step on another stream, as a recording needs them before it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            loss = self._step(batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        return loss
-
-    def _record(self, batch: Recall) -> None:
+    def _record(self) -> None:
         """Record the step (nothing runs on the device); on failure all steps are eager from now on."""
-        self.inputs = Recall(batch.tokens.clone(), batch.queries.clone(), batch.answers.clone())
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own gradients are made in its memory
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self.loss = self._step(self.inputs)
+            with torch.cuda.graph(graph, stream=self.stream):
+                self._on_device()
             self.replay = graph.replay
         except RuntimeError:  # something in the step waits for the device
             self.records = False
             torch.cuda.synchronize()
 
-    def _set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            if self.on_cuda:
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+
+def answer_shares(cell: Cell) -> Tensor:
+    """float32 ``[asked]`` with sum 1: the weight of each answer of a batch when each number of pairs has the same share."""
+    asked = torch.tensor([cell.recipe.batch_size // len(cell.pairs) * pairs for pairs in cell.pairs])
+    return (1 / (len(asked) * asked)).repeat_interleave(asked)
 
 
 def learning_rate(cell: Cell, step: int) -> float:
@@ -193,22 +260,32 @@ def learning_rate(cell: Cell, step: int) -> float:
 
 
 @torch.inference_mode()
-def accuracy(model: LogLinearForCausalLM, cell: Cell, recall: Recall) -> dict[str, float]:
-    """Share of the values recalled (the likeliest token is the right one), by number of pairs."""
+def count_right(model: LogLinearForCausalLM, cell: Cell, recall: Recall) -> Tensor:
+    """int64 ``[numbers of pairs]``: values recalled (the likeliest token is the right one), on the model's device."""
     model.eval()
     length, rows = cell.length, cell.recipe.held_out
     asked = [rows * pairs for pairs in cell.pairs]
-    result = {}
+    result = []
     parts = zip(
         cell.pairs, recall.tokens[0].split(rows), recall.queries[0].split(asked), recall.answers[0].split(asked)
     )
     for i, (pairs, tokens, queries, answers) in enumerate(parts):
         local = queries - i * rows * length
-        right, at_once = 0, max(1, cell.recipe.batch_size)
+        right, at_once = [], max(1, cell.recipe.batch_size)
         for start in range(0, rows, at_once):
             count = min(at_once, rows - start)
             here = slice(start * pairs, (start + count) * pairs)
-            logits = answer_logits(model, tokens[start : start + count], local[here] - start * length)
-            right += int((logits.argmax(-1) == answers[here]).sum())
-        result[str(pairs)] = right / len(answers)
-    return result
+            logits = answer_logits(model, cell, tokens[start : start + count], local[here] - start * length)
+            right.append((logits.argmax(-1) == answers[here]).sum())
+        result.append(torch.stack(right).sum())
+    return torch.stack(result)
+
+
+def accuracy(cell: Cell, right: Tensor) -> dict[str, float]:
+    """The share of the values that ``right`` counts, by number of pairs."""
+    counts = zip(cell.pairs, right.tolist())
+    return {str(pairs): count / (cell.recipe.held_out * pairs) for pairs, count in counts}
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager:
+    return torch.cuda.stream(stream) if stream else nullcontext()
