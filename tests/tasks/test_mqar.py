@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import Future
 from dataclasses import replace
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +17,11 @@ from loglinear.tasks.mqar import run
 from loglinear.tasks.mqar.config import MODELS, PRESETS, Cell, Recipe
 from loglinear.tasks.mqar.data import Recall
 from loglinear.tasks.mqar.report import Result, best_rate, results, verdicts
+from loglinear.tasks.mqar.side_by_side import side_by_side
 from loglinear.tasks.mqar.train import (
+    BATCHES_AT_ONCE,
     TrainingSteps,
     accuracy,
-    answer_shares,
     build_model,
     count_right,
     held_out,
@@ -112,6 +116,88 @@ def test_a_model_learns_what_one_batch_asks():
     losses = TrainingSteps(build_model(cell), cell)(one).tolist()
     assert losses[0] > 2.0
     assert losses[-1] < 0.5
+
+
+def test_each_number_of_pairs_has_the_same_share_in_the_loss_when_asked():
+    cell = replace(CELL, recipe=replace(RECIPE, steps=1, equal_shares=True))
+    block = next(training_blocks(cell, "cpu", torch.zeros(1, dtype=torch.int64)))
+    with torch.no_grad():
+        logits = build_model(cell)(block.tokens[0]).logits.flatten(0, 1)[block.queries[0]]
+    few, many = torch.nn.functional.cross_entropy(logits, block.answers[0], reduction="none").split([4, 8])
+    (loss,) = TrainingSteps(build_model(cell), cell)(block)
+    assert float(loss) == pytest.approx(float((few.mean() + many.mean()) / 2), rel=1e-5)
+    assert float(loss) != pytest.approx(float(torch.cat([few, many]).mean()), rel=1e-5)
+
+
+def test_tied_models_have_no_weights_for_the_output_alone():
+    tied, own = (build_model(replace(CELL, recipe=replace(RECIPE, tied=tied))) for tied in (True, False))
+    assert own.num_parameters() - tied.num_parameters() == 16 * 16
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_initial_decay_and_output_scale_are_factors_and_a_transformer_has_no_decay():
+    def mixers(**options):
+        return [build_model(replace(cell, recipe=replace(RECIPE, **options))).model.layers[0].mixer for cell in cells]
+
+    cells = [CELL, replace(CELL, model="Transformer")]
+    plain, other = mixers(), mixers(initial_decay=0.5, output_scale=0.2)
+    torch.testing.assert_close(other[0].A_log.exp(), 0.5 * plain[0].A_log.exp())
+    for a, b in zip(plain, other):
+        torch.testing.assert_close(b.out_proj.weight, 2 * a.out_proj.weight)
+
+
+def test_cells_side_by_side_give_the_rows_that_they_give_alone():
+    recipe = replace(RECIPE, steps=BATCHES_AT_ONCE + 2)
+    cells = [replace(CELL, model=model, recipe=recipe) for model in ("Mamba-2", "Log-Linear Mamba-2", "Transformer")]
+    together = dict(side_by_side(iter([cells[0], None, *cells[1:]]), 2, "cpu"))
+    assert list(together) == [cells[0], cells[1], cells[2]]
+    for cell in cells:
+        assert {**together[cell], "seconds": 0} == {**train_cell(cell), "seconds": 0}
+
+
+def test_what_is_over_is_given_up():
+    turns = iter([False, False, True])
+    assert list(side_by_side(iter([CELL]), 1, "cpu", over=lambda: next(turns))) == []
+
+
+def test_an_error_in_a_worker_is_raised_when_no_row_comes(monkeypatch):
+    monkeypatch.setattr(run, "LOOK", 0.01)
+    works, failed = Future(), Future()
+    failed.set_exception(ValueError("this cell"))
+    share = SimpleNamespace(rows=SimpleQueue())
+    share.rows.put((CELL, {}))
+    assert run._next_row(share, [works, failed]) == (CELL, {})  # what is there comes first
+    with pytest.raises(ValueError, match="this cell"):
+        run._next_row(share, [works, failed])
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@on_cuda
+@pytest.mark.parametrize("model", MODELS)
+def test_recorded_steps_are_those_of_the_cpu(model):
+    cell = replace(CELL, model=model, width=32, recipe=replace(RECIPE, steps=BATCHES_AT_ONCE + 8, equal_shares=True))
+    stream = torch.cuda.Stream()
+    on_cpu = TrainingSteps(build_model(cell), cell)
+    with torch.cuda.stream(stream):
+        on_device = TrainingSteps(build_model(cell).cuda(), cell, stream)
+    for block in training_blocks(cell, "cpu", torch.zeros(1, dtype=torch.int64)):
+        with torch.cuda.stream(stream):
+            losses = on_device(Recall(*(x.cuda() for x in block.parts())))
+        torch.testing.assert_close(losses.cpu(), on_cpu(block), rtol=5e-3, atol=5e-3)
+    assert on_device.replay is not None
+
+
+@on_cuda
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_cells_on_streams_give_the_rows_that_they_give_alone(precision):
+    recipe = replace(RECIPE, steps=3 * BATCHES_AT_ONCE, batch_size=40, precision=precision)
+    cells = [replace(CELL, model=model, width=32, recipe=recipe) for model in MODELS]
+    for cell, row in side_by_side(iter(cells), 3, "cuda"):
+        alone = train_cell(cell, "cuda")
+        assert row["graph"]
+        assert row["final_loss"] == pytest.approx(alone["final_loss"], rel=0.02)
 
 
 def test_the_grid_sweeps_every_model_alike_and_matches_states():

@@ -58,6 +58,8 @@ class MqarArgs:
     """Of matrices."""
     equal_shares: bool | None = None
     """The same share of the loss for each number of pairs, instead of for each answer."""
+    tied: bool | None = None
+    """The output layer is the embedding."""
     output_scale: float | None = None
     """Of the initial output projections of all layers."""
     initial_decay: float | None = None

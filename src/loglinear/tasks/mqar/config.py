@@ -42,6 +42,8 @@ class Recipe:
     """Sequences per number of pairs that choose the learning rate, and as many others for the table."""
     equal_shares: bool = False
     """Whether each number of pairs has the same share in the loss; otherwise each answer has, and many pairs outweigh few."""
+    tied: bool = False
+    """Whether the output layer is the embedding, as in Zoology's models: what reads a value then serves all values."""
     output_scale: float = 0.1
     """Of the initial output projections: what a layer adds starts small beside the embeddings. Normalised layers drown them
     otherwise, and Gated DeltaNet stays at chance (docs/lab-notes.md)."""
@@ -138,10 +140,19 @@ PRESETS = {
         pairs=(4, 8, 16, 32, 64),
         state_size=16,
         matched_state=False,
-        learning_rates=(3e-3, 1e-2, 3e-2),
+        learning_rates=(1e-3, 3e-3, 1e-2),
         seeds=(0, 1, 2),
         recipe=Recipe(
-            steps=4000, batch_size=160, vocab_size=2048, layers=2, mlp=0, warmup=0.1, weight_decay=0.1, held_out=512
+            steps=4000,
+            batch_size=160,
+            vocab_size=2048,
+            layers=2,
+            mlp=0,
+            warmup=0.1,
+            weight_decay=0.1,
+            held_out=512,
+            equal_shares=True,
+            tied=True,
         ),
     ),
 }

@@ -53,6 +53,7 @@ def build_model(cell: Cell) -> LogLinearForCausalLM:
         # 0.02 is for widths of thousands: at 32 the state would start at 1e-4 of the skip and less (measured, small preset).
         initializer_range=cell.width**-0.5,
         use_cache=False,
+        tie_word_embeddings=cell.recipe.tied,
     )
     model = LogLinearForCausalLM(config)
     with torch.no_grad():
