@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from queue import SimpleQueue
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -169,6 +170,17 @@ def test_an_error_in_a_worker_is_raised_when_no_row_comes(monkeypatch):
     assert run._next_row(share, [works, failed]) == (CELL, {})  # what is there comes first
     with pytest.raises(ValueError, match="this cell"):
         run._next_row(share, [works, failed])
+
+
+def test_steps_that_find_their_batch_and_rate_themselves_are_those_of_the_host():
+    """As recorded on CUDA, launched one by one here."""
+    cell = replace(CELL, recipe=replace(RECIPE, steps=BATCHES_AT_ONCE + 3))
+    plain = TrainingSteps(build_model(cell), cell)
+    indexed = TrainingSteps(build_model(cell), cell, stream=cast(torch.cuda.Stream, object()))
+    indexed.records = False
+    for block in training_blocks(cell, "cpu", torch.zeros(1, dtype=torch.int64)):
+        torch.testing.assert_close(indexed(block), plain(block), rtol=1e-4, atol=1e-4)
+    assert int(indexed.place) == BATCHES_AT_ONCE + 3
 
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

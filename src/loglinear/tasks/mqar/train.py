@@ -68,7 +68,7 @@ def training(cell: Cell, device: str = "cpu") -> Training:
     """Train and evaluate a turn at a time; the last one returns the row: accuracy by number of pairs and what it took.
 
     Between turns no stream is current and the host waits for nothing, so that others can have theirs. What a turn yields is
-    an event that has to happen before the next one, or None.
+    an event that has to happen before the next one, or None. The row's seconds include the turns of others.
     """
     started = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
