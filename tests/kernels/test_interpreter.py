@@ -1,4 +1,8 @@
-"""Runs tests/kernels/on_device in Triton's interpreter, one process per file, where there is no CUDA device."""
+"""Runs tests/kernels/on_device in Triton's interpreter, where there is no CUDA device.
+
+Special about this file: files that take long have a process each, so that they run side by side. The others share one: a
+process takes 4 s to import all, which is more than some of them run.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,27 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent / "on_device"
+NAMES = {path.stem.removeprefix("test_") for path in FOLDER.glob("test_*.py")}
+# Over 20 s on one core (2026-11-22); and memcheck, which looks into the interpreter.
+ALONE = (
+    "delta_rule",
+    "delta_rule_grads",
+    "delta_rule_kept",
+    "memcheck",
+    "prefill",
+    "scalar_gate",
+    "scalar_gate_batches",
+    "step",
+)
+GROUPS = {name: {name} for name in ALONE} | {"others": NAMES - set(ALONE)}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same files run on the device itself")
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_kernels_in_the_interpreter(name):
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-x", str(FOLDER / name)]
+@pytest.mark.parametrize("names", GROUPS.values(), ids=GROUPS)
+def test_kernels_in_the_interpreter(names):
+    files = [str(FOLDER / f"test_{name}.py") for name in sorted(names)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-x", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
