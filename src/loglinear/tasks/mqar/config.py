@@ -153,6 +153,7 @@ PRESETS = {
             held_out=512,
             equal_shares=True,
             tied=True,
+            initial_decay=0.05,
         ),
     ),
 }
