@@ -1,8 +1,8 @@
 """The public functions: log-linear attention with a scalar gate, and with the delta rule.
 
 Special about this file: it only checks, normalises and dispatches. The algorithm is ``reference/chunkwise.py``; eager CPU
-calls run it directly (differentiable twice, with gradients through states). On CUDA calls are the kernels where they fit: all
-without states, and the scalar gate's with them. Under ``torch.compile`` a call without states is one operator,
+calls run it directly (differentiable twice, with gradients through states). On CUDA calls are the kernels where they fit, with
+states (``continued.py``, ``segments.py``) or without. Under ``torch.compile`` a call without states is one operator,
 ``loglinear::attention``. Both stand in ``registration.py``.
 
 What a query sees, for 8 tokens (the number is the level, whose λ weights it; a bucket of equal numbers is one state):
@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from loglinear.ops import checks, continued, registration
+from loglinear.ops import checks, continued, registration, segments
 from loglinear.ops.final_state import final_state
 from loglinear.state import LinearState, LogLinearState
 
@@ -146,6 +146,20 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
         if not compiling and registration.continues(q, v, beta, initial_state):
             packed = cu_seqlens is not None
             return continued.attend(q, k, v, g, level_scales, scale, lengths, packed, initial_state, output_final_state)
+        if not compiling and registration.takes_segments(q, v, beta, initial_state):
+            return segments.attend(
+                q,
+                k,
+                v,
+                g,
+                beta,
+                level_scales,
+                scale,
+                lengths,
+                cu_seqlens is not None,
+                initial_state,
+                output_final_state,
+            )
         # What a state holds depends on its positions: no single graph, and no recompilation at every token either.
         run = torch.compiler.disable(registration.run) if compiling else registration.run
         o, state = run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)

@@ -59,6 +59,18 @@ def continues(
     return q.shape[0] * q.shape[1] > CHUNK_SIZE and has_kernel(q, v, beta)
 
 
+def takes_segments(
+    q: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    state: LogLinearState | LinearState | None,
+) -> bool:
+    """Whether a call with states is worth the kernels: from some number of tokens on."""
+    if isinstance(state, LogLinearState) and state.chunk_size != CHUNK_SIZE:
+        return False
+    return q.shape[0] * q.shape[1] > CHUNK_SIZE and has_kernel(q, v, beta)
+
+
 def run_kernels(
     q: Tensor,
     k: Tensor,

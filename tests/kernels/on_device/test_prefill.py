@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import INTERPRETED
 
-from loglinear import log_linear_attention
+from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.ops import registration
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import LogLinearState
@@ -100,6 +100,59 @@ def test_many_tokens_after_a_state(device, packed):
     pairs += zip(got, torch.autograd.grad(wide_loss, [*wide, *wide_leaves]))
     for x, reference in pairs:
         assert (x.double() - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    INTERPRETED, reason="minutes in the interpreter; tests/ops/test_segments.py has the same without kernels"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("linear", [False, True], ids=["tree", "linear"])
+@pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
+def test_prefill_in_two_parts(device, delta, linear, dtype):
+    """Outputs and states after each part, and the gradients of all inputs through both, against one pass in float64.
+
+    In bfloat16 a state is read by queries, so it is as exact as outputs are; those may have twice the error of plain PyTorch.
+    """
+    generator = torch.Generator("cpu").manual_seed(3)
+    shapes = {"q": (2, 64), "k": (2, 64), "v": (4, 64), "g": (4,), "scales": (4, 14), "beta": (4,)}
+    x = {name: torch.randn(2, 1500, *shape, generator=generator) for name, shape in shapes.items()}
+    x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+    x |= {"g": -0.05 * x["g"].abs(), "beta": x["beta"].sigmoid()}
+    x = {name: y.to(device, dtype if name in "qkv" else torch.float32).requires_grad_() for name, y in x.items()}
+    op = log_linear_delta_rule if delta else log_linear_attention
+
+    def parts(inputs, run):
+        state, outputs = None, []
+        for part in (slice(0, 1030), slice(1030, 1500)):
+            o, state = run({name: y[:, part] for name, y in inputs.items()}, state)
+            outputs.append(o)
+        return torch.cat(outputs, 1), state
+
+    def kernels(y, state):
+        given = [y["q"], y["k"], y["v"], y["g"], *([y["beta"]] if delta else []), None if linear else y["scales"]]
+        return op(*given, initial_state=state, output_final_state=True)
+
+    def plain(y, state):
+        return registration.run(
+            y["q"], y["k"], y["v"], y["g"], y["beta"] if delta else None, None if linear else y["scales"], 1.0,
+            (y["q"].shape[1],) * 2, state,
+        )  # fmt: skip
+
+    def results(inputs, run):
+        o, state = parts(inputs, run)
+        held = state.state if linear else state.entries * state.decay.exp()[..., None, None]
+        used = [y for name, y in inputs.items() if (delta or name != "beta") and not (linear and name == "scales")]
+        grads = torch.autograd.grad((o.double() * weight).sum() + held.double().square().sum(), used)
+        return [o, held, *grads]
+
+    weight = torch.randn(2, 1500, 4, 64, generator=generator).double().to(device)
+    wide = {name: y.detach().double().requires_grad_() for name, y in x.items()}
+    want = results(wide, plain)
+    got, rounded = results(x, kernels), results(x, plain)
+    for ours, theirs, exact in zip(got, rounded, want):
+        error, bar = (((y.double() - exact).norm() / exact.norm()).item() for y in (ours, theirs))
+        assert error <= (1e-5 if dtype == torch.float32 else max(2 * bar, 8e-3))
 
 
 def grown(x, slots):

@@ -1,0 +1,146 @@
+"""BLOCKS: the op on spans of a longer sequence, with what stands before them kept apart. Plain torch around the op.
+
+Special about this file: it knows no kernel. A linear recurrence superposes, and its state can be read by queries. A *block* is
+a node of the whole sequence's tree, so that all levels in it are those of a sequence that begins there:
+
+1. the op runs on the block as if nothing stood before it. K more queries behind its last token, the unit vectors, at λ = 1,
+   read the state S that the block leaves, row by row;
+2. what the block does to an earlier state is a log decay (scalar gate), or a matrix A (delta rule): that is what K writes of
+   the unit matrix before the first token become. The same call, linear and with no other values, carries the queries to the
+   start of the block;
+3. what comes before lies in the slots of a Fenwick counter, each at one level for a whole block:
+   ``o += λ[level] ∘ (q̃ S)``, q̃ the queries at the start of the block.
+
+Differentiable through all of it. In 16 bits S and A are as exact as outputs are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loglinear.ops import registration
+from loglinear.state import CHUNK_SIZE
+
+
+class Inputs(NamedTuple):
+    """What the ops take of a block, with all gates there: g is zeros where it was None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor | None
+    level_scales: Tensor | None
+
+    def run(self) -> Tensor:
+        """o, from nothing before the first token, with scale 1."""
+        if registration.has_kernel(self.q, self.v, self.beta):
+            return registration.run_eager(*self, 1.0, None)
+        return registration.run(*self, 1.0, (self.q.shape[1],) * self.q.shape[0])[0]
+
+    def extended(self, before: int, after: int, **given: Tensor) -> Inputs:
+        """With zeros for that many tokens before and after: they write nothing, forget nothing, ask nothing. λ is 1 there."""
+
+        def padded(name: str, x: Tensor | None) -> Tensor | None:
+            if x is None or name in given:
+                return given.get(name)
+            sizes = (*(0, 0) * (x.dim() - 2), before, after)
+            return F.pad(x, sizes, value=1.0 if name == "level_scales" else 0.0)
+
+        return Inputs(*(padded(name, x) for name, x in zip(self._fields, self)))  # type: ignore[arg-type]
+
+
+class Map(NamedTuple):
+    """What a block does: ``S -> A S + S_c``. A is a log decay ``[B, H]`` or matrices ``[B, H, K, K]``, S_c ``[B, H, K, V]``."""
+
+    transition: Any
+    state: Any
+
+
+class Slot(NamedTuple):
+    """A node of the tree as a later block sees it from its start: its chunks, and S ``[B, H, K, V]``."""
+
+    chunks: int
+    state: Tensor
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """``[B, K, heads, K]`` of the dtype and device of x ``[B, T, heads, K]``: token i is unit vector i in every head."""
+    batch, _, heads, width = x.shape
+    return torch.eye(width, dtype=x.dtype, device=x.device)[:, None].expand(batch, -1, heads, -1)
+
+
+def from_nothing(inputs: Inputs, with_state: bool) -> tuple[Tensor, Tensor | None]:
+    """o ``[B, T, H, V]`` with nothing before the block, and the state ``[B, H, K, V]`` after it (None unless asked for)."""
+    if not with_state:
+        return inputs.run(), None
+    length, width = inputs.q.shape[1], inputs.q.shape[3]
+    o = inputs.extended(0, width, q=torch.cat([inputs.q, _unit_rows(inputs.q)], 1)).run()
+    o, rows = o.split([length, width], 1)
+    return o, rows.transpose(1, 2)
+
+
+def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
+    """The queries as seen from the start of the block, and its transition; what a block with nothing before it needs not.
+
+    Scalar gate: log weights ``[B, T, H]`` of the queries, log decay ``[B, H]``. Delta rule: ``[B, T, H, K]``, ``[B, H, K, K]``.
+    """
+    q, k, v, g, beta, _ = inputs
+    wide = torch.promote_types(v.dtype, torch.float32)
+    if not needed:
+        return q, None
+    if beta is None:
+        weight = g.to(wide).cumsum(1)
+        return weight, weight[:, -1]
+    width, heads, rows = q.shape[3], v.shape[2], _unit_rows(q)
+    writes = _unit_rows(q[:, :, :1]).expand(-1, -1, heads, -1)
+    seen = inputs._replace(level_scales=None).extended(
+        width,
+        width,
+        q=torch.cat([torch.zeros_like(rows), q, rows], 1),
+        k=torch.cat([rows, k, torch.zeros_like(rows)], 1),
+        v=F.pad(writes, (0, 0, 0, 0, 0, q.shape[1] + width)),
+        beta=F.pad(F.pad(beta, (0, 0, width, 0), value=1.0), (0, 0, 0, width)),
+    )
+    _, query, transition = seen.run().split([width, q.shape[1], width], 1)
+    return query, transition.transpose(1, 2)
+
+
+def act(transition: Tensor, state: Tensor) -> Tensor:
+    """A S, for a log decay ``[B, H]`` or matrices ``[B, H, K, K]``."""
+    if transition.dim() == 2:
+        return transition.exp()[..., None, None] * state
+    return transition @ state
+
+
+def append(slots: list[Slot], map_: Map, chunks: int, linear: bool) -> list[Slot]:
+    """The slots after a block of that many chunks: the linear model has one, a tree one for each bit of its chunks."""
+    slots = [*(Slot(slot.chunks, act(map_.transition, slot.state)) for slot in slots), Slot(chunks, map_.state)]
+    while len(slots) > 1 and (linear or slots[-2].chunks == slots[-1].chunks):
+        late, early = slots.pop(), slots.pop()
+        slots.append(Slot(early.chunks + late.chunks, early.state + late.state))
+    return slots
+
+
+def read(o: Tensor, query: Tensor, inputs: Inputs, slots: list[Slot]) -> Tensor:
+    """o and what the queries read of the slots; ``query`` as ``carried`` has it."""
+    for slot in slots:
+        state = slot.state.to(o.dtype)
+        if inputs.beta is None:
+            groups, heads = inputs.q.shape[2], o.shape[2]
+            by_group = state.unflatten(1, (groups, heads // groups)).transpose(2, 3).flatten(3)  # [B, G, K, H/G V]
+            found = inputs.q.transpose(1, 2) @ by_group
+            found = found.unflatten(3, (heads // groups, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+            weight = query.exp()
+        else:
+            found, weight = (query.transpose(1, 2) @ state).transpose(1, 2), None
+        if inputs.level_scales is not None:
+            level = (slot.chunks * CHUNK_SIZE).bit_length()  # 1 + log2 of its tokens
+            scales = inputs.level_scales[..., min(level, inputs.level_scales.shape[3] - 1)]
+            weight = scales if weight is None else scales * weight
+        o = o + found if weight is None else torch.addcmul(o, found, weight.to(o.dtype).unsqueeze(3))
+    return o

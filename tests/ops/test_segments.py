@@ -1,0 +1,117 @@
+"""Calls from states and to states, cut into blocks: outputs, states and all gradients are those of the chunkwise form."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from loglinear import log_linear_attention, log_linear_delta_rule
+from loglinear.ops import registration, segments
+from loglinear.reference.chunkwise import chunkwise
+from loglinear.state import LinearState, LogLinearState
+
+CASES = {  # tokens before and after; packed
+    "from nothing": ((0, 0), (193, 193), False),
+    "one position": ((130, 130), (259, 259), False),
+    "positions": ((70, 331), (150, 150), False),
+    "packed": ((64, 7, 200, 0), (66, 0, 130, 5), True),
+}
+NAMES = ("entries", "decay", "open_k", "open_v", "open_g", "open_beta", "state")
+
+
+def make(length, delta, linear, seed):
+    """Inputs of one row in float64: q, k, v, g, λ or None, β or None. Two heads share a q/k head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(1, length, *size, generator=generator, dtype=torch.float64)
+
+    k = torch.nn.functional.normalize(normal(1, 6), dim=-1)
+    g = -0.02 * normal(2).abs()
+    g[:, 3:4] = float("-inf")  # a reset
+    return [normal(1, 6), k, normal(2, 5), g, None if linear else normal(2, 6), normal(2).sigmoid() if delta else None]
+
+
+def join(parts, axis):
+    return [None if part[0] is None else torch.cat(part, axis) for part in zip(*parts)]
+
+
+def join_states(states):
+    """One state, whose tensors are leaves of a graph where they are continuous."""
+
+    def grown(x, slots):
+        return torch.cat([x, x.new_zeros(1, slots - x.shape[1], *x.shape[2:])], 1)
+
+    most = max((x.entries.shape[1] for x in states if isinstance(x, LogLinearState)), default=0)
+    values = {}
+    for field in dataclasses.fields(states[0]):
+        parts = [getattr(x, field.name) for x in states]
+        if isinstance(parts[0], torch.Tensor):
+            value = torch.cat([grown(x, most) if field.name in ("entries", "decay") else x for x in parts])
+            leaf = field.name not in ("position", "decay")
+            values[field.name] = value.detach().requires_grad_() if leaf else value
+    return dataclasses.replace(states[0], **values)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("linear", [False, True], ids=["tree", "linear"])
+@pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
+def test_outputs_states_and_gradients(case, linear, delta):
+    before, after, packed = CASES[case]
+    rows = [make(a + b, delta, linear, seed) for seed, (a, b) in enumerate(zip(before, after))]
+    states = None
+    if any(before):
+        parts = [[None if x is None else x[:, :n] for x in row] for row, n in zip(rows, before)]
+        states = join_states([chunkwise(*part)[1] for part in parts])
+    new = join([[None if x is None else x[:, n:] for x in row] for row, n in zip(rows, before)], 1 if packed else 0)
+    new = [None if x is None else x.requires_grad_() for x in new]
+    q, k, v, g, scales, beta = new
+    o, got = segments.attend(q, k, v, g, beta, scales, 0.5, after, packed, states, True)
+    want, expected = chunkwise(0.5 * q, k, v, g, scales, beta, states, lengths=after)
+    assert type(got) is type(expected) is (LinearState if linear else LogLinearState)
+    assert torch.equal(got.position, expected.position)
+    pairs = [(o, want)]
+    for name in NAMES:
+        ours, reference = getattr(got, name, None), getattr(expected, name, None)
+        assert (ours is None) == (reference is None)
+        if ours is None or name == "decay":
+            continue
+        if name == "entries":  # decays are applied here, and kept as logs there
+            ours, reference = (x.entries * x.decay.exp()[..., None, None] for x in (got, expected))
+        pairs.append((ours, reference))
+    leaves = [x for x in new if x is not None]
+    leaves += [x for x in ([] if states is None else states._tensors()) if x.requires_grad]
+    weights = [torch.randn_like(reference) for _, reference in pairs]
+    losses = [sum((w * pair[i]).sum() for w, pair in zip(weights, pairs)) for i in (0, 1)]
+    grads = [torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True) for loss in losses]
+    for ours, reference in [*pairs, *zip(*grads)]:
+        assert ours.shape == reference.shape
+        torch.testing.assert_close(ours.nan_to_num(neginf=0.0), reference.nan_to_num(neginf=0.0), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["scalar", "delta"])
+@pytest.mark.parametrize("linear", [False, True], ids=["tree", "linear"])
+def test_the_public_ops_take_this_way_where_kernels_are(monkeypatch, rule, linear):
+    """Delta rule and linear models; short calls, the scalar gate's tree and calls without states go other ways."""
+    taken = []
+    attend = segments.attend
+    monkeypatch.setattr(segments, "attend", lambda *x: taken.append(x[7]) or attend(*x))
+    monkeypatch.setattr(registration, "takes_segments", lambda q, v, beta, state: q.shape[1] > 64)
+    delta = rule == "delta"
+    q, k, v, g, scales, beta = make(200, delta, linear, 0)
+
+    def call(part, state):
+        x = [None if y is None else y[:, part] for y in (q, k, v, g, beta, scales)]
+        if delta:
+            return log_linear_delta_rule(*x, initial_state=state, output_final_state=True)
+        return log_linear_attention(*x[:4], x[5], initial_state=state, output_final_state=True)
+
+    first, state = call(slice(0, 100), None)
+    second, state = call(slice(100, 180), state)
+    third, state = call(slice(180, 200), state)
+    assert taken == [(100,), (80,)]
+    want, _ = chunkwise(q, k, v, g, scales, beta)
+    torch.testing.assert_close(torch.cat([first, second, third], 1), want)
+    assert state.position.tolist() == [200]
