@@ -196,8 +196,8 @@ def test_recorded_steps_are_those_of_the_cpu(model):
         on_device = TrainingSteps(build_model(cell).cuda(), cell, stream)
     for block in training_blocks(cell, "cpu", torch.zeros(1, dtype=torch.int64)):
         with torch.cuda.stream(stream):
-            losses = on_device(Recall(*(x.cuda() for x in block.parts())))
-        torch.testing.assert_close(losses.cpu(), on_cpu(block), rtol=5e-3, atol=5e-3)
+            losses = on_device(Recall(*(x.cuda() for x in block.parts()))).cpu()  # on that stream, which it waits for
+        torch.testing.assert_close(losses, on_cpu(block), rtol=5e-3, atol=5e-3)
     assert on_device.replay is not None
 
 
