@@ -247,7 +247,8 @@ def time_column(name: str, common: dict, args: argparse.Namespace) -> list[dict]
         print(f"{name:30s}  nothing timed: {type(reason).__name__}: {reason}", flush=True)
         return []
     size = Size(args.hidden_size, args.layers, args.attention_layers, args.vocab_size, common["context"])
-    model = build(size.config(column.mixer), column, args.device, args.residual == "bfloat16")
+    model = build(size.config(column.mixer), column, args.device)
+    model.config.residual_in_fp32 = args.residual == "float32"
     trainer = Trainer(model, column, args)
     about = {"model": name, "layers": model.config.num_hidden_layers, "error_against_float64": error}
     about |= {"parameters": model.num_parameters()}

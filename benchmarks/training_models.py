@@ -66,21 +66,14 @@ class Size:
         )
 
 
-def build(
-    config: LogLinearConfig, column: Column, device: str, bfloat16_residual: bool = False
-) -> LogLinearForCausalLM:
-    """A fresh model in training mode with float32 weights.
-
-    ``bfloat16_residual``: the embeddings leave as bfloat16, and the residual stream stays so; under autocast it is float32.
-    """
+def build(config: LogLinearConfig, column: Column, device: str) -> LogLinearForCausalLM:
+    """A fresh model in training mode with float32 weights."""
     torch.manual_seed(0)
     with torch.device(device):
         model = LogLinearForCausalLM(config).train()
     if column.peer is not None:
         for block in model.model.layers:
             block.mixer.__class__ = column.peer
-    if bfloat16_residual:
-        model.model.embed_tokens.register_forward_hook(lambda module, inputs, hidden: hidden.bfloat16())
     return model
 
 

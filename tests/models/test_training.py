@@ -22,6 +22,20 @@ def test_loss_is_the_mean_over_targets(make_model, tokens, mixer):
     torch.testing.assert_close(out.loss.double(), want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_dtype_of_the_residual_stream_under_autocast(make_model, tokens, mixer, kept):
+    model = make_model(mixer, residual_in_fp32=kept).float()
+    ids, seen = tokens(2, 30), []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert set(seen) == {torch.float32 if kept else torch.bfloat16}
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss, rtol=0.01, atol=0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def compare_with_logits(model, ids, **inputs):
     """Loss and gradients with and without logits, by the same formula."""
     want = model(ids, skip_logits=False, **inputs)

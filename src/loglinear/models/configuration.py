@@ -47,6 +47,8 @@ class LogLinearConfig(PreTrainedConfig):
             None: G = H, keys of 3/4 · hidden_size together, values twice as wide as keys.
         num_attention_heads, num_key_value_heads, head_dim: of softmax attention; None: heads of 64, all with own keys.
         rope_theta: base of the rotary frequencies of softmax attention.
+        residual_in_fp32: whether, under autocast, the residual stream stays float32 as the embeddings are; False makes it
+            autocast's dtype: half the memory of checkpointed activations, and a rounding at each layer's sum.
         rms_norm_eps: of every norm. initializer_range: standard deviation of linear and embedding weights.
         decoding_entry_dtype: of the entries of log-linear decoding states: ``"float32"``, or ``"bfloat16"`` for half the
             memory and an error as of rounding keys and values.
@@ -80,6 +82,7 @@ class LogLinearConfig(PreTrainedConfig):
     num_key_value_heads: int = None  # type: ignore[assignment]
     head_dim: int = None  # type: ignore[assignment]
     rope_theta: float = 500_000.0
+    residual_in_fp32: bool = True
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     decoding_entry_dtype: str = "float32"

@@ -200,6 +200,8 @@ class LogLinearModel(LogLinearPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
+        if not self.config.residual_in_fp32 and torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         collected = [hidden]
         hidden = layout.pack(hidden)
         for layer in self.layers:

@@ -35,6 +35,8 @@ class ModelConfig:
     """Heads of the attention mixer; none: heads of 64."""
     tie_word_embeddings: bool = True
     """Use one matrix for the input and output embeddings."""
+    residual_in_fp32: bool = True
+    """Keep the residual stream in float32 under bfloat16; off, checkpointed activations take half the memory."""
 
 
 @dataclass(frozen=True)
