@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear.layers.initialization import StatedInit, wide
+from loglinear.layers.linear import AlignedLinear
 
 
 class LevelScale(StatedInit):
@@ -28,7 +29,7 @@ class LevelScale(StatedInit):
     def __init__(self, hidden_size: int, num_heads: int, num_levels: int) -> None:
         super().__init__()
         self.L = nn.Parameter(torch.empty(num_heads, num_levels))
-        self.dl_proj = nn.Linear(hidden_size, num_heads * num_levels, bias=False)
+        self.dl_proj = AlignedLinear(hidden_size, num_heads * num_levels)
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
