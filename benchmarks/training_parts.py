@@ -74,7 +74,7 @@ class Weights:
 
 
 def _contains(sizes: tuple[int, ...], pair: tuple[int, int]) -> bool:
-    """Whether both widths are among the sizes, as they are or padded to a multiple of 8 or 16 (the compiler, and our layers)."""
+    """Whether both widths are among the sizes, as they are or padded to a multiple of 8 (the compiler) or 16 (our layers)."""
     rest = list(sizes)
     for width in pair:
         found = next((size for size in rest if size in (width, -(-width // 8) * 8, -(-width // 16) * 16)), None)
