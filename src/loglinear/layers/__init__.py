@@ -19,7 +19,7 @@ from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.gated_deltanet import LogLinearGatedDeltaNet
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.mamba2 import LogLinearMamba2
-from loglinear.layers.norm import GatedRMSNorm, RMSNorm
+from loglinear.layers.norm import GatedRMSNorm, RMSNorm, SumRMSNorm
 from loglinear.layers.state import KVDecodingState, KVState, LinearDecodingState, MixerState, RecurrentMixerState
 
 __all__ = [
@@ -35,5 +35,6 @@ __all__ = [
     "RecurrentMixerState",
     "ShortConvolution",
     "SoftmaxAttention",
+    "SumRMSNorm",
     "set_context_group",
 ]

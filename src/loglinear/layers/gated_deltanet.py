@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
@@ -19,6 +20,7 @@ from loglinear.layers.linear import AlignedLinear
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
+from loglinear.ops.fused import Columns
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -84,7 +86,10 @@ class LogLinearGatedDeltaNet(StatedInit):
         cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
-        qkv, gate, a, b = self.in_proj(hidden).split(self.in_widths, dim=-1)
+        projected = self.in_proj(hidden)
+        if state is not None and step.takes(self, projected, state, cu_seqlens):
+            return self.out_proj(self._step(hidden, projected, state)), state if output_state else None
+        qkv, gate, a, b = projected.split(self.in_widths, dim=-1)
         qkv, conv_tail = convolve(self.conv, qkv, state, cu_seqlens, self.context_group)
         q, k, v = qkv.split(self.conv_widths, dim=-1)
 
@@ -101,3 +106,13 @@ class LogLinearGatedDeltaNet(StatedInit):
         )
         o = self.norm(o, gate.unflatten(-1, (self.num_heads, -1)))
         return self.out_proj(o.flatten(-2)), new_state
+
+    def _step(self, hidden: Tensor, projected: Tensor, state: RecurrentMixerState) -> Tensor:
+        """``forward`` from the input to the output projection where ``step.takes`` it."""
+        channels, values, heads, _ = self.in_widths
+        columns = Columns(conv=0, rate=channels + values, beta=channels + values + heads)
+        mixed, _, gates = step.convolve_and_gate(self, hidden, projected, state, columns)
+        q, k, v = mixed.split(self.conv_widths, dim=-1)
+        q, k = (x.unflatten(-1, (self.num_key_heads, -1)) for x in (q, k))
+        o = step.recur(q, k, v.unflatten(-1, (self.num_heads, -1)), gates, state)
+        return step.gate_and_norm(self, o, projected[..., channels : channels + values], state)

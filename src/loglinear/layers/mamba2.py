@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
@@ -19,6 +20,7 @@ from loglinear.layers.linear import AlignedLinear
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
+from loglinear.ops.fused import Columns
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -88,7 +90,10 @@ class LogLinearMamba2(StatedInit):
         cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
-        z, xBC, dt = self.in_proj(hidden).split(self.in_widths, dim=-1)
+        projected = self.in_proj(hidden)
+        if state is not None and step.takes(self, projected, state, cu_seqlens):
+            return self.out_proj(self._step(hidden, projected, state)), state if output_state else None
+        z, xBC, dt = projected.split(self.in_widths, dim=-1)
         xBC, conv_tail = convolve(self.conv, xBC, state, cu_seqlens, self.context_group)
         x, B, C = xBC.split(self.conv_widths, dim=-1)
         x = x.unflatten(-1, (self.num_heads, -1))
@@ -106,3 +111,14 @@ class LogLinearMamba2(StatedInit):
         )
         y = y + x * self.D.to(x.dtype).unsqueeze(-1)  # the skip takes x as it is, not x·dt
         return self.out_proj(self.norm(y.flatten(-2), z)), new_state
+
+    def _step(self, hidden: Tensor, projected: Tensor, state: RecurrentMixerState) -> Tensor:
+        """``forward`` from the input to the output projection where ``step.takes`` it."""
+        inner, channels, _ = self.in_widths
+        columns = Columns(conv=inner, rate=inner + channels, scaled=inner)
+        mixed, v, gates = step.convolve_and_gate(self, hidden, projected, state, columns)
+        assert v is not None
+        x, B, C = mixed.split(self.conv_widths, dim=-1)
+        q, k = (y.unflatten(-1, (self.num_groups, -1)) for y in (C, B))
+        y = step.recur(q, k, v.unflatten(-1, (self.num_heads, -1)), gates, state)
+        return step.gate_and_norm(self, y, projected[..., :inner], state, skip=(x, self.D))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear.layers.initialization import wide
+from loglinear.ops import fused
 
 
 class RMSNorm(nn.Module):
@@ -29,6 +30,18 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class SumRMSNorm(RMSNorm):
+    """RMSNorm of a residual stream and what is added to it, which is one kernel on CUDA when nothing is recorded."""
+
+    def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """``x + added`` and its norm, both ``[..., width]``."""
+        both = fused.add_norm(x, added, self.weight, self.eps)
+        if both is None:
+            x = x + added
+            both = x, super().forward(x)
+        return both
 
 
 class GatedRMSNorm(RMSNorm):

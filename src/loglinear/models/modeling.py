@@ -21,13 +21,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, RMSNorm, SoftmaxAttention
+from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, RMSNorm, SoftmaxAttention, SumRMSNorm
 from loglinear.layers.initialization import StatedInit
 from loglinear.models.cache import MixerCacheLayer, check_cache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.decoding import GraphedCall
 from loglinear.models.layout import TokenLayout, plan_layout
 from loglinear.ops.cross_entropy import linear_cross_entropy
+from loglinear.ops.fused import silu_times
 
 
 def build_mixer(config: LogLinearConfig, name: str) -> nn.Module:
@@ -75,7 +76,7 @@ class LogLinearMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(silu_times(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class LogLinearBlock(GradientCheckpointingLayer):
@@ -86,7 +87,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
         self.layer_idx, self.config = layer_idx, config
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = build_mixer(config, config.layer_mixers[layer_idx])
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
+        self.mlp_norm = SumRMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
         self.mlp = LogLinearMLP(config) if config.intermediate_size else None
 
     def forward(self, hidden: Tensor, layout: TokenLayout, past_key_values: Cache | None = None) -> Tensor:
@@ -107,8 +108,10 @@ class LogLinearBlock(GradientCheckpointingLayer):
         if cache is not None:
             assert state is not None
             cache.store(state, layout.length, getattr(torch, self.config.decoding_entry_dtype))
-        hidden = hidden + mixed
-        return hidden if self.mlp is None else hidden + self.mlp(self.mlp_norm(hidden))
+        if self.mlp is None or self.mlp_norm is None:
+            return hidden + mixed
+        hidden, normed = self.mlp_norm(hidden, mixed)
+        return hidden + self.mlp(normed)
 
 
 class LogLinearPreTrainedModel(PreTrainedModel):

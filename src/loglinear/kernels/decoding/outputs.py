@@ -1,0 +1,107 @@
+"""OUTPUTS of a mixer's step: the skip, the gate and the norm in one launch, which also moves the rows' positions on.
+
+Special about this file: a position may change only when no program of the step reads it any more. This launch comes after, so
+one of its programs for each row adds the tokens, which spares a launch of its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.kernels import common
+from loglinear.kernels.decoding.host import row_stride
+from loglinear.kernels.replay import replay
+
+
+@triton.jit
+def root_mean_square_norm(x, weight, columns, inside, eps, N: tl.constexpr):
+    """Float32 x ``[BLOCK]``, zero outside, over its root mean square, times the weight."""
+    mean = tl.sum(x * x, axis=0) / N
+    return x * tl.rsqrt(mean + eps) * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["T"])
+def step_outputs_kernel(
+    o,  # [B, T, GROUPS, N]
+    x,
+    D,
+    gate,
+    weight,
+    position,
+    y,  # [B, T, GROUPS, N]
+    T,
+    stride_x,
+    stride_gate,
+    eps,
+    N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    V: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    SKIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: tokens x groups of N columns that are normed together. float32: gate and norm; the skip rounds as plain code."""
+    token = (tl.program_id(0) // GROUPS).to(tl.int64)
+    group = tl.program_id(0) % GROUPS
+    columns = tl.arange(0, BLOCK)
+    inside = columns < N
+    place = group * N + columns
+    value = tl.load(o + token * (GROUPS * N) + place, mask=inside, other=0.0)
+    if SKIP:
+        strength = tl.load(D + place // V, mask=inside, other=0.0).to(value.dtype).to(tl.float32)
+        passed = tl.load(x + token * stride_x + place, mask=inside, other=0.0).to(tl.float32) * strength
+        value = (value.to(tl.float32) + passed.to(value.dtype).to(tl.float32)).to(value.dtype)
+    wide = value.to(tl.float32)
+    opening = tl.load(gate + token * stride_gate + place, mask=inside, other=0.0).to(tl.float32)
+    opening *= tl.sigmoid(opening)
+    if GATE_FIRST:
+        out = root_mean_square_norm(wide * opening, weight, columns, inside, eps, N)
+    else:
+        out = root_mean_square_norm(wide, weight, columns, inside, eps, N) * opening
+    tl.store(y + token * (GROUPS * N) + place, out.to(y.dtype.element_ty), mask=inside)
+    if (group == 0) & (token % T == 0):
+        row = position + token // T
+        tl.store(row, tl.load(row) + T)
+
+
+def step_outputs(
+    o: Tensor,
+    x: Tensor | None,
+    D: Tensor | None,
+    gate: Tensor,
+    weight: Tensor,
+    position: Tensor,
+    eps: float,
+    gate_first: bool,
+) -> Tensor:
+    """``norm(o + D x, gate)`` ``[B, T, H·V]`` as ``GatedRMSNorm`` has it; T is added to ``position``, int64 ``[B]``.
+
+    Args:
+        o: ``[B, T, H, V]``, contiguous. x, D: the skip, ``[B, T, H·V]`` and ``[H]``, or None. gate: ``[B, T, H·V]``. Of x and
+            gate rows of neighbouring tokens may be any one distance apart.
+        weight: of the norm, ``[H·V]`` or ``[V]``. gate_first: whether the gate comes before the norm.
+    """
+    return replay(run_step_outputs, [o, x, D, gate, weight, position], eps, gate_first)[0]  # type: ignore[return-value]
+
+
+def run_step_outputs(inputs: list, eps: float, gate_first: bool) -> tuple[Tensor]:
+    """The launch of ``step_outputs``."""
+    o, x, _, gate, weight, _ = inputs
+    batch, length, heads, width = o.shape
+    y = common.scratch((batch, length, heads * width), o.dtype, o.device)
+    normed = weight.shape[0]
+    groups, block = heads * width // normed, triton.next_power_of_2(normed)
+    strides = [0 if part is None else row_stride(part.shape, part.stride()) for part in (x, gate)]
+    if y.numel():
+        common.launch(
+            step_outputs_kernel, batch * length * groups, *inputs, y, length, *strides, eps, N=normed, GROUPS=groups,
+            V=width, GATE_FIRST=gate_first, SKIP=x is not None, BLOCK=block, num_warps=warps_for(block),
+        )  # fmt: skip
+    return (y,)
+
+
+def warps_for(block: int) -> int:
+    """Sixteen numbers a thread, in at most eight warps."""
+    return min(max(block // 512, 1), 8)

@@ -1,0 +1,94 @@
+"""STEP: a token or a few through a recurrent mixer between its projections, in three launches; state and positions in place.
+
+Special about this file: it is a mixer's ``forward`` once more for CUDA and for states for decoding, in kernels that each do
+several of its lines. ``takes`` says where; everything else goes through the plain lines, which define what comes out.
+
+Legend: B rows, T tokens, H value heads, G q/k groups, K, V widths, L levels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from loglinear.decoding_state import DecodingState
+from loglinear.layers.conv import ShortConvolution
+from loglinear.layers.level_scale import LevelScale
+from loglinear.layers.norm import GatedRMSNorm
+from loglinear.layers.recurrence import writes_into
+from loglinear.layers.state import LinearDecodingState, RecurrentMixerState
+from loglinear.ops import convolution, fused, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.ops.step import has_kernel
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
+
+
+class RecurrentMixer(Protocol):
+    """What both mixers have."""
+
+    conv: ShortConvolution
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    level_scale: LevelScale | None
+    norm: GatedRMSNorm
+    context_group: ProcessGroup | None
+
+
+def takes(
+    mixer: RecurrentMixer, projected: Tensor, state: RecurrentMixerState | None, cu_seqlens: Tensor | None
+) -> bool:
+    """Whether ``projected`` ``[B, T, ...]`` from ``state`` goes through the kernels of a step. Never waits for the device."""
+    if state is None or not writes_into(state) or cu_seqlens is not None or mixer.context_group is not None:
+        return False
+    weights = (mixer.conv.weight, mixer.norm.weight)  # on another device when they are offloaded
+    if not fused.fits(projected, state.conv, *weights) or state.conv.dtype != projected.dtype:
+        return False
+    (batch, length, _), memory = projected.shape, state.memory
+    if batch != state.batch_size or mixer.conv.width > convolution.MAX_TAPS or weights[1].shape[0] > fused.MAX_WIDTH:
+        return False
+    if isinstance(memory, DecodingState):
+        whole = 1 <= length <= memory.chunk_size and memory.open_k.dtype == projected.dtype
+        return whole and mixer.level_scale is not None and has_kernel(memory.open_k, memory.open_v)
+    return isinstance(memory, LinearDecodingState) and length == 1 and fused.fits_linear(memory.state)
+
+
+def convolve_and_gate(
+    mixer: RecurrentMixer, hidden: Tensor, projected: Tensor, state: RecurrentMixerState, columns: fused.Columns
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """The convolution's outputs ``[B, T, channels]``, v if it is scaled ``[B, T, H·V]``, and g, beta and level_scales."""
+    conv, levels = mixer.conv, mixer.level_scale
+    dl, L = (None, None) if levels is None else (levels.dl_proj(hidden), levels.L)
+    mixed, v, g, beta, scales = fused.step_inputs(
+        projected, dl, state.conv, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, L, tuple(columns)
+    )
+    return mixed, v, {"g": g, "beta": beta, "level_scales": scales}
+
+
+def recur(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], state: RecurrentMixerState) -> Tensor:
+    """o ``[B, T, H, V]`` of q, k ``[B, T, G, K]``, v ``[B, T, H, V]``; ``state`` takes them in, but for its position."""
+    memory = state.memory
+    if isinstance(memory, LinearDecodingState):
+        return fused.linear_step(q, k, v, gates["g"], gates["beta"], memory.state)
+    assert isinstance(memory, DecodingState)
+    if gates["beta"] is None:
+        return log_linear_attention_step(q, k, v, gates["g"], gates["level_scales"], memory, advance=False)
+    return log_linear_delta_rule_step(q, k, v, **gates, state=memory, use_qk_l2norm_in_kernel=True, advance=False)
+
+
+def gate_and_norm(
+    mixer: RecurrentMixer,
+    o: Tensor,
+    gate: Tensor,
+    state: RecurrentMixerState,
+    skip: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """What goes into the output projection, ``[B, T, H·V]``; every row's position moves on by T.
+
+    Args:
+        gate: ``[B, T, H·V]``. skip: x ``[B, T, H·V]`` and its weight D ``[H]``, added to o before the gate.
+    """
+    x, D = skip or (None, None)
+    norm = mixer.norm
+    return fused.step_outputs(o, x, D, gate, norm.weight, state.position, norm.eps, norm.gate_first)

@@ -1,0 +1,82 @@
+"""FUSED: what stands beside the recurrence and the matrix products when nothing is recorded, one kernel each.
+
+Special about this file: a decoding step of one row is as long as its list of launches. Where ``fits`` says no, layers run
+their plain code, which is the definition; both round at the same places, but for sums of the convolution's taps.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loglinear import kernels
+from loglinear.ops.registration import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
+
+MAX_WIDTH = 16_384  # of a norm: one program holds it
+
+
+class Columns(NamedTuple):
+    """Where a mixer's projection holds what.
+
+    conv, rate, beta: first columns of the convolution's inputs, of the time steps and of β (-1: none).
+    scaled: how many of the convolution's outputs, from the first on, are v still to be multiplied by the time step.
+    """
+
+    conv: int
+    rate: int
+    beta: int = -1
+    scaled: int = 0
+
+
+def fits(x: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels take x: contiguous on CUDA, at most 32 bits, as ``others`` lie; no gradients and no compiler."""
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not kernels.installed():
+        return False
+    return x.dtype != torch.float64 and all(y.device == x.device and y.is_contiguous() for y in (x, *others))
+
+
+def fits_linear(state: Tensor) -> bool:
+    """Whether the linear models' step takes a state ``[B, H, K, V]``: float32, contiguous, heads of a kernel's widths."""
+    narrow = state.shape[2] <= MAX_KEY_WIDTH and state.shape[3] <= MAX_VALUE_WIDTH
+    return narrow and state.dtype == torch.float32 and state.is_contiguous()
+
+
+def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """``x + added`` and its RMS norm, of the shape of x; None where the kernel does not take them."""
+    alike = x.shape == added.shape and x.dtype == added.dtype == weight.dtype
+    if not alike or weight.shape[0] > MAX_WIDTH or not fits(x, added, weight):
+        return None
+    return kernels_of("residual").add_norm(x, added, weight, eps)
+
+
+def silu_times(gate: Tensor, x: Tensor) -> Tensor:
+    """``silu(gate) · x``."""
+    if gate.shape == x.shape and gate.dtype == x.dtype and fits(gate, x):
+        return kernels_of("residual").silu_times(gate, x)
+    return F.silu(gate) * x
+
+
+def step_inputs(*args) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """See ``kernels.decoding.inputs``."""
+    return kernels_of("inputs").step_inputs(*args)
+
+
+def step_outputs(*args) -> Tensor:
+    """See ``kernels.decoding.outputs``."""
+    return kernels_of("outputs").step_outputs(*args)
+
+
+def linear_step(*args) -> Tensor:
+    """See ``kernels.decoding.linear_step``."""
+    return kernels_of("linear_step").linear_step(*args)
+
+
+@cache
+def kernels_of(name: str) -> Any:
+    """A module of ``kernels.decoding``. Imported on first use: importing loglinear imports no Triton."""
+    return import_module(f"loglinear.kernels.decoding.{name}")
