@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from loglinear import DecodingState
 from loglinear.kernels import cross_entropy, decoding, delta_rule, replay, scalar_gate
+from loglinear.kernels.decoding import inputs, linear_step, outputs, residual
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -140,9 +141,38 @@ def test_the_loss_compiles(target):
     assert found.spills == 0, f"{found} spills"
 
 
+def fused_resources(target: str) -> list[Resources]:
+    """What stands beside the recurrence in a step of one bfloat16 token, at the widths of ``step_resources``."""
+
+    def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    gates, hidden, position = meta(1, 1, 16, kind=torch.float32), meta(1, 1, 1536), meta(1, kind=torch.int64)
+    heads, projected = [meta(1, 1, 16, 128) for _ in range(3)], meta(1, 1, 6448)
+    with recording() as found, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inputs.step_inputs(
+            projected, meta(1, 1, 48 * 18), meta(1, 3, 3328), meta(3328, 4), meta(3328), meta(48), meta(48),
+            meta(48, 18), (3072, 6400, -1, 3072),
+        )  # fmt: skip
+        x, gate = meta(1, 1, 3328)[..., :3072], projected[..., :3072]
+        outputs.step_outputs(meta(1, 1, 48, 64), x, meta(48), gate, meta(3072), position, 1e-6, True)
+        linear_step.linear_step(*heads, gates, gates, meta(1, 16, 128, 128, kind=torch.float32))
+        residual.add_norm(hidden, hidden, meta(1536), 1e-6)
+        residual.silu_times(hidden, hidden)
+        return [build(launch, TARGETS[target])[0] for launch in found]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_fused_steps_compile(target):
+    for found in fused_resources(target):
+        assert found.shared <= 1024, f"{found}: only sums go through shared memory"
+        assert found.spills == 0, f"{found} spills"
+
+
 if __name__ == "__main__":
     for name in TARGETS:
         launched = (*resources(name, False, H=48), *resources(name, True, G=16, V=128))
         steps = step_resources(name, False), step_resources(name, True)
-        for found in (*launched, *steps, loss_resources(name)):
+        for found in (*launched, *steps, *fused_resources(name), loss_resources(name)):
             print(f"| {name} | {found.name} | {found.warps} | {found.registers} | {found.spills} | {found.shared} |")

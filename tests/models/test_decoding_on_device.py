@@ -11,6 +11,7 @@ import torch
 from transformers import StaticCache
 
 from loglinear.models import cache_nbytes, decoding
+from loglinear.ops import fused
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,6 +106,27 @@ def test_the_graph_is_as_exact_as_one_plain_pass(make_model, tokens, mixer, dtyp
     got = graph_steps(decoding.DecodingGraph(model, cache), ids[:, 61:].cuda()).cpu().double()
     allowed = max(2 * (rounded - exact).norm(), 1e-5 * exact.norm() if dtype == torch.float32 else 0)
     assert (got - exact).norm() <= allowed
+
+
+@torch.no_grad()
+def test_fused_kernels_give_what_plain_code_gives(make_model, tokens, mixer, monkeypatch):
+    """One by one and several at once, from rows at positions of their own, in float32: they differ by rounding alone."""
+    model, ids = wide_model(make_model, mixer, torch.float32), tokens(2, 90).cuda()
+    mask, used, run = torch.ones_like(ids), [], fused.step_inputs
+    mask[0, :7] = 0
+    monkeypatch.setattr(fused, "step_inputs", lambda *args: used.append(args[0].shape[1]) or run(*args))
+
+    def logits():
+        cache = StaticCache(config=model.config, max_cache_len=300)
+        model(ids[:, :60], attention_mask=mask[:, :60], past_key_values=cache)
+        pieces = ids[:, 60:].split([1, 1, 3, 1, 9, 1, 14], dim=1)
+        return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1).double()
+
+    got = logits()
+    assert bool(used) == (mixer != "attention")
+    monkeypatch.setattr(fused, "fits", lambda x, *others: False)
+    want = logits()
+    assert (got - want).norm() <= 1e-5 * want.norm()
 
 
 @torch.no_grad()
