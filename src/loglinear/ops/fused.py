@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from loglinear import kernels
 from loglinear.ops.registration import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
@@ -37,7 +37,9 @@ def fits(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernels take x: contiguous on CUDA, at most 32 bits, as ``others`` lie; no gradients and no compiler."""
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not kernels.installed():
         return False
-    return x.dtype != torch.float64 and all(y.device == x.device and y.is_contiguous() for y in (x, *others))
+    given = (x, *others)
+    plain = all(type(y) in (Tensor, nn.Parameter) for y in given)  # neither distributed nor fake
+    return plain and x.dtype != torch.float64 and all(y.device == x.device and y.is_contiguous() for y in given)
 
 
 def fits_linear(state: Tensor) -> bool:
