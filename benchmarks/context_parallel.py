@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/context_parallel.py              # 262,144 tokens, the 825M model
     torchrun --standalone --nproc-per-node 2 benchmarks/context_parallel.py --layers 8 --mixer log_linear_gated_deltanet
     torchrun --standalone --nproc-per-node 2 benchmarks/context_parallel.py --device cpu --T 256 --layers 2 --hidden-size 64 \\
-        --vocab-size 64 --steps 2 --results /tmp/rows                                    # a rehearsal
+        --vocab-size 64 --steps 2 --results out/rows                                    # a rehearsal
 
 The checks compare outputs and all gradients of both ops, float32 and bfloat16, with the op on one GPU in float64 (plain
 PyTorch), at decays that let a rank's past last. An error may be twice that of the kernels on one GPU, or the limit of
