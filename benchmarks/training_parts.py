@@ -67,17 +67,18 @@ class Weights:
 
     def part(self, sizes: tuple[int, ...]) -> str:
         """The part whose weight a product of ``sizes`` (m, k, n) is of. One of the three is the number of tokens."""
-        for part, pairs in self.pairs.items():
-            if any(_contains(sizes, pair) for pair in pairs):
-                return part
+        for multiple in (1, 8, 16):  # as they are, or padded by the compiler or by our layers
+            for part, pairs in self.pairs.items():
+                if any(_contains(sizes, pair, multiple) for pair in pairs):
+                    return part
         return "other"
 
 
-def _contains(sizes: tuple[int, ...], pair: tuple[int, int]) -> bool:
-    """Whether both widths are among the sizes, as they are or padded to a multiple of 8 (the compiler) or 16 (our layers)."""
+def _contains(sizes: tuple[int, ...], pair: tuple[int, int], multiple: int) -> bool:
+    """Whether both widths are among the sizes, as they are or padded to a multiple."""
     rest = list(sizes)
     for width in pair:
-        found = next((size for size in rest if size in (width, -(-width // 8) * 8, -(-width // 16) * 16)), None)
+        found = next((size for size in rest if size in (width, -(-width // multiple) * multiple)), None)
         if found is None:
             return False
         rest.remove(found)
