@@ -101,6 +101,17 @@ def test_the_convolution_and_its_tail(device, width, T):
     assert got[1] is got[3] is got[4] is None
 
 
+def test_level_weights_from_rows_that_are_padded(device):
+    """As a projection of an odd width leaves them: the first columns of wider rows (layers/linear.py)."""
+    torch.manual_seed(0)
+    projected, rates = torch.randn(2, 3, 8, device=device), torch.zeros(2, device=device)
+    tail, weight = torch.randn(2, 1, 6, device=device), torch.randn(6, 2, device=device)
+    wider, L = torch.randn(2, 3, 16, device=device), torch.randn(2, 5, device=device)
+    given = (tail, weight, None, rates, rates, L, (0, 6, -1, 0))
+    want = F.softplus(L * wider[..., :10].unflatten(-1, (2, 5)))
+    assert relative(inputs.step_inputs(projected, wider[..., :10], *given)[4], want) <= 1e-6
+
+
 def test_gates_of_any_size(device):
     """Time steps, decays, β and λ from where their exponentials vanish to where they are all there is."""
     size = torch.tensor([-float("inf"), -100, -30, -17, -7, -1, 0, 1e-3, 2, 19, 21, 80], device=device)

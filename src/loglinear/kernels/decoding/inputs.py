@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels import common
+from loglinear.kernels.decoding.host import row_stride
 from loglinear.kernels.problem import cdiv
 from loglinear.kernels.replay import replay
 
@@ -154,7 +155,7 @@ def step_inputs(
     """(mixed, v, g, β, λ) of T tokens of every row; ``tail`` takes the tokens in.
 
     Args:
-        projected: ``[B, T, ...]``, contiguous, at most 32 bits. dl: ``[B, T, H·L]``, contiguous, or None.
+        projected: ``[B, T, ...]``, contiguous, at most 32 bits. dl: ``[B, T, H·L]``, rows any one distance apart, or None.
         tail: ``[B, W - 1, N]``, contiguous, dtype of projected. weight: ``[N, W]``. bias: ``[N]`` or None.
         dt_bias, A_log: ``[H]``. level_weights: ``[H, L]``, None as dl.
         columns: of ``projected``, the first of the convolution's inputs, of the time steps' and of β's (-1: there is no β);
@@ -174,7 +175,7 @@ def run_step_inputs(inputs: list, columns: tuple[int, int, int, int]) -> tuple[T
     conv, rate, strength, scaled = columns
     (batch, length, width), device = projected.shape, projected.device
     (channels, taps), heads = weight.shape, A_log.shape[0]
-    levels = 0 if dl is None else level_weights.shape[1]
+    levels, stride_l = (0, 0) if dl is None else (level_weights.shape[1], row_stride(dl.shape, dl.stride()))
     wide = torch.float32
     mixed = common.scratch((batch, length, channels), projected.dtype, device)
     v = common.scratch((batch, length, scaled), projected.dtype, device) if scaled else None
@@ -184,7 +185,7 @@ def run_step_inputs(inputs: list, columns: tuple[int, int, int, int]) -> tuple[T
     programs = batch * (cdiv(channels, BLOCK) + cdiv(heads, BLOCK) + cdiv(heads * levels, BLOCK))
     if programs and length:
         common.launch(
-            step_inputs_kernel, programs, *inputs, mixed, v, g, beta, scales, length, width, heads * levels,
+            step_inputs_kernel, programs, *inputs, mixed, v, g, beta, scales, length, width, stride_l,
             CONV=conv, RATE=rate, BETA=strength, SCALED=scaled, N=channels, H=heads, L=levels, W=taps,
             KEEP=triton.next_power_of_2(max(taps - 1, 1)), BIAS=bias is not None, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
