@@ -11,7 +11,6 @@ Legend: B batch, T tokens of this rank, G q/k groups, H value heads, K, V widths
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from torch import Tensor
 from loglinear.distributed.exchange import exchange, outside_graphs
 from loglinear.fenwick import aligned_blocks
 from loglinear.ops import checks
-from loglinear.ops.attention import unit
+from loglinear.ops.attention import outside_autocast, unit
 from loglinear.ops.blocks import Inputs, Map, Slot, append, carried, from_nothing, read
 from loglinear.state import CHUNK_SIZE
 
@@ -91,12 +90,7 @@ def context_parallel_delta_rule(
 
 
 def _attention(q, k, v, g, beta, level_scales, scale, group) -> Tensor:
-    device = q.device.type if isinstance(q, Tensor) else "cpu"
-    without_autocast: AbstractContextManager = nullcontext()
-    if torch.is_autocast_enabled(device):  # as the ops
-        low = torch.get_autocast_dtype(device)
-        q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
-        without_autocast = torch.autocast(device, enabled=False)
+    (q, k, v), without_autocast = outside_autocast(q, k, v)
     checks.check_inputs(q, k, v, g, beta, level_scales)
     scale = checks.check_scale(scale)
     length = q.shape[1]
@@ -117,7 +111,7 @@ def _over_ranks(whole: Inputs, group: dist.ProcessGroup) -> Tensor:
     own, outputs, maps, queries = plan[group.rank()], [], [], []
     for block in own:
         tokens = slice(*(CHUNK_SIZE * (end - own[0].start) for end in (block.start, block.stop)))
-        inputs = Inputs(*(None if x is None else x[:, tokens] for x in whole))  # type: ignore[arg-type]
+        inputs = whole.part(slice(None), tokens)
         o, state = from_nothing(inputs, with_state=block is not last)
         query, transition = carried(inputs, needed=block is not first)
         outputs.append(o)

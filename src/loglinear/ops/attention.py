@@ -117,14 +117,22 @@ def unit(x: Tensor, name: str) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def outside_autocast(*operands: Tensor) -> tuple[tuple[Tensor, ...], AbstractContextManager]:
+    """Matrix operands as autocast, where it is on, would have them, and the context in which it is off.
+
+    As in the field's ops: gates keep their dtype.
+    """
+    first = operands[0]
+    device = first.device.type if isinstance(first, Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return operands, nullcontext()
+    low = torch.get_autocast_dtype(device)
+    given = tuple(x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in operands)
+    return given, torch.autocast(device, enabled=False)
+
+
 def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu):
-    device = q.device.type if isinstance(q, Tensor) else "cpu"
-    without_autocast: AbstractContextManager = nullcontext()
-    if torch.is_autocast_enabled(device):
-        # As the field's ops: matrix operands take autocast's dtype, gates keep theirs.
-        low = torch.get_autocast_dtype(device)
-        q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
-        without_autocast = torch.autocast(device, enabled=False)
+    (q, k, v), without_autocast = outside_autocast(q, k, v)
     checks.check_inputs(q, k, v, g, beta, level_scales)
     scale = checks.check_scale(scale)
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
@@ -143,22 +151,12 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
                 return o, final_state(k, v, g, lengths, cu_seqlens is not None) if with_state else None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
         checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
+        packed = cu_seqlens is not None
         if not compiling and registration.continues(q, v, beta, initial_state):
-            packed = cu_seqlens is not None
             return continued.attend(q, k, v, g, level_scales, scale, lengths, packed, initial_state, output_final_state)
         if not compiling and registration.takes_segments(q, v, beta, initial_state):
             return segments.attend(
-                q,
-                k,
-                v,
-                g,
-                beta,
-                level_scales,
-                scale,
-                lengths,
-                cu_seqlens is not None,
-                initial_state,
-                output_final_state,
+                q, k, v, g, beta, level_scales, scale, lengths, packed, initial_state, output_final_state
             )
         # What a state holds depends on its positions: no single graph, and no recompilation at every token either.
         run = torch.compiler.disable(registration.run) if compiling else registration.run

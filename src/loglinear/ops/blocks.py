@@ -42,6 +42,10 @@ class Inputs(NamedTuple):
             return registration.run_eager(*self, 1.0, None)
         return registration.run(*self, 1.0, (self.q.shape[1],) * self.q.shape[0])[0]
 
+    def part(self, rows: slice, tokens: slice) -> Inputs:
+        """Some rows and tokens of all."""
+        return Inputs(*(None if x is None else x[rows, tokens] for x in self))  # type: ignore[arg-type]
+
     def extended(self, before: int, after: int, **given: Tensor) -> Inputs:
         """With zeros for that many tokens before and after: they write nothing, forget nothing, ask nothing. λ is 1 there."""
 

@@ -52,9 +52,8 @@ def attend(
     outputs, finals = [], []
     for rows, tokens in pieces:
         own = slice(0, 1) if packed else rows
-        some = Inputs(*(None if x is None else x[own, tokens] for x in whole))  # type: ignore[arg-type]
         before = None if state is None else state._map(lambda x, rows=rows: x[rows])
-        o, final = _segment(some, before, positions[rows][0] if positions else 0, output_final_state)
+        o, final = _segment(whole.part(own, tokens), before, positions[rows][0] if positions else 0, output_final_state)
         outputs.append(o)
         finals.append(final)
     o = torch.cat(outputs, 1 if packed else 0) if outputs else torch.empty_like(v)
@@ -88,7 +87,7 @@ def _segment(inputs: Inputs, state: State | None, position: int, with_state: boo
         blocks.append((total - closed * CHUNK_SIZE, 0))
     outputs, start = [inputs.v[:, :0]], 0
     for tokens, chunks in blocks:
-        block = Inputs(*(None if x is None else x[:, start : start + tokens] for x in inputs))  # type: ignore[arg-type]
+        block = inputs.part(slice(None), slice(start, start + tokens))
         start += tokens
         # The state after the last closed chunk may be wanted by the open one, or by the caller.
         leaves = with_state if linear else chunks > 0 and (with_state or start < total)
@@ -101,9 +100,7 @@ def _segment(inputs: Inputs, state: State | None, position: int, with_state: boo
     if not with_state:
         return o, None
     seen = state.position + length if state is not None else torch.full((batch,), length, device=o.device)
-    rest = slice(closed * CHUNK_SIZE, total)
-    opened = Inputs(*(None if x is None else x[:, rest] for x in inputs))  # type: ignore[arg-type]
-    return o, _Final(seen, slots, opened)
+    return o, _Final(seen, slots, inputs.part(slice(None), slice(closed * CHUNK_SIZE, total)))
 
 
 def _after_open_tokens(inputs: Inputs, state: LogLinearState, used: int) -> Inputs:
