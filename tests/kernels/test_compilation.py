@@ -15,7 +15,16 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from loglinear import DecodingState
-from loglinear.kernels import cross_entropy, decoding, delta_rule, replay, scalar_gate
+from loglinear.kernels import (
+    cross_entropy,
+    decoding,
+    delta_rule,
+    gated_norm,
+    gates,
+    replay,
+    scalar_gate,
+    unit_length,
+)
 from loglinear.kernels.decoding import inputs, linear_step, outputs, residual
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -148,7 +157,7 @@ def fused_resources(target: str) -> list[Resources]:
     def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
         return torch.empty(size, dtype=kind, device="meta")
 
-    gates, hidden, position = meta(1, 1, 16, kind=torch.float32), meta(1, 1, 1536), meta(1, kind=torch.int64)
+    decay, hidden, position = meta(1, 1, 16, kind=torch.float32), meta(1, 1, 1536), meta(1, kind=torch.int64)
     heads, projected = [meta(1, 1, 16, 128) for _ in range(3)], meta(1, 1, 6448)
     with recording() as found, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -158,7 +167,7 @@ def fused_resources(target: str) -> list[Resources]:
         )  # fmt: skip
         x, gate = meta(1, 1, 3328)[..., :3072], projected[..., :3072]
         outputs.step_outputs(meta(1, 1, 48, 64), x, meta(48), gate, meta(3072), position, 1e-6, True)
-        linear_step.linear_step(*heads, gates, gates, meta(1, 16, 128, 128, kind=torch.float32))
+        linear_step.linear_step(*heads, decay, decay, meta(1, 16, 128, 128, kind=torch.float32))
         residual.add_norm(hidden, hidden, meta(1536), 1e-6)
         residual.silu_times(hidden, hidden)
         return [build(launch, TARGETS[target])[0] for launch in found]
@@ -171,9 +180,40 @@ def test_fused_steps_compile(target):
         assert found.spills == 0, f"{found} spills"
 
 
+def pointwise_resources(target: str) -> list[Resources]:
+    """Kernels around the attention op, mostly backward, in bfloat16: heads of 64 that share a norm, or of 128 that do not."""
+
+    def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    T, wide, levels = 4096, torch.float32, 15
+    with recording() as found:
+        y, v, rate, D = meta(2, T, 1024), meta(2, T, 16, 64), meta(2, T, 16), meta(16, kind=wide)
+        first = y, y, meta(1024, kind=wide), 1e-6, True, y, D
+        gated_norm.forward(*first)
+        gated_norm.backward(y, *first)
+        o = meta(2, T, 6, 128)
+        gated_norm.backward(o, o, o, meta(128, kind=wide), 1e-6, False, None, None)
+        gates.backward(meta(2, T, 16, kind=wide), v, v, None, rate, D, D, v, None)
+        scales = meta(2, T, 16 * levels), meta(16, levels, kind=wide)
+        gates.level_scales_backward(meta(2, T, 16, levels), *scales)
+        unit_length.backward(o, o, o, o)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [build(launch, TARGETS[target])[0] for launch in found]
+
+
+@pytest.mark.slow
+def test_pointwise_kernels_compile(record_property):
+    for found in pointwise_resources("sm_90"):
+        record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
+        assert found.spills == 0, f"{found} spills"
+        assert found.shared <= 16 << 10, f"{found}: only sums of rows go through shared memory"
+
+
 if __name__ == "__main__":
     for name in TARGETS:
         launched = (*resources(name, False, H=48), *resources(name, True, G=16, V=128))
         steps = step_resources(name, False), step_resources(name, True)
-        for found in (*launched, *steps, *fused_resources(name), loss_resources(name)):
+        for found in (*launched, *steps, *fused_resources(name), loss_resources(name), *pointwise_resources(name)):
             print(f"| {name} | {found.name} | {found.warps} | {found.registers} | {found.spills} | {found.shared} |")

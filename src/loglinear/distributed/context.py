@@ -19,7 +19,7 @@ from torch import Tensor
 from loglinear.distributed.exchange import exchange, outside_graphs
 from loglinear.fenwick import aligned_blocks
 from loglinear.ops import checks
-from loglinear.ops.attention import outside_autocast, unit
+from loglinear.ops.attention import outside_autocast, units
 from loglinear.ops.blocks import Inputs, Map, Slot, append, carried, from_nothing, read
 from loglinear.state import CHUNK_SIZE
 
@@ -85,7 +85,7 @@ def context_parallel_delta_rule(
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
     if use_qk_l2norm_in_kernel:
-        q, k = unit(q, "q"), unit(k, "k")
+        q, k = units(q, k)
     return outside_graphs(_attention)(q, k, v, g, beta, level_scales, scale, group)
 
 

@@ -20,6 +20,7 @@ from loglinear.layers.linear import AlignedLinear
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
+from loglinear.ops import pointwise
 from loglinear.ops.fused import Columns
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -93,12 +94,13 @@ class LogLinearGatedDeltaNet(StatedInit):
         qkv, conv_tail = convolve(self.conv, qkv, state, cu_seqlens, self.context_group)
         q, k, v = qkv.split(self.conv_widths, dim=-1)
 
+        g, beta = self._gates(a, b)
         inputs = {
             "q": q.unflatten(-1, (self.num_key_heads, -1)),
             "k": k.unflatten(-1, (self.num_key_heads, -1)),
             "v": v.unflatten(-1, (self.num_heads, -1)),
-            "g": -torch.exp(wide(self.A_log)) * F.softplus(wide(a) + wide(self.dt_bias)),
-            "beta": torch.sigmoid(wide(b)),
+            "g": g,
+            "beta": beta,
         }
         scales = self.level_scale(hidden) if self.level_scale is not None else None
         o, new_state = mix(
@@ -106,6 +108,12 @@ class LogLinearGatedDeltaNet(StatedInit):
         )
         o = self.norm(o, gate.unflatten(-1, (self.num_heads, -1)))
         return self.out_proj(o.flatten(-2)), new_state
+
+    def _gates(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """g and β ``[B, T, H]`` of the projections a and b."""
+        if pointwise.has_kernels(a, b, self.dt_bias, self.A_log):
+            return pointwise.gates(a, b, self.dt_bias, self.A_log)
+        return -torch.exp(wide(self.A_log)) * F.softplus(wide(a) + wide(self.dt_bias)), torch.sigmoid(wide(b))
 
     def _step(self, hidden: Tensor, projected: Tensor, state: RecurrentMixerState) -> Tensor:
         """``forward`` from the input to the output projection where ``step.takes`` it."""

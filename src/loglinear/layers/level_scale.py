@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loglinear.layers.initialization import StatedInit, wide
 from loglinear.layers.linear import AlignedLinear
+from loglinear.ops import pointwise
 
 
 class LevelScale(StatedInit):
@@ -37,5 +38,8 @@ class LevelScale(StatedInit):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden ``[B, T, hidden_size]`` to λ ``[B, T, H, levels]`` > 0, in the dtype of the projection."""
-        dl = self.dl_proj(hidden).unflatten(-1, self.L.shape)
+        dl = self.dl_proj(hidden)
+        if dl.dim() == 3 and pointwise.has_kernels(dl, self.L):
+            return pointwise.level_scales(dl, self.L)
+        dl = dl.unflatten(-1, self.L.shape)
         return F.softplus(wide(self.L) * wide(dl)).to(dl.dtype)

@@ -20,6 +20,7 @@ from loglinear.layers.linear import AlignedLinear
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
+from loglinear.ops import pointwise
 from loglinear.ops.fused import Columns
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -98,19 +99,26 @@ class LogLinearMamba2(StatedInit):
         x, B, C = xBC.split(self.conv_widths, dim=-1)
         x = x.unflatten(-1, (self.num_heads, -1))
 
-        dt = F.softplus(wide(dt) + wide(self.dt_bias))  # [B, T, H]
+        v, g, x = self._discretise(x, dt)
         inputs = {
             "q": C.unflatten(-1, (self.num_groups, -1)),
             "k": B.unflatten(-1, (self.num_groups, -1)),
-            "v": (x * dt.unsqueeze(-1)).to(x.dtype),
-            "g": -torch.exp(wide(self.A_log)) * dt,
+            "v": v,
+            "g": g,
         }
         scales = self.level_scale(hidden) if self.level_scale is not None else None
         y, new_state = mix(
             inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
         )
-        y = y + x * self.D.to(x.dtype).unsqueeze(-1)  # the skip takes x as it is, not x·dt
-        return self.out_proj(self.norm(y.flatten(-2), z)), new_state
+        # The skip takes x as it is, not x·dt.
+        return self.out_proj(self.norm(y.flatten(-2), z, x.flatten(-2), self.D)), new_state
+
+    def _discretise(self, x: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """v = x·dt and x ``[B, T, H, V]``, and g ``[B, T, H]``, after the softplus of dt ``[B, T, H]``."""
+        if pointwise.has_kernels(x, dt, self.dt_bias, self.A_log):
+            return pointwise.discretise(x, dt, self.dt_bias, self.A_log)
+        dt = F.softplus(wide(dt) + wide(self.dt_bias))
+        return (x * dt.unsqueeze(-1)).to(x.dtype), -torch.exp(wide(self.A_log)) * dt, x
 
     def _step(self, hidden: Tensor, projected: Tensor, state: RecurrentMixerState) -> Tensor:
         """``forward`` from the input to the output projection where ``step.takes`` it."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear.layers.initialization import wide
-from loglinear.ops import fused
+from loglinear.ops import fused, pointwise
 
 
 class RMSNorm(nn.Module):
@@ -51,8 +51,18 @@ class GatedRMSNorm(RMSNorm):
         super().__init__(width, eps)
         self.gate_first = gate_first
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        """x and gate ``[..., width]`` to the shape and dtype of x."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, gate: Tensor, skip: Tensor | None = None, skip_scale: Tensor | None = None
+    ) -> Tensor:
+        """x and gate ``[..., width]`` to the shape and dtype of x.
+
+        skip: ``[..., width]``, added to x first, its columns in n equal parts that are multiplied by skip_scale ``[n]``.
+        """
+        if pointwise.takes_rows(x, skip) and pointwise.has_kernels(gate, self.weight, skip_scale):
+            return pointwise.gated_norm(x, gate, self.weight, self.eps, self.gate_first, skip, skip_scale)
+        if skip is not None and skip_scale is not None:
+            parts = skip.unflatten(-1, (skip_scale.shape[0], -1))
+            x = x + (parts * skip_scale.to(skip.dtype).unsqueeze(-1)).flatten(-2)
         wide_x, opening = wide(x), F.silu(wide(gate))
         out = self._normalise(wide_x * opening) if self.gate_first else self._normalise(wide_x) * opening
         return out.to(x.dtype)

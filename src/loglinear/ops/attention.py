@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from loglinear.ops import checks, continued, registration, segments
+from loglinear.ops import checks, continued, pointwise, registration, segments
 from loglinear.ops.final_state import final_state
 from loglinear.state import LinearState, LogLinearState
 
@@ -103,10 +103,17 @@ def log_linear_delta_rule(
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
     if use_qk_l2norm_in_kernel:
-        q, k = unit(q, "q"), unit(k, "k")
+        q, k = units(q, k)
     return _attention(
         q, k, v, g, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu
     )
+
+
+def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k over their lengths, by one kernel where it takes them both."""
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and pointwise.takes_heads(q, k):
+        return pointwise.units(q, k)
+    return unit(q, "q"), unit(k, "k")
 
 
 def unit(x: Tensor, name: str) -> Tensor:

@@ -1,0 +1,202 @@
+"""GATED NORM: root-mean-square norm with a SiLU gate before or after it, and what is added first; one kernel each way.
+
+Special about this file: nothing is kept but the inputs. A program holds whole rows in registers, so that a backward pass makes
+the norm's sums again without a second pass over memory. Gradients of the weights are partial sums of a program's rows.
+
+Legend: a row is what one mean is taken of: ``heads`` rows of ``width`` to a token. float32: everything inside.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.kernels import common
+from loglinear.kernels.problem import cdiv, padded, token_rows
+
+NUMBERS = 1024  # of a tile: 8 for each thread of 4 warps, one load of 16 bits; a wider row is a tile of its own
+PROGRAMS = 1024  # of a backward pass, about: each leaves a row of partial sums
+
+
+@triton.jit
+def _load(base, stride, tokens, inner, inside):
+    return tl.load(base + tokens[:, None] * stride + inner, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row_of(weight, columns, WIDTH: tl.constexpr):
+    return tl.load(weight + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _tile(
+    first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, eps,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, GATE_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows from ``first`` on: (offsets if contiguous, mask, x with its skip, gate, its sigmoid, 1 / rms, x normalised)."""
+    row = first + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (columns < WIDTH)[None, :]
+    tokens = (row // HEADS).to(tl.int64)
+    inner = (row % HEADS)[:, None] * WIDTH + columns[None, :]
+    value = _load(x, stride_x, tokens, inner, inside)
+    if SKIP > 0:
+        scale = tl.load(skip_scale + columns // SKIP, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        value += _load(skip, stride_skip, tokens, inner, inside) * scale[None, :]
+    z = _load(gate, stride_gate, tokens, inner, inside)
+    opening = tl.sigmoid(z)
+    if GATE_FIRST:
+        normed = value * (z * opening)
+    else:
+        normed = value
+    mean = tl.sum(normed * normed, 1) / WIDTH + eps
+    inverse = tl.rsqrt(tl.where(row < rows, mean, 1.0))[:, None]  # a row outside may have eps = 0
+    offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    return offsets, inside, value, z, opening, inverse, normed * inverse
+
+
+@triton.jit(do_not_specialize=["rows", "eps"])
+def gated_norm_kernel(
+    x, gate, skip, skip_scale, weight, out, stride_x, stride_gate, stride_skip, rows, eps,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, GATE_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out ``[rows, WIDTH]``. SKIP: columns that share a skip_scale, 0 without skip. Grid: blocks of rows."""
+    offsets, inside, _, z, opening, _, normed = _tile(
+        tl.program_id(0) * ROWS, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, eps,
+        HEADS, WIDTH, SKIP, GATE_FIRST, ROWS, COLUMNS,
+    )  # fmt: skip
+    result = normed * _row_of(weight, tl.arange(0, COLUMNS), WIDTH)
+    if not GATE_FIRST:
+        result *= z * opening
+    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles", "eps"])
+def gated_norm_grads_kernel(
+    dout, x, gate, skip, skip_scale, weight, dx, dgate, dskip, partial,
+    stride_dout, stride_x, stride_gate, stride_skip, rows, tiles, eps,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, GATE_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dx, dgate, dskip ``[rows, WIDTH]``, and of ``tiles`` blocks of rows ``partial [programs, 1 or 2, WIDTH]``: the sums of
+    dweight, and of dskip_scale before it is summed over the columns of a head. Grid: parts of the blocks of rows.
+    """
+    columns = tl.arange(0, COLUMNS)
+    scale = _row_of(weight, columns, WIDTH)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    skip_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(tiles):
+        first = (tl.program_id(0) * tiles + i) * ROWS
+        offsets, inside, value, z, opening, inverse, normed = _tile(
+            first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, eps,
+            HEADS, WIDTH, SKIP, GATE_FIRST, ROWS, COLUMNS,
+        )  # fmt: skip
+        row = first + tl.arange(0, ROWS)
+        inner = (row % HEADS)[:, None] * WIDTH + columns[None, :]
+        gradient = _load(dout, stride_dout, (row // HEADS).to(tl.int64), inner, inside)
+        slope = opening * (1 + z * (1 - opening))  # of the SiLU
+        if not GATE_FIRST:
+            dz = gradient * normed * scale * slope
+            gradient *= z * opening
+        sums += gradient * normed
+        gradient *= scale
+        common_part = tl.sum(gradient * normed, 1)[:, None] / WIDTH
+        gradient = inverse * (gradient - normed * common_part)
+        if GATE_FIRST:
+            dz = gradient * value * slope
+            gradient *= z * opening
+        tl.store(dgate + offsets, dz.to(dgate.dtype.element_ty), mask=inside)
+        tl.store(dx + offsets, gradient.to(dx.dtype.element_ty), mask=inside)
+        if SKIP > 0:
+            factor = tl.load(skip_scale + columns // SKIP, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+            tl.store(dskip + offsets, (gradient * factor).to(dskip.dtype.element_ty), mask=inside)
+            skip_sums += gradient * _load(skip, stride_skip, (row // HEADS).to(tl.int64), inner, inside)
+    rows_of_sums = 2 if SKIP > 0 else 1
+    base = partial + tl.program_id(0).to(tl.int64) * (rows_of_sums * WIDTH)
+    tl.store(base + columns, tl.sum(sums, 0), mask=columns < WIDTH)
+    if SKIP > 0:
+        tl.store(base + WIDTH + columns, tl.sum(skip_sums, 0), mask=columns < WIDTH)
+
+
+def _constants(x: Tensor, weight: Tensor, skip_scale: Tensor | None, gate_first: bool) -> dict:
+    width = weight.shape[0]
+    columns = padded(width)
+    return {
+        "HEADS": x.shape[2] if x.dim() == 4 else 1,
+        "WIDTH": width,
+        "SKIP": 0 if skip_scale is None else width // skip_scale.shape[0],
+        "GATE_FIRST": gate_first,
+        "ROWS": max(NUMBERS // columns, 1),
+        "COLUMNS": columns,
+        "num_warps": min(max(columns // 256, 4), 16),
+    }
+
+
+def forward(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate_first: bool,
+    skip: Tensor | None,
+    skip_scale: Tensor | None,
+) -> Tensor:
+    """``norm(y · silu(gate)) · weight`` or ``norm(y) · weight · silu(gate)``, contiguous, of x's shape and dtype.
+
+    ``y = x``, or ``x + skip_scale · skip``.
+
+    Args:
+        x, gate, skip: ``[B, T, heads, width]`` or ``[B, T, width]``, at most 32 bits, skip only the latter.
+        weight: ``[width]``. skip_scale: ``[n]``, one number for every ``width / n`` columns. gate_first: which of both.
+    """
+    shape = x.shape
+    x, gate = token_rows(x), token_rows(gate)
+    skip = None if skip is None else token_rows(skip)
+    constants = _constants(x, weight, skip_scale, gate_first)
+    out = common.scratch(tuple(shape), x.dtype, x.device)
+    rows = x.numel() // weight.shape[0]
+    if rows:
+        common.launch(
+            gated_norm_kernel, cdiv(rows, constants["ROWS"]), x, gate, skip, skip_scale, weight, out,
+            x.stride(1), gate.stride(1), 0 if skip is None else skip.stride(1), rows, eps, **constants,
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate_first: bool,
+    skip: Tensor | None,
+    skip_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, gate, weight, skip and skip_scale, in their dtypes; arguments as in ``forward``. The same bits on
+    every run.
+    """
+    width = weight.shape[0]
+    dout, x, gate = (token_rows(y) for y in (dout, x, gate))
+    skip = None if skip is None else token_rows(skip)
+    constants = _constants(x, weight, skip_scale, gate_first)
+    dx, dgate = (common.scratch(tuple(y.shape), y.dtype, y.device) for y in (x, gate))
+    dskip = None if skip is None else common.scratch(tuple(skip.shape), skip.dtype, skip.device)
+    rows = x.numel() // width
+    blocks = cdiv(rows, constants["ROWS"])
+    tiles = max(cdiv(blocks, PROGRAMS), 1)
+    programs = cdiv(blocks, tiles)
+    partial = common.scratch((programs, 1 if skip is None else 2, width), torch.float32, x.device)
+    if programs:
+        common.launch(
+            gated_norm_grads_kernel, programs, dout, x, gate, skip, skip_scale, weight, dx, dgate, dskip, partial,
+            dout.stride(1), x.stride(1), gate.stride(1), 0 if skip is None else skip.stride(1), rows, tiles, eps,
+            **constants,
+        )  # fmt: skip
+    sums = partial.sum(0)
+    dscale = None if skip_scale is None else sums[1].view(skip_scale.shape[0], -1).sum(1).to(skip_scale.dtype)
+    return dx, dgate, sums[0].to(weight.dtype), dskip, dscale

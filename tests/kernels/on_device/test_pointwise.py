@@ -1,0 +1,252 @@
+"""The kernels around the attention op against the plain forms in float64: results and every gradient, and whole mixers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
+
+from loglinear.kernels import gated_norm, gates
+from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearMamba2
+from loglinear.ops import attention, pointwise
+
+T = 13 if INTERPRETED else 1500
+
+
+@pytest.fixture(autouse=True)
+def on_the_kernels(monkeypatch):
+    """Small programs, several of them with several tiles each; the number of calls of each kernel's host function."""
+    monkeypatch.setattr(gated_norm, "PROGRAMS", 3)
+    monkeypatch.setattr(gates, "PROGRAMS", 2)
+    if INTERPRETED:
+        monkeypatch.setattr(gated_norm, "NUMBERS", 256)
+        for name, value in {"TOKENS": 8, "TOKENS_OF_VALUES": 8, "COLUMNS": 16, "SCALE_TOKENS": 4}.items():
+            monkeypatch.setattr(gates, name, value)
+        on = lambda *tensors: all(x is None or x.dtype != torch.float64 for x in tensors)  # noqa: E731
+        monkeypatch.setattr(pointwise, "has_kernels", on)
+
+
+def without_kernels():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(pointwise, "has_kernels", lambda *tensors: False)
+    return patch
+
+
+def normal(device, *size, seed=0):
+    return torch.randn(*size, generator=torch.Generator("cpu").manual_seed(seed)).to(device)
+
+
+def part(x, extra=3):
+    """x as a part of a wider projection, as in the mixers: rows do not touch each other, and NaN is between them."""
+    flat = x.flatten(2)
+    return F.pad(flat, (extra, 2 * extra), value=float("nan"))[..., extra : extra + flat.shape[2]].view(x.shape)
+
+
+def results(function, inputs, seed=7):
+    """What the function gives, and the gradients of all inputs, for random gradients of each result."""
+    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    given = [y for y in function(**inputs) if y is not None]
+    wanted = [normal("cpu", *y.shape, seed=seed + i).to(y) for i, y in enumerate(given)]
+    return [*given, *torch.autograd.grad(given, list(inputs.values()), wanted)]
+
+
+def compare(kernel, plain, inputs, low=()):
+    """Against float64; inputs of 16 bits, named in ``low``, make the bar twice the error of the plain form."""
+    wide = {name: x.double() for name, x in inputs.items()}
+    got, want, usual = results(kernel, inputs), results(plain, wide), results(plain, inputs)
+    for number, (x, y, z) in enumerate(zip(got, want, usual, strict=True)):
+        assert x.shape == y.shape
+        assert x.dtype == z.dtype
+        assert x.isfinite().all()
+        bar = LOW_PRECISION_FACTOR * relative(z, y) + 1e-6 if low else FLOAT32 / 10
+        assert relative(x, y) <= bar, f"result {number}: {relative(x, y):.2e} > {bar:.2e}"
+
+
+def lower(inputs, names):
+    return {name: part(x.to(BFLOAT16)) if name in names else x for name, x in inputs.items()}
+
+
+def plain_norm(gate_first):
+    def norm(x, gate, weight, skip=None, skip_scale=None):
+        module = GatedRMSNorm(weight.shape[0], 1e-3, gate_first)
+        del module.weight
+        module.weight = weight
+        patch = without_kernels()
+        try:
+            return [module(x, gate, skip, skip_scale)]
+        finally:
+            patch.undo()
+
+    return norm
+
+
+def norm_inputs(device, heads, width, parts=None):
+    shape = (2, T, width) if heads is None else (2, T, heads, width)
+    inputs = {name: part(normal(device, *shape, seed=i)) for i, name in enumerate(("x", "gate"))}
+    inputs["weight"] = normal(device, width, seed=3)
+    if parts is not None:
+        inputs |= {"skip": part(normal(device, *shape, seed=4)), "skip_scale": normal(device, parts, seed=5)}
+    return inputs
+
+
+def kernel_norm(gate_first):
+    return lambda x, gate, weight, skip=None, skip_scale=None: [
+        pointwise.gated_norm(x, gate, weight, 1e-3, gate_first, skip, skip_scale)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gate_first", "heads", "width", "parts", "low"),
+    [(True, None, 30, 5, False), (False, 3, 7, None, False), (True, None, 128, 2, True), (False, 2, 40, None, True)],
+)
+def test_gated_norm(device, gate_first, heads, width, parts, low):
+    inputs = norm_inputs(device, heads, width, parts)
+    names = ("x", "gate", "skip") if low else ()
+    compare(kernel_norm(gate_first), plain_norm(gate_first), lower(inputs, names), names)
+
+
+def step_of(rate, dt_bias):
+    return F.softplus((rate if rate.dtype == torch.float64 else rate.float()) + dt_bias)
+
+
+def plain_discretise(x, rate, dt_bias, A_log):
+    step = step_of(rate, dt_bias)
+    return (x * step.unsqueeze(-1)).to(x.dtype), -A_log.exp() * step, x * 1
+
+
+def plain_gates(rate, strength, dt_bias, A_log):
+    step = step_of(rate, dt_bias)
+    return -A_log.exp() * step, torch.sigmoid(strength.to(step.dtype))
+
+
+def gate_inputs(device, heads):
+    inputs = {"rate": part(5 * normal(device, 2, T, heads)), "dt_bias": normal(device, heads, seed=1) - 4}
+    return inputs | {"A_log": normal(device, heads, seed=2)}
+
+
+@pytest.mark.parametrize(("heads", "width", "low"), [(3, 20, False), (2, 32, True)])
+def test_discretise(device, heads, width, low):
+    names = ("rate", "x") if low else ()
+    inputs = {"x": part(normal(device, 2, T, heads, width, seed=3))} | gate_inputs(device, heads)
+    compare(pointwise.discretise, plain_discretise, lower(inputs, names), names)
+
+
+@pytest.mark.parametrize(("heads", "low"), [(5, False), (3, True)])
+def test_gates(device, heads, low):
+    names = ("rate", "strength") if low else ()
+    inputs = gate_inputs(device, heads) | {"strength": part(normal(device, 2, T, heads, seed=4))}
+    compare(pointwise.gates, plain_gates, lower(inputs, names), names)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_level_scales(device, low):
+    inputs = {"dl": 3 * normal(device, 2, T, 35), "L": normal(device, 5, 7, seed=1)}
+
+    def plain(dl, L):
+        wide = dl if dl.dtype == torch.float64 else dl.float()
+        return [F.softplus(L * wide.unflatten(-1, L.shape)).to(dl.dtype)]
+
+    compare(lambda dl, L: [pointwise.level_scales(dl, L)], plain, lower(inputs, ("dl",) if low else ()), low)
+
+
+def test_softplus_of_any_size(device):
+    """Down to where e^x itself is lost, without the loss of a logarithm next to one."""
+    dl = torch.linspace(-80, 80, 321, device=device).view(1, 1, -1)
+    got = pointwise.level_scales(dl, torch.ones(1, 321, device=device)).double()
+    want = F.softplus(dl.double(), threshold=1e3).view(got.shape)
+    assert ((got - want).abs() / want).max() < 1e-5  # exp itself is off by 80 · 2^-24
+
+
+@pytest.mark.parametrize(("width", "low"), [(5, False), (64, False), (96, True)])
+def test_unit_length(device, width, low):
+    inputs = {name: part(normal(device, 2, T, 3, width, seed=i)) for i, name in enumerate("qk")}
+
+    def plain(q, k):
+        return [attention.unit(q, "q"), attention.unit(k, "k")]
+
+    inputs["q"][:, 3] = 1e-5  # where the epsilon matters
+    compare(pointwise.units, plain, lower(inputs, ("q", "k") if low else ()), low)
+
+
+def mixers():
+    torch.manual_seed(0)
+    mamba = LogLinearMamba2(24, num_heads=4, head_dim=6, state_size=8, num_groups=2, num_levels=5)
+    delta = LogLinearGatedDeltaNet(24, num_heads=4, key_dim=8, value_dim=6, num_key_heads=2, num_levels=5)
+    for name, parameter in [*mamba.named_parameters(), *delta.named_parameters()]:
+        if name in ("D", "norm.weight", "level_scale.L"):  # from ones, of which a wrong one would do as well
+            torch.nn.init.normal_(parameter, 1.0, 0.5)
+    return {"mamba2": mamba, "gated_deltanet": delta}
+
+
+def mixer_results(mixer, hidden, gradient, low, cu_seqlens):
+    hidden = hidden.detach().requires_grad_()
+    with torch.autocast(hidden.device.type, BFLOAT16, enabled=low):
+        out, _ = mixer(hidden, cu_seqlens=cu_seqlens)
+    grads = torch.autograd.grad(out, [hidden, *mixer.parameters()], gradient.to(out))
+    return [out, *grads]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("mamba2", "rows"), ("gated_deltanet", "packed"), ("mamba2", "autocast"), ("gated_deltanet", "autocast")],
+)
+def test_mixers(device, name, kind, monkeypatch):
+    """A mixer on the kernels, and plain: the same in float32; under autocast the same dtypes, and all within 2%."""
+    if kind == "packed":
+        cu_seqlens = torch.tensor([0, 1, 1, 8, 2 * T], device=device, dtype=torch.int32)
+        hidden = normal(device, 1, 2 * T, 24)
+    else:
+        cu_seqlens, hidden = None, normal(device, 2, T, 24)
+    mixer, low = mixers()[name].to(device), kind == "autocast"
+    gradient = normal(device, *hidden.shape, seed=1)
+    used = []
+    for function in ("discretise", "gates", "level_scales", "gated_norm", "units"):
+        kernel = getattr(pointwise, function)
+        monkeypatch.setattr(
+            pointwise,
+            function,
+            lambda *x, kernel=kernel, function=function, **y: used.append(function) or kernel(*x, **y),
+        )
+    got = mixer_results(mixer, hidden, gradient, low, cu_seqlens)
+    own = {"mamba2": ["discretise"], "gated_deltanet": ["gates", "units"]}[name]
+    assert sorted(used) == sorted([*own, "level_scales", "gated_norm"])
+    monkeypatch.setattr(pointwise, "has_kernels", lambda *tensors: False)
+    plain = mixer_results(mixer, hidden, gradient, low, cu_seqlens)
+    assert len(used) < 5
+    if not low:
+        for x, y in zip(got, plain, strict=True):
+            assert relative(x, y) <= FLOAT32
+        return
+    want = mixer_results(mixer.double(), hidden.double(), gradient.double(), False, cu_seqlens)
+    for x, y, z in zip(got, plain, want, strict=True):
+        assert x.dtype == y.dtype
+        assert relative(x, z) <= 2e-2
+
+
+def test_nothing_at_all(device):
+    """No tokens: no launch, and gradients of zero for what all tokens share."""
+    for mixer in mixers().values():
+        mixer = mixer.to(device)
+        out, *grads = mixer_results(mixer, normal(device, 2, 0, 24), normal(device, 2, 0, 24), False, None)
+        assert out.shape == (2, 0, 24)
+        assert all((x == 0).all() for x in grads)
+
+
+def test_the_same_bits_and_no_second_backward(device):
+    inputs = norm_inputs(device, None, 30, 5)
+    first, second = (results(kernel_norm(True), inputs) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    weight = inputs["weight"].requires_grad_()
+    out = pointwise.gated_norm(inputs["x"], inputs["gate"], weight, 1e-3, False)
+    (once,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|autograd"):
+        once.sum().backward()
+
+
+def test_rows_that_are_too_wide_stay_plain(device):
+    x = torch.zeros(1, 1, pointwise.MAX_WIDTH, device=device)
+    assert pointwise.takes_rows(x)
+    assert not pointwise.takes_rows(torch.zeros(1, 1, pointwise.MAX_WIDTH + 1, device=device))
+    assert not pointwise.takes_rows(x, x.bfloat16())
+    assert not pointwise.takes_rows(x[0])
