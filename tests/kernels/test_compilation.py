@@ -19,6 +19,7 @@ from loglinear.kernels import (
     cross_entropy,
     decoding,
     delta_rule,
+    elementwise,
     gated_norm,
     gates,
     replay,
@@ -198,6 +199,7 @@ def pointwise_resources(target: str) -> list[Resources]:
         scales = meta(2, T, 16 * levels), meta(16, levels, kind=wide)
         gates.level_scales_backward(meta(2, T, 16, levels), *scales)
         unit_length.backward(o, o, o, o)
+        elementwise.silu_product_backward(y, y, y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [build(launch, TARGETS[target])[0] for launch in found]

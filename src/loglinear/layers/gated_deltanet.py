@@ -87,9 +87,12 @@ class LogLinearGatedDeltaNet(StatedInit):
         cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
+        for_levels = hidden
+        if self.level_scale is not None:
+            hidden, for_levels = pointwise.twice(hidden)
         projected = self.in_proj(hidden)
         if state is not None and step.takes(self, projected, state, cu_seqlens):
-            return self.out_proj(self._step(hidden, projected, state)), state if output_state else None
+            return self.out_proj(self._step(for_levels, projected, state)), state if output_state else None
         qkv, gate, a, b = projected.split(self.in_widths, dim=-1)
         qkv, conv_tail = convolve(self.conv, qkv, state, cu_seqlens, self.context_group)
         q, k, v = qkv.split(self.conv_widths, dim=-1)
@@ -102,7 +105,7 @@ class LogLinearGatedDeltaNet(StatedInit):
             "g": g,
             "beta": beta,
         }
-        scales = self.level_scale(hidden) if self.level_scale is not None else None
+        scales = self.level_scale(for_levels) if self.level_scale is not None else None
         o, new_state = mix(
             inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
         )

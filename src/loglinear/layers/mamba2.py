@@ -91,9 +91,12 @@ class LogLinearMamba2(StatedInit):
         cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
+        for_levels = hidden
+        if self.level_scale is not None:
+            hidden, for_levels = pointwise.twice(hidden)
         projected = self.in_proj(hidden)
         if state is not None and step.takes(self, projected, state, cu_seqlens):
-            return self.out_proj(self._step(hidden, projected, state)), state if output_state else None
+            return self.out_proj(self._step(for_levels, projected, state)), state if output_state else None
         z, xBC, dt = projected.split(self.in_widths, dim=-1)
         xBC, conv_tail = convolve(self.conv, xBC, state, cu_seqlens, self.context_group)
         x, B, C = xBC.split(self.conv_widths, dim=-1)
@@ -106,7 +109,7 @@ class LogLinearMamba2(StatedInit):
             "v": v,
             "g": g,
         }
-        scales = self.level_scale(hidden) if self.level_scale is not None else None
+        scales = self.level_scale(for_levels) if self.level_scale is not None else None
         y, new_state = mix(
             inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
         )

@@ -27,6 +27,7 @@ from loglinear.models.cache import MixerCacheLayer, check_cache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.decoding import GraphedCall
 from loglinear.models.layout import TokenLayout, plan_layout
+from loglinear.ops import pointwise
 from loglinear.ops.cross_entropy import linear_cross_entropy
 from loglinear.ops.fused import silu_times
 
@@ -76,7 +77,8 @@ class LogLinearMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(silu_times(self.gate_proj(hidden), self.up_proj(hidden)))
+        first, second = pointwise.twice(hidden)
+        return self.down_proj(silu_times(self.gate_proj(first), self.up_proj(second)))
 
 
 class LogLinearBlock(GradientCheckpointingLayer):

@@ -11,10 +11,10 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear import kernels
+from loglinear.ops import pointwise
 from loglinear.ops.registration import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
 
 MAX_WIDTH = 16_384  # of a norm: one program holds it
@@ -60,7 +60,7 @@ def silu_times(gate: Tensor, x: Tensor) -> Tensor:
     """``silu(gate) · x``."""
     if gate.shape == x.shape and gate.dtype == x.dtype and fits(gate, x):
         return kernels_of("residual").silu_times(gate, x)
-    return F.silu(gate) * x
+    return pointwise.silu_product(gate, x)
 
 
 def step_inputs(*args) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:

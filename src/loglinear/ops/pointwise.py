@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear import kernels
@@ -75,6 +76,21 @@ def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return Units.apply(q, k)
 
 
+def silu_product(gate: Tensor, x: Tensor) -> Tensor:
+    """``silu(gate) · x`` of two tensors of one shape, by the kernels or plain."""
+    if gate.shape == x.shape and gate.dtype == x.dtype and has_kernels(gate, x):
+        return SiluProduct.apply(gate, x)
+    return F.silu(gate) * x
+
+
+def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x for two projections. Under autocast it is rounded once, not by each, and their gradients are added as they widen."""
+    kind = x.device.type
+    if x.dtype == torch.float32 and has_kernels(x) and torch.is_autocast_enabled(kind):
+        return Twice.apply(x, torch.get_autocast_dtype(kind))
+    return x, x
+
+
 def _kernels(name: str) -> Any:
     """Imported on first use: importing loglinear imports no Triton."""
     return import_module(f"loglinear.kernels.{name}")
@@ -138,3 +154,31 @@ class Units(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dunit_q, dunit_k):
         return _kernels("unit_length").backward(dunit_q, dunit_k, *ctx.saved_tensors)
+
+
+class SiluProduct(torch.autograd.Function):
+    """The gate of a SwiGLU MLP."""
+
+    @staticmethod
+    def forward(ctx, gate, x):
+        ctx.save_for_backward(gate, x)
+        return _kernels("elementwise").silu_product(gate, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        return _kernels("elementwise").silu_product_backward(dout, *ctx.saved_tensors)
+
+
+class Twice(torch.autograd.Function):
+    """x in fewer bits, two times over."""
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        narrow = x.to(dtype)
+        return narrow, narrow.view_as(narrow)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, da, db):
+        return _kernels("elementwise").wide_sum(da, db), None

@@ -169,6 +169,30 @@ def test_unit_length(device, width, low):
     compare(pointwise.units, plain, lower(inputs, ("q", "k") if low else ()), low)
 
 
+@pytest.mark.parametrize(("width", "low"), [(7, False), (130, True)])
+def test_silu_product(device, width, low):
+    inputs = {name: part(3 * normal(device, 2, T, width, seed=i)) for i, name in enumerate(("gate", "x"))}
+    compare(
+        lambda gate, x: [pointwise.SiluProduct.apply(gate, x)],
+        lambda gate, x: [F.silu(gate) * x],
+        lower(inputs, tuple(inputs) if low else ()),
+        low,
+    )
+
+
+def test_an_input_is_rounded_once_for_two_projections(device):
+    """The same bits as two of autocast's own casts, and of their gradients' sum."""
+    x, low = normal(device, 2, T, 7).requires_grad_(), BFLOAT16
+    gradients = [part(normal(device, 2, T, 7, seed=i).to(low)) for i in (1, 2)]
+    want = torch.autograd.grad([x.to(low), x.to(low)], x, gradients)[0]
+    with torch.autocast(device.type, low):
+        both = pointwise.twice(x)
+    assert all(torch.equal(y, x.to(low)) for y in both)
+    assert both[0].data_ptr() == both[1].data_ptr()
+    assert torch.equal(torch.autograd.grad(both, x, gradients)[0], want)
+    assert pointwise.twice(x) == (x, x)
+
+
 def mixers():
     torch.manual_seed(0)
     mamba = LogLinearMamba2(24, num_heads=4, head_dim=6, state_size=8, num_groups=2, num_levels=5)
