@@ -39,7 +39,12 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 def launch(kernel, programs: int, *arguments, **constants) -> None:
     """Start ``programs`` programs of a kernel; ``constants`` are its compile-time arguments and launch options."""
-    compiled = kernel[(programs,)](*arguments, **constants)
+    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            compiled = kernel[(programs,)](*arguments, **constants)
+    else:
+        compiled = kernel[(programs,)](*arguments, **constants)
     note = recording()
     if note is not None:
         values = [constants[name] for name in kernel.arg_names[len(arguments) :]]
