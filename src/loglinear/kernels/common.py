@@ -336,3 +336,15 @@ def softplus(x):
     for i in tl.static_range(7):
         series = series * square + 1.0 / (13 - 2 * i)
     return tl.maximum(x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def silu_slope(x, opening):
+    """Derivative of ``x · opening``, where ``opening`` is the sigmoid of x."""
+    return opening * (1 + x * (1 - opening))
+
+
+@triton.jit
+def inverse_length(rows, axis: tl.constexpr):
+    """``1 / sqrt(Σ x² + 1e-6)`` along an axis: what queries and keys of the delta rule are multiplied by."""
+    return tl.rsqrt(tl.sum(rows * rows, axis=axis) + 1e-6)

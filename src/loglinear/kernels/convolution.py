@@ -85,7 +85,7 @@ def convolution_grads_kernel(
             pointers = dy + later.to(tl.int64)[:, None] * dy_stride + channels[None, :]
             # A token less than ``lag`` after its sequence's start does not read this one.
             gradient = tl.load(pointers, mask=(place_later >= lag)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            gradient *= gate * (1 + before * (1 - gate))
+            gradient *= common.silu_slope(before, gate)
             tap = tl.load(weight + channels * W + (W - 1 - lag), mask=inside, other=0.0).to(tl.float32)
             total += tap[None, :] * gradient
             if lag == 0:

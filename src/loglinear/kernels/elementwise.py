@@ -8,18 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels import common
+from loglinear.kernels.decoding.residual import silu_times
 from loglinear.kernels.problem import cdiv
 
 BLOCK = 1024  # numbers of a program: 8 for each thread of 4 warps, one load of 16 bits
-
-
-@triton.jit(do_not_specialize=["size"])
-def silu_product_kernel(gate, x, out, size, BLOCK: tl.constexpr):
-    """out ``[size]``. Grid: blocks."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(gate + place, mask=place < size, other=0.0).to(tl.float32)
-    value = tl.load(x + place, mask=place < size, other=0.0).to(tl.float32)
-    tl.store(out + place, (z * tl.sigmoid(z) * value).to(out.dtype.element_ty), mask=place < size)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -30,8 +22,8 @@ def silu_product_grads_kernel(dout, gate, x, dgate, dx, size, BLOCK: tl.constexp
     z = tl.load(gate + place, mask=place < size, other=0.0).to(tl.float32)
     value = tl.load(x + place, mask=place < size, other=0.0).to(tl.float32)
     opening = tl.sigmoid(z)
-    slope = opening * (1 + z * (1 - opening))
-    tl.store(dgate + place, (gradient * value * slope).to(dgate.dtype.element_ty), mask=place < size)
+    dz = gradient * value * common.silu_slope(z, opening)
+    tl.store(dgate + place, dz.to(dgate.dtype.element_ty), mask=place < size)
     tl.store(dx + place, (gradient * z * opening).to(dx.dtype.element_ty), mask=place < size)
 
 
@@ -45,12 +37,8 @@ def sum_kernel(a, b, total, size, BLOCK: tl.constexpr):
 
 
 def silu_product(gate: Tensor, x: Tensor) -> Tensor:
-    """``silu(gate) · x``, contiguous; both of one shape and one dtype of at most 32 bits."""
-    gate, x = gate.contiguous(), x.contiguous()
-    out = common.scratch(tuple(x.shape), x.dtype, x.device)
-    if x.numel():
-        common.launch(silu_product_kernel, cdiv(x.numel(), BLOCK), gate, x, out, x.numel(), BLOCK=BLOCK, num_warps=4)
-    return out
+    """``silu(gate) · x``, contiguous; both of one shape and one dtype of at most 32 bits. The kernel of a decoding step."""
+    return silu_times(gate.contiguous(), x.contiguous())
 
 
 def silu_product_backward(dout: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ def gated_norm_grads_kernel(
         row = first + tl.arange(0, ROWS)
         inner = (row % HEADS)[:, None] * WIDTH + columns[None, :]
         gradient = _load(dout, stride_dout, (row // HEADS).to(tl.int64), inner, inside)
-        slope = opening * (1 + z * (1 - opening))  # of the SiLU
+        slope = common.silu_slope(z, opening)
         if not GATE_FIRST:
             dz = gradient * normed * scale * slope
             gradient *= z * opening
@@ -156,6 +156,7 @@ def forward(
     shape = x.shape
     x, gate = token_rows(x), token_rows(gate)
     skip = None if skip is None else token_rows(skip)
+    weight, skip_scale = weight.contiguous(), None if skip_scale is None else skip_scale.contiguous()
     constants = _constants(x, weight, skip_scale, gate_first)
     out = common.scratch(tuple(shape), x.dtype, x.device)
     rows = x.numel() // weight.shape[0]
@@ -183,6 +184,7 @@ def backward(
     width = weight.shape[0]
     dout, x, gate = (token_rows(y) for y in (dout, x, gate))
     skip = None if skip is None else token_rows(skip)
+    weight, skip_scale = weight.contiguous(), None if skip_scale is None else skip_scale.contiguous()
     constants = _constants(x, weight, skip_scale, gate_first)
     dx, dgate = (common.scratch(tuple(y.shape), y.dtype, y.device) for y in (x, gate))
     dskip = None if skip is None else common.scratch(tuple(skip.shape), skip.dtype, skip.device)

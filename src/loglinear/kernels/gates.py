@@ -159,6 +159,7 @@ def forward(
         g and beta ``[B, T, H]``, float32; v of x's shape and dtype; None where there is no input. Contiguous.
     """
     rate, x, strength = (None if y is None else token_rows(y) for y in (rate, x, strength))
+    dt_bias, A_log = dt_bias.contiguous(), A_log.contiguous()
     g, beta, v = _like(rate, torch.float32), _like(strength, torch.float32), _like(x)
     constants = _constants(rate, x, strength)
     rows = rate.shape[0] * rate.shape[1]
@@ -188,6 +189,7 @@ def backward(
     """
     grads = [None if y is None else token_rows(y) for y in (dg, dv, dskip, dbeta)]
     rate, x, strength = (None if y is None else token_rows(y) for y in (rate, x, strength))
+    dt_bias, A_log = dt_bias.contiguous(), A_log.contiguous()
     drate, dx, dstrength = (_like(y) for y in (rate, x, strength))
     constants = _constants(rate, x, strength)
     (batch, length, heads) = rate.shape

@@ -14,7 +14,6 @@ from loglinear.kernels import common
 from loglinear.kernels.problem import cdiv, padded, token_rows
 
 NUMBERS = 2048  # of a tile
-EPSILON = tl.constexpr(1e-6)  # below the root
 
 
 @triton.jit
@@ -26,7 +25,7 @@ def _rows(x, stride, row, columns, inside, G: tl.constexpr, K: tl.constexpr):
 @triton.jit
 def _unit(x, y, stride, row, columns, inside, G: tl.constexpr, K: tl.constexpr):
     value = _rows(x, stride, row, columns, inside, G, K)
-    value *= tl.rsqrt(tl.sum(value * value, 1) + EPSILON)[:, None]
+    value *= common.inverse_length(value, 1)[:, None]
     tl.store(y + row.to(tl.int64)[:, None] * K + columns[None, :], value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -34,7 +33,7 @@ def _unit(x, y, stride, row, columns, inside, G: tl.constexpr, K: tl.constexpr):
 def _unit_grad(dy, x, dx, stride_dy, stride, row, columns, inside, G: tl.constexpr, K: tl.constexpr):
     value = _rows(x, stride, row, columns, inside, G, K)
     gradient = _rows(dy, stride_dy, row, columns, inside, G, K)
-    inverse = tl.rsqrt(tl.sum(value * value, 1) + EPSILON)[:, None]
+    inverse = common.inverse_length(value, 1)[:, None]
     value *= inverse
     gradient = inverse * (gradient - value * tl.sum(value * gradient, 1)[:, None])
     tl.store(dx + row.to(tl.int64)[:, None] * K + columns[None, :], gradient.to(dx.dtype.element_ty), mask=inside)

@@ -58,7 +58,7 @@ class GatedRMSNorm(RMSNorm):
 
         skip: ``[..., width]``, added to x first, its columns in n equal parts that are multiplied by skip_scale ``[n]``.
         """
-        if pointwise.takes_rows(x, skip) and pointwise.has_kernels(gate, self.weight, skip_scale):
+        if pointwise.takes_norm(x, gate, self.weight, skip, skip_scale):
             return pointwise.gated_norm(x, gate, self.weight, self.eps, self.gate_first, skip, skip_scale)
         if skip is not None and skip_scale is not None:
             parts = skip.unflatten(-1, (skip_scale.shape[0], -1))

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loglinear import kernels
 from loglinear.ops import pointwise
@@ -38,8 +38,8 @@ def fits(x: Tensor, *others: Tensor) -> bool:
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not kernels.installed():
         return False
     given = (x, *others)
-    plain = all(type(y) in (Tensor, nn.Parameter) for y in given)  # neither distributed nor fake
-    return plain and x.dtype != torch.float64 and all(y.device == x.device and y.is_contiguous() for y in given)
+    usable = x.dtype != torch.float64 and all(pointwise.ordinary(y) for y in given)
+    return usable and all(y.device == x.device and y.is_contiguous() for y in given)
 
 
 def fits_linear(state: Tensor) -> bool:

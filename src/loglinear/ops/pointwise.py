@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from loglinear import kernels
 
@@ -19,11 +19,18 @@ INSTALLED = kernels.installed()  # a constant: the compiler can not follow the s
 MAX_WIDTH = 8192  # of a row in registers
 
 
+def ordinary(x: Tensor) -> bool:
+    """Whether x is neither distributed nor fake nor anything else that has no memory to point at."""
+    return type(x) in (Tensor, nn.Parameter)
+
+
 def has_kernels(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these inputs: CUDA, at most 32 bits, and nobody compiles."""
+    """Whether the kernels take these inputs: memory of one CUDA device, at most 32 bits, and nobody compiles."""
     if torch.compiler.is_compiling() or not INSTALLED:
         return False
-    return all(x is None or (x.is_cuda and x.dtype != torch.float64) for x in tensors)
+    given = [x for x in tensors if x is not None]
+    alike = all(ordinary(x) and x.is_cuda and x.dtype != torch.float64 for x in given)
+    return alike and all(x.device == given[0].device for x in given[1:])
 
 
 def takes_rows(x: Tensor, *others: Tensor | None) -> bool:
@@ -36,6 +43,16 @@ def takes_rows(x: Tensor, *others: Tensor | None) -> bool:
 def takes_heads(q: Tensor, k: Tensor) -> bool:
     """Whether the kernels take the rows of q and k ``[B, T, G, K]``."""
     return q.is_floating_point() and q.dim() == 4 and takes_rows(q, k)
+
+
+def takes_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, skip: Tensor | None = None, skip_scale: Tensor | None = None
+) -> bool:
+    """Whether ``gated_norm`` takes these: rows as wide as the weight, of which skip_scale has equal parts."""
+    if not takes_rows(x, skip) or (skip is None) != (skip_scale is None):
+        return False
+    whole = skip_scale is None or weight.shape[0] % skip_scale.shape[0] == 0
+    return whole and gate.shape == x.shape and weight.shape == x.shape[-1:] and has_kernels(x, gate, weight, skip_scale)
 
 
 def discretise(x: Tensor, rate: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import load_state, log2_of_power, lowbit, path_length, store_state
+from loglinear.kernels.common import inverse_length, load_state, log2_of_power, lowbit, path_length, store_state
 from loglinear.kernels.decoding.open_chunk import (
     entry_scales,
     held_slots,
@@ -23,12 +23,6 @@ from loglinear.kernels.decoding.open_chunk import (
 
 
 @triton.jit
-def unit_length(rows, axis: tl.constexpr):
-    """``1 / sqrt(Σ x² + 1e-6)`` along an axis."""
-    return tl.rsqrt(tl.sum(rows * rows, axis=axis) + 1e-6)
-
-
-@triton.jit
 def rounded(rows, like):
     """Float32 numbers as the dtype of ``like`` holds them: a call must use the keys that the state will keep."""
     return rows.to(like.dtype).to(tl.float32)
@@ -39,7 +33,7 @@ def load_row(base, inside, offsets, NORM: tl.constexpr):
     """One row ``[BK]`` of q or k as float32, of unit length with NORM."""
     value = tl.load(base + offsets, mask=inside, other=0.0)
     row = value.to(tl.float32)
-    return rounded(row * unit_length(row, 0), value) if NORM else row
+    return rounded(row * inverse_length(row, 0), value) if NORM else row
 
 
 @triton.jit
@@ -177,7 +171,7 @@ def delta_step_kernel(
         units = tl.zeros([C], tl.float32) + 1.0
         keys = load_keys(open_k + half * K, k, stride_k, first, i, units, K, C, BK, 0, False)
         if NORM:
-            units = tl.where(place >= first, unit_length(keys, 1), 1.0)
+            units = tl.where(place >= first, inverse_length(keys, 1), 1.0)
             keys = load_keys(open_k + half * K, k, stride_k, first, i, units, K, C, BK, 0, True)
         values = open_tile(open_v, v, stride_v, first, i, C, V, BV, first_v).to(tl.float32)
         query = load_row(q + t * stride_q, rows_k < K, rows_k, NORM) * factor

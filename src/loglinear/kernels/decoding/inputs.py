@@ -15,21 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels import common
+from loglinear.kernels.common import softplus
 from loglinear.kernels.decoding.host import row_stride
 from loglinear.kernels.problem import cdiv
 from loglinear.kernels.replay import replay
 
 BLOCK, WARPS = 256, 4  # numbers that a program owns
-
-
-@triton.jit
-def softplus(x):
-    """``log(1 + e^x)``, exact to float32 on either side of zero."""
-    small = tl.exp(-tl.abs(x))
-    one_more = 1.0 + small
-    # The logarithm does not know what the sum has rounded off ``small``; the quotient makes up for it.
-    lost = small / tl.where(one_more == 1.0, 1.0, one_more - 1.0)
-    return tl.maximum(x, 0.0) + tl.where(one_more == 1.0, small, tl.log(one_more) * lost)
 
 
 @triton.jit

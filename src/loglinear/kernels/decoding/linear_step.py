@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels import common
-from loglinear.kernels.common import load_state, store_state
-from loglinear.kernels.decoding.delta_step import unit_length
+from loglinear.kernels.common import inverse_length, load_state, store_state
 from loglinear.kernels.decoding.host import row_stride
 from loglinear.kernels.problem import cdiv, padded
 from loglinear.kernels.replay import replay
@@ -56,8 +55,8 @@ def linear_step_kernel(
     new = tl.load(v + row * stride_v + h * V + columns, mask=columns < V, other=0.0).to(tl.float32)
     memory = load_state(state, 0, first_v, K, V, BK, BV) * tl.exp(tl.load(g + head))
     if DELTA:
-        query *= unit_length(query, 0)
-        key *= unit_length(key, 0)
+        query *= inverse_length(query, 0)
+        key *= inverse_length(key, 0)
         new = (new - tl.sum(key[:, None] * memory, axis=0)) * tl.load(beta + head)
     memory += key[:, None] * new[None, :]
     store_state(state, memory, True, 0, first_v, K, V, BK, BV)
