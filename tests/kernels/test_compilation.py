@@ -200,6 +200,7 @@ def pointwise_resources(target: str) -> list[Resources]:
         gates.level_scales_backward(meta(2, T, 16, levels), *scales)
         unit_length.backward(o, o, o, o)
         elementwise.silu_product_backward(y, y, y)
+        elementwise.wide_sum(y, y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [build(launch, TARGETS[target])[0] for launch in found]

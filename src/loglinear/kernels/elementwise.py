@@ -1,4 +1,4 @@
-"""ELEMENTWISE: the gate of a SwiGLU MLP each way, and a sum of two gradients that autocast has rounded. float32 inside."""
+"""ELEMENTWISE: the gradients of a SwiGLU gate, and a sum of two gradients that autocast has rounded. float32 inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POINTWISE: what surrounds the attention op in a mixer, as autograd sees its kernels: gates, λ, gated norm, unit length.
+"""POINTWISE: what surrounds the attention op and an MLP's products, as autograd sees its kernels: gates, λ, norm, unit length.
 
 Special about this file: the kernels are for eager calls on CUDA. ``torch.compile`` gets the plain forms, which stand where they
 are used and which it fuses with their neighbours; the CPU and float64 get them too.

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
+from torch._subclasses import FakeTensorMode
 
 from loglinear.kernels import gated_norm, gates
 from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearMamba2
 from loglinear.ops import attention, pointwise
 
 T = 13 if INTERPRETED else 1500
+has_kernels = pointwise.has_kernels  # that of ops/pointwise.py, which the interpreter replaces
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,11 @@ def part(x, extra=3):
     """x as a part of a wider projection, as in the mixers: rows do not touch each other, and NaN is between them."""
     flat = x.flatten(2)
     return F.pad(flat, (extra, 2 * extra), value=float("nan"))[..., extra : extra + flat.shape[2]].view(x.shape)
+
+
+def column(x):
+    """x as a column of a wider matrix: parameters need not be contiguous either."""
+    return torch.stack([torch.full_like(x, float("nan")), x], -1)[..., 1]
 
 
 def results(function, inputs, seed=7):
@@ -84,9 +91,9 @@ def plain_norm(gate_first):
 def norm_inputs(device, heads, width, parts=None):
     shape = (2, T, width) if heads is None else (2, T, heads, width)
     inputs = {name: part(normal(device, *shape, seed=i)) for i, name in enumerate(("x", "gate"))}
-    inputs["weight"] = normal(device, width, seed=3)
+    inputs["weight"] = column(normal(device, width, seed=3))
     if parts is not None:
-        inputs |= {"skip": part(normal(device, *shape, seed=4)), "skip_scale": normal(device, parts, seed=5)}
+        inputs |= {"skip": part(normal(device, *shape, seed=4)), "skip_scale": column(normal(device, parts, seed=5))}
     return inputs
 
 
@@ -121,8 +128,8 @@ def plain_gates(rate, strength, dt_bias, A_log):
 
 
 def gate_inputs(device, heads):
-    inputs = {"rate": part(5 * normal(device, 2, T, heads)), "dt_bias": normal(device, heads, seed=1) - 4}
-    return inputs | {"A_log": normal(device, heads, seed=2)}
+    inputs = {"rate": part(5 * normal(device, 2, T, heads)), "dt_bias": column(normal(device, heads, seed=1) - 4)}
+    return inputs | {"A_log": column(normal(device, heads, seed=2))}
 
 
 @pytest.mark.parametrize(("heads", "width", "low"), [(3, 20, False), (2, 32, True)])
@@ -141,7 +148,7 @@ def test_gates(device, heads, low):
 
 @pytest.mark.parametrize("low", [False, True])
 def test_level_scales(device, low):
-    inputs = {"dl": 3 * normal(device, 2, T, 35), "L": normal(device, 5, 7, seed=1)}
+    inputs = {"dl": 3 * normal(device, 2, T, 35), "L": column(normal(device, 5, 7, seed=1))}
 
     def plain(dl, L):
         wide = dl if dl.dtype == torch.float64 else dl.float()
@@ -296,3 +303,24 @@ def test_rows_that_are_too_wide_stay_plain(device):
     assert not pointwise.takes_rows(torch.zeros(1, 1, pointwise.MAX_WIDTH + 1, device=device))
     assert not pointwise.takes_rows(x, x.bfloat16())
     assert not pointwise.takes_rows(x[0])
+
+
+def test_norms_that_plain_code_broadcasts_or_refuses(device):
+    """Nothing is read past a gate of one column, or by a weight or parts of a skip that do not divide the rows."""
+    x, weight, parts = (torch.zeros(size, device=device) for size in ((1, 2, 12), (12,), (4,)))
+    assert pointwise.takes_norm(x, x, weight)
+    assert pointwise.takes_norm(x, x.bfloat16(), weight, x, parts)
+    assert not pointwise.takes_norm(x, x[..., :1], weight)
+    assert not pointwise.takes_norm(x, x, weight[:6])
+    assert not pointwise.takes_norm(x, x, weight, x, torch.zeros(5, device=device))
+    assert not pointwise.takes_norm(x, x, weight, x)
+
+
+def test_tensors_without_memory_stay_plain(monkeypatch):
+    """Fake ones, as distributed ones, say that they are on the device."""
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 8, device="cuda")
+    assert x.is_cuda
+    assert not has_kernels(x)
+    monkeypatch.setattr(pointwise, "ordinary", lambda x: True)
+    assert has_kernels(x)
