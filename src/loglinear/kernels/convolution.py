@@ -1,10 +1,11 @@
 """SHORT CONVOLUTION: causal, depthwise, a few taps, then SiLU; forward, and the backward in one pass over memory.
 
-Special about this file: nothing is kept but the inputs. A backward program computes the sums before the SiLU again for its own
-tokens and for the W - 1 after them; the shifted tiles that this reads come from the cache, not from memory.
+Special about this file: a program owns some channels of a span of tokens and takes the tokens one after the other. What a token
+shares with those before it stays in registers: the W - 1 inputs before it, and on the way back the W - 1 gradients that are not
+complete yet. So every number is read once, but for the few where two spans meet, and nothing is kept but the inputs.
 
-Legend: rows are the tokens of all sequences, one behind the other; ``place`` is how many tokens of its sequence stand before
-one; lag j is the tap that reads j tokens back, weight column W - 1 - j.
+Legend: rows are the tokens of all sequences, one behind the other; ``here`` is how many tokens of its sequence stand before a
+token, from the table ``place`` if sequences are packed; lag j is the tap that reads j tokens back, weight column W - 1 - j.
 """
 
 from __future__ import annotations
@@ -16,89 +17,155 @@ from torch import Tensor
 
 from loglinear.kernels import common
 
-TOKENS, CHANNELS, WARPS = 16, 64, 4  # of a tile
-TILES = 16  # along the tokens, of one backward program
+SPAN = 128  # tokens of a program
+AHEAD = 8  # tokens that are loaded together; at least W - 1
+CHANNELS, WARPS = 256, 2
 
 
 @triton.jit
-def _places(place, tokens, T, rows, PACKED: tl.constexpr):
-    if PACKED:
-        return tl.load(place + tokens, mask=(tokens >= 0) & (tokens < rows), other=-1)
-    return tl.where((tokens >= 0) & (tokens < rows), tokens % T, -1)
+def _load(pointer, token, stride, channels, width, there):
+    """The channels of one token as they are in memory; 0 where they end, and all 0 unless the token is ``there``."""
+    mask = channels < tl.where(there, width, 0)
+    return tl.load(pointer + token.to(tl.int64) * stride + channels, mask=mask, other=0.0)
 
 
 @triton.jit
-def _sums(x, stride, weight, bias, tokens, place, channels, inside, W: tl.constexpr, BIAS: tl.constexpr):
-    """What goes into the SiLU at ``tokens``, float32; a token outside (place -1) reads nothing."""
-    total = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32)
-    if BIAS:
-        total += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)[None, :]
+def _store(pointer, token, channels, width, values, there):
+    """Write the channels of one token, if it is ``there``."""
+    pointers = pointer + token.to(tl.int64) * width + channels
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=channels < tl.where(there, width, 0))
+
+
+@triton.jit
+def _taps(weight, bias, channels, width, W: tl.constexpr, BIAS: tl.constexpr):
+    """(taps by lag, bias) in float32."""
+    inside = channels < width
+    taps = ()
     for lag in tl.static_range(W):
-        tap = tl.load(weight + channels * W + (W - 1 - lag), mask=inside, other=0.0).to(tl.float32)
-        pointers = x + (tokens - lag).to(tl.int64)[:, None] * stride + channels[None, :]
-        total += tap[None, :] * tl.load(pointers, mask=(place >= lag)[:, None] & inside[None, :], other=0.0).to(
-            tl.float32
-        )
+        taps = taps + (tl.load(weight + channels * W + (W - 1 - lag), mask=inside, other=0.0).to(tl.float32),)
+    constant = tl.zeros([channels.shape[0]], tl.float32)
+    if BIAS:
+        constant = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    return taps, constant
+
+
+@triton.jit
+def _place(place, token, T, rows, PACKED: tl.constexpr):
+    """``here`` of a token, looked up or counted."""
+    if PACKED:
+        return tl.load(place + token, mask=token < rows, other=0)
+    return token % T
+
+
+@triton.jit
+def _next(here, place, token, T, rows, PACKED: tl.constexpr):
+    """``here`` of ``token``, given that of the token before it."""
+    if PACKED:
+        return tl.load(place + token, mask=token < rows, other=0)
+    return tl.where(here + 1 == T, 0, here + 1)
+
+
+@triton.jit
+def _past(x, token, here, stride, channels, width, W: tl.constexpr):
+    """Inputs of the W - 1 tokens before ``token``, the nearest first, 0 before the sequence."""
+    past = ()
+    for lag in tl.static_range(1, W):
+        past = past + (_load(x, token - lag, stride, channels, width, here >= lag).to(tl.float32),)
+    return past
+
+
+@triton.jit
+def _sum(taps, constant, window, W: tl.constexpr):
+    """What goes into the SiLU."""
+    total = constant
+    for lag in tl.static_range(W):
+        total += taps[lag] * window[lag]
     return total
+
+
+@triton.jit
+def _of_sequence(now, past, here, W: tl.constexpr):
+    """The inputs that a token's taps meet: its own and those before it, which are 0 for the first token of a sequence."""
+    window = (now,)
+    for lag in tl.static_range(1, W):
+        window = window + (tl.where(here > 0, past[lag - 1], 0.0),)
+    return window
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def convolution_kernel(
     x, weight, bias, place, y, stride, T, rows, width,
-    W: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
+    SPAN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y ``[rows, width]`` from x ``[rows, width]`` of row stride ``stride``. Grid: blocks of rows x blocks of channels."""
+    """y ``[rows, width]`` from x ``[rows, width]`` of row stride ``stride``. Grid: spans x blocks of channels."""
     blocks = tl.cdiv(width, CHANNELS)
-    tokens = (tl.program_id(0) // blocks) * TOKENS + tl.arange(0, TOKENS)
+    start = (tl.program_id(0) // blocks) * SPAN
     channels = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channels < width
-    place_here = _places(place, tokens, T, rows, PACKED)
-    total = _sums(x, stride, weight, bias, tokens, place_here, channels, inside, W, BIAS)
-    pointers = y + tokens.to(tl.int64)[:, None] * width + channels[None, :]
-    tl.store(
-        pointers, (total * tl.sigmoid(total)).to(y.dtype.element_ty), mask=(place_here >= 0)[:, None] & inside[None, :]
-    )
+    taps, constant = _taps(weight, bias, channels, width, W, BIAS)
+    here = _place(place, start, T, rows, PACKED)
+    past = _past(x, start, here, stride, channels, width, W)
+    for i in range(0, SPAN, AHEAD):
+        loaded = ()
+        for j in tl.static_range(AHEAD):
+            loaded = loaded + (_load(x, start + i + j, stride, channels, width, start + i + j < rows),)
+        for j in tl.static_range(AHEAD):
+            token = start + i + j
+            window = _of_sequence(loaded[j].to(tl.float32), past, here, W)
+            total = _sum(taps, constant, window, W)
+            _store(y, token, channels, width, total * tl.sigmoid(total), token < rows)
+            past = window[: W - 1]
+            here = _next(here, place, token + 1, T, rows, PACKED)
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def convolution_grads_kernel(
     dy, x, weight, bias, place, dx, partial, dy_stride, stride, T, rows, width,
     W: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+    SPAN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx ``[rows, width]``, and for a program's tokens the sums ``partial [programs, W + 1, width]`` (taps by lag, bias)."""
+    """dx ``[rows, width]``, and of a span the sums ``partial [spans, W + 1, width]`` (taps by lag, bias).
+
+    The gradient of an input is complete W - 1 tokens later, so a program goes on for AHEAD tokens after its span.
+    """
     blocks = tl.cdiv(width, CHANNELS)
     part = tl.program_id(0) // blocks
+    start = part * SPAN
+    end = tl.minimum(start + SPAN, rows)
     channels = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channels < width
-    lags = tl.arange(0, 8)  # W + 1 <= 8 rows of ``partial``
-    sums = tl.zeros([8, CHANNELS], tl.float32)
-    for i in range(TILES):
-        tokens = (part * TILES + i) * TOKENS + tl.arange(0, TOKENS)
-        place_here = _places(place, tokens, T, rows, PACKED)
-        total = tl.zeros([TOKENS, CHANNELS], tl.float32)
-        for lag in tl.static_range(W):
-            later = tokens + lag
-            place_later = _places(place, later, T, rows, PACKED)
-            before = _sums(x, stride, weight, bias, later, place_later, channels, inside, W, BIAS)
-            gate = tl.sigmoid(before)
-            pointers = dy + later.to(tl.int64)[:, None] * dy_stride + channels[None, :]
-            # A token less than ``lag`` after its sequence's start does not read this one.
-            gradient = tl.load(pointers, mask=(place_later >= lag)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            gradient *= common.silu_slope(before, gate)
-            tap = tl.load(weight + channels * W + (W - 1 - lag), mask=inside, other=0.0).to(tl.float32)
-            total += tap[None, :] * gradient
-            if lag == 0:
-                sums += tl.where((lags == W)[:, None], tl.sum(gradient, 0)[None, :], 0.0)
-                for back in tl.static_range(W):
-                    pointers = x + (tokens - back).to(tl.int64)[:, None] * stride + channels[None, :]
-                    past = tl.load(pointers, mask=(place_here >= back)[:, None] & inside[None, :], other=0.0)
-                    product = tl.sum(gradient * past.to(tl.float32), 0)
-                    sums += tl.where((lags == back)[:, None], product[None, :], 0.0)
-        pointers = dx + tokens.to(tl.int64)[:, None] * width + channels[None, :]
-        tl.store(pointers, total.to(dx.dtype.element_ty), mask=(place_here >= 0)[:, None] & inside[None, :])
-    pointers = partial + part.to(tl.int64) * (W + 1) * width + lags[:, None] * width + channels[None, :]
-    tl.store(pointers, sums, mask=(lags <= W)[:, None] & inside[None, :])
+    taps, constant = _taps(weight, bias, channels, width, W, BIAS)
+    here = _place(place, start, T, rows, PACKED)
+    past = _past(x, start, here, stride, channels, width, W)
+    zero = tl.zeros([CHANNELS], tl.float32)
+    grads, sums = (), (zero,)  # of the W - 1 tokens before this one, the nearest first; of bias and taps
+    for _ in tl.static_range(1, W):
+        grads = grads + (zero,)
+    for _ in tl.static_range(W):
+        sums = sums + (zero,)
+    for i in range(0, SPAN + AHEAD, AHEAD):
+        loaded, given = (), ()
+        for j in tl.static_range(AHEAD):
+            token = start + i + j
+            loaded = loaded + (_load(x, token, stride, channels, width, token < rows),)
+            given = given + (_load(dy, token, dy_stride, channels, width, token < rows),)
+        for j in tl.static_range(AHEAD):
+            token = start + i + j
+            window = _of_sequence(loaded[j].to(tl.float32), past, here, W)
+            before = _sum(taps, constant, window, W)
+            gradient = given[j].to(tl.float32) * common.silu_slope(before, tl.sigmoid(before))
+            own = tl.where(token < end, gradient, 0.0)
+            added, longer = (sums[0] + own,), (taps[0] * gradient,)
+            for lag in tl.static_range(W):
+                added = added + (sums[lag + 1] + own * window[lag],)
+            for lag in tl.static_range(1, W):  # a token of another sequence gets nothing
+                longer = longer + (grads[lag - 1] + taps[lag] * tl.where(here >= lag, gradient, 0.0),)
+            complete = token - (W - 1)
+            _store(dx, complete, channels, width, longer[W - 1], (complete >= start) & (complete < end))
+            past, grads, sums = window[: W - 1], longer[: W - 1], added
+            here = _next(here, place, token + 1, T, rows, PACKED)
+    for lag in tl.static_range(W):
+        _store(partial, part * (W + 1) + lag, channels, width, sums[lag + 1], True)
+    _store(partial, part * (W + 1) + W, channels, width, sums[0], True)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None) -> Tensor:
@@ -111,11 +178,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
     x = _rows(x)
     (batch, length, width), taps = x.shape, weight.shape[1]
     y = common.scratch(tuple(x.shape), x.dtype, x.device)
-    programs = -(-batch * length // TOKENS) * -(-width // CHANNELS)
+    programs = -(-batch * length // SPAN) * -(-width // CHANNELS)
     if programs:
         common.launch(
             convolution_kernel, programs, x, weight.contiguous(), bias, place, y, x.stride(1), length, batch * length, width,
-            W=taps, BIAS=bias is not None, PACKED=place is not None, TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=WARPS,
+            W=taps, BIAS=bias is not None, PACKED=place is not None, SPAN=SPAN, AHEAD=AHEAD, CHANNELS=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     return y
 
@@ -127,7 +194,7 @@ def backward(
     x, dy = _rows(x), _rows(dy)
     (batch, length, width), taps = x.shape, weight.shape[1]
     dx = common.scratch(tuple(x.shape), x.dtype, x.device)
-    parts = -(-batch * length // (TOKENS * TILES))
+    parts = -(-batch * length // SPAN)
     partial = common.scratch((parts, taps + 1, width), torch.float32, x.device)
     programs = parts * -(-width // CHANNELS)
     if programs:
@@ -135,7 +202,7 @@ def backward(
             convolution_grads_kernel, programs, dy, x, weight.contiguous(), bias, place, dx, partial,
             dy.stride(1), x.stride(1), length, batch * length, width,
             W=taps, BIAS=bias is not None, PACKED=place is not None,
-            TOKENS=TOKENS, CHANNELS=CHANNELS, TILES=TILES, num_warps=WARPS,
+            SPAN=SPAN, AHEAD=AHEAD, CHANNELS=CHANNELS, num_warps=WARPS,
         )  # fmt: skip
     sums = partial.sum(0)
     dweight = sums[:taps].flip(0).T.to(weight.dtype).contiguous()
