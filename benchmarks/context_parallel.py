@@ -39,6 +39,7 @@ from loglinear.training.model import compile_blocks
 from measure import RESULTS, append, environment
 from ops_cpu import machine
 from peers import Shape, delta_inputs, inputs
+from training_models import update
 from verify import LIMITS, relative
 
 OPS = {"scalar gate": (log_linear_attention, context_parallel_attention, inputs)}
@@ -183,9 +184,7 @@ class Step:
             targets = {"labels": self.targets, "shift_labels": self.targets, "num_items_in_batch": self.count}
             loss = self.call(input_ids=self.ids, **targets, skip_logits=True).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        update(self.model, self.optimizer)
         self.losses.append(loss.detach())
 
 

@@ -39,6 +39,7 @@ from loglinear.training.model import compile_blocks
 from loglinear.training.sharding import shard
 from measure import RESULTS, append, environment
 from ops_cpu import machine
+from training_models import update
 
 NAME = "multi_gpu"
 SEQUENCES = 16  # of a step of the check
@@ -131,9 +132,7 @@ def step_times(args: argparse.Namespace) -> list[float]:
         with torch.autocast(args.device, torch.bfloat16):
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer)
         if args.device == "cuda":
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - begin))

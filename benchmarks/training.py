@@ -39,8 +39,8 @@ from loglinear.training.model import compile_blocks
 from loglinear.training.trainer import decay_parameter_names
 from measure import RESULTS, append, environment
 from ops_cpu import machine
-from training_models import COLUMNS, Column, Size, build, checkpoint_activations, model_flops
-from training_parts import OPTIMISER, Weights, milliseconds_by_part, profile
+from training_models import COLUMNS, Column, Size, build, checkpoint_activations, model_flops, update
+from training_parts import Weights, milliseconds_by_part, profile
 from training_report import NAME, draw, report
 
 LENGTHS = [1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15, 1 << 16, 1 << 17]
@@ -122,10 +122,7 @@ class Trainer:
         """One step; the loss before it."""
         loss = self.loss(ids)
         loss.backward()
-        with torch.profiler.record_function(OPTIMISER):
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        update(self.model, self.optimizer)
         return loss.detach()
 
     def times(self, ids: Tensor, steps: int) -> list[float]:

@@ -18,6 +18,7 @@ from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from training_peers import FlaGatedDeltaNet, SSDMamba2
 
 CHUNK = 64
+OPTIMISER = "optimiser"
 HEAD_DIM = 96  # of softmax attention: 16 heads at the paper's width
 
 
@@ -81,6 +82,14 @@ def checkpoint_activations(model: LogLinearForCausalLM, wanted: bool) -> None:
     """Switch activation checkpointing on or off; transformers renamed it during its version 5."""
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{prefix}_checkpointing_{'enable' if wanted else 'disable'}")()
+
+
+def update(model: LogLinearForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    """The end of a training step, under a name for profilers: clip the gradient's norm, step, drop the gradient."""
+    with torch.profiler.record_function(OPTIMISER):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Linear]:

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from training_models import matrices
+from training_models import OPTIMISER, matrices
 
 PARTS = ("op", "projections", "convolution", "norms", "mlp", "loss", "optimiser", "other")
-OPTIMISER = "optimiser"  # the range that a step opens around it
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 OPERATORS = {
     "op": re.compile(r"(loglinear::attention|benchmarks::(ssd|gated_delta)|Kernels|aten::_scaled_dot_product)"),
