@@ -115,10 +115,11 @@ def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def act(transition: Tensor, state: Tensor) -> Tensor:
-    """A S, for a log decay ``[B, H]`` or matrices ``[B, H, K, K]``."""
+    """A S, for a log decay ``[B, H]`` or matrices ``[B, H, K, K]``, in the wider of both dtypes: a given state is float32."""
     if transition.dim() == 2:
         return transition.exp()[..., None, None] * state
-    return transition @ state
+    wide = torch.promote_types(transition.dtype, state.dtype)
+    return transition.to(wide) @ state.to(wide)
 
 
 def append(slots: list[Slot], map_: Map, chunks: int, linear: bool) -> list[Slot]:
