@@ -1,5 +1,7 @@
 """What the delta rule's forward keeps is handed to its backward, and nothing is kept where no gradient will be asked for."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -21,11 +23,14 @@ def calls(monkeypatch):
         seen.append("keeping")
         return v * 1, q + 1, k + 2
 
+    def kept_shapes(q, v, level_scales, cu_seqlens):
+        return [(q.shape, q.dtype)] * 2
+
     def backward(do, *inputs, kept=(), **continued):
         seen.append([x.clone() for x in kept])
         return [None if x is None else do.sum() * torch.ones_like(x) for x in inputs[: 6 if len(inputs) == 8 else 5]]
 
-    module = SimpleNamespace(forward=forward, forward_keeping=forward_keeping, backward=backward)
+    module = SimpleNamespace(forward=forward, forward_keeping=forward_keeping, kept_shapes=kept_shapes, backward=backward)
     monkeypatch.setattr(registration, "kernels_of", lambda delta: module)
     return seen
 
@@ -37,40 +42,67 @@ def inputs(delta: bool, grad: bool = True) -> list:
     return [normal(1, 4), normal(1, 4), normal(2, 4), normal(2), normal(2) if delta else None, normal(2, 5), 1.0, None]
 
 
-def test_kept_tensors_reach_the_backward(calls):
+@pytest.fixture(params=["eager", "compiled"])
+def run(request, monkeypatch):
+    """The op as eager code calls it, and as compiled code does, in one graph."""
+    if request.param == "eager":
+        return registration.run_eager
+    monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
+    torch._dynamo.reset()
+    request.addfinalizer(torch._dynamo.reset)
+    return torch.compile(registration.run_compiled, fullgraph=True, backend="aot_eager")
+
+
+def test_kept_tensors_reach_the_backward(calls, run):
     x = inputs(delta=True)
-    registration.run_eager(*x).sum().backward()
+    run(*x).sum().backward()
     assert calls[0] == "keeping"
     assert torch.equal(calls[1][0], x[0] + 1)
     assert torch.equal(calls[1][1], x[1] + 2)
     assert all(y.grad.shape == y.shape for y in x[:6])
 
 
-def test_a_graph_that_is_retained_keeps_them(calls):
+def test_a_graph_that_is_retained_keeps_them(calls, run):
     x = inputs(delta=True)
-    o = registration.run_eager(*x).sum()
+    o = run(*x).sum()
     first, second = (torch.autograd.grad(o, x[:6], retain_graph=True) for _ in range(2))
     assert len(calls) == 3
     assert all(torch.equal(a, b) for a, b in zip(calls[1], calls[2]))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_checkpointing_makes_them_again(calls):
+def test_they_are_gone_after_the_backward(calls, run, monkeypatch):
+    module, made = registration.kernels_of(True), []
+    keeping = module.forward_keeping
+
+    def forward_keeping(*x):
+        results = keeping(*x)
+        made.extend(weakref.ref(y) for y in results[1:])
+        return results
+
+    monkeypatch.setattr(module, "forward_keeping", forward_keeping)
+    o = run(*inputs(delta=True)).sum()
+    o.backward()
+    gc.collect()
+    assert [y() for y in made] == [None, None]
+
+
+def test_checkpointing_makes_them_again(calls, run):
     """The first pass may keep what it likes: it is dropped with the other saved tensors, and the second makes it again."""
     x = inputs(delta=True)
-    torch.utils.checkpoint.checkpoint(registration.run_eager, *x, use_reentrant=False).sum().backward()
+    torch.utils.checkpoint.checkpoint(run, *x, use_reentrant=False).sum().backward()
     assert calls[:2] == ["keeping", "keeping"]
     assert len(calls[2]) == 2
 
 
 @pytest.mark.parametrize("what", ["no_grad", "no input needs one", "scalar gate"])
-def test_without_a_gradient_nothing_is_kept(calls, what):
+def test_without_a_gradient_nothing_is_kept(calls, run, what):
     x = inputs(delta=what != "scalar gate", grad=what != "no input needs one")
     if what == "no_grad":
         with torch.no_grad():
-            registration.run_eager(*x)
+            run(*x)
     else:
-        o = registration.run_eager(*x)
+        o = run(*x)
         if what == "scalar gate":
             o.sum().backward()
             assert calls.pop() == []

@@ -122,14 +122,24 @@ class Problem:
         return None if self.unit_sequence is None else self.unit_sequence[self.rows :]
 
     @property
+    def tier_groups(self) -> tuple[tuple[int, int], ...]:
+        """(groups of the whole batch, of one sequence) in each of the ``tiers``. If packed, bounds, for which no table is read."""
+        sizes = [(self.row_groups, self.chunk_groups)]
+        while sizes[-1][1] > 1:
+            below, longest = sizes[-1]
+            groups = cdiv(longest, GROUP.value)
+            total = below // GROUP.value + self.tables[1].shape[0] if self.packed else self.batch * groups
+            sizes.append((total, groups))
+        return tuple(sizes)
+
+    @property
     def tiers(self) -> tuple[Tier, ...]:
         """The tree from its chunks up to the tier in which a sequence is one group."""
         sizes = self.rows, self.row_groups, self.chunks, self.chunk_groups
         tiers = [Tier(*sizes, self.row_sequence, self.group_sequence, self.table)]
-        while (below := tiers[-1]).sequence_groups > 1:
-            groups = cdiv(below.sequence_groups, GROUP.value)
+        for total, groups in self.tier_groups[1:]:
+            below = tiers[-1]
             place, sequences = self.tables[2 * len(tiers) + 1 :][:2] if self.packed else (None, None)
-            total = self.batch * groups if place is None else place.shape[0]
             table = sequences, below.sequence_groups, self.chunks, groups
             tiers.append(Tier(below.groups, total, below.sequence_groups, groups, below.group_sequence, place, table))
         return tuple(tiers)
@@ -257,6 +267,11 @@ def packed_tables(
         columns = (first_unit, chunks, row_end - chunks, first_group, nothing)
         tables += [places(end, groups).to(torch.int32), torch.stack(columns, dim=1).to(torch.int32)]
     return tuple(tables)
+
+
+def sizes_of_tables(cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """What stands for ``packed_tables`` in a ``Problem`` of which only sizes are asked: as many sequences, and no work."""
+    return () if cu_seqlens is None else (cu_seqlens, cu_seqlens[1:])
 
 
 def path_starts(groups: Tensor, longest: int) -> Tensor:

@@ -153,7 +153,7 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
                 lengths: tuple[int, ...] = ()
                 if output_final_state or cu_seqlens_cpu is not None:
                     lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
-                op = registration.attention if compiling else registration.run_eager
+                op = registration.run_compiled if compiling else registration.run_eager
                 o = op(q, k, v, g, beta, level_scales, scale, cu_seqlens)
                 return o, final_state(k, v, g, lengths, cu_seqlens is not None) if with_state else None
         lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)

@@ -1,9 +1,9 @@
 """``loglinear::attention``: the op as PyTorch's compiler, checkpointing and FSDP2 see it, with fake and backward.
 
-Special about this file: the backward operator recomputes the states, so that nothing but the inputs is kept; only eager calls
-of the delta rule keep more (see ``Kernels``). On CUDA it is the Triton kernels where they fit. Eager code on the CPU, and every
-call with a state, does not come through here: it differentiates ``chunkwise`` directly, which can be done twice and through
-states.
+Special about this file: the backward operator recomputes the states, so that nothing but the inputs is kept, and the delta
+rule's maps where they fit: the operator returns them beside o, if it is asked to. On CUDA it is the Triton kernels where they
+fit. Eager code on the CPU, and every call with a state, does not come through here: it differentiates ``chunkwise`` directly,
+which can be done twice and through states.
 """
 
 from __future__ import annotations
@@ -160,16 +160,23 @@ def attention(
     level_scales: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None,
-) -> Tensor:
-    """o of either public op, without states. Shapes as there."""
+    keep: bool,
+) -> list[Tensor]:
+    """o of either public op, without states, shapes as there; with ``keep`` then what spares its backward some work, if any."""
+    inputs = q, k, v, g, beta, level_scales
     if has_kernel(q, v, beta):
-        return run_kernels(q, k, v, g, beta, level_scales, scale, cu_seqlens)
-    return run(q, k, v, g, beta, level_scales, scale, sequence_lengths(q, cu_seqlens, None))[0].contiguous()
+        if keep and beta is not None:
+            return list(run_kernels_keeping(q, k, v, g, beta, level_scales, scale, cu_seqlens))
+        return [run_kernels(*inputs, scale, cu_seqlens)]
+    return [run(*inputs, scale, sequence_lengths(q, cu_seqlens, None))[0].contiguous()]
 
 
 @attention.register_fake
-def _(q, k, v, g, beta, level_scales, scale, cu_seqlens):
-    return v.new_empty(v.shape)
+def _(q, k, v, g, beta, level_scales, scale, cu_seqlens, keep):
+    shapes = []
+    if keep and beta is not None and has_kernel(q, v, beta):
+        shapes = kernels_of(True).kept_shapes(q, v, scales_of(v, level_scales), cu_seqlens)
+    return [v.new_empty(v.shape), *(v.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
 
 
 @torch.library.custom_op("loglinear::attention_backward", mutates_args=())
@@ -183,10 +190,12 @@ def attention_backward(
     level_scales: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None,
+    kept: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of q, k, v, then of g, beta and level_scales where they are given."""
+    """Gradients of q, k, v, then of g, beta and level_scales where they are given. kept: what ``attention`` returned after o."""
     if has_kernel(q, v, beta):
-        grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, scale, cu_seqlens)
+        options = {"kept": tuple(kept)} if kept else {}
+        grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, scale, cu_seqlens, **options)
         return [x for x in grads if x is not None]
     optional = (g, beta, level_scales)
     given = [q, k, v, *(x for x in optional if x is not None)]
@@ -205,23 +214,33 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(do, q, k, v, g, beta, level_scales, scale, cu_seqlens):
+def _(do, q, k, v, g, beta, level_scales, scale, cu_seqlens, kept):
     return [x.new_empty(x.shape) for x in (q, k, v, g, beta, level_scales) if x is not None]
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens)
+    *tensors, ctx.scale, cu_seqlens, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as it
+    ctx.save_for_backward(*tensors, cu_seqlens, *kept)
 
 
-def _backward(ctx, do):
-    *tensors, cu_seqlens = ctx.saved_tensors
-    grads = list(attention_backward(do, *tensors, ctx.scale, cu_seqlens))
+def _backward(ctx, gradients):
+    *tensors, cu_seqlens = ctx.saved_tensors[:7]
+    grads = attention_backward(gradients[0], *tensors, ctx.scale, cu_seqlens, list(ctx.saved_tensors[7:]))
     rest = iter(grads[3:])
-    return *grads[:3], *(None if x is None else next(rest) for x in tensors[3:]), None, None
+    return *grads[:3], *(None if x is None else next(rest) for x in tensors[3:]), None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)
+
+
+def run_compiled(q, k, v, g, beta, level_scales, scale, cu_seqlens) -> Tensor:
+    """o by the operator, which keeps what it can if a backward may follow: constants to the compiler, which guards on them."""
+    inputs = q, k, v, g, beta, level_scales
+    keep = beta is not None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return attention(*inputs, scale, cu_seqlens, keep)[0]
 
 
 class Kernels(torch.autograd.Function):

@@ -32,6 +32,9 @@ def both(x: dict, keep: bool, cu_seqlens=None, scale: float = 0.7) -> list:
     common = dict(scale=scale, cu_seqlens=cu_seqlens, config=config)
     o, *kept = delta_rule.forward_keeping(**x, **common, keep=keep)
     assert bool(kept) == keep
+    if keep:  # what the compiler is told before there is anything
+        told = delta_rule.kept_shapes(x["q"], x["v"], x["level_scales"], cu_seqlens, config)
+        assert told == [(y.shape, y.dtype) for y in kept]
     before = [y.clone() for y in kept]
     gradients = delta_rule.backward(do, **x, **common, kept=tuple(kept))
     for y, old in zip(kept, before):

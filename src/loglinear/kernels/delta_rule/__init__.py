@@ -8,6 +8,6 @@ each to the next), score_grads, map_grads, key_grads.
 """
 
 from loglinear.kernels.delta_rule.backward import backward
-from loglinear.kernels.delta_rule.forward import forward, forward_keeping
+from loglinear.kernels.delta_rule.forward import forward, forward_keeping, kept_shapes
 
-__all__ = ["backward", "forward", "forward_keeping"]
+__all__ = ["backward", "forward", "forward_keeping", "kept_shapes"]

@@ -7,12 +7,20 @@ from torch import Tensor
 
 from loglinear.kernels import common
 from loglinear.kernels.delta_rule.chunk_maps import chunk_maps_kernel
-from loglinear.kernels.delta_rule.group_maps import PREFIXES, group_maps_kernel
-from loglinear.kernels.delta_rule.memory import Maps, keeps_maps
+from loglinear.kernels.delta_rule.group_maps import group_maps_kernel
+from loglinear.kernels.delta_rule.memory import Maps, keeps_maps, map_shapes
 from loglinear.kernels.delta_rule.output import output_kernel
 from loglinear.kernels.delta_rule.path_queries import path_queries_kernel
 from loglinear.kernels.delta_rule.path_states import path_states_kernel
-from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, token_rows
+from loglinear.kernels.problem import (
+    Problem,
+    cdiv,
+    common_constants,
+    describe,
+    packed_tables,
+    sizes_of_tables,
+    token_rows,
+)
 from loglinear.kernels.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 
@@ -21,16 +29,12 @@ FIRST_OF_TWO = 3  # the first group, from 0, with two entries before it
 
 def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> tuple[Tensor, ...]:
     """sums, chunk_log, solve and writes of ``Maps``."""
-    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
-    exact, device, rows = v.dtype == torch.float32, v.device, problem.rows
-    sums = common.scratch((H, 2 if exact else 1, problem.tokens), torch.float32, device)
-    chunk_log = common.scratch((rows, H), torch.float32, device)
-    solve = common.scratch((rows, H, C, C), v.dtype, device)
-    writes = common.scratch((rows, H, C, K + V), v.dtype, device)
+    K, V, exact = problem.key_width, problem.value_width, v.dtype == torch.float32
+    sums, chunk_log, solve, writes = (common.scratch(*x, v.device) for x in map_shapes(problem, v.dtype)[:4])
     launch = problem.config.chunk_maps
     gate = sums if g is None else g
     common.launch(
-        chunk_maps_kernel, rows * H,
+        chunk_maps_kernel, problem.rows * problem.heads,
         k, v, gate, beta, sums, chunk_log, solve, writes, problem.row_sequence, *problem.table, problem.tokens,
         sums.stride(0), k.stride(1), v.stride(1), gate.stride(1), beta.stride(1), **common_constants(problem, v.dtype),
         BK=min(launch.block_v, problem.tile(K)), BV=min(launch.block_v, problem.tile(V)), HAS_GATE=g is not None,
@@ -43,14 +47,10 @@ def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: 
     """All maps: of the chunks, the Fenwick array, and what the backward needs to go down the tree again."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     sums, chunk_log, solve, writes = launch_chunk_maps(problem, k, v, g, beta)
-
-    def maps(count: int) -> Tensor:
-        return common.scratch((count, H, K, K + V), v.dtype, v.device)
-
     tiers = problem.tiers
-    entries = maps(problem.rows)
-    groups = tuple(maps(tier.groups) for tier in tiers[:-1])
-    before = tuple(maps(tier.groups * PREFIXES.value) for tier in tiers) if prefixes else ()
+    shapes = map_shapes(problem, v.dtype)[4:]
+    maps = [common.scratch(*x, v.device) for x in (shapes if prefixes else shapes[: len(tiers)])]
+    entries, groups, before = maps[0], tuple(maps[1 : len(tiers)]), tuple(maps[len(tiers) :])
     launch = problem.config.group_maps
     block = min(launch.block_v, problem.tile(K + V))
     for t, tier in enumerate(tiers):
@@ -167,6 +167,18 @@ def forward_keeping(
     inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, beta, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=True)
     return replay(run_forward, [*inputs, *tables], scale, config, keep)  # type: ignore[return-value]
+
+
+def kept_shapes(
+    q: Tensor, v: Tensor, level_scales: Tensor, cu_seqlens: Tensor | None = None, config: DeltaRuleConfig | None = None
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of what ``forward_keeping`` returns after o. Nothing is computed: the tensors may be fake.
+
+    Sizes may be symbolic, but for the widths of heads; how many there are is then a guard on the others.
+    """
+    config = delta_rule_config(v.dtype, int(q.shape[3]), int(v.shape[3])) if config is None else config
+    problem = describe(q, v, level_scales, sizes_of_tables(cu_seqlens), config)
+    return map_shapes(problem, v.dtype) if keeps_maps(problem, v.element_size()) else []
 
 
 def run_forward(inputs: list, scale: float, config: DeltaRuleConfig, keep: bool) -> tuple[Tensor, ...]:

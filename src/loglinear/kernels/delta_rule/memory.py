@@ -6,8 +6,10 @@ slices of many heads both make it faster, and both cost memory: the bytes of inp
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from loglinear.kernels.delta_rule.group_maps import PREFIXES
@@ -69,12 +71,19 @@ class Maps(NamedTuple):
         return Maps(self.sums[heads], *own, *rest)  # type: ignore[arg-type, misc]
 
 
+def map_shapes(problem: Problem, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of ``Maps.tensors``, with prefixes, where v is of ``dtype``. The first two are the logs."""
+    H, K, V, C, rows = problem.heads, problem.key_width, problem.value_width, problem.config.chunk, problem.rows
+    groups = [total for total, _ in problem.tier_groups]
+    maps = rows, *groups[:-1], *(PREFIXES.value * count for count in groups)
+    shapes = [(rows, H, C, C), (rows, H, C, K + V), *((count, H, K, K + V) for count in maps)]
+    logs = [(H, 2 if dtype == torch.float32 else 1, problem.tokens), (rows, H)]
+    return [*((shape, torch.float32) for shape in logs), *((shape, dtype) for shape in shapes)]
+
+
 def map_elements(problem: Problem) -> int:
     """Elements of all ``Maps`` of one head, with prefixes. The logs, two numbers a token, are left out."""
-    K, V, C = problem.key_width, problem.value_width, problem.config.chunk
-    tiers = problem.tiers
-    maps = problem.rows + sum(tier.groups for tier in tiers[:-1]) + PREFIXES.value * sum(tier.groups for tier in tiers)
-    return problem.rows * C * (C + K + V) + maps * K * (K + V)
+    return sum(shape[0] * prod(shape[2:]) for shape, _ in map_shapes(problem, torch.bfloat16)[2:])
 
 
 def given_bytes(problem: Problem, size: int) -> int:
