@@ -20,6 +20,9 @@ from training_peers import FlaGatedDeltaNet, SSDMamba2
 CHUNK = 64
 OPTIMISER = "optimiser"
 HEAD_DIM = 96  # of softmax attention: 16 heads at the paper's width
+# Of the delta rule, whose values are twice as wide: 9 heads at the paper's width. Its 6 of 192 and 384, as many parameters but
+# for those of gates and λ, would be padded to 256 and 512 in tiles of powers of two, the peer's and ours.
+KEY_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Size:
             hidden_size=self.hidden_size,
             num_hidden_layers=layers or depth,
             num_attention_heads=max(1, self.hidden_size // HEAD_DIM),
+            delta_num_heads=max(1, 3 * self.hidden_size // 4 // KEY_DIM),
             vocab_size=self.vocab_size,
             max_position_embeddings=self.context,
             **options,
