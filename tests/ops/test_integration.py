@@ -67,7 +67,7 @@ def test_opcheck(gate, packed, missing):
     names = ("q", "k", "v", "g", "beta", "level_scales")
     args = [None if name == missing else x.get(name) for name in names]
     bounds = torch.tensor([0, 9, C + 3]) if packed else None
-    torch.library.opcheck(torch.ops.loglinear.attention.default, (*args, 0.5, bounds, missing != "g"))
+    torch.library.opcheck(torch.ops.loglinear.attention.default, (*args, 0.5, bounds, "" if missing == "g" else "maps"))
     args = [None if value is None else value.detach() for value in args]
     backward = (torch.randn_like(x["v"]), *args, 0.5, bounds, [])
     before = [value.clone() if isinstance(value, torch.Tensor) else value for value in backward]

@@ -30,7 +30,9 @@ def calls(monkeypatch):
         seen.append([x.clone() for x in kept])
         return [None if x is None else do.sum() * torch.ones_like(x) for x in inputs[: 6 if len(inputs) == 8 else 5]]
 
-    module = SimpleNamespace(forward=forward, forward_keeping=forward_keeping, kept_shapes=kept_shapes, backward=backward)
+    module = SimpleNamespace(
+        forward=forward, forward_keeping=forward_keeping, kept_shapes=kept_shapes, backward=backward
+    )
     monkeypatch.setattr(registration, "kernels_of", lambda delta: module)
     return seen
 
@@ -46,11 +48,12 @@ def inputs(delta: bool, grad: bool = True) -> list:
 def run(request, monkeypatch):
     """The op as eager code calls it, and as compiled code does, in one graph."""
     if request.param == "eager":
-        return registration.run_eager
+        yield registration.run_eager
+        return
     monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
     torch._dynamo.reset()
-    request.addfinalizer(torch._dynamo.reset)
-    return torch.compile(registration.run_compiled, fullgraph=True, backend="aot_eager")
+    yield torch.compile(registration.run_compiled, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
 
 
 def test_kept_tensors_reach_the_backward(calls, run):
@@ -107,3 +110,19 @@ def test_without_a_gradient_nothing_is_kept(calls, run, what):
             o.sum().backward()
             assert calls.pop() == []
     assert calls == ["forward"]
+
+
+def test_a_graph_says_which_code_laid_out_what_it_keeps(calls, monkeypatch):
+    """PyTorch files compiled graphs on disk by their text; an earlier version's would ask for tensors that are not there."""
+    monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
+    seen = []
+
+    def backend(graph, _):
+        seen.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(registration.run_compiled, fullgraph=True, backend=backend)(*inputs(delta=True))
+    torch._dynamo.reset()
+    (code,) = seen
+    assert repr(registration.KEPT_BY) in code

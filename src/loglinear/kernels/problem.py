@@ -123,7 +123,7 @@ class Problem:
 
     @property
     def tier_groups(self) -> tuple[tuple[int, int], ...]:
-        """(groups of the whole batch, of one sequence) in each of the ``tiers``. If packed, bounds, for which no table is read."""
+        """(groups of the whole batch, of one sequence) in each of the ``tiers``. If packed, bounds: no table is read."""
         sizes = [(self.row_groups, self.chunk_groups)]
         while sizes[-1][1] > 1:
             below, longest = sizes[-1]

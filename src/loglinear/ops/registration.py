@@ -9,7 +9,9 @@ which can be done twice and through states.
 from __future__ import annotations
 
 from functools import lru_cache
+from hashlib import sha256
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,25 @@ from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
 
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 1024  # of the kernels; wider heads run the plain torch form
 DELTA_RULE_SHARED_MEMORY = 160 << 10  # bytes that a multiprocessor must have: data-centre GPUs from 2020 on do
+
+
+def digest(*files: str) -> str:
+    """Of source files of this package."""
+    folder = Path(__file__).parents[1]
+    return sha256(b"".join((folder / name).read_bytes() for name in files)).hexdigest()[:16]
+
+
+# A mark of the code that decides what the delta rule keeps, as an argument of the operator, hence in the text of every graph: a
+# compiled graph has the number and sizes of what is kept built in, PyTorch files it on disk by its text, and must not find one
+# that other code has left. Computed here (0.1 ms) since the compiler can neither trace the computation nor be told to call it
+# but by a decorator that imports the compiler.
+KEPT_BY = digest(
+    "kernels/problem.py",
+    "kernels/tuning.py",
+    "kernels/delta_rule/memory.py",
+    "kernels/delta_rule/group_maps.py",
+    "ops/registration.py",
+)
 
 
 @lru_cache(maxsize=2)
@@ -160,9 +181,12 @@ def attention(
     level_scales: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None,
-    keep: bool,
+    keep: str,
 ) -> list[Tensor]:
-    """o of either public op, without states, shapes as there; with ``keep`` then what spares its backward some work, if any."""
+    """o of either public op, without states, shapes as there; with ``keep`` then what spares its backward some work, if any.
+
+    keep: empty, or ``KEPT_BY``, on which no number depends.
+    """
     inputs = q, k, v, g, beta, level_scales
     if has_kernel(q, v, beta):
         if keep and beta is not None:
@@ -192,7 +216,7 @@ def attention_backward(
     cu_seqlens: Tensor | None,
     kept: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of q, k, v, then of g, beta and level_scales where they are given. kept: what ``attention`` returned after o."""
+    """Gradients of q, k, v, then of g, beta and level_scales if given. kept: what ``attention`` returned after o."""
     if has_kernel(q, v, beta):
         options = {"kept": tuple(kept)} if kept else {}
         grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, scale, cu_seqlens, **options)
@@ -240,7 +264,7 @@ def run_compiled(q, k, v, g, beta, level_scales, scale, cu_seqlens) -> Tensor:
     """o by the operator, which keeps what it can if a backward may follow: constants to the compiler, which guards on them."""
     inputs = q, k, v, g, beta, level_scales
     keep = beta is not None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return attention(*inputs, scale, cu_seqlens, keep)[0]
+    return attention(*inputs, scale, cu_seqlens, KEPT_BY if keep else "")[0]
 
 
 class Kernels(torch.autograd.Function):

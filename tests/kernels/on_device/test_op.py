@@ -103,7 +103,7 @@ def test_compile(delta, dynamic):
 def test_opcheck(delta):
     q, k, v, g, *rate, scales = make(delta)
     beta = rate[0] if delta else None
-    torch.library.opcheck(torch.ops.loglinear.attention.default, (q, k, v, g, beta, scales, 1.0, None, False))
+    torch.library.opcheck(torch.ops.loglinear.attention.default, (q, k, v, g, beta, scales, 1.0, None, ""))
 
 
 @rules
