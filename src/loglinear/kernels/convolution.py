@@ -19,7 +19,8 @@ from loglinear.kernels import common
 
 SPAN = 128  # tokens of a program
 AHEAD = 8  # tokens that are loaded together; at least W - 1
-CHANNELS, WARPS = 256, 2
+CHANNELS = 256
+WARPS, GRADS_WARPS = 2, 4  # a thread has four channels, or two where it also keeps gradients
 
 
 @triton.jit
@@ -202,7 +203,7 @@ def backward(
             convolution_grads_kernel, programs, dy, x, weight.contiguous(), bias, place, dx, partial,
             dy.stride(1), x.stride(1), length, batch * length, width,
             W=taps, BIAS=bias is not None, PACKED=place is not None,
-            SPAN=SPAN, AHEAD=AHEAD, CHANNELS=CHANNELS, num_warps=WARPS,
+            SPAN=SPAN, AHEAD=AHEAD, CHANNELS=CHANNELS, num_warps=GRADS_WARPS,
         )  # fmt: skip
     sums = partial.sum(0)
     dweight = sums[:taps].flip(0).T.to(weight.dtype).contiguous()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from loglinear import kernels
 
-INSTALLED = kernels.installed()  # a constant: the compiler can not follow the search
 MAX_WIDTH = 8192  # of a row in registers
 
 
@@ -26,7 +25,7 @@ def ordinary(x: Tensor) -> bool:
 
 def has_kernels(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these inputs: memory of one CUDA device, at most 32 bits, and nobody compiles."""
-    if torch.compiler.is_compiling() or not INSTALLED:
+    if torch.compiler.is_compiling() or not kernels.installed():
         return False
     given = [x for x in tensors if x is not None]
     alike = all(ordinary(x) and x.is_cuda and x.dtype != torch.float64 for x in given)
