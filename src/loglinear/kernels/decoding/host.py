@@ -1,4 +1,4 @@
-"""HOST of the step kernels: one launch a call, repeated from its tape, nothing but ``o`` allocated, nothing waited for.
+"""HOST of the step kernels: launches repeated from a tape, nothing but ``o`` allocated, nothing waited for.
 
 Special about this file: tiles follow from widths alone, never from B, so that a row's bits do not depend on its neighbours.
 (They do depend on where inputs lie: Triton compiles anew for strides and addresses that are no multiples of 16.)
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import common
+from loglinear.kernels.decoding.delta_close import delta_close_kernel
 from loglinear.kernels.decoding.delta_step import delta_step_kernel
+from loglinear.kernels.decoding.delta_token import delta_token_kernel
 from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
 from loglinear.kernels.problem import cdiv, padded
 from loglinear.kernels.replay import replay
@@ -30,11 +32,22 @@ class Launch:
     wide_stages: int
 
 
+@dataclass(frozen=True)
+class Close:
+    """Columns of V to a piece of work where chunks close, warps, and programs at most: each reads all positions."""
+
+    block_v: int
+    warps: int
+    programs: int
+
+
 # Measured on an H200 (Triton 3.6, 2026-11-22): B = 64 at 16K tokens, B = 16 at 131K, B = 1 at a million. Few columns a program
 # keep all multiprocessors busy at B = 1; two warps leave room for more programs at B = 64; deep pipelines serve both.
 SCALAR_GATE = Launch(block_v=32, warps=2, stages=6, wide_stages=4)
-DELTA_RULE = Launch(block_v=64, warps=4, stages=3, wide_stages=3)
+DELTA_RULE = Launch(block_v=64, warps=4, stages=4, wide_stages=3)
 MANY_KEYS = Launch(block_v=32, warps=8, stages=3, wide_stages=2)  # K > 128
+TOKEN_WARPS = 8
+CLOSE = Close(block_v=64, warps=4, programs=256)
 
 
 @lru_cache(maxsize=4096)
@@ -128,17 +141,35 @@ def delta_step(
 
 
 def run_delta_step(inputs: list, chunk: int, scale: float, normalize: bool) -> tuple[Tensor]:
-    """The launch of ``delta_step``."""
+    """The launches of ``delta_step``: weights of its tokens, the sums, chunks that close, and sums in the chunk after."""
     (q, k, v, g, beta, level_scales), held = inputs[:6], inputs[6:]
-    entries = held[1]
+    position, entries, open_k, open_v, open_g, open_solve = held
+    batch, length, heads, width = v.shape
     o = common.scratch(v.shape, v.dtype, v.device)
     wide = entries.dtype == torch.float32
     programs, options = constants(q.shape, v.shape, g is not None, chunk, wide, DELTA_RULE)
+    if not programs:
+        return (o,)
+    reach = common.scratch((batch, length, heads, q.shape[3]), torch.float32, v.device)
+    read = common.scratch((batch, length, heads, chunk), torch.float32, v.device)
     rows, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, beta, level_scales)))
-    if programs:
+    sizes = dict(H=heads, G=q.shape[2], K=q.shape[3], C=chunk, BK=options["BK"])
+    common.launch(
+        delta_token_kernel, batch * heads, *rows[:2], *rows[3:], reach, read, position, open_k, open_g, open_solve,
+        length, level_scales.shape[3], *strides[:2], *strides[3:], scale, **sizes, HAS_GATE=g is not None,
+        NORM=normalize, num_warps=TOKEN_WARPS if options["BK"] <= 128 else 8,
+    )  # fmt: skip
+    kept = {name: value for name, value in options.items() if name not in ("G", "HAS_GATE")}
+    for later in range(min(length, 2)):
         common.launch(
-            delta_step_kernel, programs,
-            *rows, o, *held, v.shape[1], level_scales.shape[3], entries.shape[2], *strides, scale, **options,
-            NORM=normalize, PRECISION=float32_products(v.dtype),
+            delta_step_kernel, programs, rows[2], rows[5], o, reach, read, position, entries, open_v,
+            length, level_scales.shape[3], entries.shape[2], later, strides[2], strides[5], **kept,
         )  # fmt: skip
+        if later == 0:
+            tile_v = min(CLOSE.block_v, padded(width))
+            pieces = batch * heads * cdiv(width, tile_v) * (entries.shape[2] + 1)
+            common.launch(
+                delta_close_kernel, min(pieces, CLOSE.programs), *held, batch, length, entries.shape[2],
+                **sizes, V=width, BV=tile_v, PRECISION=float32_products(v.dtype), num_warps=CLOSE.warps,
+            )  # fmt: skip
     return (o,)
