@@ -10,18 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.decoding.open_chunk import (
-    open_gates,
-    open_scales,
-    open_tile,
-    store_token,
-)
-
-
-@triton.jit
-def unit_length(rows, axis: tl.constexpr):
-    """``1 / sqrt(Σ x² + 1e-6)`` along an axis."""
-    return tl.rsqrt(tl.sum(rows * rows, axis=axis) + 1e-6)
+from loglinear.kernels.common import inverse_length
+from loglinear.kernels.decoding.open_chunk import open_gates, open_scales, open_tile, store_token
 
 
 @triton.jit
@@ -107,10 +97,10 @@ def delta_token_kernel(
         query = given_query.to(tl.float32)
         key = given_key.to(tl.float32)
         if NORM:  # keys of the state are as the step that took them in left them
-            units = tl.where(place >= first, unit_length(keys, 1), 1.0)
+            units = tl.where(place >= first, inverse_length(keys, 1), 1.0)
             keys = rounded(keys * units[:, None], given_keys)
-            query = rounded(query * unit_length(query, 0), given_query)
-            key = rounded(key * unit_length(key, 0), given_key)
+            query = rounded(query * inverse_length(query, 0), given_query)
+            key = rounded(key * inverse_length(key, 0), given_key)
         query *= factor
         through = tl.cumsum(gates, axis=0)
         decays = tl.where(place <= i, tl.exp(tl.cumsum(next_gates, axis=0, reverse=True)), 0.0)

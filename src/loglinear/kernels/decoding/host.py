@@ -1,4 +1,4 @@
-"""HOST of the step kernels: launches repeated from a tape, nothing but ``o`` allocated, nothing waited for.
+"""HOST of the step kernels: launches repeated from a tape, nothing kept but ``o``, nothing waited for.
 
 Special about this file: tiles follow from widths alone, never from B, so that a row's bits do not depend on its neighbours.
 (They do depend on where inputs lie: Triton compiles anew for strides and addresses that are no multiples of 16.)
@@ -44,10 +44,12 @@ class Close:
 # Measured on an H200 (Triton 3.6, 2026-11-22): B = 64 at 16K tokens, B = 16 at 131K, B = 1 at a million. Few columns a program
 # keep all multiprocessors busy at B = 1; two warps leave room for more programs at B = 64; deep pipelines serve both.
 SCALAR_GATE = Launch(block_v=32, warps=2, stages=6, wide_stages=4)
-DELTA_RULE = Launch(block_v=64, warps=4, stages=4, wide_stages=3)
+# The delta rule's are by registers and shared memory: 4 programs of 4 warps that sum entries, 2 of 8 that weigh tokens.
+DELTA_RULE = Launch(block_v=32, warps=4, stages=5, wide_stages=4)
 MANY_KEYS = Launch(block_v=32, warps=8, stages=3, wide_stages=2)  # K > 128
 TOKEN_WARPS = 8
-CLOSE = Close(block_v=64, warps=4, programs=256)
+TOKEN_REGISTERS = 128  # left alone the compiler takes 165; it spills nothing at 128
+CLOSE = Close(block_v=32, warps=4, programs=256)
 
 
 @lru_cache(maxsize=4096)
@@ -154,10 +156,11 @@ def run_delta_step(inputs: list, chunk: int, scale: float, normalize: bool) -> t
     read = common.scratch((batch, length, heads, chunk), torch.float32, v.device)
     rows, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, beta, level_scales)))
     sizes = dict(H=heads, G=q.shape[2], K=q.shape[3], C=chunk, BK=options["BK"])
+    cap = {"maxnreg": TOKEN_REGISTERS} if options["BK"] <= 128 and torch.version.hip is None else {}
     common.launch(
         delta_token_kernel, batch * heads, *rows[:2], *rows[3:], reach, read, position, open_k, open_g, open_solve,
         length, level_scales.shape[3], *strides[:2], *strides[3:], scale, **sizes, HAS_GATE=g is not None,
-        NORM=normalize, num_warps=TOKEN_WARPS if options["BK"] <= 128 else 8,
+        NORM=normalize, num_warps=TOKEN_WARPS, **cap,
     )  # fmt: skip
     kept = {name: value for name, value in options.items() if name not in ("G", "HAS_GATE")}
     for later in range(min(length, 2)):
