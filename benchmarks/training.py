@@ -3,7 +3,7 @@
     python benchmarks/training.py                              # all models at 16K and 64K, the log-linear ones at 2K to 131K
     python benchmarks/training.py --models log_linear_mamba2 "transformer, flash attention 2" --lengths 16384
     python benchmarks/training.py --tokens 131072 --checkpointing always --lengths 16384 131072 --models log_linear_mamba2
-    python benchmarks/training.py --longest                    # the longest context that trains: 256K, 512K, 1M
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python benchmarks/training.py --longest    # that trains: 256K, 512K, 1M
     python benchmarks/training.py --figure docs/figures/training.png    # draws the rows there are, times nothing
 
 A step is that of `loglinear train --compile`: float32 weights, bfloat16 autocast, compiled blocks, the norm of the gradient
@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import os
 import statistics
 import sys
 import time
@@ -270,6 +271,7 @@ def run(args: argparse.Namespace) -> None:
     common |= {"op": "training step", "longest": args.longest, "hidden_size": args.hidden_size}
     common |= {"vocab_size": args.vocab_size, "tokens": args.tokens, "residual": args.residual, "offload": args.offload}
     common |= {"compiled": "no" if args.eager else "for all lengths" if args.dynamic else "for the length"}
+    common["allocator"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     common["context"] = max(length for name in names for length in lengths_of(name, args))
     rows: list[dict] = []
     for name in names:
