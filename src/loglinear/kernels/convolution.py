@@ -60,9 +60,9 @@ def _place(place, token, T, rows, PACKED: tl.constexpr):
 
 @triton.jit
 def _next(here, place, token, T, rows, PACKED: tl.constexpr):
-    """``here`` of ``token``, given that of the token before it."""
+    """``here`` of ``token``, given that of the token before it: no division where none is needed."""
     if PACKED:
-        return tl.load(place + token, mask=token < rows, other=0)
+        return _place(place, token, T, rows, PACKED)
     return tl.where(here + 1 == T, 0, here + 1)
 
 
