@@ -14,6 +14,8 @@ a reset too; 16-bit inputs keep the value alone.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -40,10 +42,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 def launch(kernel, programs: int, *arguments, **constants) -> None:
     """Start ``programs`` programs of a kernel; ``constants`` are its compile-time arguments and launch options."""
     device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            compiled = kernel[(programs,)](*arguments, **constants)
-    else:
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         compiled = kernel[(programs,)](*arguments, **constants)
     note = recording()
     if note is not None:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels import common
+from loglinear.kernels.problem import cdiv, token_rows
 
 SPAN = 128  # tokens of a program
 AHEAD = 8  # tokens that are loaded together; at least W - 1
@@ -176,10 +177,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
         x: ``[B, T, channels]``, at most 32 bits. weight: ``[channels, W]``, W <= 7. bias: ``[channels]`` or None.
         place: int32 ``[T]`` of packed sequences (B = 1): tokens of its sequence before each; None: B sequences of T.
     """
-    x = _rows(x)
+    x = token_rows(x)
     (batch, length, width), taps = x.shape, weight.shape[1]
     y = common.scratch(tuple(x.shape), x.dtype, x.device)
-    programs = -(-batch * length // SPAN) * -(-width // CHANNELS)
+    programs = cdiv(batch * length, SPAN) * cdiv(width, CHANNELS)
     if programs:
         common.launch(
             convolution_kernel, programs, x, weight.contiguous(), bias, place, y, x.stride(1), length, batch * length, width,
@@ -192,12 +193,12 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dx, dweight, dbias) in the dtypes of x, weight and bias; arguments as in ``forward``. The same bits on every run."""
-    x, dy = _rows(x), _rows(dy)
+    x, dy = token_rows(x), token_rows(dy)
     (batch, length, width), taps = x.shape, weight.shape[1]
     dx = common.scratch(tuple(x.shape), x.dtype, x.device)
-    parts = -(-batch * length // SPAN)
+    parts = cdiv(batch * length, SPAN)
     partial = common.scratch((parts, taps + 1, width), torch.float32, x.device)
-    programs = parts * -(-width // CHANNELS)
+    programs = parts * cdiv(width, CHANNELS)
     if programs:
         common.launch(
             convolution_grads_kernel, programs, dy, x, weight.contiguous(), bias, place, dx, partial,
@@ -208,9 +209,3 @@ def backward(
     sums = partial.sum(0)
     dweight = sums[:taps].flip(0).T.to(weight.dtype).contiguous()
     return dx, dweight, None if bias is None else sums[taps].to(bias.dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with neighbouring channels side by side and one distance between all rows; copied only if it is not so."""
-    regular = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    return x if regular else x.contiguous()

@@ -26,7 +26,7 @@ def padded(width: int) -> int:
 
 
 def token_rows(x: Tensor) -> Tensor:
-    """x ``[B, T, heads, width]`` or ``[B, T, heads]`` such that token b*T + t begins at (b*T + t) * x.stride(1)."""
+    """x ``[B, T, ...]`` of one or two inner axes, such that token b*T + t begins at (b*T + t) * x.stride(1)."""
     if x.is_contiguous() and x.shape[1] != 1:  # contiguous says nothing of the strides of an axis of size 1
         return x
     inner = x.shape[2:]
