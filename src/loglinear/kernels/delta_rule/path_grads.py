@@ -2,8 +2,8 @@
 
 The states before the group, as seen from its start, give ``O += λ ∘ (Q S)`` each, so ``dO Sᵀ`` gives dλ and their sum dQ. An
 entry (A, S) within the group gives ``Q' = Q A`` besides: with dQ' known, ``dQ' Aᵀ`` is the other part of dQ, which is dQ' of
-the entry before. The last may be a leaf (see leaf.py). What is left at the end is the gradient of the queries as seen from the
-start of their chunk. Every dQ' is kept for the gradients of the entries.
+the entry before. The last may be a leaf, whose own gradients are done with here (see leaf.py). What is left at the end is the
+gradient of the queries as seen from the start of their chunk. Every other dQ' is kept for the gradients of the entries.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from loglinear.kernels.common import GROUP, bit_length, load_tile, locate, log2_of_power, lowbit, set_bits
 from loglinear.kernels.delta_rule.group_maps import decay_to_end, map_tile
-from loglinear.kernels.delta_rule.leaf import leaf_scores
+from loglinear.kernels.delta_rule.leaf import leaf_scores, leaf_shares
 from loglinear.kernels.delta_rule.path_queries import inner_start
 from loglinear.kernels.delta_rule.path_states import path_start
 from loglinear.kernels.delta_rule.products import times_tokens, times_transposed
@@ -37,27 +37,32 @@ def entry_product(do_head, stride_do, valid, entry, C: tl.constexpr, K: tl.const
 
 
 @triton.jit
+def level_scale(scales, stride, valid, tree_level, factor, L, LOG_C: tl.constexpr, C: tl.constexpr):
+    """λ ``[C]`` float32 of a chunk's queries for an entry of 2^tree_level chunks."""
+    level = tl.minimum(tree_level + LOG_C + 1, L - 1)
+    return tl.load(scales + (tl.arange(0, C) * stride + level), mask=valid, other=0.0).to(tl.float32) * factor
+
+
+@triton.jit
 def state_gradient(product, queries, scales, stride, valid, tree_level, factor, L, LOG_C: tl.constexpr, C: tl.constexpr,
                    LEVELS: tl.constexpr):  # fmt: skip
     """(share of dQ, of dλ ``[C, LEVELS]``) of a state of 2^tree_level chunks, from ``product = dO Sᵀ`` and the queries."""
     level = tl.minimum(tree_level + LOG_C + 1, L - 1)
-    scale = tl.load(scales + (tl.arange(0, C) * stride + level), mask=valid, other=0.0).to(tl.float32) * factor
+    scale = level_scale(scales, stride, valid, tree_level, factor, L, LOG_C, C)
     gain = tl.sum(product * queries.to(tl.float32), axis=1) * factor
     return scale[:, None] * product, tl.where(tl.arange(0, LEVELS)[None, :] == level, gain[:, None], 0.0)
 
 
 @triton.jit
-def leaf_gradient(acc, queries, grads, followed, do_head, stride_do, valid, keys, stride_k, sums, plane, written, scales,
-                  stride, factor, L, LOG_C: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+def leaf_gradient(acc, queries, do_head, stride_do, valid, keys, stride_k, sums, plane, written, scales, stride, factor, L,
+                  key_share, value_share, trace, LOG_C: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
                   BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """(dQ, dλ) past the entry of one chunk, whose keys, sums and ``[W | U]`` are given; acc is the gradient after it.
 
-    With ``G = Q K_endᵀ``, of which ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` is the gradient.
+    With ``G = Q K_endᵀ``, of which ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` is the gradient. The entry's own go into its shares.
     """
-    after = acc.to(grads.dtype.element_ty)
-    if followed:  # by another entry
-        store_part(grads, after, 0, 0, K, C, K, C, BK)
+    after = acc.to(written.dtype.element_ty)
     everywhere = tl.arange(0, C) >= 0
     outer = tl.zeros([C, C], tl.float32)
     for first in range(0, V, BV):
@@ -70,6 +75,9 @@ def leaf_gradient(acc, queries, grads, followed, do_head, stride_do, valid, keys
     share, gain = state_gradient(outer, pairs, scales, stride, valid, 0, factor, L, LOG_C, C, LEVELS)
     share -= times_tokens(after, written, K + V, everywhere, C, K, BK, PRECISION)
     share = (share * decay_to_end(sums, C, plane, C, EXACT)[None, :]).to(after.dtype)
+    scale = level_scale(scales, stride, valid, 0, factor, L, LOG_C, C)
+    leaf_shares(queries, after, pairs, share, scale, do_head, stride_do, valid, key_share, value_share, trace, C, K, V, BK, BV,
+                PRECISION)  # fmt: skip
     acc = acc * tl.exp2(tl.load(sums + C - 1))
     return tl.dot(share, load_tile(keys, stride_k, everywhere, C, K, BK, 0), acc, input_precision=PRECISION), gain
 
@@ -85,9 +93,12 @@ def path_grads_kernel(
     states,  # [slots, H, K, K+V], as path_states leaves them
     inner_queries,  # [1.5 rows, H, C, K] queries before each entry within their group
     group_queries,  # [rows, H, C, K] queries as seen from the start of their group
-    inner_grads,  # [1.5 rows, H, C, K] gradient of the queries after it; none for the last entry of all, where it is zero
+    inner_grads,  # [1.5 rows, H, C, K] gradient of the queries after it; none for a leaf, or the last of all, where it is zero
     query_grads,  # [rows, H, C, K] gradient of the queries as seen from the start of their chunk
     dlevel_scales,
+    leaf_keys,  # [rows / 2, H, 2, C, K] shares of the chunk before, where that is a leaf: of W and K_end,
+    leaf_values,  # [rows / 2, H, V, C] of U,
+    leaf_traces,  # [rows / 2, H] and of its decay
     path_starts,
     row_sequence,
     sequences,
@@ -174,9 +185,11 @@ def path_grads_kernel(
         before_k = k + (origin - C) * stride_k + h // (H // G) * K
         before_sums = sums + h.to(tl.int64) * sums_stride + (origin - C)
         written = writes + ((row - 1).to(tl.int64) * HEADS + h) * (C * (K + V))
-        acc, gain = leaf_gradient(acc, inner_queries + place, inner_grads + place, n > 1, do_head, stride_do, valid, before_k,
-                                  stride_k, before_sums, all_tokens, written, scales, stride_s, factor, L, LOG_C, C, K, V, BK,
-                                  BV, LEVELS, EXACT, PRECISION)  # fmt: skip
+        leaf = ((row - 1) // 2).to(tl.int64) * H + h
+        acc, gain = leaf_gradient(acc, inner_queries + place, do_head, stride_do, valid, before_k, stride_k, before_sums,
+                                  all_tokens, written, scales, stride_s, factor, L, leaf_keys + leaf * (2 * C * K),
+                                  leaf_values + leaf * (C * V), leaf_traces + leaf, LOG_C, C, K, V, BK, BV, LEVELS, EXACT,
+                                  PRECISION)  # fmt: skip
         gradient += gain
     store_part(query_grads + unit * (C * K), acc, 0, 0, K, C, K, C, BK)
     columns = tl.arange(0, LEVELS)[None, :]
