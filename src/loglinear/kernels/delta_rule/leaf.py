@@ -33,19 +33,18 @@ def leaf_jump(queries, pairs, sums, erased, C: tl.constexpr, PRECISION: tl.const
 
 
 @triton.jit
-def leaf_shares(queries, after, pairs, dpairs, scale, do_head, stride_do, valid, keys, values, trace, C: tl.constexpr,
+def leaf_shares(queries, grads, pairs, dpairs, scale, do_head, stride_do, valid, keys, values, trace, C: tl.constexpr,
                 K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Write the leaf's part of the gradients of W and K_end ``[2, C, K]``, of U ``[V, C]``, and the trace of that of A.
 
-    after: ``[C, BK]`` the gradient of Q A. pairs: ``Q K_endᵀ`` float32, and dpairs its gradient, rounded. scale: λ ``[C]``.
+    queries, grads: where Q and the gradient of Q A are. pairs: ``Q K_endᵀ``, and dpairs its gradient, low. scale: λ ``[C]``.
     """
-    dtype = after.dtype
-    store_part(keys, -tl.dot(tl.trans(pairs.to(dtype)), after, input_precision=PRECISION), 0, 0, K, C, K, C, BK)
     before = load_part(queries, 0, 0, K, C, K, C, BK)
-    tl.store(trace, tl.sum(before.to(tl.float32) * after.to(tl.float32)))
     store_part(keys + C * K, tl.dot(tl.trans(dpairs), before, input_precision=PRECISION), 0, 0, K, C, K, C, BK)
-    weighted = (pairs * scale[:, None]).to(dtype)
+    after = load_part(grads, 0, 0, K, C, K, C, BK)
+    tl.store(trace, tl.sum(before.to(tl.float32) * after.to(tl.float32)))
+    store_part(keys, -tl.dot(tl.trans(pairs), after, input_precision=PRECISION), 0, 0, K, C, K, C, BK)
     for first in range(0, V, BV):
         do_tile = load_tile(do_head, stride_do, valid, C, V, BV, first)
-        du = tl.dot(tl.trans(do_tile), weighted, input_precision=PRECISION)
-        store_part(values, du, first, 0, C, V, C, BV, C)
+        weighted = (do_tile.to(tl.float32) * scale[:, None]).to(do_tile.dtype)
+        store_part(values, tl.dot(tl.trans(weighted), pairs, input_precision=PRECISION), first, 0, C, V, C, BV, C)

@@ -3,7 +3,7 @@
 The states before the group, as seen from its start, give ``O += λ ∘ (Q S)`` each, so ``dO Sᵀ`` gives dλ and their sum dQ. An
 entry (A, S) within the group gives ``Q' = Q A`` besides: with dQ' known, ``dQ' Aᵀ`` is the other part of dQ, which is dQ' of
 the entry before. The last may be a leaf, whose own gradients are done with here (see leaf.py). What is left at the end is the
-gradient of the queries as seen from the start of their chunk. Every other dQ' is kept for the gradients of the entries.
+gradient of the queries as seen from the start of their chunk. Every dQ' is kept for the gradients of the entries.
 """
 
 from __future__ import annotations
@@ -55,12 +55,11 @@ def state_gradient(product, queries, scales, stride, valid, tree_level, factor, 
 
 @triton.jit
 def leaf_gradient(acc, queries, do_head, stride_do, valid, keys, stride_k, sums, plane, written, scales, stride, factor, L,
-                  key_share, value_share, trace, LOG_C: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                  BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+                  LOG_C: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                  BV: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """(dQ, dλ) past the entry of one chunk, whose keys, sums and ``[W | U]`` are given; acc is the gradient after it.
 
-    With ``G = Q K_endᵀ``, of which ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` is the gradient. The entry's own go into its shares.
+    And, low, ``G = Q K_endᵀ`` with its gradient, ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` but for the decay in K_end.
     """
     after = acc.to(written.dtype.element_ty)
     everywhere = tl.arange(0, C) >= 0
@@ -75,11 +74,9 @@ def leaf_gradient(acc, queries, do_head, stride_do, valid, keys, stride_k, sums,
     share, gain = state_gradient(outer, pairs, scales, stride, valid, 0, factor, L, LOG_C, C, LEVELS)
     share -= times_tokens(after, written, K + V, everywhere, C, K, BK, PRECISION)
     share = (share * decay_to_end(sums, C, plane, C, EXACT)[None, :]).to(after.dtype)
-    scale = level_scale(scales, stride, valid, 0, factor, L, LOG_C, C)
-    leaf_shares(queries, after, pairs, share, scale, do_head, stride_do, valid, key_share, value_share, trace, C, K, V, BK, BV,
-                PRECISION)  # fmt: skip
     acc = acc * tl.exp2(tl.load(sums + C - 1))
-    return tl.dot(share, load_tile(keys, stride_k, everywhere, C, K, BK, 0), acc, input_precision=PRECISION), gain
+    acc = tl.dot(share, load_tile(keys, stride_k, everywhere, C, K, BK, 0), acc, input_precision=PRECISION)
+    return acc, gain, pairs.to(after.dtype), share
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths", "all_tokens", "sums_stride", "L"])
@@ -93,7 +90,7 @@ def path_grads_kernel(
     states,  # [slots, H, K, K+V], as path_states leaves them
     inner_queries,  # [1.5 rows, H, C, K] queries before each entry within their group
     group_queries,  # [rows, H, C, K] queries as seen from the start of their group
-    inner_grads,  # [1.5 rows, H, C, K] gradient of the queries after it; none for a leaf, or the last of all, where it is zero
+    inner_grads,  # [1.5 rows, H, C, K] gradient of the queries after it; none for the last entry of all, where it is zero
     query_grads,  # [rows, H, C, K] gradient of the queries as seen from the start of their chunk
     dlevel_scales,
     leaf_keys,  # [rows / 2, H, 2, C, K] shares of the chunk before, where that is a leaf: of W and K_end,
@@ -180,18 +177,27 @@ def path_grads_kernel(
         share, gain = state_gradient(product, queries, scales, stride_s, valid, tree_level, factor, L, LOG_C, C, LEVELS)
         acc += share
         gradient += gain
-    if n % 2 == 1:
-        place = ((slot - 1).to(tl.int64) * H + h) * (C * K)
+    is_leaf = n % 2 == 1
+    place = (tl.maximum(slot - 1, 0).to(tl.int64) * H + h) * (C * K)
+    pairs = tl.zeros([C, C], dtype)
+    dpairs = pairs
+    if is_leaf:
         before_k = k + (origin - C) * stride_k + h // (H // G) * K
         before_sums = sums + h.to(tl.int64) * sums_stride + (origin - C)
         written = writes + ((row - 1).to(tl.int64) * HEADS + h) * (C * (K + V))
-        leaf = ((row - 1) // 2).to(tl.int64) * H + h
-        acc, gain = leaf_gradient(acc, inner_queries + place, do_head, stride_do, valid, before_k, stride_k, before_sums,
-                                  all_tokens, written, scales, stride_s, factor, L, leaf_keys + leaf * (2 * C * K),
-                                  leaf_values + leaf * (C * V), leaf_traces + leaf, LOG_C, C, K, V, BK, BV, LEVELS, EXACT,
-                                  PRECISION)  # fmt: skip
+        store_part(inner_grads + place, acc, 0, 0, K, C, K, C, BK)
+        acc, gain, pairs, dpairs = leaf_gradient(acc, inner_queries + place, do_head, stride_do, valid, before_k, stride_k,
+                                                 before_sums, all_tokens, written, scales, stride_s, factor, L, LOG_C, C, K, V,
+                                                 BK, BV, LEVELS, EXACT, PRECISION)  # fmt: skip
         gradient += gain
     store_part(query_grads + unit * (C * K), acc, 0, 0, K, C, K, C, BK)
     columns = tl.arange(0, LEVELS)[None, :]
-    place = dlevel_scales + origin * stride_ds + h * L + (in_chunk[:, None] * stride_ds + columns)
-    tl.store(place, gradient.to(dlevel_scales.dtype.element_ty), mask=valid[:, None] & (columns < L))
+    levels = dlevel_scales + origin * stride_ds + h * L + (in_chunk[:, None] * stride_ds + columns)
+    tl.store(levels, gradient.to(dlevel_scales.dtype.element_ty), mask=valid[:, None] & (columns < L))
+    if is_leaf:  # last, when no register holds a gradient any more
+        tl.debug_barrier()  # what this program has written is read by other threads of it
+        leaf = ((row - 1) // 2).to(tl.int64) * H + h
+        scale = level_scale(scales, stride_s, valid, 0, factor, L, LOG_C, C)
+        leaf_shares(inner_queries + place, inner_grads + place, pairs, dpairs, scale, do_head, stride_do, valid,
+                    leaf_keys + leaf * (2 * C * K), leaf_values + leaf * (C * V), leaf_traces + leaf, C, K, V, BK, BV,
+                    PRECISION)  # fmt: skip
