@@ -110,7 +110,7 @@ def tiles(problem: Problem, launch: Launch, width: int) -> tuple[int, int]:
 def launch_path_grads(
     problem: Problem, x: Inputs, out: Gradients, maps: Maps, states: Tensor, queries: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Shares]:
-    """(gradients of the queries after each entry within their group, at the start of their chunk ``[rows, H, C, K]``, leaves)."""
+    """(gradients of the queries after each entry within their group, those at the start of their chunk, shares of leaves)."""
     H, K, C = problem.heads, problem.key_width, problem.config.chunk
     inner_grads = common.scratch(tuple(queries[0].shape), x.v.dtype, x.v.device)
     query_grads = common.scratch((problem.rows, H, C, K), x.v.dtype, x.v.device)
@@ -122,8 +122,8 @@ def launch_path_grads(
         out.dlevel_scales, *leaves, problem.path_starts, problem.row_sequence, *problem.table, problem.path_entries,
         problem.tokens, maps.sums.stride(0), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1),
         out.dlevel_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype), HEADS=maps.heads,
-        LOG_C=C.bit_length() - 1, BK=problem.tile(K), BV=tiles(problem, launch, problem.value_width)[0], LEVELS=padded(problem.levels),
-        **launch.options,
+        LOG_C=C.bit_length() - 1, BK=problem.tile(K), BV=tiles(problem, launch, problem.value_width)[0],
+        LEVELS=padded(problem.levels), **launch.options,
     )  # fmt: skip
     return inner_grads, query_grads, leaves
 

@@ -4,9 +4,9 @@ If X is the gradient of a map after a unit (A, S), ``Aᵀ X`` is its gradient be
 group backwards, as group_maps walks them forwards, and adds an entry's own gradient where the map before it is an entry: that
 is the *prefix*. The entries of the last one or two units, the *pairs*, come apart: only that of units 4 and 5 has a step.
 
-Where the gradients stand (``grads``, a row for each entry of two chunks or more, then SPARE more for each group). The row of the
-entry that ends with unit c of a group holds X of the prefix after c where that is an entry (c = 0, 1, 3, 7); else of the pair
-(2, 4, 5, 6), and the prefix's X is in one of the group's own rows. This is for units that are groups; map_grads.py is for chunks.
+Where the gradients stand (``grads``, a row for every second chunk, as entries of one have none, then SPARE more a group). The
+row of the entry that ends with unit c of a group holds X of the prefix after c where that is an entry (c = 0, 1, 3, 7); else of
+the pair (2, 4, 5, 6), and the prefix's X is in one of the group's own rows. Units are groups here; chunks have map_grads.py.
 """
 
 from __future__ import annotations
