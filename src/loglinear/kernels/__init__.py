@@ -1,10 +1,8 @@
 """Triton kernels, without autograd and without argument checks. Nothing here imports Triton before a kernel is asked for."""
 
-from functools import cache
-from importlib.util import find_spec
 
-
-@cache
 def installed() -> bool:
-    """Whether Triton is there to be imported."""
-    return find_spec("triton") is not None
+    """Whether Triton is there to be imported. Importing loglinear does not look for it."""
+    from loglinear.kernels.installation import INSTALLED
+
+    return INSTALLED

@@ -76,9 +76,10 @@ def gates_grads_kernel(
         inner = head * W + columns[None, :]
         dvalue = tl.load(dv + tokens[:, None] * stride_dv + inner, mask=mask, other=0.0).to(tl.float32)
         value = tl.load(x + tokens[:, None] * stride_x + inner, mask=mask, other=0.0).to(tl.float32)
-        skipped = tl.load(dskip + tokens[:, None] * stride_dskip + inner, mask=mask, other=0.0).to(tl.float32)
         dstep += tl.sum(dvalue * value, 1)
-        both = dvalue * step[:, None] + skipped
+        both = dvalue * step[:, None]
+        if dskip is not None:
+            both += tl.load(dskip + tokens[:, None] * stride_dskip + inner, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + tokens[:, None] * (H * W) + inner, both.to(dx.dtype.element_ty), mask=mask)
     dtotal = dstep * tl.sigmoid(total)
     tl.store(drate + tokens * H + head, dtotal.to(drate.dtype.element_ty), mask=inside)
@@ -184,7 +185,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of rate, dt_bias, A_log, x and strength in their dtypes, None where there is no input.
 
-    dskip ``[B, T, H, W]`` is what x gets from elsewhere, and is added. The others as in ``forward``.
+    dskip ``[B, T, H, W]`` or None is what x gets from elsewhere, and is added. The others as in ``forward``.
     The same bits on every run.
     """
     grads = [None if y is None else token_rows(y) for y in (dg, dv, dskip, dbeta)]

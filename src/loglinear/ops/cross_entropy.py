@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loglinear import kernels
 
-INSTALLED = kernels.installed()  # a constant: the compiler can not follow the search
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,7 +62,7 @@ def linear_cross_entropy(
 
 def has_kernel(hidden: Tensor) -> bool:
     """Whether the kernel takes these hidden states: CUDA, at most 32 bits."""
-    return hidden.is_cuda and hidden.dtype != torch.float64 and INSTALLED
+    return hidden.is_cuda and hidden.dtype != torch.float64 and kernels.installed()
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
