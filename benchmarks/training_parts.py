@@ -1,8 +1,8 @@
 """Where the time of a training step goes: the kernels of a profiled step, each counted to one part.
 
 Special about this file: the same rules hold for compiled and eager steps, forward and backward, and for all models. A kernel
-belongs to the operator that launched it, if that is an op of sequence mixing, a convolution, the loss, a matrix product or
-something that the optimiser does; which weight a product is of follows from its sizes. What the compiler has fused has no
+belongs to the operator that launched it, if that is an op of sequence mixing, a convolution, a norm, the loss, a matrix product
+or something that the optimiser does; which weight a product is of follows from its sizes. What the compiler has fused has no
 operator of its own and goes by its place:
 
 * loss: between the first and the last product with the vocabulary, which stand in the middle of a step;
@@ -33,6 +33,7 @@ KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 OPERATORS = {
     "op": re.compile(r"(loglinear::attention|benchmarks::(ssd|gated_delta)|Kernels|aten::_scaled_dot_product)"),
     "convolution": re.compile(r"(loglinear::convolution|Convolution(Backward)?$)"),
+    "norms": re.compile(r"(loglinear::(gated_norm|unit_length)|(GatedNorm|Units)(Backward)?$)"),
     "loss": re.compile(r"loglinear::linear_cross_entropy"),
 }
 PRODUCT = re.compile(r"aten::(add|badd)?b?mm_?$")

@@ -287,13 +287,15 @@ def test_every_kernel_belongs_to_one_part():
     trace.launch(("delta_grads", 32768), op="KernelsBackward", thread=2)
     trace.launch(("convolution_grads_kernel", 65536), op="ConvolutionBackward", thread=2)
     trace.product(96, 256, 64, 131072, thread=2)
+    trace.launch(("gated_norm_grads_kernel", 1048576), ("sum", 2097152), op="loglinear::gated_norm_backward", thread=2)
+    trace.launch(("unit_grads_kernel", 4194304), op="UnitsBackward", thread=2)
     trace.launch(("multi_tensor_apply", 262144), op="optimiser", category="user_annotation")
     got = milliseconds_by_part({"traceEvents": trace.events}, Weights.of(model))
     want = {
         "projections": 4 + 64 + 131072,
         "convolution": 8 + 65536,
         "op": 16 + 32 + 32768,
-        "norms": 2 + 2048,
+        "norms": 2 + 2048 + 1048576 + 2097152 + 4194304,
         "mlp": 256 + 512 + 1024,
         "loss": 4096 + 8192 + 16384 + 524288,
         "optimiser": 262144,
