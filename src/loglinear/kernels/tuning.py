@@ -186,6 +186,6 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     group_grads=Launch(warps=4, stages=2, block_v=64),
     unit_grads=Launch(warps=4, stages=1, block_v=64),
     score_grads=Launch(warps=4, stages=1, block_v=128),
-    map_grads=Launch(warps=8, stages=2, block_v=128),
-    key_grads=Launch(warps=4, stages=1, block_v=64),
+    map_grads=Launch(warps=4, stages=2, block_v=64),
+    key_grads=Launch(warps=4, stages=1, block_v=128),
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,29 +77,6 @@ class Gradients:
         return Gradients(self.dq[parts, :, groups], self.dk[parts, :, groups], *rest)  # type: ignore[arg-type]
 
 
-class Shares(NamedTuple):
-    """What is added up to the gradients of W, U and K_end of a chunk, low, and of its decay, float32.
-
-    One of the prefix's and one of the pair's maps (``map_grads.share_slot``), keys and traces from each block of columns:
-    keys ``[slots, blocks, H, 2, C, K]``, values ``[slots, H, V, C]``, traces ``[slots, blocks, H]``. Of leaves, at half the
-    row of their chunk: the same without slots and blocks.
-    """
-
-    keys: Tensor
-    values: Tensor
-    traces: Tensor
-
-
-def allocate_shares(problem: Problem, x: Inputs, slots: int, blocks: tuple[int, ...] = ()) -> Shares:
-    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
-    dtype, device = x.v.dtype, x.v.device
-    return Shares(
-        common.scratch((slots, *blocks, H, 2, C, K), dtype, device),
-        common.scratch((slots, H, V, C), dtype, device),
-        common.scratch((slots, *blocks, H), torch.float32, device),
-    )
-
-
 def tiles(problem: Problem, launch: Launch, width: int) -> tuple[int, int]:
     """(width of a tile, number of tiles)."""
     tile = min(launch.block_v, problem.tile(width))
@@ -109,27 +85,26 @@ def tiles(problem: Problem, launch: Launch, width: int) -> tuple[int, int]:
 
 def launch_path_grads(
     problem: Problem, x: Inputs, out: Gradients, maps: Maps, states: Tensor, queries: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Shares]:
-    """(gradients of the queries after each entry within their group, those at the start of their chunk, shares of leaves)."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of (the queries after each entry within their group, those at the start of their chunk ``[rows, H, C, K]``)."""
     H, K, C = problem.heads, problem.key_width, problem.config.chunk
     inner_grads = common.scratch(tuple(queries[0].shape), x.v.dtype, x.v.device)
     query_grads = common.scratch((problem.rows, H, C, K), x.v.dtype, x.v.device)
-    leaves = allocate_shares(problem, x, cdiv(problem.rows, 2))
     launch = problem.config.path_grads
     common.launch(
         path_grads_kernel, problem.rows * H,
         x.k, x.do, x.level_scales, maps.sums, maps.writes, maps.entries, states, *queries, inner_grads, query_grads,
-        out.dlevel_scales, *leaves, problem.path_starts, problem.row_sequence, *problem.table, problem.path_entries,
-        problem.tokens, maps.sums.stride(0), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1),
-        out.dlevel_scales.stride(1), x.factor, problem.levels, **common_constants(problem, x.v.dtype), HEADS=maps.heads,
-        LOG_C=C.bit_length() - 1, BK=problem.tile(K), BV=tiles(problem, launch, problem.value_width)[0],
-        LEVELS=padded(problem.levels), **launch.options,
+        out.dlevel_scales, problem.path_starts, problem.row_sequence, *problem.table, problem.path_entries, problem.tokens,
+        maps.sums.stride(0), x.k.stride(1), x.do.stride(1), x.level_scales.stride(1), out.dlevel_scales.stride(1),
+        x.factor, problem.levels, **common_constants(problem, x.v.dtype), HEADS=maps.heads, LOG_C=C.bit_length() - 1,
+        BK=problem.tile(K), BV=tiles(problem, launch, problem.value_width)[0], LEVELS=padded(problem.levels),
+        **launch.options,
     )  # fmt: skip
-    return inner_grads, query_grads, leaves
+    return inner_grads, query_grads
 
 
 def launch_entry_grads(problem: Problem, x: Inputs, inner_queries: Tensor, inner_grads: Tensor, grads: Tensor) -> None:
-    """Rows of ``grads``: the gradients of the entries of two and four chunks."""
+    """Rows of ``grads``: the gradients of the entries within a group."""
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     launch = problem.config.entry_grads
     block = min(launch.block_v, problem.tile(max(K, V)))
@@ -198,48 +173,31 @@ def launch_wide_entry_grads(problem: Problem, maps: Maps, states: Tensor, path_g
         )  # fmt: skip
 
 
-def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) -> Tensor | None:
-    """``[groups, H, K, K+V]``: gradients of the maps of all groups of chunks. From the top of the tree down.
-
-    None if there is but one group, whose map nothing reads. Turns the rows of ``grads`` that it needs into those of the
-    maps after each unit.
-    """
+def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) -> None:
+    """Turns ``grads`` of the entries into those of the maps after each chunk. From the top of the tree down."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     walk, outer = problem.config.group_grads, problem.config.unit_grads
     block, blocks = tiles(problem, walk, K + V)
     tile_n = min(outer.block_v, problem.tile(max(K, V)))
-    map_grads, spare = None, cdiv(problem.rows, 2)
-    constants = common_constants(problem, x.v.dtype, without=("G", "EXACT"))
-    for t, tier in reversed(list(enumerate(problem.tiers))[1:]):
+    map_grads = grads
+    for t, tier in reversed(list(enumerate(problem.tiers))):
+        top = t + 1 == len(problem.tiers)
         common.launch(
             group_grads_kernel, tier.groups * H * blocks,
-            maps.groups[t - 1], grads if map_grads is None else map_grads, grads, tier.group_sequence, *tier.table, spare,
-            **constants, HEADS=maps.heads, BK=problem.tile(K), BN=block, TIER=t, TOP=map_grads is None, **walk.options,
+            x.k, maps.groups[t - 1] if t else maps.writes, maps.sums, maps.chunk_log, map_grads, grads,
+            tier.group_sequence, *tier.table, problem.tokens, maps.sums.stride(0), x.k.stride(1), problem.rows,
+            **common_constants(problem, x.v.dtype), HEADS=maps.heads, BK=problem.tile(K), BN=block, TIER=t, TOP=top,
+            **walk.options,
         )  # fmt: skip
+        if t == 0:
+            return
         map_grads = common.scratch((tier.units, H, K, K + V), x.v.dtype, x.v.device)
         common.launch(
             unit_grads_kernel, tier.groups * GROUP.value * H * (cdiv(K, tile_n) + cdiv(V, tile_n)),
-            maps.prefixes[t], maps.entries, grads, map_grads, tier.group_sequence, *tier.table, spare, **constants,
-            HEADS=maps.heads, BK=problem.tile(K), BN=tile_n, BW=min(walk.block_v, problem.tile(K + V)), TIER=t,
-            **outer.options,
+            maps.prefixes[t], maps.entries, grads, map_grads, tier.group_sequence, *tier.table, problem.rows,
+            **common_constants(problem, x.v.dtype, without=("G", "EXACT")), HEADS=maps.heads, BK=problem.tile(K), BN=tile_n,
+            BW=min(walk.block_v, problem.tile(K + V)), TIER=t, **outer.options,
         )  # fmt: skip
-    return map_grads
-
-
-def launch_map_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor, map_grads: Tensor | None) -> Shares:
-    """What the gradients of entries and of the groups' maps leave for the chunks."""
-    H, K, V = problem.heads, problem.key_width, problem.value_width
-    launch, tier = problem.config.map_grads, problem.tiers[0]
-    block, blocks = tiles(problem, launch, K + V)
-    shares = allocate_shares(problem, x, problem.rows + 2 * tier.groups, (blocks,))
-    common.launch(
-        map_grads_kernel, tier.groups * H * blocks,
-        x.k, maps.sums, maps.chunk_log, maps.writes, maps.prefixes[0], maps.entries,
-        grads if map_grads is None else map_grads, grads, *shares, tier.group_sequence, *tier.table, problem.tokens,
-        maps.sums.stride(0), x.k.stride(1), problem.rows, **common_constants(problem, x.v.dtype), HEADS=maps.heads,
-        BK=problem.tile(K), BN=block, TOP=map_grads is None, HAS_GATE=x.g is not None, **launch.options,
-    )  # fmt: skip
-    return shares
 
 
 def launch_score_grads(
@@ -262,21 +220,40 @@ def launch_score_grads(
     return scores, gains
 
 
+def launch_map_grads(
+    problem: Problem, x: Inputs, out: Gradients, maps: Maps, grads: Tensor, query_grads: Tensor, scores: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(shares of dk ``[rows, H, 2, C, K]``, gains of the chunks' ends, gains of the chunks); dv, and dT in ``scores``."""
+    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
+    launch, gated, device = problem.config.map_grads, x.g is not None, x.v.device
+    key_grads = common.scratch((problem.rows, H, 2, C, K), x.v.dtype, device)
+    ends = common.scratch((H, problem.tokens if gated else 0), torch.float32, device)
+    chunk_gains = common.scratch((problem.rows if gated else 0, H), torch.float32, device)
+    common.launch(
+        map_grads_kernel, problem.rows * H,
+        x.k, x.v, x.do, maps.sums, maps.chunk_log, maps.solve, maps.writes, maps.prefixes[0], maps.entries, grads,
+        query_grads, scores, key_grads, out.dv, ends, chunk_gains, problem.row_sequence, *problem.table, problem.tokens,
+        maps.sums.stride(0), x.k.stride(1), x.v.stride(1), x.do.stride(1), out.dv.stride(1), problem.rows,
+        **common_constants(problem, x.v.dtype), HEADS=maps.heads, BK=problem.tile(K),
+        BN=tiles(problem, launch, K)[0], BV=tiles(problem, launch, V)[0], HAS_GATE=gated, **launch.options,
+    )  # fmt: skip
+    return key_grads, ends, chunk_gains
+
+
 def launch_key_grads(
-    problem: Problem, x: Inputs, out: Gradients, maps: Maps, query_grads: Tensor, scores: Tensor, gains: Tensor,
-    shares: Shares, leaves: Shares,
+    problem: Problem, x: Inputs, out: Gradients, maps: Maps, query_grads: Tensor, scores: Tensor, key_grads: Tensor,
+    gains: tuple[Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """dq, dk, dv, dβ and dg."""
-    launch, K, V = problem.config.key_grads, problem.key_width, problem.value_width
+    """dq, dk, dβ and dg."""
+    launch = problem.config.key_grads
     gate, dgate = (maps.sums, maps.sums) if x.g is None or out.dg is None else (x.g, out.dg)
     common.launch(
         key_grads_kernel, problem.rows * problem.heads,
-        x.q, x.k, x.v, x.do, gate, x.beta, maps.sums, maps.chunk_log, maps.solve, query_grads, scores, *shares, *leaves,
-        gains, out.dq, out.dk, out.dv, dgate, out.dbeta, problem.row_sequence, *problem.table, problem.tokens,
-        maps.sums.stride(0), x.q.stride(1), x.k.stride(1), x.v.stride(1), x.do.stride(1), gate.stride(1), x.beta.stride(1),
-        out.dq.stride(1), out.dk.stride(1), out.dv.stride(1), dgate.stride(1), out.dbeta.stride(1), out.dq.stride(0),
-        out.dk.stride(0), **common_constants(problem, x.v.dtype), HEADS=maps.heads, BK=tiles(problem, launch, K)[0],
-        BV=tiles(problem, launch, V)[0], BLOCKS=shares.keys.shape[1], HAS_GATE=x.g is not None, **launch.options,
+        x.q, x.k, gate, x.beta, maps.sums, maps.solve, query_grads, scores, key_grads, *gains, out.dq, out.dk, dgate,
+        out.dbeta, problem.row_sequence, *problem.table, problem.tokens, maps.sums.stride(0), x.q.stride(1),
+        x.k.stride(1), gate.stride(1), x.beta.stride(1), out.dq.stride(1), out.dk.stride(1), dgate.stride(1),
+        out.dbeta.stride(1), out.dq.stride(0), out.dk.stride(0), **common_constants(problem, x.v.dtype, without=("V",)),
+        HEADS=maps.heads, BK=tiles(problem, launch, problem.key_width)[0], HAS_GATE=x.g is not None, **launch.options,
     )  # fmt: skip
 
 
@@ -287,22 +264,22 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | 
         maps = launch_maps(problem, x.k, x.v, x.g, x.beta, prefixes=True)
     states = launch_path_states(problem, maps.entries, maps=True)
     queries = launch_path_queries(problem, x.q, x.k, maps)
-    inner_grads, query_grads, leaves = launch_path_grads(problem, x, out, maps, states, queries)
+    inner_grads, query_grads = launch_path_grads(problem, x, out, maps, states, queries)
     inner_queries, group_queries = queries
     deep = problem.chunk_groups > 1
     path_grads = launch_transport_grads(problem, x, maps, group_queries) if deep else None
     del queries, group_queries
-    spare = SPARE.value * max((tier.groups for tier in problem.tiers[1:]), default=0)
-    grads = common.scratch((cdiv(problem.rows, 2) + spare, problem.heads, K, K + V), x.v.dtype, x.v.device)
+    spare = SPARE.value * max(tier.groups for tier in problem.tiers)
+    grads = common.scratch((problem.rows + spare, problem.heads, K, K + V), x.v.dtype, x.v.device)
     launch_entry_grads(problem, x, inner_queries, inner_grads, grads)
     if path_grads is not None:
         launch_wide_entry_grads(problem, maps, states, path_grads, grads)
     del states, path_grads, inner_queries, inner_grads
-    map_grads = launch_tree_grads(problem, x, maps, grads)
-    shares = launch_map_grads(problem, x, maps, grads, map_grads)
-    del grads, map_grads
+    launch_tree_grads(problem, x, maps, grads)
     scores, gains = launch_score_grads(problem, x, out, maps, query_grads)
-    launch_key_grads(problem, x, out, maps, query_grads, scores, gains, shares, leaves)
+    key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, query_grads, scores)
+    del grads
+    launch_key_grads(problem, x, out, maps, query_grads, scores, key_grads, (gains, ends, chunk_gains))
 
 
 def allocate_gradients(problem: Problem, x: Inputs) -> Gradients:

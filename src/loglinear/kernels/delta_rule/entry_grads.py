@@ -1,8 +1,8 @@
-"""ENTRY GRADIENTS: the gradient ``[dA | dS]`` of every entry of 2 or 4 chunks, from the chunks that read it.
+"""ENTRY GRADIENTS: the gradient ``[dA | dS]`` of every entry that lies within a group, from the chunks that read it.
 
 Entry e is read by its *window*, the ``lowbit(e)`` chunks from chunk e on, here at most half a group. A chunk's queries Q, as
 they meet the entry, are seen from its end, so nothing decays: the gradient is the sum over the window of
-``Qᵀ [dQ' | λ ∘ dO]``. Those of one chunk are in leaf.py, those of whole groups in wide_entry_grads.py.
+``Qᵀ [dQ' | λ ∘ dO]``. The entries of whole groups are in wide_entry_grads.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def entry_grads_kernel(
     level_scales,
     inner_queries,
     inner_grads,
-    grads,  # [rows / 2 + …, H, K, K+V] by entry
+    grads,  # [rows + …, H, K, K+V] by entry
     row_sequence,
     sequences,
     T,
@@ -73,7 +73,7 @@ def entry_grads_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: rows x H x tiles, tiles fastest. float32: accumulator, weights. Other entries' programs return at once."""
+    """Grid: rows x H x tiles, tiles fastest. float32: accumulator, weights. Programs of whole groups return at once."""
     TILES_A: tl.constexpr = (K + BN - 1) // BN
     TILES_N: tl.constexpr = TILES_A + (V + BN - 1) // BN
     TILES: tl.constexpr = (K + BK - 1) // BK * TILES_N
@@ -84,13 +84,13 @@ def entry_grads_kernel(
     row = pid // (TILES * H)
     start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
     e = row - row0 + 1
-    if (length < 0) | (e % 2 == 1) | (e % GROUP == 0):
+    if (length < 0) | (e % GROUP == 0):
         return
     span = lowbit(e)
     count = tl.minimum(span, (length + C - 1) // C - e)
     scale_level = tl.minimum(log2_of_power(span) + LOG_C + 1, L - 1)
     slot = inner_start(e, row0)
-    head = grads + ((row // 2).to(tl.int64) * H + h) * (K * (K + V))
+    head = grads + (row.to(tl.int64) * H + h) * (K * (K + V))
     origin = start.to(tl.int64)
     scales = level_scales + origin * stride_s + h * L + scale_level
     values = do + origin * stride_do + h * V

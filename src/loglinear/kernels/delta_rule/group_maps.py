@@ -105,7 +105,7 @@ def group_maps_kernel(
     sums,
     entries,  # [rows, H, K, K+V]
     whole_maps,  # [groups, H, K, K+V], unless TOP
-    prefixes,  # [4 groups + 1, H, K, K+V], if STORE_PREFIXES
+    prefixes,  # [4 groups, H, K, K+V], if STORE_PREFIXES
     group_sequence,
     sequences,
     T,
@@ -148,9 +148,6 @@ def group_maps_kernel(
     else:
         steps = (here > FIRST_PAIRED + 1).to(tl.int32) * 2
     x = identity_columns(first, BK, BN)
-    if STORE_PREFIXES:  # the last is that before unit 0 of every group
-        place = (tl.num_programs(0) // (2 * BLOCKS * H) * PREFIXES).to(tl.int64) * H + h
-        store_map(prefixes + place * (K * WIDTH), x, (group == 0) & (paired == 0), first, K, WIDTH, BK, BN)
     for i in range(steps):
         c = i + paired * FIRST_PAIRED
         local = first_unit + c

@@ -1,13 +1,10 @@
-"""MAP GRADIENTS: back through the chunks of a group, and what each gives to its keys and values on the way.
+"""MAP GRADIENTS: what the keys, the values and the triangular inverse of a chunk get from the gradient of its map.
 
-A chunk takes a map Y before it to ``γ_C Y + K_endᵀ D`` with ``D = [0 | U] - W Y``, and X is the gradient of that. Two thin
-products, ``K_end X`` and D, are all that is needed: the first is the gradient of D, so that of U in the columns of S and, times
-Yᵀ, that of -W; ``D Xᵀ`` is the gradient of K_end; and before the chunk X is ``γ_C X - Wᵀ (K_end X)``. So X, a matrix
-``[K, K+V]``, stays in registers from the last chunk of a group to its first. Columns do not meet but in the sums over them,
-of which every block of columns leaves its share.
-
-A program walks twice: the *pair* of chunks 5 and 4, whose map is an entry by itself, then the *prefix*, all chunks, where an
-entry's own gradient is added as its last chunk comes. Entries of a single chunk are in leaf.py.
+The chunk takes a map Y before it to ``γ_C Y + K_endᵀ D`` with ``D = [0 | U] - W Y``, and X is the gradient of that. Two thin
+products, ``K_end X`` and D, then give everything: the first is the gradient of D, so that of U in the columns of S and, times
+Y, that of -W; and ``D Xᵀ`` is the gradient of K_end. Each X is read a block of columns at a time, beside the same block of Y;
+the gradient ``X Yᵀ`` of the chunk's transition, a matrix ``[K, K]``, is never formed. U alone is met a second time, in the
+columns of S, where the gradients of all maps that the chunk closes are added up first.
 """
 
 from __future__ import annotations
@@ -15,64 +12,108 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import GROUP, load_tile
-from loglinear.kernels.delta_rule.group_maps import (
-    FIRST_PAIRED,
-    PREFIXES,
-    decay_to_end,
-    load_added,
-    load_square,
-    locate_group,
-    prefix_slot,
-)
-from loglinear.kernels.delta_rule.products import memory_times, tokens_times
+from loglinear.kernels.common import GROUP, load_tile, locate, store_tile
+from loglinear.kernels.delta_rule.group_grads import SPARE, prefix_row
+from loglinear.kernels.delta_rule.group_maps import decay_to_end, identity_columns, load_square, prefix_slot
+from loglinear.kernels.delta_rule.products import memory_times, times_tokens, tokens_times
+from loglinear.kernels.delta_rule.score_grads import MASKED, PLANES, PRODUCTS, SOLVE_GRADS, square
 from loglinear.kernels.delta_rule.tiles import load_part, load_part_if, store_part
+from loglinear.kernels.delta_rule.unit_grads import state_grads
 
 
 @triton.jit
-def has_pair(here):
-    """Whether the pair of a group of ``here`` chunks is an entry."""
-    return here > FIRST_PAIRED + 1
+def inner_product(left, right, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """``<X, Y>`` of two tiles with BN columns: on tensor cores, that the tiles need not pass through registers."""
+    if PRECISION == "ieee":
+        product = tl.sum(left * right)
+    else:
+        pairs = tl.dot(tl.trans(left), right, input_precision=PRECISION)
+        is_diagonal = tl.arange(0, BN)[:, None] == tl.arange(0, BN)[None, :]
+        product = tl.sum(tl.where(is_diagonal, pairs, 0.0))
+    return product
 
 
 @triton.jit
-def share_slot(paired, c, row, group, rows):
-    """Where the shares of a chunk of the prefix or of the pair are, of ``rows`` rows and two more for each group."""
-    return tl.where(paired, rows + 2 * group + c - FIRST_PAIRED, row)
+def after_maps(prefixes, entries, grads, c, group, row, x_row, h, k_tile, erased, k_head, stride_k, valid, written,
+               H: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+               BN: tl.constexpr, HAS_GATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``(W Y Xᵀ, K X Yᵀ, <X, Y>)`` of the prefix before unit c and, for unit 5, of unit 4 before it; zero for unit 0."""
+    own = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
+    x = grads + (x_row.to(tl.int64) * H + h) * (K * WIDTH)
+    prefix = prefixes + (prefix_slot(c, group).to(tl.int64) * HEADS + h) * (K * WIDTH)
+    # The prefix before units 1, 2 and 4 is an entry, as is the pair's first unit before unit 5.
+    entry = entries + ((row - 1).to(tl.int64) * HEADS + h) * (K * WIDTH)
+    other = tl.where(c == 5, own, x)
+    acc = tl.zeros([C, BK], tl.float32)
+    dw = tl.zeros([C, BK], tl.float32)
+    trace = 0.0
+    BLOCKS: tl.constexpr = (WIDTH + BN - 1) // BN
+    after_entry = (0b110110 >> c) & 1
+    after_prefix = (0b11101000 >> c) & 1
+    for i in range(BLOCKS * (1 - after_entry), BLOCKS * (1 + after_prefix)):
+        is_other = i < BLOCKS
+        first = tl.where(is_other, i, i - BLOCKS) * BN
+        left = load_part(tl.where(is_other, other, x), 0, first, WIDTH, K, WIDTH, BK, BN)
+        right = load_part(tl.where(is_other, entry, prefix), 0, first, WIDTH, K, WIDTH, BK, BN)
+        if HAS_GATE:
+            trace += inner_product(left, right, BN, PRECISION)
+        if PRECISION == "ieee":
+            passed = tokens_times(k_head, stride_k, valid, left, C, K, BK, BN, PRECISION)
+        else:
+            passed = tl.dot(k_tile, left, input_precision=PRECISION)
+        dw = tl.dot(passed.to(left.dtype), tl.trans(right), dw, input_precision=PRECISION)
+        if PRECISION == "ieee":
+            change = memory_times(written, right, WIDTH, C, K, C, BK, BN, PRECISION)
+        else:
+            change = tl.dot(erased, right, input_precision=PRECISION)
+        acc = tl.dot(change.to(left.dtype), tl.trans(left), acc, input_precision=PRECISION)
+    return acc, dw, trace
 
 
 @triton.jit
-def map_before(prefixes, entries, paired, c, row, group, groups, h, HEADS: tl.constexpr, SIZE: tl.constexpr):
-    """Pointer to the map before chunk c: the identity, an entry (before 1, 2 and 4, and in the pair) or a kept prefix."""
-    is_entry = tl.where(paired, c > FIRST_PAIRED, (c == 1) | (c == 2) | (c == 4))
-    is_first = tl.where(paired, c == FIRST_PAIRED, c == 0)
-    place = tl.where(is_first, groups * PREFIXES, prefix_slot(c, group))
-    entry = entries + ((row - 1).to(tl.int64) * HEADS + h) * SIZE
-    return tl.where(is_entry, entry, prefixes + (place.to(tl.int64) * HEADS + h) * SIZE)
+def after_identity(acc, dw, trace, grads, c, row, h, k_tile, erased, k_head, stride_k, valid, written, H: tl.constexpr,
+                   K: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+                   HAS_GATE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Add the same of ``Y = [I | 0]``, where unit c is the first of the prefix or of a pair."""
+    x = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
+    if HAS_GATE:
+        diagonal = tl.arange(0, BK)
+        inside = diagonal < tl.where(c % 2 == 0, K, 0)
+        trace += tl.sum(tl.load(x + diagonal * (WIDTH + 1), mask=inside, other=0.0).to(tl.float32))
+    if PRECISION == "ieee" or BK > 128:  # no room for A whole
+        for first in range(0, K, BN):
+            left = load_part_if(c % 2 == 0, x, 0, first, K, K, WIDTH, BK, BN)
+            identity = identity_columns(first, BK, BN).to(left.dtype)
+            passed = tokens_times(k_head, stride_k, valid, left, C, K, BK, BN, PRECISION).to(left.dtype)
+            part = load_part(written, 0, first, K, C, WIDTH, C, BN)
+            dw = tl.dot(passed, tl.trans(identity), dw, input_precision=PRECISION)
+            acc = tl.dot(part, tl.trans(left), acc, input_precision=PRECISION)
+    elif c % 2 == 0:
+        left = load_part(x, 0, 0, K, K, WIDTH, BK, BK)
+        dw = tl.dot(k_tile, left, dw, input_precision=PRECISION)
+        acc = tl.dot(erased, tl.trans(left), acc, input_precision=PRECISION)
+    return acc, dw, trace
 
 
-@triton.jit
-def store_value_share(target, change, first, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BN: tl.constexpr):
-    """Write those rows of ``change [BN, C]``, the columns of a map from ``first`` on, that belong to S into ``[V, C]``."""
-    columns = first - K + tl.arange(0, BN)
-    pointers = target + (columns[:, None] * C + tl.arange(0, C)[None, :])
-    tl.store(pointers, change.to(target.dtype.element_ty), mask=((columns >= 0) & (columns < V))[:, None])
-
-
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "rows"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "spare"])
 def map_grads_kernel(
     k,
+    v,
+    do,
     sums,
     chunk_log,
+    solve,
     writes,
-    prefixes,  # [4 groups + 1, H, K, K+V]
+    prefixes,  # [4 groups, H, K, K+V]
     entries,
-    map_grads,  # [groups, H, K, K+V] gradients of the groups' whole maps, unless TOP
-    grads,  # [rows / 2 + spare rows, H, K, K+V] gradients of the entries of two chunks or more
-    key_shares,  # [rows + 2 groups, blocks, H, 2, C, K]: of the gradients of W and of K through K_end
-    value_shares,  # [rows + 2 groups, H, V, C]: the gradient of U
-    traces,  # [rows + 2 groups, blocks, H] what the chunk's decay adds to dG, but for a factor of this decay
-    group_sequence,
+    grads,  # [rows + spare rows, H, K, K+V], as group_grads leaves them
+    query_grads,
+    scores,
+    key_grads,  # [rows, H, 2, C, K]: the gradients of W and of K through K_end
+    dv,
+    end_gains,  # [H, B*T] K_end · dK_end
+    chunk_gains,  # [rows, H] what the chunk's decay adds to dG
+    row_sequence,
     sequences,
     T,
     N,
@@ -80,7 +121,10 @@ def map_grads_kernel(
     all_tokens,
     sums_stride,
     stride_k,
-    rows,
+    stride_v,
+    stride_do,
+    stride_dv,
+    spare,
     H: tl.constexpr,
     HEADS: tl.constexpr,
     G: tl.constexpr,
@@ -89,75 +133,82 @@ def map_grads_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
-    TOP: tl.constexpr,
+    BV: tl.constexpr,
     HAS_GATE: tl.constexpr,
     EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: groups x H x blocks of columns, blocks fastest. float32: X, accumulators, decays."""
+    """Grid: H x rows, rows fastest. float32: accumulators, decays."""
     WIDTH: tl.constexpr = K + V
-    BLOCKS: tl.constexpr = (WIDTH + BN - 1) // BN
-    groups = tl.num_programs(0) // (BLOCKS * H)
+    rows = tl.num_programs(0) // H
     pid = tl.program_id(0)
-    block = pid % BLOCKS
-    first = block * BN
-    h = pid // BLOCKS % H
-    group = pid // (BLOCKS * H)
-    start, length, _, units, row0, group0 = locate_group(group, group_sequence, sequences, T, N, NG, C, 0, PACKED)
+    row = pid % rows
+    h = pid // rows
+    start, length, row0, group0, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
     if length < 0:
         return
-    first_unit = (group - group0) * GROUP
-    here = tl.minimum(units - first_unit, GROUP)
-    k_head = k + h // (H // G) * K
-    head_sums = sums + h.to(tl.int64) * sums_stride
-    dtype = grads.dtype.element_ty
-    pairs = tl.where(has_pair(here), 2, 0)
-    x = tl.zeros([BK, BN], tl.float32)
-    for i in range(pairs + here):
-        paired = i < pairs
-        c = tl.where(paired, FIRST_PAIRED + 1 - i, here - 1 + pairs - i)
-        local = first_unit + c
-        row = row0 + local
-        # Nothing reads a map that ends with a group that is not whole; the top tier's whole map is no entry either.
-        joins = tl.where(paired, i == 0, (c == 1) | (c == 3) | ((c + 1 == GROUP) & (not TOP)))
-        if joins | (i == pairs):
-            x = tl.where(i == pairs, 0.0, x)
-            own = grads + ((row // 2).to(tl.int64) * H + h) * (K * WIDTH)
-            whole = map_grads + (group.to(tl.int64) * H + h) * (K * WIDTH)
-            gradient = tl.where(c + 1 == GROUP, whole, own)
-            x += load_part_if(joins, gradient, 0, first, WIDTH, K, WIDTH, BK, BN).to(tl.float32)
-        kept = row.to(tl.int64) * HEADS + h
-        valid = tl.arange(0, C) < length - local * C
-        origin = (start + local * C).to(tl.int64)
-        written = writes + kept * (C * WIDTH)
-        to_end = decay_to_end(head_sums + origin, tl.minimum(length - local * C, C), all_tokens, C, EXACT)
-        decay = tl.exp2(tl.load(chunk_log + kept))
-        slot = share_slot(paired, c, row, group, rows)
-        part = (slot.to(tl.int64) * BLOCKS + block) * H + h
-        low = x.to(dtype)
-        # Transposed, as a product of BN rows: the C rows of K_end X would not occupy eight warps.
+    n = row - row0
+    in_chunk = tl.arange(0, C)
+    valid = in_chunk < length - n * C
+    origin = (start + n * C).to(tl.int64)
+    unit = row.to(tl.int64) * H + h
+    kept = row.to(tl.int64) * HEADS + h
+    dtype = scores.dtype.element_ty
+    k_head = k + origin * stride_k + h // (H // G) * K
+    k_tile = load_tile(k_head, stride_k, valid, C, K, BK, 0)
+    head_sums = sums + h.to(tl.int64) * sums_stride + origin
+    written = writes + kept * (C * WIDTH)
+    c = n % GROUP
+    group = group0 + n // GROUP
+    x_row = prefix_row(c, row, spare + group * SPARE)
+    erased = load_square(written, WIDTH, C, K, C, BK)
+    acc, dw, trace = after_maps(prefixes, entries, grads, c, group, row, x_row, h, k_tile, erased, k_head, stride_k, valid,
+                                written, H, HEADS, K, WIDTH, C, BK, BN, HAS_GATE, PRECISION)  # fmt: skip
+    acc, dw, trace = after_identity(acc, dw, trace, grads, c, row, h, k_tile, erased, k_head, stride_k, valid, written, H, K,
+                                    WIDTH, C, BK, BN, HAS_GATE, PRECISION)  # fmt: skip
+    if HAS_GATE:
+        tl.store(chunk_gains + unit, trace * tl.exp2(tl.load(chunk_log + kept)))
+    to_end = decay_to_end(head_sums, tl.minimum(length - n * C, C), all_tokens, C, EXACT)
+    acc = -acc
+    planes = scores + unit * (PLANES * C * C)
+    targets = key_grads + unit * (2 * C * K)
+    products = tl.load(square(planes + PRODUCTS * C * C, C))
+    queries = load_part(query_grads + unit * (C * K), 0, 0, K, C, K, C, BK)
+    dw = tl.dot(tl.trans(products), queries, dw * to_end[:, None], input_precision=PRECISION)
+    dw_low = (-dw).to(dtype)
+    store_part(targets, dw_low, 0, 0, K, C, K, C, BK)
+    from_start = tl.exp2(tl.load(head_sums + in_chunk, mask=valid, other=0.0))
+    if PRECISION == "ieee":
+        solve_grads = times_tokens(dw_low, k_head, stride_k, valid, C, K, BK, PRECISION)
+    else:
+        solve_grads = tl.dot(dw_low, tl.trans(k_tile), input_precision=PRECISION)
+    solve_grads *= from_start[None, :]
+
+    masked = tl.load(square(planes + MASKED * C * C, C))
+    solved = tl.load(square(solve + kept * (C * C), C))
+    # Not pipelined: its buffers would leave room for one program on a multiprocessor and not two.
+    for first in tl.range(0, V, BV, num_stages=1):
+        values = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first)
+        outputs = load_tile(do + origin * stride_do + h * V, stride_do, valid, C, V, BV, first)
+        added = load_part(written + K, 0, first, V, C, WIDTH, C, BV)
+        ds = state_grads(grads, c, row, x_row, h, 0, first, H, K, V, BK, BV).to(dtype)
         if PRECISION == "ieee":
-            change = tl.trans(tokens_times(k_head + origin * stride_k, stride_k, valid, low, C, K, BK, BN, PRECISION))
+            du = tokens_times(k_head, stride_k, valid, ds, C, K, BK, BV, PRECISION)
         else:
-            k_tile = load_tile(k_head + origin * stride_k, stride_k, valid, C, K, BK, 0)
-            change = tl.dot(tl.trans(low), tl.trans(k_tile), input_precision=PRECISION)
-        change = (change * -to_end[None, :]).to(dtype)
-        before = map_before(prefixes, entries, paired, c, row, group, groups, h, HEADS, K * WIDTH)
-        y = load_part(before, 0, first, WIDTH, K, WIDTH, BK, BN)
-        if HAS_GATE:
-            tl.store(traces + part, tl.sum(x * y.to(tl.float32)))
-        targets = key_shares + part * (2 * C * K)
-        dw = tl.dot(tl.trans(change), tl.trans(y), input_precision=PRECISION)
-        store_part(targets, dw, 0, 0, K, C, K, C, BK)
-        if first + BN > K:
-            store_value_share(value_shares + (slot.to(tl.int64) * H + h) * (C * V), -change, first, K, V, C, BN)
-        erased = load_square(written, WIDTH, C, K, C, BK)
-        added = tl.trans(load_added(written, first, WIDTH, C, K, C, BN)).to(tl.float32)
-        if PRECISION == "ieee":
-            added -= tl.trans(memory_times(written, y, WIDTH, C, K, C, BK, BN, PRECISION))
-        else:
-            added -= tl.dot(tl.trans(y), tl.trans(erased), input_precision=PRECISION)
-        dk = tl.dot(tl.trans(added.to(dtype)), tl.trans(low), input_precision=PRECISION)
-        store_part(targets + C * K, dk * to_end[:, None], 0, 0, K, C, K, C, BK)
-        x = tl.dot(tl.trans(erased), tl.trans(change), x * decay, input_precision=PRECISION)
+            du = tl.dot(k_tile, ds, input_precision=PRECISION)
+        du = (du * to_end[:, None]).to(dtype)
+        solve_grads = tl.dot(du, tl.trans(values), solve_grads, input_precision=PRECISION)
+        dvalues = tl.dot(tl.trans(masked), outputs, input_precision=PRECISION)
+        dvalues = tl.dot(tl.trans(solved), du, dvalues, input_precision=PRECISION)
+        store_tile(dv + origin * stride_dv + h * V, stride_dv, valid, dvalues, C, V, BV, first)
+        acc = tl.dot(added, tl.trans(ds), acc, input_precision=PRECISION)
+
+    target = square(planes + SOLVE_GRADS * C * C, C)
+    tl.store(target, (solve_grads + tl.load(target).to(tl.float32)).to(dtype))
+    acc = acc * to_end[:, None]
+    store_part(targets + C * K, acc, 0, 0, K, C, K, C, BK)
+    if HAS_GATE:
+        keys = load_tile(k_head, stride_k, valid, C, K, BK, 0)  # again, that registers need not hold them till here
+        ends = tl.sum(acc * keys.to(tl.float32), axis=1)
+        tl.store(end_gains + h.to(tl.int64) * all_tokens + origin + in_chunk, ends, mask=valid)

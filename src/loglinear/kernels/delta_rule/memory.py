@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.kernels.delta_rule.group_grads import SPARE
 from loglinear.kernels.delta_rule.group_maps import PREFIXES
 from loglinear.kernels.delta_rule.score_grads import PLANES
 from loglinear.kernels.problem import Problem, cdiv
@@ -35,9 +34,8 @@ class Maps(NamedTuple):
         the highest tier's group is there too, if the group is whole; no query reads it. Those of single chunks are undefined
         (see leaf.py), except, beside prefixes, that of a group's unit 0 and, before a unit 5, of unit 4.
     groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
-    prefixes: one ``[4 groups + 1, H, K, K+V]`` low per tier: the map of the units of a group before each unit, where it is
-        neither ``[I | 0]``, which is the last of all, nor an entry (``group_maps.prefix_slot``). None where they were not
-        asked for.
+    prefixes: one ``[4 groups, H, K, K+V]`` low per tier: the map of the units of a group before each unit, where it is
+        neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``). None where they were not asked for.
     """
 
     sums: Tensor
@@ -77,7 +75,7 @@ def map_shapes(problem: Problem, dtype: torch.dtype) -> list[tuple[tuple[int, ..
     """(shape, dtype) of ``Maps.tensors``, with prefixes, where v is of ``dtype``. The first two are the logs."""
     H, K, V, C, rows = problem.heads, problem.key_width, problem.value_width, problem.config.chunk, problem.rows
     groups = [total for total, _ in problem.tier_groups]
-    maps = rows, *groups[:-1], *(PREFIXES.value * count + 1 for count in groups)
+    maps = rows, *groups[:-1], *(PREFIXES.value * count for count in groups)
     shapes = [(rows, H, C, C), (rows, H, C, K + V), *((count, H, K, K + V) for count in maps)]
     logs = [(H, 2 if dtype == torch.float32 else 1, problem.tokens), (rows, H)]
     return [*((shape, torch.float32) for shape in logs), *((shape, dtype) for shape in shapes)]
@@ -107,15 +105,11 @@ def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
     Heads do not meet but in the sums over a group, which are in a fixed order, so this changes no bit.
     """
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
-    maps, deep = map_elements(problem), len(problem.tiers) > 1
-    blocks = cdiv(K + V, min(problem.config.map_grads.block_v, problem.tile(K + V)))
-    leaves = cdiv(problem.rows, 2)
-    grads = (leaves + SPARE.value * (problem.tiers[1].groups if deep else 0)) * K * (K + V)
-    # What belongs to the paths is gone when the chunks' shares come, and the gradients of maps are when the scores do.
-    paths = grads + problem.rows * 3 * C * K + 2 * problem.path_slots * K * (K + V)
-    shares = (problem.rows + 2 * problem.row_groups) * C * (blocks * 2 * K + V)
-    elements = problem.rows * C * K + leaves * C * (2 * K + V)
-    elements += max(paths, shares + max(grads, problem.rows * PLANES.value * C * C))
+    maps = map_elements(problem)
+    # What belongs to the paths is gone when the scores and the shares of dk come.
+    paths = problem.rows * 3 * C * K + 2 * problem.path_slots * K * (K + V)
+    later = problem.rows * C * (2 * K + PLANES.value * C)
+    elements = cdiv(problem.rows * 3, 2) * K * (K + V) + problem.rows * C * K + max(paths, later)
     left = SHARE * given_bytes(problem, size) - (maps * H * size if kept else 0)
     allowed = max(left, UNSLICED) // max((elements + (0 if kept else maps)) * size, 1)
     per_group = problem.heads_per_group

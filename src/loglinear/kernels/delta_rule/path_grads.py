@@ -2,8 +2,8 @@
 
 The states before the group, as seen from its start, give ``O += λ ∘ (Q S)`` each, so ``dO Sᵀ`` gives dλ and their sum dQ. An
 entry (A, S) within the group gives ``Q' = Q A`` besides: with dQ' known, ``dQ' Aᵀ`` is the other part of dQ, which is dQ' of
-the entry before. The last may be a leaf, whose own gradients are done with here (see leaf.py). What is left at the end is the
-gradient of the queries as seen from the start of their chunk. Every dQ' is kept for the gradients of the entries.
+the entry before. The last may be a leaf (see leaf.py). What is left at the end is the gradient of the queries as seen from the
+start of their chunk. Every dQ' is kept for the gradients of the entries.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from loglinear.kernels.common import GROUP, bit_length, load_tile, locate, log2_of_power, lowbit, set_bits
 from loglinear.kernels.delta_rule.group_maps import decay_to_end, map_tile
-from loglinear.kernels.delta_rule.leaf import leaf_scores, leaf_shares
+from loglinear.kernels.delta_rule.leaf import leaf_scores
 from loglinear.kernels.delta_rule.path_queries import inner_start
 from loglinear.kernels.delta_rule.path_states import path_start
 from loglinear.kernels.delta_rule.products import times_tokens, times_transposed
@@ -37,31 +37,27 @@ def entry_product(do_head, stride_do, valid, entry, C: tl.constexpr, K: tl.const
 
 
 @triton.jit
-def level_scale(scales, stride, valid, tree_level, factor, L, LOG_C: tl.constexpr, C: tl.constexpr):
-    """λ ``[C]`` float32 of a chunk's queries for an entry of 2^tree_level chunks."""
-    level = tl.minimum(tree_level + LOG_C + 1, L - 1)
-    return tl.load(scales + (tl.arange(0, C) * stride + level), mask=valid, other=0.0).to(tl.float32) * factor
-
-
-@triton.jit
 def state_gradient(product, queries, scales, stride, valid, tree_level, factor, L, LOG_C: tl.constexpr, C: tl.constexpr,
                    LEVELS: tl.constexpr):  # fmt: skip
     """(share of dQ, of dλ ``[C, LEVELS]``) of a state of 2^tree_level chunks, from ``product = dO Sᵀ`` and the queries."""
     level = tl.minimum(tree_level + LOG_C + 1, L - 1)
-    scale = level_scale(scales, stride, valid, tree_level, factor, L, LOG_C, C)
+    scale = tl.load(scales + (tl.arange(0, C) * stride + level), mask=valid, other=0.0).to(tl.float32) * factor
     gain = tl.sum(product * queries.to(tl.float32), axis=1) * factor
     return scale[:, None] * product, tl.where(tl.arange(0, LEVELS)[None, :] == level, gain[:, None], 0.0)
 
 
 @triton.jit
-def leaf_gradient(acc, queries, do_head, stride_do, valid, keys, stride_k, sums, plane, written, scales, stride, factor, L,
-                  LOG_C: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                  BV: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def leaf_gradient(acc, queries, grads, followed, do_head, stride_do, valid, keys, stride_k, sums, plane, written, scales,
+                  stride, factor, L, LOG_C: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                  BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
     """(dQ, dλ) past the entry of one chunk, whose keys, sums and ``[W | U]`` are given; acc is the gradient after it.
 
-    And, low, ``G = Q K_endᵀ`` with its gradient, ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` but for the decay in K_end.
+    With ``G = Q K_endᵀ``, of which ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` is the gradient.
     """
-    after = acc.to(written.dtype.element_ty)
+    after = acc.to(grads.dtype.element_ty)
+    if followed:  # by another entry
+        store_part(grads, after, 0, 0, K, C, K, C, BK)
     everywhere = tl.arange(0, C) >= 0
     outer = tl.zeros([C, C], tl.float32)
     for first in range(0, V, BV):
@@ -75,8 +71,7 @@ def leaf_gradient(acc, queries, do_head, stride_do, valid, keys, stride_k, sums,
     share -= times_tokens(after, written, K + V, everywhere, C, K, BK, PRECISION)
     share = (share * decay_to_end(sums, C, plane, C, EXACT)[None, :]).to(after.dtype)
     acc = acc * tl.exp2(tl.load(sums + C - 1))
-    acc = tl.dot(share, load_tile(keys, stride_k, everywhere, C, K, BK, 0), acc, input_precision=PRECISION)
-    return acc, gain, pairs.to(after.dtype), share
+    return tl.dot(share, load_tile(keys, stride_k, everywhere, C, K, BK, 0), acc, input_precision=PRECISION), gain
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths", "all_tokens", "sums_stride", "L"])
@@ -93,9 +88,6 @@ def path_grads_kernel(
     inner_grads,  # [1.5 rows, H, C, K] gradient of the queries after it; none for the last entry of all, where it is zero
     query_grads,  # [rows, H, C, K] gradient of the queries as seen from the start of their chunk
     dlevel_scales,
-    leaf_keys,  # [rows / 2, H, 2, C, K] shares of the chunk before, where that is a leaf: of W and K_end,
-    leaf_values,  # [rows / 2, H, V, C] of U,
-    leaf_traces,  # [rows / 2, H] and of its decay
     path_starts,
     row_sequence,
     sequences,
@@ -177,27 +169,16 @@ def path_grads_kernel(
         share, gain = state_gradient(product, queries, scales, stride_s, valid, tree_level, factor, L, LOG_C, C, LEVELS)
         acc += share
         gradient += gain
-    is_leaf = n % 2 == 1
-    place = (tl.maximum(slot - 1, 0).to(tl.int64) * H + h) * (C * K)
-    pairs = tl.zeros([C, C], dtype)
-    dpairs = pairs
-    if is_leaf:
+    if n % 2 == 1:
+        place = ((slot - 1).to(tl.int64) * H + h) * (C * K)
         before_k = k + (origin - C) * stride_k + h // (H // G) * K
         before_sums = sums + h.to(tl.int64) * sums_stride + (origin - C)
         written = writes + ((row - 1).to(tl.int64) * HEADS + h) * (C * (K + V))
-        store_part(inner_grads + place, acc, 0, 0, K, C, K, C, BK)
-        acc, gain, pairs, dpairs = leaf_gradient(acc, inner_queries + place, do_head, stride_do, valid, before_k, stride_k,
-                                                 before_sums, all_tokens, written, scales, stride_s, factor, L, LOG_C, C, K, V,
-                                                 BK, BV, LEVELS, EXACT, PRECISION)  # fmt: skip
+        acc, gain = leaf_gradient(acc, inner_queries + place, inner_grads + place, n > 1, do_head, stride_do, valid, before_k,
+                                  stride_k, before_sums, all_tokens, written, scales, stride_s, factor, L, LOG_C, C, K, V, BK,
+                                  BV, LEVELS, EXACT, PRECISION)  # fmt: skip
         gradient += gain
     store_part(query_grads + unit * (C * K), acc, 0, 0, K, C, K, C, BK)
     columns = tl.arange(0, LEVELS)[None, :]
-    levels = dlevel_scales + origin * stride_ds + h * L + (in_chunk[:, None] * stride_ds + columns)
-    tl.store(levels, gradient.to(dlevel_scales.dtype.element_ty), mask=valid[:, None] & (columns < L))
-    if is_leaf:  # last, when no register holds a gradient any more
-        tl.debug_barrier()  # what this program has written is read by other threads of it
-        leaf = ((row - 1) // 2).to(tl.int64) * H + h
-        scale = level_scale(scales, stride_s, valid, 0, factor, L, LOG_C, C)
-        leaf_shares(inner_queries + place, inner_grads + place, pairs, dpairs, scale, do_head, stride_do, valid,
-                    leaf_keys + leaf * (2 * C * K), leaf_values + leaf * (C * V), leaf_traces + leaf, C, K, V, BK, BV,
-                    PRECISION)  # fmt: skip
+    place = dlevel_scales + origin * stride_ds + h * L + (in_chunk[:, None] * stride_ds + columns)
+    tl.store(place, gradient.to(dlevel_scales.dtype.element_ty), mask=valid[:, None] & (columns < L))

@@ -21,11 +21,11 @@ from loglinear.kernels.common import (
     pair_decays,
 )
 
-# Planes of ``scores``.
+# Planes of ``scores``. The last is P's share Pᵀ dR of dT, until map_grads adds the others.
 PRODUCTS = tl.constexpr(0)  # P
 MASKED = tl.constexpr(1)  # Λ ∘ R
 PRODUCT_GRADS = tl.constexpr(2)  # dP ∘ Γ
-SOLVE_GRADS = tl.constexpr(3)  # P's share Pᵀ dR of dT
+SOLVE_GRADS = tl.constexpr(3)  # dT
 PLANES = tl.constexpr(4)
 
 

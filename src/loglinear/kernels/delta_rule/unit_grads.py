@@ -2,7 +2,7 @@
 
 The prefix after a unit (A, S) is ``A Y + [0 | S]`` with Y the prefix before it, so ``dA = X Yᵀ`` over all K + V columns, and dS
 is X's last V columns. Units 2, 4, 5 and 6 of a group close a pair too: alone, where Y is ``[I | 0]``, or unit 5 after unit 4.
-The kernel is for units that are groups. Of those of tier 0, the chunks, nothing needs dA.
+The kernel is for units that are groups. Of those of tier 0, the chunks, map_grads needs no dA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def transition_grads(prefixes, entries, grads, c, group, row, x_row, h, first_k,
                      HEADS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr,
                      BN: tl.constexpr, BW: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Tile ``[BK, BN]`` of dA of unit c of a group, whose prefix's gradient is in ``x_row``; entries have SIZE rows a unit."""
-    own = grads + ((row // 2).to(tl.int64) * H + h) * (K * WIDTH)
+    own = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
     # Units 2, 4 and 6 are a pair's first, as unit 0 is the prefix's: what is before them is [I | 0].
     total = load_part_if(c % 2 == 0, own, first_k, first_n, K, K, WIDTH, BK, BN).to(tl.float32)
     x = grads + (x_row.to(tl.int64) * H + h) * (K * WIDTH)
@@ -47,7 +47,7 @@ def state_grads(grads, c, row, x_row, h, first_k, first_n, H: tl.constexpr, K: t
     """Tile ``[BK, BN]`` of dS of unit c of a group. float32."""
     WIDTH: tl.constexpr = K + V
     x = grads + (x_row.to(tl.int64) * H + h) * (K * WIDTH) + K
-    own = grads + ((row // 2).to(tl.int64) * H + h) * (K * WIDTH) + K
+    own = grads + (row.to(tl.int64) * H + h) * (K * WIDTH) + K
     total = load_part(x, first_k, first_n, V, K, WIDTH, BK, BN).to(tl.float32)
     if is_prefix(c) == 0:
         total += load_part(own, first_k, first_n, V, K, WIDTH, BK, BN).to(tl.float32)
@@ -56,9 +56,9 @@ def state_grads(grads, c, row, x_row, h, first_k, first_n, H: tl.constexpr, K: t
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "spare"])
 def unit_grads_kernel(
-    prefixes,  # [4 groups + 1, H, K, K+V]
+    prefixes,  # [4 groups, H, K, K+V]
     entries,  # [rows, H, K, K+V]
-    grads,  # [rows / 2 + spare rows, H, K, K+V], as group_grads leaves them
+    grads,  # [rows + spare rows, H, K, K+V], as group_grads leaves them
     map_grads,  # [units, H, K, K+V]
     group_sequence,
     sequences,
@@ -95,7 +95,7 @@ def unit_grads_kernel(
     if (length < 0) | (local >= units):
         return
     row = row0 + (local + 1) * SIZE - 1
-    x_row = prefix_row(c, row // 2, spare + group * SPARE)
+    x_row = prefix_row(c, row, spare + group * SPARE)
     unit = (unit0 + local).to(tl.int64) * H + h
     target = map_grads + unit * (K * WIDTH)
     if tile_n < TILES_A:

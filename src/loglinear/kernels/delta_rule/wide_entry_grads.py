@@ -48,7 +48,7 @@ def wide_entry_grads_kernel(
     entries,  # [rows, H, K, K+V]
     states,  # [slots, H, K, K+V]: [T_j | T_j S_j], j > 1 read
     path_grads,  # [slots, H, K, K+V]: [dT_{j+1} | d(T_j S_j)]
-    grads,  # [rows / 2 + …, H, K, K+V] by entry, or if LONG segments [levels, slots, H, K, K+V]
+    grads,  # [rows + …, H, K, K+V] by entry, or if LONG segments [levels, slots, H, K, K+V]
     path_starts,
     group_sequence,
     sequences,
@@ -105,7 +105,7 @@ def wide_entry_grads_kernel(
         if (span > SEGMENT) | (f * GROUP > chunks):
             return
         count = tl.minimum(span, groups - f)
-        target = ((row0 + f * GROUP - 1) // 2).to(tl.int64)
+        target = (row0 + f * GROUP - 1).to(tl.int64)
     # An entry that begins at the first chunk is the last of every path: nothing is carried past it.
     count = tl.where((tile_n < TILES_A) & (f == span), 0, count)
     end = tl.where(tile_n < TILES_A, K, K + V)
@@ -128,7 +128,7 @@ def wide_entry_grads_kernel(
 @triton.jit(do_not_specialize=["T", "N", "NG", "slots"])
 def segment_sums_kernel(
     segments,  # [levels, slots, H, SIZE]
-    grads,  # [rows / 2 + …, H, SIZE]
+    grads,  # [rows + …, H, SIZE]
     group_sequence,
     sequences,
     T,
@@ -165,5 +165,5 @@ def segment_sums_kernel(
     for i in range(count):
         source = level.to(tl.int64) * slots + ((group0 + f) // SEGMENT + i + sequence)
         total += tl.load(segments + (source * H + h) * SIZE + elements, mask=inside, other=0.0).to(tl.float32)
-    target = grads + (((row0 + f * GROUP - 1) // 2).to(tl.int64) * H + h) * SIZE
+    target = grads + ((row0 + f * GROUP - 1).to(tl.int64) * H + h) * SIZE
     tl.store(target + elements, total.to(grads.dtype.element_ty), mask=inside)
