@@ -17,6 +17,7 @@ from loglinear.kernels import common
 from loglinear.kernels.problem import cdiv, padded, token_rows
 
 NUMBERS = 1024  # of a tile: 8 for each thread of 4 warps, one load of 16 bits; a wider row is a tile of its own
+BYTES_AHEAD = 1 << 16  # of shared memory, for two blocks of rows of a backward pass, one worked on and one on its way
 PROGRAMS = 1024  # of a backward pass, about: each leaves a row of partial sums
 
 
@@ -31,31 +32,45 @@ def _row_of(weight, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _scale_of(skip_scale, columns, WIDTH: tl.constexpr, SKIP: tl.constexpr):
+    return tl.load(skip_scale + columns // SKIP, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _tile(
-    first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, eps,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, GATE_FIRST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows from ``first`` on: (offsets if contiguous, mask, x with its skip, gate, its sigmoid, 1 / rms, x normalised)."""
+    """Rows from ``first`` on: (their tokens, offsets in these, mask, the skip's input, x with its skip, gate, its sigmoid)."""
     row = first + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (columns < WIDTH)[None, :]
     tokens = (row // HEADS).to(tl.int64)
     inner = (row % HEADS)[:, None] * WIDTH + columns[None, :]
     value = _load(x, stride_x, tokens, inner, inside)
+    skipped = value
     if SKIP > 0:
-        scale = tl.load(skip_scale + columns // SKIP, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        value += _load(skip, stride_skip, tokens, inner, inside) * scale[None, :]
+        skipped = _load(skip, stride_skip, tokens, inner, inside)
+        value += skipped * _scale_of(skip_scale, columns, WIDTH, SKIP)
     z = _load(gate, stride_gate, tokens, inner, inside)
-    opening = tl.sigmoid(z)
-    if GATE_FIRST:
-        normed = value * (z * opening)
-    else:
-        normed = value
-    mean = tl.sum(normed * normed, 1) / WIDTH + eps
-    inverse = tl.rsqrt(tl.where(row < rows, mean, 1.0))[:, None]  # a row outside may have eps = 0
-    offsets = row.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-    return offsets, inside, value, z, opening, inverse, normed * inverse
+    return tokens, inner, inside, skipped, value, z, tl.sigmoid(z)
+
+
+@triton.jit
+def _inverse(squares, first, rows, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """1 / rms ``[ROWS, 1]`` of rows with these sums of squares; a row outside may have eps = 0."""
+    inside = first + tl.arange(0, ROWS) < rows
+    return tl.rsqrt(tl.where(inside, squares / WIDTH + eps, 1.0))[:, None]
+
+
+@triton.jit
+def _offsets(first, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return (first + tl.arange(0, ROWS)).to(tl.int64)[:, None] * WIDTH + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _two_sums(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit(do_not_specialize=["rows", "eps"])
@@ -65,14 +80,17 @@ def gated_norm_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out ``[rows, WIDTH]``. SKIP: columns that share a skip_scale, 0 without skip. Grid: blocks of rows."""
-    offsets, inside, _, z, opening, _, normed = _tile(
-        tl.program_id(0) * ROWS, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, eps,
-        HEADS, WIDTH, SKIP, GATE_FIRST, ROWS, COLUMNS,
-    )  # fmt: skip
-    result = normed * _row_of(weight, tl.arange(0, COLUMNS), WIDTH)
+    first = tl.program_id(0) * ROWS
+    _, _, inside, _, value, z, opening = _tile(
+        first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, HEADS, WIDTH, SKIP, ROWS, COLUMNS
+    )
+    if GATE_FIRST:
+        value *= z * opening
+    result = value * _inverse(tl.sum(value * value, 1), first, rows, eps, WIDTH, ROWS)
+    result *= _row_of(weight, tl.arange(0, COLUMNS), WIDTH)
     if not GATE_FIRST:
         result *= z * opening
-    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + _offsets(first, WIDTH, ROWS, COLUMNS), result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "eps"])
@@ -80,41 +98,48 @@ def gated_norm_grads_kernel(
     dout, x, gate, skip, skip_scale, weight, dx, dgate, dskip, partial,
     stride_dout, stride_x, stride_gate, stride_skip, rows, tiles, eps,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, GATE_FIRST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx, dgate, dskip ``[rows, WIDTH]``, and of ``tiles`` blocks of rows ``partial [programs, 1 or 2, WIDTH]``: the sums of
     dweight, and of dskip_scale before it is summed over the columns of a head. Grid: parts of the blocks of rows.
+
+    The next block is on its way while one is worked on: few programs fit on a multiprocessor, and each waits for its sums.
     """
     columns = tl.arange(0, COLUMNS)
     scale = _row_of(weight, columns, WIDTH)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     skip_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(tiles):
+    for i in tl.range(tiles, num_stages=STAGES):
         first = (tl.program_id(0) * tiles + i) * ROWS
-        offsets, inside, value, z, opening, inverse, normed = _tile(
-            first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, eps,
-            HEADS, WIDTH, SKIP, GATE_FIRST, ROWS, COLUMNS,
-        )  # fmt: skip
-        row = first + tl.arange(0, ROWS)
-        inner = (row % HEADS)[:, None] * WIDTH + columns[None, :]
-        gradient = _load(dout, stride_dout, (row // HEADS).to(tl.int64), inner, inside)
+        tokens, inner, inside, skipped, value, z, opening = _tile(
+            first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, HEADS, WIDTH, SKIP, ROWS, COLUMNS
+        )
+        gradient = _load(dout, stride_dout, tokens, inner, inside)
+        silu = z * opening
         slope = common.silu_slope(z, opening)
-        if not GATE_FIRST:
-            dz = gradient * normed * scale * slope
-            gradient *= z * opening
+        if GATE_FIRST:  # of what is normalised
+            dz = value * slope
+            value *= silu
+        else:
+            dz = gradient * scale * slope
+            gradient *= silu
+        squares, product = tl.reduce((value * value, gradient * scale * value), 1, _two_sums)
+        inverse = _inverse(squares, first, rows, eps, WIDTH, ROWS)
+        normed = value * inverse
         sums += gradient * normed
-        gradient *= scale
-        common_part = tl.sum(gradient * normed, 1)[:, None] / WIDTH
-        gradient = inverse * (gradient - normed * common_part)
+        gradient = inverse * (gradient * scale - normed * (inverse * product[:, None] / WIDTH))
         if GATE_FIRST:
-            dz = gradient * value * slope
-            gradient *= z * opening
+            dz *= gradient
+            gradient *= silu
+        else:
+            dz *= normed
+        offsets = _offsets(first, WIDTH, ROWS, COLUMNS)
         tl.store(dgate + offsets, dz.to(dgate.dtype.element_ty), mask=inside)
         tl.store(dx + offsets, gradient.to(dx.dtype.element_ty), mask=inside)
         if SKIP > 0:
-            factor = tl.load(skip_scale + columns // SKIP, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+            factor = _scale_of(skip_scale, columns, WIDTH, SKIP)
             tl.store(dskip + offsets, (gradient * factor).to(dskip.dtype.element_ty), mask=inside)
-            skip_sums += gradient * _load(skip, stride_skip, (row // HEADS).to(tl.int64), inner, inside)
+            skip_sums += gradient * skipped
     rows_of_sums = 2 if SKIP > 0 else 1
     base = partial + tl.program_id(0).to(tl.int64) * (rows_of_sums * WIDTH)
     tl.store(base + columns, tl.sum(sums, 0), mask=columns < WIDTH)
@@ -192,12 +217,14 @@ def backward(
     blocks = cdiv(rows, constants["ROWS"])
     tiles = max(cdiv(blocks, PROGRAMS), 1)
     programs = cdiv(blocks, tiles)
+    block_bytes = constants["ROWS"] * constants["COLUMNS"] * (3 if skip is None else 4) * x.element_size()
+    stages = 2 if 2 * block_bytes <= BYTES_AHEAD else 1
     partial = common.scratch((programs, 1 if skip is None else 2, width), torch.float32, x.device)
     if programs:
         common.launch(
             gated_norm_grads_kernel, programs, dout, x, gate, skip, skip_scale, weight, dx, dgate, dskip, partial,
             dout.stride(1), x.stride(1), gate.stride(1), 0 if skip is None else skip.stride(1), rows, tiles, eps,
-            **constants,
+            **constants, STAGES=stages,
         )  # fmt: skip
     sums = partial.sum(0)
     dscale = None if skip_scale is None else sums[1].view(skip_scale.shape[0], -1).sum(1).to(skip_scale.dtype)
