@@ -33,7 +33,7 @@ KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 OPERATORS = {
     "op": re.compile(r"(loglinear::attention|benchmarks::(ssd|gated_delta)|Kernels|aten::_scaled_dot_product)"),
     "convolution": re.compile(r"(loglinear::convolution|Convolution(Backward)?$)"),
-    "norms": re.compile(r"(loglinear::(gated_norm|unit_length)|(GatedNorm|Units)(Backward)?$)"),
+    "norms": re.compile(r"(loglinear::)?(gated_norm|unit_length)"),
     "loss": re.compile(r"loglinear::linear_cross_entropy"),
 }
 PRODUCT = re.compile(r"aten::(add|badd)?b?mm_?$")

@@ -288,7 +288,7 @@ def test_every_kernel_belongs_to_one_part():
     trace.launch(("convolution_grads_kernel", 65536), op="ConvolutionBackward", thread=2)
     trace.product(96, 256, 64, 131072, thread=2)
     trace.launch(("gated_norm_grads_kernel", 1048576), ("sum", 2097152), op="loglinear::gated_norm_backward", thread=2)
-    trace.launch(("unit_grads_kernel", 4194304), op="UnitsBackward", thread=2)
+    trace.launch(("unit_grads_kernel", 4194304), op="unit_lengthBackward", thread=2)
     trace.launch(("multi_tensor_apply", 262144), op="optimiser", category="user_annotation")
     got = milliseconds_by_part({"traceEvents": trace.events}, Weights.of(model))
     want = {

@@ -17,8 +17,7 @@ from loglinear.kernels import common
 from loglinear.kernels.problem import cdiv, padded, token_rows
 
 NUMBERS = 1024  # of a tile: 8 for each thread of 4 warps, one load of 16 bits; a wider row is a tile of its own
-BYTES_AHEAD = 1 << 16  # of shared memory, for two blocks of rows of a backward pass, one worked on and one on its way
-PROGRAMS = 1024  # of a backward pass, about: each leaves a row of partial sums
+PROGRAMS_FORWARD, PROGRAMS = 8192, 1024  # about; in a backward pass each leaves a row of partial sums
 
 
 @triton.jit
@@ -73,24 +72,40 @@ def _two_sums(a, b, c, d):
     return a + c, b + d
 
 
-@triton.jit(do_not_specialize=["rows", "eps"])
+@triton.jit(do_not_specialize=["rows", "tiles", "eps"])
 def gated_norm_kernel(
-    x, gate, skip, skip_scale, weight, out, stride_x, stride_gate, stride_skip, rows, eps,
+    x, gate, skip, skip_scale, weight, out, stride_x, stride_gate, stride_skip, rows, tiles, eps,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out ``[rows, WIDTH]``. SKIP: columns that share a skip_scale, 0 without skip. Grid: blocks of rows."""
-    first = tl.program_id(0) * ROWS
-    _, _, inside, _, value, z, opening = _tile(
-        first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, HEADS, WIDTH, SKIP, ROWS, COLUMNS
-    )
-    if GATE_FIRST:
-        value *= z * opening
-    result = value * _inverse(tl.sum(value * value, 1), first, rows, eps, WIDTH, ROWS)
-    result *= _row_of(weight, tl.arange(0, COLUMNS), WIDTH)
-    if not GATE_FIRST:
-        result *= z * opening
-    tl.store(out + _offsets(first, WIDTH, ROWS, COLUMNS), result.to(out.dtype.element_ty), mask=inside)
+    """out ``[rows, WIDTH]``, ``tiles`` blocks of rows a program. SKIP: columns that share a skip_scale, 0 without skip.
+    Grid: parts of the blocks of rows.
+    """
+    scale = _row_of(weight, tl.arange(0, COLUMNS), WIDTH)
+    for i in range(tiles):
+        first = (tl.program_id(0) * tiles + i) * ROWS
+        _, _, inside, _, value, z, opening = _tile(
+            first,
+            x,
+            gate,
+            skip,
+            skip_scale,
+            stride_x,
+            stride_gate,
+            stride_skip,
+            rows,
+            HEADS,
+            WIDTH,
+            SKIP,
+            ROWS,
+            COLUMNS,
+        )
+        if GATE_FIRST:
+            value *= z * opening
+        result = value * _inverse(tl.sum(value * value, 1), first, rows, eps, WIDTH, ROWS) * scale
+        if not GATE_FIRST:
+            result *= z * opening
+        tl.store(out + _offsets(first, WIDTH, ROWS, COLUMNS), result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "eps"])
@@ -98,21 +113,32 @@ def gated_norm_grads_kernel(
     dout, x, gate, skip, skip_scale, weight, dx, dgate, dskip, partial,
     stride_dout, stride_x, stride_gate, stride_skip, rows, tiles, eps,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, GATE_FIRST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dx, dgate, dskip ``[rows, WIDTH]``, and of ``tiles`` blocks of rows ``partial [programs, 1 or 2, WIDTH]``: the sums of
     dweight, and of dskip_scale before it is summed over the columns of a head. Grid: parts of the blocks of rows.
-
-    The next block is on its way while one is worked on: few programs fit on a multiprocessor, and each waits for its sums.
     """
     columns = tl.arange(0, COLUMNS)
     scale = _row_of(weight, columns, WIDTH)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     skip_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in tl.range(tiles, num_stages=STAGES):
+    for i in range(tiles):
         first = (tl.program_id(0) * tiles + i) * ROWS
         tokens, inner, inside, skipped, value, z, opening = _tile(
-            first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, HEADS, WIDTH, SKIP, ROWS, COLUMNS
+            first,
+            x,
+            gate,
+            skip,
+            skip_scale,
+            stride_x,
+            stride_gate,
+            stride_skip,
+            rows,
+            HEADS,
+            WIDTH,
+            SKIP,
+            ROWS,
+            COLUMNS,
         )
         gradient = _load(dout, stride_dout, tokens, inner, inside)
         silu = z * opening
@@ -161,6 +187,13 @@ def _constants(x: Tensor, weight: Tensor, skip_scale: Tensor | None, gate_first:
     }
 
 
+def _parts(rows: int, constants: dict, programs: int) -> tuple[int, int]:
+    """(blocks of rows of a program, programs): about as many programs as wanted."""
+    blocks = cdiv(rows, constants["ROWS"])
+    tiles = max(cdiv(blocks, programs), 1)
+    return tiles, cdiv(blocks, tiles)
+
+
 def forward(
     x: Tensor,
     gate: Tensor,
@@ -185,10 +218,11 @@ def forward(
     constants = _constants(x, weight, skip_scale, gate_first)
     out = common.scratch(tuple(shape), x.dtype, x.device)
     rows = x.numel() // weight.shape[0]
-    if rows:
+    tiles, programs = _parts(rows, constants, PROGRAMS_FORWARD)
+    if programs:
         common.launch(
-            gated_norm_kernel, cdiv(rows, constants["ROWS"]), x, gate, skip, skip_scale, weight, out,
-            x.stride(1), gate.stride(1), 0 if skip is None else skip.stride(1), rows, eps, **constants,
+            gated_norm_kernel, programs, x, gate, skip, skip_scale, weight, out,
+            x.stride(1), gate.stride(1), 0 if skip is None else skip.stride(1), rows, tiles, eps, **constants,
         )  # fmt: skip
     return out
 
@@ -214,17 +248,14 @@ def backward(
     dx, dgate = (common.scratch(tuple(y.shape), y.dtype, y.device) for y in (x, gate))
     dskip = None if skip is None else common.scratch(tuple(skip.shape), skip.dtype, skip.device)
     rows = x.numel() // width
-    blocks = cdiv(rows, constants["ROWS"])
-    tiles = max(cdiv(blocks, PROGRAMS), 1)
-    programs = cdiv(blocks, tiles)
-    block_bytes = constants["ROWS"] * constants["COLUMNS"] * (3 if skip is None else 4) * x.element_size()
-    stages = 2 if 2 * block_bytes <= BYTES_AHEAD else 1
+    constants["num_warps"] = min(max(constants["COLUMNS"] // 128, 4), 32)
+    tiles, programs = _parts(rows, constants, PROGRAMS)
     partial = common.scratch((programs, 1 if skip is None else 2, width), torch.float32, x.device)
     if programs:
         common.launch(
             gated_norm_grads_kernel, programs, dout, x, gate, skip, skip_scale, weight, dx, dgate, dskip, partial,
             dout.stride(1), x.stride(1), gate.stride(1), 0 if skip is None else skip.stride(1), rows, tiles, eps,
-            **constants, STAGES=stages,
+            **constants,
         )  # fmt: skip
     sums = partial.sum(0)
     dscale = None if skip_scale is None else sums[1].view(skip_scale.shape[0], -1).sum(1).to(skip_scale.dtype)

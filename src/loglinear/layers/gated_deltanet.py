@@ -114,7 +114,7 @@ class LogLinearGatedDeltaNet(StatedInit):
 
     def _gates(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """g and β ``[B, T, H]`` of the projections a and b."""
-        if pointwise.wanted("gates") and pointwise.has_kernels(a, b, self.dt_bias, self.A_log):
+        if pointwise.has_kernels(a, b, self.dt_bias, self.A_log):
             return pointwise.gates(a, b, self.dt_bias, self.A_log)
         return -torch.exp(wide(self.A_log)) * F.softplus(wide(a) + wide(self.dt_bias)), torch.sigmoid(wide(b))
 

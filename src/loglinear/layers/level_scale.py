@@ -39,7 +39,7 @@ class LevelScale(StatedInit):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden ``[B, T, hidden_size]`` to λ ``[B, T, H, levels]`` > 0, in the dtype of the projection."""
         dl = self.dl_proj(hidden)
-        if dl.dim() == 3 and pointwise.wanted("level_scales") and pointwise.has_kernels(dl, self.L):
+        if dl.dim() == 3 and pointwise.has_kernels(dl, self.L):
             return pointwise.level_scales(dl, self.L)
         dl = dl.unflatten(-1, self.L.shape)
         return F.softplus(wide(self.L) * wide(dl)).to(dl.dtype)

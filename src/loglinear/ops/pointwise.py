@@ -1,13 +1,13 @@
 """POINTWISE: what surrounds the attention op and an MLP's products, as autograd sees its kernels: gates, λ, norm, unit length.
 
-Special about this file: eager calls on CUDA run all kernels. ``torch.compile`` gets those of ``COMPILED``, as operators, and
-otherwise the plain forms, which stand where they are used and which it fuses with their neighbours; the CPU and float64 get
-them too.
+Special about this file: eager calls on CUDA run all kernels. ``torch.compile`` gets those as operators whose gradients are
+sums over tokens or rows, for which its own code would pass over large tensors once more; of the others the plain forms, which
+stand where they are used and which it fuses with their neighbours. The CPU and float64 get these for everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from loglinear import kernels
 
 MAX_WIDTH = 8192  # of a row in registers
-# What compiled code leaves to the kernels too: its own would pass over large tensors once more for sums of tokens or rows.
-COMPILED = frozenset({"discretise", "gates", "level_scales", "gated_norm", "unit_length"})
 
 
 def ordinary(x: Tensor) -> bool:
@@ -30,11 +28,6 @@ def ordinary(x: Tensor) -> bool:
 def on_device(x: Tensor) -> bool:
     """Whether x is where the kernels run."""
     return x.is_cuda
-
-
-def wanted(name: str) -> bool:
-    """Whether the kernels of ``name`` are worth their calls here: all are in eager code, and in compiled code some."""
-    return not torch.compiler.is_compiling() or name in COMPILED
 
 
 def has_kernels(*tensors: Tensor | None) -> bool:
@@ -53,14 +46,14 @@ def takes_rows(x: Tensor, *others: Tensor | None) -> bool:
 
 def takes_heads(q: Tensor, k: Tensor) -> bool:
     """Whether the kernels take the rows of q and k ``[B, T, G, K]``."""
-    return q.is_floating_point() and q.dim() == 4 and wanted("unit_length") and takes_rows(q, k)
+    return q.is_floating_point() and q.dim() == 4 and takes_rows(q, k)
 
 
 def takes_norm(
     x: Tensor, gate: Tensor, weight: Tensor, skip: Tensor | None = None, skip_scale: Tensor | None = None
 ) -> bool:
     """Whether ``gated_norm`` takes these: rows as wide as the weight, of which skip_scale has equal parts."""
-    if not wanted("gated_norm") or not takes_rows(x, skip) or (skip is None) != (skip_scale is None):
+    if not takes_rows(x, skip) or (skip is None) != (skip_scale is None):
         return False
     whole = skip_scale is None or weight.shape[0] % skip_scale.shape[0] == 0
     return whole and gate.shape == x.shape and weight.shape == x.shape[-1:] and has_kernels(x, gate, weight, skip_scale)
@@ -72,24 +65,21 @@ def discretise(x: Tensor, rate: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple
     Whoever uses x too, beside v, should use the x that comes out: both gradients are then added where they are made.
     """
     if torch.compiler.is_compiling():  # which adds them where it makes the gradient of all that the convolution gives
-        g, v = discretise_operator(rate, dt_bias, A_log, x)
+        g, v = discretise_kernel(rate, dt_bias, A_log, x)
     else:
-        g, v, _, x = Gates.apply(rate, dt_bias, A_log, x, None)
+        g, v, x = Discretise.apply(rate, dt_bias, A_log, x)
     return v, g, x
 
 
 def gates(rate: Tensor, strength: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
     """(g, beta) of ``kernels.gates.forward``."""
-    if torch.compiler.is_compiling():
-        g, beta = gates_operator(rate, dt_bias, A_log, strength)
-        return g, beta
-    g, _, beta, _ = Gates.apply(rate, dt_bias, A_log, None, strength)
+    g, beta = gates_kernel(rate, dt_bias, A_log, strength)
     return g, beta
 
 
 def level_scales(dl: Tensor, L: Tensor) -> Tensor:
     """``softplus(L ∘ dl)`` ``[B, T, H, levels]`` from dl ``[B, T, H · levels]``; see ``kernels.gates``."""
-    return level_scales_operator(dl, L)[0] if torch.compiler.is_compiling() else LevelScales.apply(dl, L)
+    return level_scales_kernel(dl, L)[0]
 
 
 def gated_norm(
@@ -102,18 +92,18 @@ def gated_norm(
     skip_scale: Tensor | None = None,
 ) -> Tensor:
     """The norm of ``kernels.gated_norm``."""
-    inputs = x, gate, weight, eps, gate_first, skip, skip_scale
-    return gated_norm_operator(*inputs)[0] if torch.compiler.is_compiling() else GatedNorm.apply(*inputs)
+    return gated_norm_kernel(x, gate, weight, eps, gate_first, skip, skip_scale)[0]
 
 
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k over their lengths; see ``kernels.unit_length``."""
-    return tuple(unit_length_operator(q, k)) if torch.compiler.is_compiling() else Units.apply(q, k)
+    q, k = unit_length_kernel(q, k)
+    return q, k
 
 
 def silu_product(gate: Tensor, x: Tensor) -> Tensor:
     """``silu(gate) · x`` of two tensors of one shape, by the kernels or plain."""
-    if wanted("silu_product") and gate.shape == x.shape and gate.dtype == x.dtype and has_kernels(gate, x):
+    if not torch.compiler.is_compiling() and gate.shape == x.shape and gate.dtype == x.dtype and has_kernels(gate, x):
         return SiluProduct.apply(gate, x)
     return F.silu(gate) * x
 
@@ -121,7 +111,8 @@ def silu_product(gate: Tensor, x: Tensor) -> Tensor:
 def twice(x: Tensor) -> tuple[Tensor, Tensor]:
     """x for two projections. Under autocast it is rounded once, not by each, and their gradients are added as they widen."""
     kind = x.device.type
-    if wanted("twice") and x.dtype == torch.float32 and has_kernels(x) and torch.is_autocast_enabled(kind):
+    eager = not torch.compiler.is_compiling()
+    if eager and x.dtype == torch.float32 and has_kernels(x) and torch.is_autocast_enabled(kind):
         return Twice.apply(x, torch.get_autocast_dtype(kind))
     return x, x
 
@@ -131,40 +122,66 @@ def _kernels(name: str) -> Any:
     return import_module(f"loglinear.kernels.{name}")
 
 
-def _operator(
-    name: str, arguments: str, results: int, forward: Callable, backward: Callable, fake: Callable
-) -> torch.library.CustomOpDef:
-    """``loglinear::name``, a list of results, and ``loglinear::name_backward``, by which it is differentiated.
+class Kernel:
+    """One kernel each way, as autograd sees it.
 
-    arguments: as in a schema. forward: of these arguments. backward: of the gradients of all results and the arguments, to
-    those of the tensors among them. fake: as forward, for sizes and dtypes. What is None among their results is left out.
+    name, arguments: of the operators ``loglinear::name`` and ``loglinear::name_backward``, as in a schema. results: how many.
+    forward: of these arguments. backward: of the gradients of all results and the arguments, to those of the tensors among
+    them. fake: as forward, for sizes and dtypes. What is None among their results is left out.
     """
 
-    def apart(function):
-        """No result of an operator may be a part of another."""
-        given = lambda *inputs: (y for y in function(*inputs) if y is not None)  # noqa: E731
-        return lambda *inputs: [y if y.untyped_storage().nbytes() == y.nbytes else y.clone() for y in given(*inputs)]
+    def __init__(
+        self, name: str, arguments: str, results: int, forward: Callable, backward: Callable, fake: Callable
+    ) -> None:
+        gradients = ", ".join(f"Tensor gradient_{i}" for i in range(results))
+        self.operator = _define(name, arguments, forward, fake)
+        schema = f"{gradients}, {arguments}"
+        differentiate = _define(f"{name}_backward", schema, backward, lambda *inputs: _like(*inputs[results:]))
+        self.operator.register_autograd(_gradients_by(differentiate), setup_context=_keep)
+        self.function = _function(name, forward, backward)
 
-    def define(name, function, schema, fake):
-        made = torch.library.custom_op(f"loglinear::{name}", apart(function), mutates_args=(), schema=schema)
-        made.register_fake(fake)
-        return made
+    def __call__(self, *inputs: Any) -> Sequence[Tensor]:
+        """All results. Eager code goes without the operator, whose call would take longer than the kernel."""
+        return self.operator(*inputs) if torch.compiler.is_compiling() else self.function.apply(*inputs)
 
-    gradients = ", ".join(f"Tensor gradient_{i}" for i in range(results))
-    schema = f"({gradients}, {arguments}) -> Tensor[]"
-    differentiate = define(f"{name}_backward", backward, schema, lambda *inputs: _like(*inputs[results:]))
 
-    def keep(ctx, inputs, output):
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
-        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
+def _keep(ctx: Any, inputs: tuple, output: Any = None) -> None:
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+    ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
 
-    def run_backward(ctx, gradients):
+
+def _gradients_by(backward: Callable) -> Callable:
+    def gradients(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
         inputs = [constant if x is None else x for x, constant in zip(ctx.saved_tensors, ctx.constants)]
-        found = iter(differentiate(*gradients, *inputs))
+        results = given[0] if isinstance(given[0], list) else given  # an operator's are in one list
+        found = (y for y in backward(*results, *inputs) if y is not None)
         return tuple(next(found) if isinstance(x, Tensor) else None for x in inputs)
 
-    operator = define(name, forward, f"({arguments}) -> Tensor[]", fake)
-    operator.register_autograd(run_backward, setup_context=keep)
+    return gradients
+
+
+def _function(name: str, run: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        _keep(ctx, inputs)
+        return tuple(y for y in run(*inputs) if y is not None)
+
+    differentiate = torch.autograd.function.once_differentiable(_gradients_by(backward))
+    # Profiles say ``name`` and ``nameBackward``.
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    )
+
+
+def _define(name: str, arguments: str, function: Callable, fake: Callable) -> torch.library.CustomOpDef:
+    """An operator that returns a list. None of its tensors may be a part of another."""
+
+    def apart(*inputs: Any) -> list[Tensor]:
+        given = (y for y in function(*inputs) if y is not None)
+        return [y if y.untyped_storage().nbytes() == y.nbytes else y.clone() for y in given]
+
+    schema = f"({arguments}) -> Tensor[]"
+    operator = torch.library.custom_op(f"loglinear::{name}", apart, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
     return operator
 
 
@@ -177,7 +194,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-discretise_operator = _operator(
+discretise_kernel = Kernel(
     "discretise",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor x",
     2,
@@ -185,7 +202,7 @@ discretise_operator = _operator(
     lambda dg, dv, *inputs: _kernels("gates").backward(dg, dv, None, None, *inputs, None),
     lambda rate, dt_bias, A_log, x: [_wide(rate), *_like(x)],
 )
-gates_operator = _operator(
+gates_kernel = Kernel(
     "gates",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor strength",
     2,
@@ -193,7 +210,7 @@ gates_operator = _operator(
     lambda dg, dbeta, *inputs: _kernels("gates").backward(dg, None, None, dbeta, *inputs[:3], None, inputs[3]),
     lambda rate, dt_bias, A_log, strength: [_wide(rate), _wide(strength)],
 )
-level_scales_operator = _operator(
+level_scales_kernel = Kernel(
     "level_scales",
     "Tensor dl, Tensor L",
     1,
@@ -201,7 +218,7 @@ level_scales_operator = _operator(
     lambda *inputs: _kernels("gates").level_scales_backward(*inputs),
     lambda dl, L: [dl.new_empty(*dl.shape[:2], *L.shape)],
 )
-gated_norm_operator = _operator(
+gated_norm_kernel = Kernel(
     "gated_norm",
     "Tensor x, Tensor gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale",
     1,
@@ -209,7 +226,7 @@ gated_norm_operator = _operator(
     lambda *inputs: _kernels("gated_norm").backward(*inputs),
     lambda x, *others: _like(x),
 )
-unit_length_operator = _operator(
+unit_length_kernel = Kernel(
     "unit_length",
     "Tensor q, Tensor k",
     2,
@@ -219,64 +236,19 @@ unit_length_operator = _operator(
 )
 
 
-class Gates(torch.autograd.Function):
-    """Decay, values and writing strength."""
+class Discretise(torch.autograd.Function):
+    """Decay and values, and x again, whose gradient is added to that of the values as it is made."""
 
     @staticmethod
-    def forward(ctx, rate, dt_bias, A_log, x, strength):
-        ctx.save_for_backward(rate, dt_bias, A_log, x, strength)
-        g, v, beta = _kernels("gates").forward(rate, dt_bias, A_log, x, strength)
-        return g, v, beta, x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dg, dv, dbeta, dskip):
-        return _kernels("gates").backward(dg, dv, dskip, dbeta, *ctx.saved_tensors)
-
-
-class LevelScales(torch.autograd.Function):
-    """λ."""
-
-    @staticmethod
-    def forward(ctx, dl, L):
-        ctx.save_for_backward(dl, L)
-        return _kernels("gates").level_scales(dl, L)
+    def forward(ctx, rate, dt_bias, A_log, x):
+        ctx.save_for_backward(rate, dt_bias, A_log, x)
+        g, v, _ = _kernels("gates").forward(rate, dt_bias, A_log, x, None)
+        return g, v, x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dscales):
-        return _kernels("gates").level_scales_backward(dscales, *ctx.saved_tensors)
-
-
-class GatedNorm(torch.autograd.Function):
-    """The gated norm with its skip."""
-
-    @staticmethod
-    def forward(ctx, x, gate, weight, eps, gate_first, skip, skip_scale):
-        ctx.save_for_backward(x, gate, weight, skip, skip_scale)
-        ctx.kind = eps, gate_first
-        return _kernels("gated_norm").forward(x, gate, weight, eps, gate_first, skip, skip_scale)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        x, gate, weight, skip, skip_scale = ctx.saved_tensors
-        grads = _kernels("gated_norm").backward(dout, x, gate, weight, *ctx.kind, skip, skip_scale)
-        return *grads[:3], None, None, *grads[3:]
-
-
-class Units(torch.autograd.Function):
-    """Queries and keys of unit length."""
-
-    @staticmethod
-    def forward(ctx, q, k):
-        ctx.save_for_backward(q, k)
-        return _kernels("unit_length").forward(q, k)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dunit_q, dunit_k):
-        return _kernels("unit_length").backward(dunit_q, dunit_k, *ctx.saved_tensors)
+    def backward(ctx, dg, dv, dskip):
+        return _kernels("gates").backward(dg, dv, dskip, None, *ctx.saved_tensors, None)[:4]
 
 
 class SiluProduct(torch.autograd.Function):

@@ -19,6 +19,7 @@ T = 13 if INTERPRETED else 1500
 def on_the_kernels(monkeypatch):
     """Small programs, several of them with several tiles each; the number of calls of each kernel's host function."""
     monkeypatch.setattr(gated_norm, "PROGRAMS", 3)
+    monkeypatch.setattr(gated_norm, "PROGRAMS_FORWARD", 2)
     monkeypatch.setattr(gates, "PROGRAMS", 2)
     if INTERPRETED:
         monkeypatch.setattr(gated_norm, "NUMBERS", 256)
