@@ -195,6 +195,8 @@ def pointwise_resources(target: str) -> list[Resources]:
         gated_norm.backward(y, *first)
         o = meta(2, T, 6, 128)
         gated_norm.backward(o, o, o, meta(128, kind=wide), 1e-6, False, None, None)
+        hidden, weight = meta(2, T, 1536, kind=wide), meta(1536, kind=wide)
+        gated_norm.backward(hidden, hidden, None, weight, 1e-6, False, None, None)
         gates.backward(meta(2, T, 16, kind=wide), v, v, None, rate, D, D, v, None)
         scales = meta(2, T, 16 * levels), meta(16, levels, kind=wide)
         gates.level_scales_backward(meta(2, T, 16, levels), *scales)

@@ -1,4 +1,4 @@
-"""GATED NORM: root-mean-square norm with a SiLU gate before or after it, and what is added first; one kernel each way.
+"""GATED NORM: root-mean-square norm, a SiLU gate before or after it or none, and what is added first; one kernel each way.
 
 Special about this file: nothing is kept but the inputs. A program holds whole rows in registers, so that a backward pass makes
 the norm's sums again without a second pass over memory. Gradients of the weights are partial sums of a program's rows.
@@ -40,7 +40,10 @@ def _tile(
     first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows from ``first`` on: (their tokens, offsets in these, mask, the skip's input, x with its skip, gate, its sigmoid)."""
+    """Rows from ``first`` on: (their tokens, offsets in these, mask, the skip's input, x with its skip, gate, its sigmoid).
+
+    What there is none of is x instead.
+    """
     row = first + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (columns < WIDTH)[None, :]
@@ -51,8 +54,12 @@ def _tile(
     if SKIP > 0:
         skipped = _load(skip, stride_skip, tokens, inner, inside)
         value += skipped * _scale_of(skip_scale, columns, WIDTH, SKIP)
-    z = _load(gate, stride_gate, tokens, inner, inside)
-    return tokens, inner, inside, skipped, value, z, tl.sigmoid(z)
+    z = value
+    opening = value
+    if gate is not None:
+        z = _load(gate, stride_gate, tokens, inner, inside)
+        opening = tl.sigmoid(z)
+    return tokens, inner, inside, skipped, value, z, opening
 
 
 @triton.jit
@@ -103,7 +110,7 @@ def gated_norm_kernel(
         if GATE_FIRST:
             value *= z * opening
         result = value * _inverse(tl.sum(value * value, 1), first, rows, eps, WIDTH, ROWS) * scale
-        if not GATE_FIRST:
+        if gate is not None and not GATE_FIRST:
             result *= z * opening
         tl.store(out + _offsets(first, WIDTH, ROWS, COLUMNS), result.to(out.dtype.element_ty), mask=inside)
 
@@ -141,14 +148,17 @@ def gated_norm_grads_kernel(
             COLUMNS,
         )
         gradient = _load(dout, stride_dout, tokens, inner, inside)
-        silu = z * opening
-        slope = common.silu_slope(z, opening)
-        if GATE_FIRST:  # of what is normalised
-            dz = value * slope
-            value *= silu
-        else:
-            dz = gradient * scale * slope
-            gradient *= silu
+        silu = z
+        dz = z
+        if gate is not None:
+            silu = z * opening
+            slope = common.silu_slope(z, opening)
+            if GATE_FIRST:  # of what is normalised
+                dz = value * slope
+                value *= silu
+            else:
+                dz = gradient * scale * slope
+                gradient *= silu
         squares, product = tl.reduce((value * value, gradient * scale * value), 1, _two_sums)
         inverse = _inverse(squares, first, rows, eps, WIDTH, ROWS)
         normed = value * inverse
@@ -160,7 +170,8 @@ def gated_norm_grads_kernel(
         else:
             dz *= normed
         offsets = _offsets(first, WIDTH, ROWS, COLUMNS)
-        tl.store(dgate + offsets, dz.to(dgate.dtype.element_ty), mask=inside)
+        if gate is not None:
+            tl.store(dgate + offsets, dz.to(dgate.dtype.element_ty), mask=inside)
         tl.store(dx + offsets, gradient.to(dx.dtype.element_ty), mask=inside)
         if SKIP > 0:
             factor = _scale_of(skip_scale, columns, WIDTH, SKIP)
@@ -187,6 +198,10 @@ def _constants(x: Tensor, weight: Tensor, skip_scale: Tensor | None, gate_first:
     }
 
 
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(1)
+
+
 def _parts(rows: int, constants: dict, programs: int) -> tuple[int, int]:
     """(blocks of rows of a program, programs): about as many programs as wanted."""
     blocks = cdiv(rows, constants["ROWS"])
@@ -196,7 +211,7 @@ def _parts(rows: int, constants: dict, programs: int) -> tuple[int, int]:
 
 def forward(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     weight: Tensor,
     eps: float,
     gate_first: bool,
@@ -205,15 +220,14 @@ def forward(
 ) -> Tensor:
     """``norm(y · silu(gate)) · weight`` or ``norm(y) · weight · silu(gate)``, contiguous, of x's shape and dtype.
 
-    ``y = x``, or ``x + skip_scale · skip``.
+    ``y = x``, or ``x + skip_scale · skip``. Without a gate ``norm(y) · weight``.
 
     Args:
-        x, gate, skip: ``[B, T, heads, width]`` or ``[B, T, width]``, at most 32 bits, skip only the latter.
+        x, gate, skip: ``[B, T, heads, width]`` or ``[B, T, width]``, at most 32 bits, skip only the latter. gate may be None.
         weight: ``[width]``. skip_scale: ``[n]``, one number for every ``width / n`` columns. gate_first: which of both.
     """
     shape = x.shape
-    x, gate = token_rows(x), token_rows(gate)
-    skip = None if skip is None else token_rows(skip)
+    x, gate, skip = (None if y is None else token_rows(y) for y in (x, gate, skip))
     weight, skip_scale = weight.contiguous(), None if skip_scale is None else skip_scale.contiguous()
     constants = _constants(x, weight, skip_scale, gate_first)
     out = common.scratch(tuple(shape), x.dtype, x.device)
@@ -222,7 +236,7 @@ def forward(
     if programs:
         common.launch(
             gated_norm_kernel, programs, x, gate, skip, skip_scale, weight, out,
-            x.stride(1), gate.stride(1), 0 if skip is None else skip.stride(1), rows, tiles, eps, **constants,
+            x.stride(1), _stride(gate), _stride(skip), rows, tiles, eps, **constants,
         )  # fmt: skip
     return out
 
@@ -230,7 +244,7 @@ def forward(
 def backward(
     dout: Tensor,
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     weight: Tensor,
     eps: float,
     gate_first: bool,
@@ -241,12 +255,11 @@ def backward(
     every run.
     """
     width = weight.shape[0]
-    dout, x, gate = (token_rows(y) for y in (dout, x, gate))
-    skip = None if skip is None else token_rows(skip)
+    dout, x, gate, skip = (None if y is None else token_rows(y) for y in (dout, x, gate, skip))
     weight, skip_scale = weight.contiguous(), None if skip_scale is None else skip_scale.contiguous()
     constants = _constants(x, weight, skip_scale, gate_first)
-    dx, dgate = (common.scratch(tuple(y.shape), y.dtype, y.device) for y in (x, gate))
-    dskip = None if skip is None else common.scratch(tuple(skip.shape), skip.dtype, skip.device)
+    given = (x, gate, skip)
+    dx, dgate, dskip = (None if y is None else common.scratch(tuple(y.shape), y.dtype, y.device) for y in given)
     rows = x.numel() // width
     constants["num_warps"] = min(max(constants["COLUMNS"] // 128, 4), 32)
     tiles, programs = _parts(rows, constants, PROGRAMS)
@@ -254,7 +267,7 @@ def backward(
     if programs:
         common.launch(
             gated_norm_grads_kernel, programs, dout, x, gate, skip, skip_scale, weight, dx, dgate, dskip, partial,
-            dout.stride(1), x.stride(1), gate.stride(1), 0 if skip is None else skip.stride(1), rows, tiles, eps,
+            dout.stride(1), x.stride(1), _stride(gate), _stride(skip), rows, tiles, eps,
             **constants,
         )  # fmt: skip
     sums = partial.sum(0)

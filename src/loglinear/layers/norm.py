@@ -20,6 +20,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., width]`` to the same shape and dtype."""
+        if pointwise.takes_plain_norm(x, self.weight):
+            return pointwise.norm(x, self.weight, self.eps)
         if x.dtype == self.weight.dtype:  # widens by itself
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self._normalise(wide(x)).to(x.dtype)

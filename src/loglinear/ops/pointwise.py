@@ -95,6 +95,18 @@ def gated_norm(
     return gated_norm_kernel(x, gate, weight, eps, gate_first, skip, skip_scale)[0]
 
 
+def takes_plain_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``norm`` takes these. Compiled code makes the norm with what is added before it."""
+    return (
+        not torch.compiler.is_compiling() and takes_rows(x) and weight.shape == x.shape[-1:] and has_kernels(x, weight)
+    )
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of ``kernels.gated_norm`` without a gate."""
+    return gated_norm_kernel(x, None, weight, eps, False, None, None)[0]
+
+
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k over their lengths; see ``kernels.unit_length``."""
     q, k = unit_length_kernel(q, k)
@@ -220,7 +232,7 @@ level_scales_kernel = Kernel(
 )
 gated_norm_kernel = Kernel(
     "gated_norm",
-    "Tensor x, Tensor gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale",
+    "Tensor x, Tensor? gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale",
     1,
     lambda *inputs: [_kernels("gated_norm").forward(*inputs)],
     lambda *inputs: _kernels("gated_norm").backward(*inputs),

@@ -112,6 +112,16 @@ def test_gated_norm(device, gate_first, heads, width, parts, low):
     compare(kernel_norm(gate_first), plain_norm(gate_first), lower(inputs, names), names)
 
 
+@pytest.mark.parametrize(("width", "low"), [(24, False), (40, True)])
+def test_norm(device, width, low):
+    def plain(x, weight):
+        return [F.rms_norm(x.to(weight.dtype), (width,), weight, 1e-3).to(x.dtype)]
+
+    inputs = {name: norm_inputs(device, None, width)[name] for name in ("x", "weight")}
+    names = ("x",) if low else ()
+    compare(lambda x, weight: [pointwise.norm(x, weight, 1e-3)], plain, lower(inputs, names), names)
+
+
 def step_of(rate, dt_bias):
     return F.softplus((rate if rate.dtype == torch.float64 else rate.float()) + dt_bias)
 
