@@ -102,16 +102,22 @@ def profile(step: Callable[[], object]) -> dict:
 
 
 def milliseconds_by_part(trace: dict, weights: Weights) -> dict[str, float]:
-    """Milliseconds of kernels by part, which add up to all of them; under "products" those of matrix products once more."""
+    """Milliseconds of kernels by part, which add up to the time in which any ran; under "products" those of matrix products
+    once more. Where kernels of two streams overlap, the time is that of the first.
+    """
     kernels = sorted(launched(trace["traceEvents"]), key=lambda kernel: kernel.start)
     for kernel in kernels:
         if kernel.sizes and not kernel.part:
             kernel.part = weights.part(kernel.sizes)
     _place(kernels)
     times = dict.fromkeys((*PARTS, "products"), 0.0)
+    busy_until = 0.0
     for kernel in kernels:
-        times[kernel.part] += kernel.duration / 1e3
-        times["products"] += kernel.duration / 1e3 if kernel.sizes and kernel.part != "op" else 0.0
+        end = kernel.start + kernel.duration
+        own = max(end - max(kernel.start, busy_until), 0.0) / 1e3
+        busy_until = max(busy_until, end)
+        times[kernel.part] += own
+        times["products"] += own if kernel.sizes and kernel.part != "op" else 0.0
     return times
 
 

@@ -304,6 +304,19 @@ def test_every_kernel_belongs_to_one_part():
     assert got == pytest.approx(want | {"products": 4 + 64 + 131072 + 256 + 1024 + 4096 + 16384})
 
 
+def test_time_is_counted_once_where_streams_overlap():
+    from training_parts import Weights, milliseconds_by_part
+
+    trace = Trace()
+    trace.launch(("first", 8), op="loglinear::attention")
+    trace.gpu -= 5_000
+    trace.launch(("beside", 4), ("inside", 1), op="loglinear::attention")
+    trace.gpu -= 3_000
+    trace.launch(("convolution_kernel", 5), op="loglinear::convolution")  # 3 of its 5 ms beside them
+    got = milliseconds_by_part({"traceEvents": trace.events}, Weights.of(model_of("gated_deltanet")))
+    assert (got["op"], got["convolution"], sum(got.values())) == pytest.approx((8, 2, 10))
+
+
 def test_a_profiled_step_names_the_operators_that_parts_go_by():
     """A trace of this torch: operators on the host are each given a kernel of 1 ms, since there is no GPU."""
     from training_models import Column
