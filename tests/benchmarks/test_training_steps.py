@@ -330,12 +330,13 @@ def test_a_profiled_step_names_the_operators_that_parts_go_by():
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     leaves = re.compile(r"aten::(mm|addcdiv_|_scaled_dot_product_flash_attention_for_cpu(_backward)?)$")
     made = []
-    for i, event in enumerate(event for event in events if leaves.match(event["name"])):
+    found = sorted((event for event in events if leaves.match(event["name"])), key=lambda event: event["ts"])
+    for i, event in enumerate(found):
         args = {"correlation": i}
         made.append(
             {"ph": "X", "cat": "cuda_runtime", "name": "", "ts": event["ts"], "tid": event["tid"], "args": args}
         )
-        made.append({"ph": "X", "cat": "kernel", "name": "", "ts": event["ts"], "dur": 1e3, "args": args})
+        made.append({"ph": "X", "cat": "kernel", "name": "", "ts": 1e3 * i, "dur": 1e3, "args": args})
     times = milliseconds_by_part({"traceEvents": events + made}, Weights.of(model))
     # Products of two layers: four projections, three of the MLP; forward, and two in the backward. The loss may take pieces.
     assert times["products"] == times["projections"] + times["mlp"] + times["loss"]
