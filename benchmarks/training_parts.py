@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loglinear.layers.linear import MULTIPLE
 from training_models import OPTIMISER, matrices
 
 PARTS = ("op", "projections", "convolution", "norms", "mlp", "loss", "optimiser", "other")
@@ -60,9 +61,14 @@ class Weights:
     @classmethod
     def of(cls, model: nn.Module) -> Weights:
         pairs: dict[str, set[tuple[int, int]]] = {"loss": set(), "mlp": set(), "projections": set()}
-        for name, module in matrices(model).items():
+        layers = matrices(model)
+        for name, module in layers.items():
             part = "loss" if name == "lm_head" else "mlp" if ".mlp." in name else "projections"
             pairs[part].add((module.in_features, module.out_features))
+            if name.endswith("level_scale.dl_proj"):  # in training one product with the input projection
+                beside = layers[name.replace("level_scale.dl_proj", "in_proj")].out_features
+                joined = sum(-(-n // MULTIPLE) * MULTIPLE for n in (beside, module.out_features))
+                pairs[part].add((module.in_features, joined))
         return cls(pairs)
 
     def part(self, sizes: tuple[int, ...]) -> str:

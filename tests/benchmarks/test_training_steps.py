@@ -304,6 +304,17 @@ def test_every_kernel_belongs_to_one_part():
     assert got == pytest.approx(want | {"products": 4 + 64 + 131072 + 256 + 1024 + 4096 + 16384})
 
 
+def test_two_projections_in_one_product_are_projections():
+    from training_parts import Weights
+
+    model = model_of("log_linear_gated_deltanet")
+    levels = model.model.layers[0].mixer.level_scale.dl_proj.out_features
+    assert (
+        Weights.of(model).part((256, 304 + -(-levels // 16) * 16, 64)) == "projections"
+    )  # in_proj: 290, in whole rows of 16
+    assert Weights.of(model).part((256, 304 + -(-levels // 16) * 16 + 16, 64)) == "other"
+
+
 def test_time_is_counted_once_where_streams_overlap():
     from training_parts import Weights, milliseconds_by_part
 

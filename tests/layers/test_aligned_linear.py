@@ -1,10 +1,13 @@
-"""AlignedLinear is nn.Linear, whichever way its product is taken."""
+"""AlignedLinear is nn.Linear, whichever way its product is taken, alone or with another's."""
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
-from loglinear.layers import linear
-from loglinear.layers.linear import AlignedLinear, aligned_product
+from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, linear
+from loglinear.layers.linear import AlignedLinear, aligned_product, projections
 
 
 def test_the_padded_product_and_its_gradients_are_those_of_a_linear_layer():
@@ -35,3 +38,93 @@ def test_few_tokens_and_the_cpu_take_the_weight_as_it_is(monkeypatch):
     assert not taken
     layer(many.as_subclass(cuda))
     assert taken == [many.shape]
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Products are joined here too; the fixture counts them."""
+    products = []
+    monkeypatch.setattr(linear, "_worth_it", lambda input: True)
+    monkeypatch.setattr(linear.F, "linear", lambda x, w, *b, f=F.linear: products.append(w.shape[0]) or f(x, w, *b))
+    return products
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return [AlignedLinear(5, width).double() for width in (21, 7)], torch.randn(2, 3, 5, dtype=torch.float64)
+
+
+def results(x, outputs, layers):
+    loss = sum((out.square() * torch.arange(out.shape[-1])).sum() for out in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [x, *(layer.weight for layer in layers)])]
+
+
+def test_two_projections_are_one_product(joined):
+    layers, x = two_layers()
+    x.requires_grad_()
+    got = results(x, projections(x, *layers), layers)
+    assert joined == [32 + 16]
+    for one, other in zip(got, results(x, [layer(x) for layer in layers], layers), strict=True):
+        torch.testing.assert_close(one, other)
+    assert got[1].storage_offset() % linear.MULTIPLE == 0
+
+
+class Adapted(AlignedLinear):
+    """As adapters replace a layer: its weight is not all of it."""
+
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("change", ["adapter", "hook", "dtype", "parametrization"])
+def test_layers_that_do_more_than_their_weight_are_called(joined, change, number):
+    layers, x = two_layers()
+    if change == "adapter":
+        adapted = Adapted(5, layers[number].out_features).double()
+        adapted.load_state_dict(layers[number].state_dict())
+        layers[number] = adapted
+    elif change == "hook":
+        layers[number].register_forward_hook(lambda layer, inputs, output: output + 1)
+    elif change == "dtype":
+        layers[number].bfloat16()
+        layers[number].register_forward_pre_hook(lambda layer, inputs: inputs[0].bfloat16())
+    else:
+        register_parametrization(layers[number], "weight", nn.Identity())
+    want = [layer(x) for layer in layers]
+    joined.clear()
+    for got, other in zip(projections(x, *layers), want, strict=True):
+        assert torch.equal(got, other)
+    assert len(joined) == 2
+
+
+def test_nothing_is_joined_without_gradients_or_on_the_cpu():
+    layers, x = two_layers()
+    cuda = x.repeat(100, 1, 1).as_subclass(type("OnCuda", (torch.Tensor,), {"is_cuda": True}))
+    assert linear.joins(cuda, *layers)
+    assert not linear.joins(cuda[:2], *layers)
+    assert not linear.joins(x.repeat(100, 1, 1), *layers)
+    with torch.no_grad():
+        assert not linear.joins(cuda, *layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [(LogLinearMamba2, {}), (LogLinearGatedDeltaNet, {"key_dim": 8, "value_dim": 16})]
+)
+def test_mixers_compile_with_one_product(joined, kind, sizes):
+    """Into one graph, to the numbers of the layers called one by one."""
+    torch.manual_seed(0)
+    mixer, hidden = kind(24, num_heads=2, num_levels=5, **sizes).double(), torch.randn(1, 70, 24, dtype=torch.float64)
+    parameters = list(mixer.parameters())
+
+    def run(function):
+        out, _ = function(hidden)
+        return [out, *torch.autograd.grad(out.square().sum(), parameters)]
+
+    torch._dynamo.reset()
+    got = run(torch.compile(mixer, backend="aot_eager", fullgraph=True))
+    assert len(joined) == 2, "the input's and the output's"
+    torch._dynamo.reset()
+    linear._worth_it = lambda input: False  # the fixture puts it back
+    for one, other in zip(got, run(mixer), strict=True):
+        torch.testing.assert_close(one, other)

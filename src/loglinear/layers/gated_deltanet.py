@@ -16,7 +16,7 @@ from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
-from loglinear.layers.linear import AlignedLinear
+from loglinear.layers.linear import AlignedLinear, projections
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
@@ -87,12 +87,10 @@ class LogLinearGatedDeltaNet(StatedInit):
         cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
-        for_levels = hidden
-        if self.level_scale is not None:
-            hidden, for_levels = pointwise.twice(hidden)
-        projected = self.in_proj(hidden)
+        levels = self.level_scale
+        projected, dl = projections(hidden, self.in_proj, None if levels is None else levels.dl_proj)
         if state is not None and step.takes(self, projected, state, cu_seqlens):
-            return self.out_proj(self._step(for_levels, projected, state)), state if output_state else None
+            return self.out_proj(self._step(dl, projected, state)), state if output_state else None
         qkv, gate, a, b = projected.split(self.in_widths, dim=-1)
         qkv, conv_tail = convolve(self.conv, qkv, state, cu_seqlens, self.context_group)
         q, k, v = qkv.split(self.conv_widths, dim=-1)
@@ -105,7 +103,7 @@ class LogLinearGatedDeltaNet(StatedInit):
             "g": g,
             "beta": beta,
         }
-        scales = self.level_scale(for_levels) if self.level_scale is not None else None
+        scales = None if levels is None or dl is None else levels.of(dl)
         o, new_state = mix(
             inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
         )
@@ -118,11 +116,11 @@ class LogLinearGatedDeltaNet(StatedInit):
             return pointwise.gates(a, b, self.dt_bias, self.A_log)
         return -torch.exp(wide(self.A_log)) * F.softplus(wide(a) + wide(self.dt_bias)), torch.sigmoid(wide(b))
 
-    def _step(self, hidden: Tensor, projected: Tensor, state: RecurrentMixerState) -> Tensor:
+    def _step(self, dl: Tensor | None, projected: Tensor, state: RecurrentMixerState) -> Tensor:
         """``forward`` from the input to the output projection where ``step.takes`` it."""
         channels, values, heads, _ = self.in_widths
         columns = Columns(conv=0, rate=channels + values, beta=channels + values + heads)
-        mixed, _, gates = step.convolve_and_gate(self, hidden, projected, state, columns)
+        mixed, _, gates = step.convolve_and_gate(self, dl, projected, state, columns)
         q, k, v = mixed.split(self.conv_widths, dim=-1)
         q, k = (x.unflatten(-1, (self.num_key_heads, -1)) for x in (q, k))
         o = step.recur(q, k, v.unflatten(-1, (self.num_heads, -1)), gates, state)

@@ -38,7 +38,10 @@ class LevelScale(StatedInit):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden ``[B, T, hidden_size]`` to λ ``[B, T, H, levels]`` > 0, in the dtype of the projection."""
-        dl = self.dl_proj(hidden)
+        return self.of(self.dl_proj(hidden))
+
+    def of(self, dl: Tensor) -> Tensor:
+        """The same of ``dl_proj``'s output."""
         if dl.dim() == 3 and pointwise.has_kernels(dl, self.L):
             return pointwise.level_scales(dl, self.L)
         dl = dl.unflatten(-1, self.L.shape)

@@ -16,7 +16,7 @@ from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
-from loglinear.layers.linear import AlignedLinear
+from loglinear.layers.linear import AlignedLinear, projections
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
@@ -91,12 +91,10 @@ class LogLinearMamba2(StatedInit):
         cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
-        for_levels = hidden
-        if self.level_scale is not None:
-            hidden, for_levels = pointwise.twice(hidden)
-        projected = self.in_proj(hidden)
+        levels = self.level_scale
+        projected, dl = projections(hidden, self.in_proj, None if levels is None else levels.dl_proj)
         if state is not None and step.takes(self, projected, state, cu_seqlens):
-            return self.out_proj(self._step(for_levels, projected, state)), state if output_state else None
+            return self.out_proj(self._step(dl, projected, state)), state if output_state else None
         z, xBC, dt = projected.split(self.in_widths, dim=-1)
         xBC, conv_tail = convolve(self.conv, xBC, state, cu_seqlens, self.context_group)
         x, B, C = xBC.split(self.conv_widths, dim=-1)
@@ -109,7 +107,7 @@ class LogLinearMamba2(StatedInit):
             "v": v,
             "g": g,
         }
-        scales = self.level_scale(for_levels) if self.level_scale is not None else None
+        scales = None if levels is None or dl is None else levels.of(dl)
         y, new_state = mix(
             inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
         )
@@ -123,11 +121,11 @@ class LogLinearMamba2(StatedInit):
         dt = F.softplus(wide(dt) + wide(self.dt_bias))
         return (x * dt.unsqueeze(-1)).to(x.dtype), -torch.exp(wide(self.A_log)) * dt, x
 
-    def _step(self, hidden: Tensor, projected: Tensor, state: RecurrentMixerState) -> Tensor:
+    def _step(self, dl: Tensor | None, projected: Tensor, state: RecurrentMixerState) -> Tensor:
         """``forward`` from the input to the output projection where ``step.takes`` it."""
         inner, channels, _ = self.in_widths
         columns = Columns(conv=inner, rate=inner + channels, scaled=inner)
-        mixed, v, gates = step.convolve_and_gate(self, hidden, projected, state, columns)
+        mixed, v, gates = step.convolve_and_gate(self, dl, projected, state, columns)
         assert v is not None
         x, B, C = mixed.split(self.conv_widths, dim=-1)
         q, k = (y.unflatten(-1, (self.num_groups, -1)) for y in (C, B))

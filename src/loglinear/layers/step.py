@@ -55,11 +55,10 @@ def takes(
 
 
 def convolve_and_gate(
-    mixer: RecurrentMixer, hidden: Tensor, projected: Tensor, state: RecurrentMixerState, columns: fused.Columns
+    mixer: RecurrentMixer, dl: Tensor | None, projected: Tensor, state: RecurrentMixerState, columns: fused.Columns
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """The convolution's outputs ``[B, T, channels]``, v if it is scaled ``[B, T, H·V]``, and g, beta and level_scales."""
-    conv, levels = mixer.conv, mixer.level_scale
-    dl, L = (None, None) if levels is None else (levels.dl_proj(hidden), levels.L)
+    conv, L = mixer.conv, None if mixer.level_scale is None else mixer.level_scale.L
     mixed, v, g, beta, scales = fused.step_inputs(
         projected, dl, state.conv, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, L, tuple(columns)
     )
