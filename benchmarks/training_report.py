@@ -32,40 +32,48 @@ RATIOS = (  # (what, (model, T), over (model, T), at least)
 )
 OUTSIDE = 0.35  # largest share of a step outside of matrix products and the op
 LONGEST = 1 << 19  # tokens that a step must take
+OVERTAKES = 1 << 13  # tokens, from which on
 
 
 def report(rows: list[dict]) -> str:
-    """The figures that these rows give, a line each, with what is required."""
-    rate = {(row["model"], row["T"]): row for row in rows}
-    lines = []
+    """The figures that rows of one process give, a line each, with what is required."""
+    return "\n".join(f"{what}: {figure}" for what, figure in figures(rows).items())
+
+
+def figures(rows: list[dict]) -> dict[str, str]:
+    """What the rows of one process say, and the figure with what is required."""
+    rate = {(row["model"], row["T"]): row for row in rows if not row["longest"]}
+    found = {}
     for what, one, other, least in RATIOS:
         if one in rate and other in rate:
             ratio = rate[one]["tokens_per_s"] / rate[other]["tokens_per_s"]
             alike = rate[one]["checkpointing"] == rate[other]["checkpointing"]
             note = "" if alike else "; only one of them checkpoints activations"
-            lines.append(f"{what}: {ratio:.2f}x (required {least}x{note})")
+            found[what] = f"{ratio:.2f}x (required {least}x{note})"
     if (context := overtakes(rows)) is not None:
-        lines.append(f"Log-Linear Mamba-2 is faster than the Transformer, FlashAttention-2, from {context:,} tokens on")
+        found["Log-Linear Mamba-2 is faster than the Transformer, FlashAttention-2"] = (
+            f"from {context:,} tokens on (required {OVERTAKES:,})"
+        )
     for row in rows:
         if row["model"].startswith("log_linear_") and "outside_share" in row and row["T"] == 1 << 14:
-            share = row["outside_share"]
-            lines.append(
-                f"{row['model']} outside of products and op at 16K: {share:.1%} (required at most {OUTSIDE:.0%})"
-            )
+            what = f"{row['model']} outside of products and op at 16K"
+            found[what] = f"{row['outside_share']:.1%} (required at most {OUTSIDE:.0%})"
     if longest := [row for row in rows if row["longest"]]:
         row = max(longest, key=lambda row: row["T"])
         memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**30:.1f} GiB"
-        lines.append(f"longest context in one step: {row['T']:,} tokens{memory} (required {LONGEST:,})")
-    return "\n".join(lines)
+        found["longest context in one step"] = f"{row['T']:,} tokens{memory} (required {LONGEST:,})"
+    return found
 
 
 def overtakes(rows: list[dict]) -> int | None:
-    """The shortest measured length from which Log-Linear Mamba-2 stays ahead of the Transformer with FlashAttention-2."""
+    """The shortest of several measured lengths from which Log-Linear Mamba-2 stays ahead of the Transformer with
+    FlashAttention-2.
+    """
     rates = [
         {row["T"]: row["tokens_per_s"] for row in rows if row["model"] == name} for name in ("log_linear_mamba2", FLASH)
     ]
-    ahead = None
-    for length in sorted(rates[0].keys() & rates[1].keys(), reverse=True):
+    ahead, lengths = None, rates[0].keys() & rates[1].keys()
+    for length in sorted(lengths, reverse=True) if len(lengths) > 1 else ():
         if rates[0][length] < rates[1][length]:
             break
         ahead = length

@@ -103,7 +103,7 @@ class LogLinearGatedDeltaNet(StatedInit):
             "g": g,
             "beta": beta,
         }
-        scales = None if levels is None or dl is None else levels.of(dl)
+        scales = None if levels is None else levels(hidden, dl)
         o, new_state = mix(
             inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
         )

@@ -36,12 +36,12 @@ class LevelScale(StatedInit):
     def initial_values(self) -> dict[str, Tensor]:
         return {"L": torch.ones_like(self.L)}
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden ``[B, T, hidden_size]`` to λ ``[B, T, H, levels]`` > 0, in the dtype of the projection."""
-        return self.of(self.dl_proj(hidden))
+    def forward(self, hidden: Tensor, dl: Tensor | None = None) -> Tensor:
+        """hidden ``[B, T, hidden_size]`` to λ ``[B, T, H, levels]`` > 0, in the dtype of the projection.
 
-    def of(self, dl: Tensor) -> Tensor:
-        """The same of ``dl_proj``'s output."""
+        dl: what ``dl_proj`` makes of hidden, if it is there already.
+        """
+        dl = self.dl_proj(hidden) if dl is None else dl
         if dl.dim() == 3 and pointwise.has_kernels(dl, self.L):
             return pointwise.level_scales(dl, self.L)
         dl = dl.unflatten(-1, self.L.shape)

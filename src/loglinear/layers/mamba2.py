@@ -107,7 +107,7 @@ class LogLinearMamba2(StatedInit):
             "v": v,
             "g": g,
         }
-        scales = None if levels is None or dl is None else levels.of(dl)
+        scales = None if levels is None else levels(hidden, dl)
         y, new_state = mix(
             inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
         )

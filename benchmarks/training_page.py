@@ -1,0 +1,120 @@
+"""The tables of docs/training.md from committed rows alone: ``python benchmarks/training_page.py``.
+
+Special about this file: what stands between the marks is made here, and a test compares it with what the committed rows give;
+the rest of the page is written by hand. A ratio is of rows of one commit, the newest that has both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measure import RESULTS
+from reporting.text import table
+from training_parts import PARTS
+from training_report import NAME, figures
+
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+BEGIN, END = "<!-- rows -->", "<!-- /rows -->"
+SHOWN = {
+    "log_linear_mamba2": "Log-Linear Mamba-2",
+    "mamba2": "Mamba-2, our kernels",
+    "mamba2, ssd": "Mamba-2, SSD",
+    "log_linear_gated_deltanet": "Log-Linear Gated DeltaNet",
+    "gated_deltanet": "Gated DeltaNet, our kernels",
+    "gated_deltanet, fla 0.2.2": "Gated DeltaNet, flash-linear-attention 0.2.2",
+    "transformer, flash attention 2": "Transformer, FlashAttention-2",
+    "transformer, cudnn": "Transformer, cuDNN attention",
+}
+
+
+def newest(rows: list[dict]) -> list[dict]:
+    """The last row of each kind of step, by context and model."""
+    kinds = ("longest", "model", "T", "tokens", "residual", "offload", "compiled", "checkpointing")
+    found = {tuple(row[kind] for kind in kinds): row for row in rows}
+    models = list(SHOWN)
+    return sorted(found.values(), key=lambda row: (row["longest"], row["tokens"], row["T"], models.index(row["model"])))
+
+
+def required(rows: list[dict]) -> list[str]:
+    """Every figure that something is required of, from the newest commit that gives it."""
+    commits = dict.fromkeys(row["commit"] for row in rows)
+    found = {}
+    for commit in commits:
+        for tokens in dict.fromkeys(row["tokens"] for row in rows):
+            some = [row for row in rows if (row["commit"], row["tokens"]) == (commit, tokens)]
+            found |= {what: (figure, commit) for what, figure in figures(some).items()}
+    lines = []
+    for what, given in found.items():
+        model, outside, rest = what.partition(" outside")
+        lines.append([SHOWN[model] + outside + rest if outside else what, *given])
+    return table(["figure", "measured", "commit"], lines, words=3)
+
+
+def steps(rows: list[dict]) -> list[str]:
+    """A line for each kind of step."""
+    lines = []
+    for row in newest(rows):
+        notes = [f"{row['residual']} stream"] if row["residual"] != "float32" else []
+        notes += ["checkpointed"] * row["checkpointing"] + ["offloaded"] * row["offload"]
+        notes += ["eager"] * (row["compiled"] == "no") + ["growing segments"] * (
+            "expandable" in row.get("allocator", "")
+        )
+        times = [row["ms"]] if row["longest"] else [row["ms"], row["ms_low"], row["ms_high"]]
+        spread = "{:,.1f}" if row["longest"] else "{:,.1f} ({:,.1f} to {:,.1f})"
+        words = [SHOWN[row["model"]], ", ".join(notes), row["commit"]]
+        counts = [f"{row['T']:,}", f"{row['B'] * row['T']:,}", spread.format(*times), f"{row['tokens_per_s']:,.0f}"]
+        lines.append([*words, *counts, f"{row['peak_bytes'] / 2**30:.1f}", f"{row['flop_share']:.1%}"])
+    heads = ["model", "notes", "commit", "context", "tokens", "ms a step", "tokens/s", "peak GiB", "of peak FLOP/s"]
+    return table(heads, lines, words=3)
+
+
+def parts(rows: list[dict], length: int) -> list[str]:
+    """Milliseconds by part at one context."""
+    lines = []
+    for row in newest(rows):
+        if row["T"] == length and "parts_ms" in row and not row["checkpointing"] and row["compiled"] != "no":
+            each = [f"{row['parts_ms'][part]:.1f}" for part in PARTS]
+            lines.append([SHOWN[row["model"]], row["commit"], *each, f"{row['ms']:.1f}", f"{row['outside_share']:.1%}"])
+    return table(["model", "commit", *PARTS, "step", "outside of products and op"], lines, words=2)
+
+
+def tables(rows: list[dict]) -> str:
+    """What stands between the marks."""
+    device = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
+    versions = ", ".join(dict.fromkeys(f"torch {row['torch']}, Triton {row['triton']}" for row in rows))
+    lines = [f"{device}; {versions}.", "", *required(rows), "", "Milliseconds by part at 16,384 tokens:", ""]
+    lines += [*parts(rows, 1 << 14), "", "All steps, the newest row of each kind:", "", *steps(rows)]
+    return "\n".join(lines)
+
+
+def filled(text: str, rows: list[dict]) -> str:
+    """The page with its tables. Raises ValueError if it lacks a mark."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page must have {BEGIN} and, behind it, {END}: got neither or one of them")
+    return f"{before}{BEGIN}\n\n{tables(rows)}\n\n{END}{after}"
+
+
+def read(results: Path = RESULTS) -> list[dict]:
+    """The rows of one width and vocabulary, the paper's, on GPUs."""
+    rows = [json.loads(line) for line in (results / f"{NAME}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "gpu" in row and (row["hidden_size"], row["vocab_size"]) == (1536, 32000)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page whose tables are made again")
+    options = parser.parse_args()
+    text = filled(options.page.read_text(encoding="utf-8"), read(options.results))
+    options.page.write_text(text, encoding="utf-8")
+    print(options.page)
+
+
+if __name__ == "__main__":
+    main()
