@@ -77,7 +77,7 @@ class Adapted(AlignedLinear):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("change", ["adapter", "hook", "dtype", "parametrization"])
+@pytest.mark.parametrize("change", ["adapter", "hook", "patch", "dtype", "parametrization"])
 def test_layers_that_do_more_than_their_weight_are_called(joined, change, number):
     layers, x = two_layers()
     if change == "adapter":
@@ -86,6 +86,8 @@ def test_layers_that_do_more_than_their_weight_are_called(joined, change, number
         layers[number] = adapted
     elif change == "hook":
         layers[number].register_forward_hook(lambda layer, inputs, output: output + 1)
+    elif change == "patch":  # as accelerate puts its hooks before and behind a layer
+        layers[number].forward = lambda input, forward=layers[number].forward: forward(input) + 1
     elif change == "dtype":
         layers[number].bfloat16()
         layers[number].register_forward_pre_hook(lambda layer, inputs: inputs[0].bfloat16())

@@ -56,9 +56,10 @@ def projections(input: Tensor, first: nn.Linear, second: nn.Linear | None) -> tu
 
 def joins(input: Tensor, *layers: nn.Linear) -> bool:
     """Whether gradients are recorded for products worth it, of layers that are called for their weights alone."""
-    return (
-        _worth_it(input) and all(_unchanged(layer) for layer in layers) and len({y.weight.dtype for y in layers}) == 1
-    )
+    if not _worth_it(input) or not all(_unchanged(layer) for layer in layers):
+        return False
+    weights = [layer.weight for layer in layers]
+    return len({x.dtype for x in weights}) == 1 and all(x.device == input.device for x in weights)
 
 
 def _worth_it(input: Tensor) -> bool:
@@ -66,9 +67,10 @@ def _worth_it(input: Tensor) -> bool:
 
 
 def _unchanged(layer: nn.Linear) -> bool:
-    """Neither an adapter nor a quantised or sharded layer in its place, and nobody waits for its calls."""
+    """Neither an adapter nor a quantised or sharded layer in its place, and nobody's code before or behind its calls."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is AlignedLinear and pointwise.ordinary(layer.weight) and not any(hooks)
+    own = type(layer) is AlignedLinear and "forward" not in layer.__dict__
+    return own and pointwise.ordinary(layer.weight) and not any(hooks)
 
 
 def _padded(weight: Tensor) -> Tensor:
