@@ -7,12 +7,12 @@ the rest of the page is written by hand. A ratio is of rows of one commit, the n
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import RESULTS
+from reporting.rows import read as rows_of
 from reporting.text import table
 from training_parts import PARTS
 from training_report import NAME, figures
@@ -58,11 +58,14 @@ def steps(rows: list[dict]) -> list[str]:
     """A line for each kind of step."""
     lines = []
     for row in newest(rows):
-        notes = [f"{row['residual']} stream"] if row["residual"] != "float32" else []
-        notes += ["checkpointed"] * row["checkpointing"] + ["offloaded"] * row["offload"]
-        notes += ["eager"] * (row["compiled"] == "no") + ["growing segments"] * (
-            "expandable" in row.get("allocator", "")
-        )
+        about = {
+            f"{row['residual']} stream": row["residual"] != "float32",
+            "checkpointed": row["checkpointing"],
+            "offloaded": row["offload"],
+            "eager": row["compiled"] == "no",
+            "growing segments": "expandable" in row.get("allocator", ""),
+        }
+        notes = [note for note, holds in about.items() if holds]
         times = [row["ms"]] if row["longest"] else [row["ms"], row["ms_low"], row["ms_high"]]
         spread = "{:,.1f}" if row["longest"] else "{:,.1f} ({:,.1f} to {:,.1f})"
         words = [SHOWN[row["model"]], ", ".join(notes), row["commit"]]
@@ -96,14 +99,17 @@ def filled(text: str, rows: list[dict]) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the page must have {BEGIN} and, behind it, {END}: got neither or one of them")
+        raise ValueError(f"the page must have {BEGIN} and, behind it, {END}: got one of them, none or the other order")
     return f"{before}{BEGIN}\n\n{tables(rows)}\n\n{END}{after}"
 
 
 def read(results: Path = RESULTS) -> list[dict]:
     """The rows of one width and vocabulary, the paper's, on GPUs."""
-    rows = [json.loads(line) for line in (results / f"{NAME}.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if "gpu" in row and (row["hidden_size"], row["vocab_size"]) == (1536, 32000)]
+    return [
+        row
+        for row in rows_of(NAME, results)
+        if "gpu" in row and (row["hidden_size"], row["vocab_size"]) == (1536, 32000)
+    ]
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ class Weights:
             pairs[part].add((module.in_features, module.out_features))
             if name.endswith("level_scale.dl_proj"):  # in training one product with the input projection
                 beside = layers[name.replace("level_scale.dl_proj", "in_proj")].out_features
-                joined = sum(-(-n // MULTIPLE) * MULTIPLE for n in (beside, module.out_features))
+                joined = _rounded(beside, MULTIPLE) + _rounded(module.out_features, MULTIPLE)
                 pairs[part].add((module.in_features, joined))
         return cls(pairs)
 
@@ -84,11 +84,16 @@ def _contains(sizes: tuple[int, ...], pair: tuple[int, int], multiple: int) -> b
     """Whether both widths are among the sizes, as they are or padded to a multiple."""
     rest = list(sizes)
     for width in pair:
-        found = next((size for size in rest if size in (width, -(-width // multiple) * multiple)), None)
+        found = next((size for size in rest if size in (width, _rounded(width, multiple))), None)
         if found is None:
             return False
         rest.remove(found)
     return True
+
+
+def _rounded(width: int, multiple: int) -> int:
+    """Up to a multiple."""
+    return -(-width // multiple) * multiple
 
 
 def profile(step: Callable[[], object]) -> dict:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from reporting.rows import read
 
 NAME = "training"
 FLASH = "transformer, flash attention 2"
@@ -85,7 +86,7 @@ def draw(args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     path: Path = args.results / f"{NAME}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read(NAME, args.results)
     same = ("hidden_size", "vocab_size", "tokens", "residual")
     rows = [row for row in rows if not row["longest"] and all(row[key] == getattr(args, key) for key in same)]
     rows = [row for row in rows if args.models is None or row["model"] in args.models]

@@ -49,6 +49,12 @@ def test_steps_are_the_newest_of_their_kind():
     assert "| Mamba-2, SSD | bfloat16 stream, checkpointed, growing segments | b | 16,384 |" in steps(rows)[-1]
 
 
+def test_every_column_has_a_name():
+    from training_models import COLUMNS
+
+    assert training_page.SHOWN.keys() == COLUMNS.keys()
+
+
 @pytest.mark.parametrize("text", ["", training_page.BEGIN, f"{training_page.END} {training_page.BEGIN}"])
 def test_a_page_without_marks_is_an_error(text):
     with pytest.raises(ValueError, match="must have <!-- rows -->"):

@@ -92,21 +92,8 @@ def gated_norm_kernel(
     for i in range(tiles):
         first = (tl.program_id(0) * tiles + i) * ROWS
         _, _, inside, _, value, z, opening = _tile(
-            first,
-            x,
-            gate,
-            skip,
-            skip_scale,
-            stride_x,
-            stride_gate,
-            stride_skip,
-            rows,
-            HEADS,
-            WIDTH,
-            SKIP,
-            ROWS,
-            COLUMNS,
-        )
+            first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, HEADS, WIDTH, SKIP, ROWS, COLUMNS
+        )  # fmt: skip
         if GATE_FIRST:
             value *= z * opening
         result = value * _inverse(tl.sum(value * value, 1), first, rows, eps, WIDTH, ROWS) * scale
@@ -132,24 +119,9 @@ def gated_norm_grads_kernel(
     for i in range(tiles):
         first = (tl.program_id(0) * tiles + i) * ROWS
         tokens, inner, inside, skipped, value, z, opening = _tile(
-            first,
-            x,
-            gate,
-            skip,
-            skip_scale,
-            stride_x,
-            stride_gate,
-            stride_skip,
-            rows,
-            HEADS,
-            WIDTH,
-            SKIP,
-            ROWS,
-            COLUMNS,
-        )
+            first, x, gate, skip, skip_scale, stride_x, stride_gate, stride_skip, rows, HEADS, WIDTH, SKIP, ROWS, COLUMNS
+        )  # fmt: skip
         gradient = _load(dout, stride_dout, tokens, inner, inside)
-        silu = z
-        dz = z
         if gate is not None:
             silu = z * opening
             slope = common.silu_slope(z, opening)
@@ -167,7 +139,7 @@ def gated_norm_grads_kernel(
         if GATE_FIRST:
             dz *= gradient
             gradient *= silu
-        else:
+        elif gate is not None:
             dz *= normed
         offsets = _offsets(first, WIDTH, ROWS, COLUMNS)
         if gate is not None:
@@ -261,6 +233,7 @@ def backward(
     given = (x, gate, skip)
     dx, dgate, dskip = (None if y is None else common.scratch(tuple(y.shape), y.dtype, y.device) for y in given)
     rows = x.numel() // width
+    # Few columns a thread: its registers hold sums and gradients besides, and few programs fit on a multiprocessor.
     constants["num_warps"] = min(max(constants["COLUMNS"] // 128, 4), 32)
     tiles, programs = _parts(rows, constants, PROGRAMS)
     partial = common.scratch((programs, 1 if skip is None else 2, width), torch.float32, x.device)

@@ -50,13 +50,14 @@ def takes_heads(q: Tensor, k: Tensor) -> bool:
 
 
 def takes_norm(
-    x: Tensor, gate: Tensor, weight: Tensor, skip: Tensor | None = None, skip_scale: Tensor | None = None
+    x: Tensor, gate: Tensor | None, weight: Tensor, skip: Tensor | None = None, skip_scale: Tensor | None = None
 ) -> bool:
     """Whether ``gated_norm`` takes these: rows as wide as the weight, of which skip_scale has equal parts."""
     if not takes_rows(x, skip) or (skip is None) != (skip_scale is None):
         return False
     whole = skip_scale is None or weight.shape[0] % skip_scale.shape[0] == 0
-    return whole and gate.shape == x.shape and weight.shape == x.shape[-1:] and has_kernels(x, gate, weight, skip_scale)
+    alike = gate is None or gate.shape == x.shape
+    return whole and alike and weight.shape == x.shape[-1:] and has_kernels(x, gate, weight, skip_scale)
 
 
 def discretise(x: Tensor, rate: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +85,7 @@ def level_scales(dl: Tensor, L: Tensor) -> Tensor:
 
 def gated_norm(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     weight: Tensor,
     eps: float,
     gate_first: bool,
@@ -93,18 +94,6 @@ def gated_norm(
 ) -> Tensor:
     """The norm of ``kernels.gated_norm``."""
     return gated_norm_kernel(x, gate, weight, eps, gate_first, skip, skip_scale)[0]
-
-
-def takes_plain_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``norm`` takes these. Compiled code makes the norm with what is added before it."""
-    return (
-        not torch.compiler.is_compiling() and takes_rows(x) and weight.shape == x.shape[-1:] and has_kernels(x, weight)
-    )
-
-
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm of ``kernels.gated_norm`` without a gate."""
-    return gated_norm_kernel(x, None, weight, eps, False, None, None)[0]
 
 
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
