@@ -31,7 +31,7 @@ from loglinear.tasks.mqar.train import (
     training_blocks,
 )
 
-RECIPE = Recipe(steps=3, batch_size=4, vocab_size=16, layers=1, mlp=0, warmup=0.1, weight_decay=0.1, held_out=6)
+RECIPE = Recipe(steps=3, batch_tokens=64, vocab_size=16, layers=1, mlp=0, warmup=0.1, weight_decay=0.1, held_out=6)
 CELL = Cell("Log-Linear Mamba-2", 16, 4, 16, (2, 4), 0.01, 0, RECIPE)
 
 
@@ -204,7 +204,7 @@ def test_recorded_steps_are_those_of_the_cpu(model):
 @on_cuda
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_cells_on_streams_give_the_rows_that_they_give_alone(precision):
-    recipe = replace(RECIPE, steps=3 * BATCHES_AT_ONCE, batch_size=40, precision=precision)
+    recipe = replace(RECIPE, steps=3 * BATCHES_AT_ONCE, batch_tokens=640, precision=precision)
     cells = [replace(CELL, model=model, width=32, recipe=recipe) for model in MODELS]
     for cell, row in side_by_side(iter(cells), 3, "cuda"):
         alone = train_cell(cell, "cuda")
@@ -272,7 +272,7 @@ def test_verdicts_compare_equal_widths_and_equal_states():
 @pytest.mark.slow
 def test_the_command_goes_on_where_it_was_cut_off(tmp_path, capsys):
     sizes = ["--lengths", "16", "--pairs", "2", "4", "--widths", "16", "--state-size", "4", "--vocab-size", "16"]
-    short = ["--steps", "2", "--batch-size", "4", "--seeds", "0", "1", "--learning-rates", "0.01", "0.02"]
+    short = ["--steps", "2", "--batch-tokens", "64", "--seeds", "0", "1", "--learning-rates", "0.01", "0.02"]
     command = ["mqar", "--output", str(tmp_path), "--workers", "2", "--device", "cpu", *sizes, *short]
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -299,7 +299,7 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path, capsys):
     [
         (["--models", "Mamba-3"], "models must be among"),
         (["--pairs", "40"], "pairs must be 1 to a quarter"),
-        (["--pairs", "2", "4", "8"], "batch_size must be a multiple of the 3"),
+        (["--pairs", "2", "4", "8"], "a batch must hold a multiple of 3 sequences"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(options, words, tmp_path, capsys):

@@ -50,8 +50,8 @@ class MqarArgs:
     """Of weights and training sequences."""
     steps: int | None = None
     """Optimizer steps of each model."""
-    batch_size: int | None = None
-    """Sequences per step."""
+    batch_tokens: int | None = None
+    """Tokens per step: with sequences of twice the length there are half as many."""
     vocab_size: int | None = None
     """Half of it keys, half of it values."""
     weight_decay: float | None = None
@@ -99,7 +99,7 @@ def mqar(args: MqarArgs) -> list[Result]:
     console = Console(soft_wrap=True)
     grid = args.grid()
     for cells in grid.sweeps():
-        check_batches(grid.recipe.batch_size, cells[0].length, cells[0].pairs, grid.recipe.vocab_size)
+        check_batches(cells[0].batch_size, cells[0].length, cells[0].pairs, grid.recipe.vocab_size)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu, cores = device == "cuda", os.cpu_count() or 1
     workers = args.workers or (2 * torch.cuda.device_count() if on_gpu else min(cores, 64))

@@ -26,8 +26,8 @@ class Recipe:
 
     steps: int
     """Optimizer steps of each model, after each of which the sequences are new ones."""
-    batch_size: int
-    """Sequences per step: a multiple of the numbers of pairs."""
+    batch_tokens: int
+    """Tokens of a step, whatever the length of the sequences."""
     vocab_size: int
     """Half of it keys, half of it values."""
     layers: int
@@ -65,6 +65,11 @@ class Cell:
     learning_rate: float
     seed: int
     recipe: Recipe
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per step, which must be a multiple of the numbers of pairs."""
+        return self.recipe.batch_tokens // self.length
 
     @property
     def heads(self) -> int:
@@ -129,7 +134,7 @@ PRESETS = {
         learning_rates=(0.005, 0.01, 0.02),
         seeds=(0, 1, 2),
         recipe=Recipe(
-            steps=700, batch_size=32, vocab_size=32, layers=1, mlp=0, warmup=0.1, weight_decay=0.0, held_out=256
+            steps=700, batch_tokens=1024, vocab_size=32, layers=1, mlp=0, warmup=0.1, weight_decay=0.0, held_out=256
         ),
     ),
     # One GPU; runs/mqar.sh says how long.
@@ -140,11 +145,11 @@ PRESETS = {
         pairs=(4, 8, 16, 32, 64),
         state_size=16,
         matched_state=False,
-        learning_rates=(1e-3, 3e-3, 1e-2),
+        learning_rates=(2e-3, 5e-3, 1e-2),
         seeds=(0, 1, 2),
         recipe=Recipe(
             steps=4000,
-            batch_size=160,
+            batch_tokens=40_960,
             vocab_size=2048,
             layers=2,
             mlp=0,
@@ -154,6 +159,7 @@ PRESETS = {
             equal_shares=True,
             tied=True,
             initial_decay=0.05,
+            precision="bfloat16",
         ),
     ),
 }

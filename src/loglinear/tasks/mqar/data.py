@@ -56,7 +56,9 @@ def check_batches(rows: int, length: int, mixture: tuple[int, ...], vocab_size: 
     for pairs in mixture:
         check_sizes(length, pairs, vocab_size)
     if rows < 1 or rows % len(mixture):
-        raise ValueError(f"batch_size must be a multiple of the {len(mixture)} numbers of pairs: got {rows}")
+        raise ValueError(
+            f"a batch must hold a multiple of {len(mixture)} sequences, one for each number of pairs: got {rows}"
+        )
 
 
 def slot_probabilities(length: int, pairs: int, device: torch.device | str = "cpu") -> Tensor:

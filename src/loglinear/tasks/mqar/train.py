@@ -135,7 +135,7 @@ def training_blocks(
     Drawing waits for the device. On a GPU it has a stream of its own, which is never far behind, for use on ``stream``.
     """
     recipe = cell.recipe
-    sizes = (recipe.batch_size, cell.length, cell.pairs, recipe.vocab_size)
+    sizes = (cell.batch_size, cell.length, cell.pairs, recipe.vocab_size)
     drawing = torch.cuda.Stream(priority=-1) if stream else None
     if drawing and stream:
         drawing.wait_stream(stream)  # once: ``apart_from`` is there
@@ -247,7 +247,7 @@ class TrainingSteps:
 
 def answer_shares(cell: Cell) -> Tensor:
     """float32 ``[asked]`` with sum 1: the weight of each answer of a batch when each number of pairs has the same share."""
-    asked = torch.tensor([cell.recipe.batch_size // len(cell.pairs) * pairs for pairs in cell.pairs])
+    asked = torch.tensor([cell.batch_size // len(cell.pairs) * pairs for pairs in cell.pairs])
     return (1 / (len(asked) * asked)).repeat_interleave(asked)
 
 
@@ -272,7 +272,7 @@ def count_right(model: LogLinearForCausalLM, cell: Cell, recall: Recall) -> Tens
     )
     for i, (pairs, tokens, queries, answers) in enumerate(parts):
         local = queries - i * rows * length
-        right, at_once = [], max(1, cell.recipe.batch_size)
+        right, at_once = [], max(1, cell.batch_size)
         for start in range(0, rows, at_once):
             count = min(at_once, rows - start)
             here = slice(start * pairs, (start + count) * pairs)
