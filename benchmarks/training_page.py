@@ -15,20 +15,10 @@ from measure import RESULTS
 from reporting.rows import read as rows_of
 from reporting.text import table
 from training_parts import PARTS
-from training_report import NAME, figures
+from training_report import NAME, SHOWN, figures
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 BEGIN, END = "<!-- rows -->", "<!-- /rows -->"
-SHOWN = {
-    "log_linear_mamba2": "Log-Linear Mamba-2",
-    "mamba2": "Mamba-2, our kernels",
-    "mamba2, ssd": "Mamba-2, SSD",
-    "log_linear_gated_deltanet": "Log-Linear Gated DeltaNet",
-    "gated_deltanet": "Gated DeltaNet, our kernels",
-    "gated_deltanet, fla 0.2.2": "Gated DeltaNet, flash-linear-attention 0.2.2",
-    "transformer, flash attention 2": "Transformer, FlashAttention-2",
-    "transformer, cudnn": "Transformer, cuDNN attention",
-}
 
 
 def newest(rows: list[dict]) -> list[dict]:

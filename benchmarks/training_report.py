@@ -9,6 +9,17 @@ from reporting.rows import read
 
 NAME = "training"
 FLASH = "transformer, flash attention 2"
+SHOWN = {
+    "log_linear_mamba2": "Log-Linear Mamba-2",
+    "mamba2": "Mamba-2, our kernels",
+    "mamba2, ssd": "Mamba-2, SSD",
+    "log_linear_gated_deltanet": "Log-Linear Gated DeltaNet",
+    "gated_deltanet": "Gated DeltaNet, our kernels",
+    "gated_deltanet, fla 0.2.2": "Gated DeltaNet, flash-linear-attention 0.2.2",
+    "transformer, flash attention 2": "Transformer, FlashAttention-2",
+    "transformer, cudnn": "Transformer, cuDNN attention",
+}
+STYLES = ("-", "--", ":", "-.")  # of the models of one colour: log-linear, its linear twin, the twin on other kernels
 RATIOS = (  # (what, (model, T), over (model, T), at least)
     (
         "Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 16K",
@@ -82,7 +93,7 @@ def overtakes(rows: list[dict]) -> int | None:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """The figure: tokens a second against context, a curve for each model that has rows of these sizes, the newest of each."""
+    """The figure: tokens a second against context, a curve for each model that has rows of these sizes at the newest commit."""
     from matplotlib.figure import Figure
 
     path: Path = args.results / f"{NAME}.jsonl"
@@ -92,16 +103,21 @@ def draw(args: argparse.Namespace) -> None:
     rows = [row for row in rows if args.models is None or row["model"] in args.models]
     if not rows:
         raise SystemExit(f"no rows of these sizes in {path}: run this command without --figure")
-    device = rows[-1].get("gpu") or rows[-1]["cpu"]
-    newest = {(row["model"], row["T"]): row for row in rows if device in (row.get("gpu"), row.get("cpu"))}
+    device, commit = rows[-1].get("gpu") or rows[-1]["cpu"], rows[-1]["commit"]
+    rows = [row for row in rows if device in (row.get("gpu"), row.get("cpu")) and row["commit"] == commit]
+    newest = {(row["model"], row["T"]): row for row in rows}
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     panel = figure.subplots()
-    for name in dict.fromkeys(model for model, _ in newest):
+    drawn: dict[str, int] = {}
+    for name in (name for name in SHOWN if any(name == model for model, _ in newest)):
         curve = sorted((row for (model, _), row in newest.items() if model == name), key=lambda row: row["T"])
         contexts, rates = ([row[key] for row in curve] for key in ("T", "tokens_per_s"))
-        (line,) = panel.plot(contexts, rates, marker="o", markersize=3, label=name)
+        family = name.removeprefix("log_linear_").split(",")[0]
+        nth = drawn[family] = drawn.get(family, -1) + 1
+        style = {"color": f"C{list(drawn).index(family)}", "linestyle": STYLES[nth], "marker": "os^v"[nth]}
+        panel.plot(contexts, rates, markersize=4, label=SHOWN[name], **style)
         hollow = [(row["T"], row["tokens_per_s"]) for row in curve if row["checkpointing"]]
-        panel.plot(*zip(*hollow), "o", markersize=6, mfc="none", color=line.get_color()) if hollow else None
+        panel.plot(*zip(*hollow), "o", markersize=8, mfc="none", color=style["color"]) if hollow else None
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xlabel("context (tokens); rings: activations are checkpointed")

@@ -20,11 +20,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., width]`` to the same shape and dtype."""
+        if x.dtype == self.weight.dtype:  # widens by itself
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # Compiled code makes the norm with what is added before it.
         if not torch.compiler.is_compiling() and pointwise.takes_norm(x, None, self.weight):
             return pointwise.gated_norm(x, None, self.weight, self.eps, gate_first=False)
-        if x.dtype == self.weight.dtype:  # widens by itself
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self._normalise(wide(x)).to(x.dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:

@@ -72,6 +72,15 @@ class Slot(NamedTuple):
     state: Tensor
 
 
+def running_sums(x: Tensor) -> Tensor:
+    """Sums of x ``[B, T, H]`` up to each token, itself included.
+
+    Along the last dimension: along any other PyTorch's scan on a GPU takes the tokens of a head one after the other, in
+    a single thread.
+    """
+    return x.mT.cumsum(2).mT
+
+
 def _unit_rows(x: Tensor) -> Tensor:
     """``[B, K, heads, K]`` of the dtype and device of x ``[B, T, heads, K]``: token i is unit vector i in every head."""
     batch, _, heads, width = x.shape
@@ -98,7 +107,7 @@ def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
     if not needed:
         return q, None
     if beta is None:
-        weight = g.to(wide).cumsum(1)
+        weight = running_sums(g.to(wide))
         return weight, weight[:, -1]
     width, heads, rows = q.shape[3], v.shape[2], _unit_rows(q)
     writes = _unit_rows(q[:, :, :1]).expand(-1, -1, heads, -1)

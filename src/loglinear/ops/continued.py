@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loglinear.ops import registration
+from loglinear.ops.blocks import running_sums
 from loglinear.ops.final_state import final_state
 from loglinear.state import LogLinearState
 
@@ -100,7 +101,7 @@ def _read_slots(
     closed = position >> shift
     dead = torch.arange(state.chunk_size, device=q.device) >= position % state.chunk_size  # [B, C]
     opened = state.open_g.float().masked_fill(dead.unsqueeze(2), 0.0)
-    since = g.cumsum(1) + opened.sum(1, keepdim=True)  # log decay from the last closed chunk on
+    since = running_sums(g) + opened.sum(1, keepdim=True)  # log decay from the last closed chunk on
     total = q.new_zeros(batch, length, heads, state.entries.shape[4], dtype=torch.float32)
     for m in range(max(p >> shift for p in positions).bit_length() if positions else 0):
         apart = chunk ^ (closed >> (m + 1) << (m + 1))

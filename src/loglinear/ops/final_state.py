@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loglinear.ops.blocks import running_sums
 from loglinear.state import CHUNK_SIZE, LogLinearState
 
 
@@ -80,7 +81,8 @@ def _state_of_rows(
         if end > first:
             block = slice((max(begin, first) - first) * CHUNK_SIZE, (end - first) * CHUNK_SIZE)
             gate = g[:, block]
-            later = F.pad(gate[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # sums, no differences: g may be -inf
+            # Sums, no differences: g may be -inf.
+            later = running_sums(F.pad(gate[:, 1:], (0, 0, 0, 1)).flip(1)).flip(1)
             weighted = v[:, block].to(dtype) * later.exp().unsqueeze(-1)
             by_group = weighted.unflatten(2, (groups, heads // groups))
             state = torch.einsum("btgk,btghv->bghkv", k[:, block].to(dtype), by_group).flatten(1, 2)
