@@ -166,7 +166,7 @@ def _constants(x: Tensor, weight: Tensor, skip_scale: Tensor | None, gate_first:
         "GATE_FIRST": gate_first,
         "ROWS": max(NUMBERS // columns, 1),
         "COLUMNS": columns,
-        "num_warps": min(max(columns // 256, 4), 16),
+        "num_warps": min(max(columns // 256, 4), 8),
     }
 
 
