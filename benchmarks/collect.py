@@ -1,8 +1,8 @@
 """From run folders to committed rows: ``python benchmarks/collect.py OUT``, then ``python benchmarks/report.py``.
 
 Reads what is finished of the runs OUT/<name>-s<seed> and of OUT/mqar, says what is missing, and writes
-results/{lm,niah,mqar}.jsonl. Collecting again replaces rows of the same identity: a model's name, and a cell of the needle
-test or of associative recall.
+results/{lm,niah,tunes,mqar}.jsonl. Collecting again replaces rows of the same identity: a model's name, and a cell of the
+needle test or of associative recall, or the settings of a further fine-tune.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ def collect(out: Path, results: Path, commit: str, mqar: Path) -> Iterator[str]:
     if not out.is_dir():
         raise SystemExit(f"collect: no folder {out}")
     folders = [folder for folder in sorted(out.iterdir()) if folder.is_dir() and re.search(r"-s\d+$", folder.name)]
-    language, needles = [], []
+    language, needles, tunes = [], [], []
     for folder in folders:
         row = language_row(folder, commit)
         if row is not None:
             language.append(row)
             needles += needle_rows(folder, row)
+            tunes += further_tunes(folder, row)
         yield f"{folder.name}: {describe(folder, row)}"
     yield from (f"missing: {name}" for name in EXPECTED if name not in {row["name"] for row in language})
     recall = {json.dumps(row["cell"], sort_keys=True): row | {"commit": commit} for row in recall_rows(mqar)}
     if not recall:
         yield f"missing: {mqar / 'rows.jsonl'}"
-    for name, rows in (("lm", language), ("niah", needles), ("mqar", list(recall.values()))):
+    for name, rows in (("lm", language), ("niah", needles), ("tunes", tunes), ("mqar", list(recall.values()))):
         if rows:
             yield f"{results / name}.jsonl: {len(rows)} rows collected, {merge(name, rows, results)} in all"
 
@@ -83,7 +84,7 @@ def language_row(folder: Path, commit: str) -> dict | None:
         "validation_curve": thin([[log["step"], log["eval_loss"]] for log in record["history"] if "eval_loss" in log]),
         "evaluations": evaluations(folder),
         "retrieval": next((load(path)["rows"] for path in sorted(folder.glob("*/retrieval.json"))), None),
-        "tuned": tuned(folder),
+        "tuned": tuned(folder / "tuned"),
     }
 
 
@@ -114,8 +115,8 @@ def level_row(layer: dict) -> dict:
 
 
 def tuned(folder: Path) -> dict | None:
-    """Settings and end of the fine-tune on needles, None if there was none."""
-    record = load(folder / "tuned" / "record.json")
+    """Settings and course of the fine-tune on needles that ``folder`` holds, None if there was none."""
+    record = load(folder / "record.json")
     if record is None:
         return None
     niah = record["niah"]
@@ -129,6 +130,22 @@ def needle_rows(folder: Path, row: dict) -> list[dict]:
     result = load(folder / "niah" / "niah.json")
     who = {name: row[name] for name in ("name", "mixer", "seed")}
     return [] if result is None else [{**who, **cell} for cell in result["cells"]]
+
+
+def further_tunes(folder: Path, row: dict) -> list[dict]:
+    """A row for every further fine-tune of one model, ``tuned-<name>`` with its test ``niah-<name>``: the hits of each cell."""
+    rows = []
+    for path in sorted(folder.glob("niah-*/niah.json")):
+        settings = tuned(folder / path.parent.name.replace("niah", "tuned", 1))
+        if settings is not None:
+            who = {name: row[name] for name in ("name", "mixer", "seed", "commit")}
+            cells = [
+                {name: cell[name] for name in ("kind", "context", "depth", "right")} for cell in load(path)["cells"]
+            ]
+            rows.append(
+                {**who, "steps": settings["steps"], "tune_seed": settings["seed"], "tuned": settings, "cells": cells}
+            )
+    return rows
 
 
 def recall_rows(folder: Path) -> Iterator[dict]:

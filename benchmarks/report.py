@@ -31,12 +31,12 @@ the commands.
 
 def sections(results: Path = RESULTS) -> list[Section]:
     """All sections, in the order of the page."""
-    rows = {name: read(name, results) for name in ("lm", "niah", "mqar")}
+    rows = {name: read(name, results) for name in ("lm", "niah", "tunes", "mqar")}
     return [
         associative.section(rows["mqar"]),
         language.section(rows["lm"]),
         recall.section(rows["lm"]),
-        needles.section(rows["niah"], rows["lm"]),
+        needles.section(rows["niah"], rows["lm"], rows["tunes"]),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 
 import numpy as np
@@ -16,8 +17,8 @@ CLAIM = "The paper's claim: needles are found more often with log-linear attenti
 Cells = dict[str, dict[tuple[str, int], np.ndarray]]  # share of seeds that answered each sample, [samples]
 
 
-def section(rows: list[dict], language: list[dict]) -> Section:
-    """The whole section, from the cells of the test and, for the settings of the fine-tune, the models' rows."""
+def section(rows: list[dict], language: list[dict], tunes: Sequence[dict] = ()) -> Section:
+    """The whole section, from the cells of the test, the models' rows (for their fine-tunes), and further fine-tunes."""
     made = Section("Needle in a haystack", "needle in a haystack", CLAIM)
     cells = by_context(rows)
     if not cells:
@@ -43,7 +44,33 @@ def section(rows: list[dict], language: list[dict]) -> Section:
     made.add(table(["needle", "tokens", *(LABELS[mixer] for mixer in cells)], lines))
     made.add([f"- {line}" for pair in PAIRS for line in _sentences(cells, *pair, longest)])
     made.add(*(picture(f"niah_{mixer}", f"Needles by depth and length, {LABELS[mixer]}") for mixer in cells))
+    if tunes:
+        made.add(*_again(tunes, rows, language))
     return made
+
+
+def _again(tunes: Sequence[dict], rows: list[dict], language: list[dict]) -> list[str | list[str]]:
+    """A table of all fine-tunes of the models that had several, at the lengths that all of them were tested at."""
+    first = {row["name"]: row for row in language if row["tuned"]}
+    names = sorted({row["name"] for row in tunes})
+    found = [(row["name"], row["tuned"], row["cells"]) for row in tunes]
+    found += [(name, first[name]["tuned"], [r for r in rows if r["name"] == name]) for name in names if name in first]
+    found.sort(key=lambda tune: (tune[1]["steps"], tune[1]["seed"], tune[0]))
+    contexts = set.intersection(*({cell["context"] for cell in tested} for *_, tested in found))
+    kinds = [kind for kind, _ in sorted({(cell["kind"], 0) for cell in rows}, key=_order(rows))]
+    lines = []
+    for name, tune, tested in found:
+        line = [name, f"{tune['steps']:,}", str(tune["seed"]), f"{tune['history'][-1][1]:.3f}"]
+        for kind in kinds:
+            right = "".join(c["right"] for c in tested if c["kind"] == kind and c["context"] in contexts)
+            line.append(_share(np.array([int(hit) for hit in right])) if right else "")
+        lines.append(line)
+    shown = " and ".join(f"{context:,}" for context in sorted(contexts))
+    return [
+        "### Other fine-tunes of the same models",
+        f"Loss of the answers in the last step, and share of exact answers at {shown} tokens together:",
+        table(["model and seed", "steps", "seed of the fine-tune", "loss", *kinds], lines),
+    ]
 
 
 def by_context(rows: list[dict]) -> Cells:

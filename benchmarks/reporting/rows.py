@@ -17,7 +17,12 @@ DIGITS = 6  # significant ones kept: a hundredth of any standard error here
 
 def identity(name: str) -> Callable[[dict], str]:
     """What makes a row of ``results/<name>.jsonl`` the same as another."""
-    fields = {"lm": ("name",), "niah": ("name", "kind", "context", "depth"), "mqar": ("cell",)}[name]
+    fields = {
+        "lm": ("name",),
+        "niah": ("name", "kind", "context", "depth"),
+        "tunes": ("name", "steps", "tune_seed"),
+        "mqar": ("cell",),
+    }[name]
     return lambda row: json.dumps([row[field] for field in fields], sort_keys=True)
 
 

@@ -97,6 +97,15 @@ def write_run(
     )
 
 
+def write_tune(folder: Path, steps: int, seed: int, exact: float) -> None:
+    """A further fine-tune of the run in ``folder``, and its test."""
+    record = json.loads((folder / "tuned" / "record.json").read_text())
+    niah = record["niah"] | {"steps": steps, "seed": seed, "history": [{"step": steps, "loss": 0.25, "exact": exact}]}
+    write(folder / f"tuned-{steps}-{seed}" / "record.json", {"niah": niah})
+    cells = [needle(context, depth, exact) for context in (1024, 16384) for depth in (0.0, 1.0)]
+    write(folder / f"niah-{steps}-{seed}" / "niah.json", {"cells": cells})
+
+
 def retrieval_row(distance: int, right: str) -> dict:
     exact = right.count("1") / len(right)
     values = {"exact": exact, "without": 0.0, "loss": 1.0, "loss_without": 2.0, "own": 0.5}

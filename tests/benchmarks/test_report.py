@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import recall_row, write_recall, write_run
+from run_folders import recall_row, write_recall, write_run, write_tune
 
 import report
 from collect import collect
@@ -201,6 +201,21 @@ def test_needles_after_different_fine_tunes_are_not_compared(made):
     rows["lm"][0]["tuned"]["steps"] = 301
     with pytest.raises(ValueError, match="fine-tuned in different ways"):
         needles.section(rows["niah"], rows["lm"])
+
+
+def test_further_fine_tunes_stand_beside_the_first(made, tmp_path):
+    rows = made({"found": 0.8})
+    write_tune(tmp_path / "out" / "log_linear_mamba2-s0", 1600, 2, 0.9)
+    (tmp_path / "out" / "mamba2-s0" / "niah-400-1").mkdir()  # cut off before its test ended
+    list(collect(tmp_path / "out", tmp_path / "results", "abc", tmp_path / "none"))
+    tunes = read("tunes", tmp_path / "results")
+    assert [(row["name"], row["steps"], row["tune_seed"]) for row in tunes] == [("log_linear_mamba2-s0", 1600, 2)]
+    lines = needles.section(rows["niah"], rows["lm"], tunes).lines
+    # Only 1,024 tokens are in both tests: 60 samples of the first, 40 of the second.
+    assert cells(lines, "log_linear_mamba2-s0", "1,600") == ["2", "0.250", "90% ± 5"]
+    assert cells(lines, "log_linear_mamba2-s0", "300") == ["0", "1.000", "80% ± 5"]
+    assert sum("at 1,024 tokens together" in line for line in lines) == 1
+    assert not any(line.startswith("| mamba2-s0") for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------- associative recall
