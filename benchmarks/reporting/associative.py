@@ -54,18 +54,20 @@ class Cell:
 
 
 def experiments(rows: list[dict]) -> list[tuple[dict, list[dict], list[Result]]]:
-    """(recipe, rows, results) of each recipe, that with most rows first: different steps are different experiments."""
+    """(recipe, rows, results) of each experiment, that with most rows first: other steps or pairs are another experiment."""
     groups = defaultdict(list)
     for row in rows:
-        groups[json.dumps(row["cell"]["recipe"], sort_keys=True)].append(row)
+        cell = row["cell"]
+        share = [pairs / cell["length"] for pairs in cell["pairs"]]  # longer sequences have more in proportion
+        groups[json.dumps([cell["recipe"], share], sort_keys=True)].append(row)
     names = list(MODELS)
     return [
         (
-            json.loads(recipe),
+            json.loads(experiment)[0],
             group,
             sorted(results(group), key=lambda r: (r.length, r.width, names.index(r.model), r.state_size)),
         )
-        for recipe, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+        for experiment, group in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
 
 

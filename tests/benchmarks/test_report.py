@@ -275,6 +275,16 @@ def test_another_recipe_is_another_experiment():
     assert sum("10 steps" in line for line in section.lines) == sum("99 steps" in line for line in section.lines) == 1
 
 
+def test_other_numbers_of_pairs_are_another_experiment():
+    rows = recall_rows(0.5, 0.6)
+    other = json.loads(json.dumps(rows[:2]).replace('"16"', '"12"'))
+    for row in other:
+        row["cell"]["pairs"] = [4, 12]
+    section = associative.section([*other, *rows])
+    assert results_of(section) == ["met", "met"]
+    assert [line.count(" 12 pairs ") for line in section.lines if line.startswith("| model")] == [0, 1]
+
+
 # -------------------------------------------------------------------------------------------------------------- the page
 
 
