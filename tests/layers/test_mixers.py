@@ -1,5 +1,6 @@
 """Both recurrent mixers against their definitions written out token by token, and every mixer against itself in pieces."""
 
+import copy
 import math
 
 import pytest
@@ -262,10 +263,13 @@ def test_initialisation(name):
 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_weight_decay_flags(name):
+    """They are those of copies too, and of modules that came off the meta device."""
     mixer = make(name)
-    flagged = {key for key, parameter in mixer.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
     want = {"A_log", "dt_bias"} | ({"D"} if name.endswith("mamba2") else set())
-    assert flagged == want | ({"level_scale.L"} if name.startswith("log") else set())
+    want |= {"level_scale.L"} if name.startswith("log") else set()
+    for module in (mixer, copy.deepcopy(mixer), copy.deepcopy(mixer).to("meta").to_empty(device="cpu")):
+        flagged = {key for key, parameter in module.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
+        assert flagged == want
 
 
 @pytest.mark.parametrize("name", MIXERS)

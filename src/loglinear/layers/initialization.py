@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,23 @@ class StatedInit(nn.Module, ABC):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in ``nn.Module``; loaders replace parameter objects, so the flag is set whenever one arrives."""
         super().register_parameter(name, param)
-        if param is not None and name in self.no_weight_decay:
-            param._no_weight_decay = True  # type: ignore[attr-defined]
+        self._flag()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A deep copy's parameters arrive here, without their flags."""
+        super().__setstate__(state)
+        self._flag()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """As in ``nn.Module``; off the meta device (``to_empty``) it makes new parameters."""
+        super()._apply(*args, **kwargs)
+        self._flag()
+        return self
+
+    def _flag(self) -> None:
+        for name, param in self._parameters.items():
+            if param is not None and name in self.no_weight_decay:
+                param._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 def initial_dt_bias(heads: int, device: torch.device, low: float = 1e-3, high: float = 1e-1) -> Tensor:
