@@ -108,6 +108,18 @@ def test_foreign_caches_are_refused(make_model, tokens, mixer):
             model(ids, past_key_values=cache)
     with pytest.raises(TypeError, match=r"made for this model.*got \(\)"):
         model(ids, past_key_values=())
+    other = make_model("mamba2" if mixer == "attention" else "attention")
+    with pytest.raises(TypeError, match="made for this model"):
+        model(ids, past_key_values=DynamicCache(config=other.config))
     layer = StaticCache(config=model.config, max_cache_len=8).layers[0]
     with pytest.raises(TypeError, match="holds whole mixer states"):
         layer.update(torch.zeros(1), torch.zeros(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("linear", ["mamba2", "gated_deltanet"])
+def test_a_cache_of_the_linear_twin_is_refused(make_model, tokens, linear):
+    cache = make_model(linear)(tokens(1, 4)).past_key_values
+    for length in (1, 2):
+        with pytest.raises(TypeError, match="must be a LogLinearState with level_scales: got LinearDecodingState"):
+            make_model("log_linear_" + linear)(tokens(1, length), past_key_values=cache)

@@ -107,7 +107,7 @@ def _mix_in_place(inputs, level_scales, memory, cu_seqlens, cu_seqlens_cpu) -> T
     """o of an ordinary call or a step; ``memory`` takes the tokens in."""
     length = inputs["q"].shape[1]
     if isinstance(memory, LinearDecodingState):
-        if cu_seqlens is None and length == 1:
+        if cu_seqlens is None and length == 1 and level_scales is None:
             return linear_step(**inputs, state=memory)
         o, after = _ordinary(inputs, level_scales, memory, True, cu_seqlens, cu_seqlens_cpu)
         assert isinstance(after, LinearState)

@@ -51,7 +51,9 @@ def takes(
     if isinstance(memory, DecodingState):
         whole = 1 <= length <= memory.chunk_size and memory.open_k.dtype == projected.dtype
         return whole and mixer.level_scale is not None and has_kernel(memory.open_k, memory.open_v)
-    return isinstance(memory, LinearDecodingState) and length == 1 and fused.fits_linear(memory.state)
+    if length != 1 or mixer.level_scale is not None:
+        return False
+    return isinstance(memory, LinearDecodingState) and fused.fits_linear(memory.state)
 
 
 def convolve_and_gate(

@@ -185,10 +185,10 @@ class KVCacheLayer(MixerCacheLayer):
 STATIC_LAYER_TYPE_MAPPING.update({cls._layer_type: cls for cls in (RecurrentCacheLayer, KVCacheLayer)})
 
 
-def check_cache(cache: Cache, num_layers: int) -> None:
-    """Raise a TypeError unless ``cache`` was built for this model's layers."""
-    layers = getattr(cache, "layers", None)
-    if layers is None or len(layers) != num_layers or not all(isinstance(layer, MixerCacheLayer) for layer in layers):
+def check_cache(cache: Cache, layer_types: list[str]) -> None:
+    """Raise a TypeError unless ``cache`` was built for a model of these ``config.layer_types``."""
+    kinds = [getattr(layer, "_layer_type", None) for layer in getattr(cache, "layers", ())]
+    if kinds != layer_types:
         raise TypeError(
             f"past_key_values must be made for this model, with DynamicCache(config=model.config): got {cache!r}"
         )

@@ -198,7 +198,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         batch, length = hidden.shape[:2]
         past_length = 0
         if past_key_values is not None:
-            check_cache(past_key_values, len(self.layers))
+            check_cache(past_key_values, self.config.layer_types)
             past_length = past_key_values.get_seq_length()
         layout = plan_layout(batch, length, attention_mask, position_ids, cu_seq_lens_q, past_length)
         past_key_values = self._choose_cache(past_key_values, use_cache, layout)
