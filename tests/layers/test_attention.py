@@ -52,6 +52,19 @@ def test_packed_equals_each_alone(mixer):
     assert state.position.tolist() == lengths
 
 
+def test_packing_that_does_not_fit_is_named(mixer):
+    hidden = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
+    out, _ = mixer(hidden[:1, :0], cu_seqlens=torch.tensor([0]))
+    assert out.shape == (1, 0, HIDDEN)
+    for output_state in (False, True):
+        with pytest.raises(ValueError, match=r"hidden must have a batch of 1 when cu_seqlens packs sequences: got B=2"):
+            mixer(hidden, output_state=output_state, cu_seqlens=torch.tensor([0, 4, 9]))
+        with pytest.raises(ValueError, match="cu_seqlens must run from 0 to T=9: got 0 to 4"):
+            mixer(hidden[:1], output_state=output_state, cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="cu_seqlens_cpu needs cu_seqlens"):
+        mixer(hidden, cu_seqlens_cpu=torch.tensor([0, 4, 9]))
+
+
 def test_crop_forgets_exactly(mixer):
     hidden = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
     _, state = mixer(hidden[:, :7], output_state=True)

@@ -93,3 +93,8 @@ def test_bad_arguments_are_named():
         ShortConvolution(CHANNELS, width=0)
     with pytest.raises(ValueError, match=r"tail must have shape \[1, 3, 5\]: got \[2, 3, 5\]"):
         ShortConvolution(CHANNELS)(torch.randn(1, 4, CHANNELS), torch.randn(2, 3, CHANNELS))
+    with pytest.raises(ValueError, match="x must have a batch of 1 when cu_seqlens packs sequences: got B=2"):
+        ShortConvolution(CHANNELS)(torch.randn(2, 4, CHANNELS), cu_seqlens=torch.tensor([0, 1, 4]))
+    for ends, message in (([0, 3], "run from 0 to T=4: got 0 to 3"), ([0, 3, 2, 4], "not decrease")):
+        with pytest.raises(ValueError, match=f"cu_seqlens must {message}"):
+            ShortConvolution(CHANNELS)(torch.randn(1, 4, CHANNELS), cu_seqlens=torch.tensor(ends))

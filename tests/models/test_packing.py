@@ -81,5 +81,8 @@ def test_what_documents_cannot_do_is_named(make_model, documents, tokens):
         model(ids, cu_seq_lens_q=cu_seqlens, past_key_values=DynamicCache(config=model.config))
     with pytest.raises(ValueError, match="cu_seq_lens_q packs documents in a batch of one: got a batch of 2"):
         model(tokens(2, 9), cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    for ends in ([0, 4], [1, 9], [0, 5, 4, 9], []):
+        with pytest.raises(ValueError, match="cu_seq_lens_q must be offsets from 0 to T=9 that do not decrease: got"):
+            model(tokens(1, 9), cu_seq_lens_q=torch.tensor(ends))
     with pytest.raises(ValueError, match="attention_mask must be None together with cu_seq_lens_q"):
         model(ids, cu_seq_lens_q=cu_seqlens, attention_mask=torch.ones_like(ids))

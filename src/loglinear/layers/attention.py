@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loglinear.layers.initialization import wide
 from loglinear.layers.packing import locate_tokens
 from loglinear.layers.state import KVDecodingState, KVState
+from loglinear.ops import checks
 from loglinear.state import CHUNK_SIZE
 
 
@@ -82,19 +83,20 @@ class SoftmaxAttention(nn.Module):
     ) -> tuple[Tensor, KVState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
         q, k, v = (proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        checks.check_packing(hidden, cu_seqlens, cu_seqlens_cpu, "hidden")
         if cu_seqlens is None:
             o, new_state = self._attend_rows(q, k, v, state, output_state, hidden.shape[1])
             return self.out_proj(o.flatten(-2)), new_state
         place = locate_tokens(cu_seqlens, hidden.shape[1])
-        lengths = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).diff().tolist()
-        if state is None and not output_state:
+        lengths = checks.sequence_lengths(hidden, cu_seqlens, cu_seqlens_cpu)
+        if lengths and state is None and not output_state:
             return self.out_proj(self._attend_packed(q, k, v, place[1], lengths).flatten(-2)), None
         rows = (len(lengths), max(lengths, default=0))
         q, k, v = (x.new_zeros(*rows, *x.shape[2:]).index_put(place, x[0]) for x in (q, k, v))
         o, new_state = self._attend_rows(q, k, v, state, output_state, cu_seqlens.diff())
         return self.out_proj(o[place].unsqueeze(0).flatten(-2)), new_state
 
-    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, lengths: list[int]) -> Tensor:
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Packed ``[1, T, heads, W]`` from the start of each sequence; one call per sequence costs what each needs."""
         q, k = rotary(position.unsqueeze(0), self.rope_theta, q, k)
         sequences = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), v.split(lengths, dim=1))

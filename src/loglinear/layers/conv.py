@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear.layers.initialization import StatedInit
-from loglinear.layers.packing import locate_tokens
+from loglinear.layers.packing import check_packed, locate_tokens
 from loglinear.ops import convolution
 
 
@@ -60,6 +60,8 @@ class ShortConvolution(StatedInit):
         Returns:
             y ``[B, T, channels]`` and the new tail ``[n, W - 1, channels]``, in the dtype of x unless in place.
         """
+        if cu_seqlens is not None:
+            check_packed(x, "x", cu_seqlens)
         keep = self.width - 1
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if tail is None and not in_place and convolution.has_kernel(x, self.weight):

@@ -8,6 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loglinear.ops import checks
+
+
+def check_packed(x: Tensor, name: str, cu_seqlens: Tensor) -> None:
+    """Raise unless x ``[1, T, ...]`` can hold these sequences; on the CPU, where that waits for nothing, by the values too."""
+    checks.check_packing(x, cu_seqlens, None, name)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        checks.sequence_lengths(x, cu_seqlens, None)
+
 
 def locate_tokens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Of each of ``length`` packed tokens: its sequence, and how many tokens of that sequence stand before it (int64).

@@ -69,7 +69,7 @@ def plan_layout(
         past_length: columns that the cache has seen.
 
     Raises:
-        ValueError: shapes that do not fit, or both a mask and ``cu_seq_lens``.
+        ValueError: shapes or offsets that do not fit, or both a mask and ``cu_seq_lens``.
     """
     if cu_seq_lens is not None:
         if batch != 1:
@@ -78,7 +78,11 @@ def plan_layout(
             raise ValueError(
                 "attention_mask must be None together with cu_seq_lens_q: packed documents have no padding"
             )
-        return TokenLayout(1, length, None, cu_seq_lens, cu_seq_lens.cpu(), documents=True)
+        offsets = cu_seq_lens.cpu()
+        ends = offsets.tolist()
+        if offsets.dim() != 1 or not ends or ends[0] != 0 or ends[-1] != length or sorted(ends) != ends:
+            raise ValueError(f"cu_seq_lens_q must be offsets from 0 to T={length} that do not decrease: got {ends}")
+        return TokenLayout(1, length, None, cu_seq_lens, offsets, documents=True)
 
     real = None
     if attention_mask is not None:

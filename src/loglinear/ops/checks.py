@@ -89,7 +89,7 @@ def check_scale(scale: float | None) -> float:
     return float(scale)
 
 
-def check_packing(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> None:
+def check_packing(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, name_of_q: str = "q") -> None:
     """Types, shapes and devices of the offsets; their values are ``sequence_lengths``'s to check."""
     if cu_seqlens is None:
         if cu_seqlens_cpu is not None:
@@ -104,14 +104,14 @@ def check_packing(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor |
         if tensor.dim() != 1 or tensor.shape[0] < 1:
             raise ValueError(f"{name} must have shape [n + 1]: got {list(tensor.shape)}")
     if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens must be on the device of q ({q.device}): got {cu_seqlens.device}")
+        raise ValueError(f"cu_seqlens must be on the device of {name_of_q} ({q.device}): got {cu_seqlens.device}")
     if cu_seqlens_cpu is not None and (cu_seqlens_cpu.device.type != "cpu" or cu_seqlens_cpu.shape != cu_seqlens.shape):
         raise ValueError(
             f"cu_seqlens_cpu must be a CPU copy of cu_seqlens, of shape {list(cu_seqlens.shape)}: "
             f"got shape {list(cu_seqlens_cpu.shape)} on {cu_seqlens_cpu.device}"
         )
     if q.shape[0] != 1:
-        raise ValueError(f"q must have a batch of 1 when cu_seqlens packs sequences: got B={q.shape[0]}")
+        raise ValueError(f"{name_of_q} must have a batch of 1 when cu_seqlens packs sequences: got B={q.shape[0]}")
 
 
 def sequence_lengths(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> tuple[int, ...]:
