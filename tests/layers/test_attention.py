@@ -74,6 +74,19 @@ def test_crop_forgets_exactly(mixer):
     torch.testing.assert_close(out, mixer(hidden)[0][:, 4:], rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_room_that_is_too_small_is_named(mixer):
+    hidden = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
+    want, _ = mixer(hidden)
+    _, state = mixer(hidden[:, :7], output_state=True)
+    with pytest.raises(ValueError, match="max_context must be at least the state's position, 7: got 5"):
+        state.for_decoding(5)
+    decoding = state.for_decoding(8)
+    with pytest.raises(ValueError, match=r"state must hold 9 tokens \(grow makes room\): got max_context=8"):
+        mixer(hidden[:, 7:], decoding)
+    torch.testing.assert_close(mixer(hidden[:, 7:], decoding.grow(9))[0], want[:, 7:], rtol=0, atol=1e-12)
+
+
 def test_bad_sizes_are_named():
     with pytest.raises(ValueError, match="head_dim must be even"):
         SoftmaxAttention(HIDDEN, num_heads=2, head_dim=5)

@@ -133,11 +133,13 @@ class SoftmaxAttention(nn.Module):
         """
         (rows, length), keys, values = q.shape[:2], state.keys, state.values
         row = torch.arange(rows, device=q.device).unsqueeze(-1)
-        keys.index_put_((row, place), k.to(keys.dtype))
-        values.index_put_((row, place), v.to(values.dtype))
         used = keys.shape[1]
         if q.device.type == "cpu" or length > CHUNK_SIZE:
             used = max(state.position.tolist(), default=0) + length
+        if used > keys.shape[1]:
+            raise ValueError(f"state must hold {used} tokens (grow makes room): got max_context={keys.shape[1]}")
+        keys.index_put_((row, place), k.to(keys.dtype))
+        values.index_put_((row, place), v.to(values.dtype))
         visible = (torch.arange(used, device=q.device) <= place.unsqueeze(-1)).unsqueeze(1)  # [n, 1, T, S]
         o = self._softmax(q, keys[:, :used].to(q.dtype), values[:, :used].to(q.dtype), visible)
         state.position += new_tokens

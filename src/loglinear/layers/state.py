@@ -149,7 +149,10 @@ class KVState(TensorState):
         self, max_context: int, entry_dtype: torch.dtype = torch.float32, dtype: torch.dtype | None = None
     ) -> KVDecodingState:
         """The same past in buffers of ``max_context`` tokens, to be updated in place (``entry_dtype`` is not for these)."""
-        used = min(self.keys.shape[1], max_context)  # what lies further back has no meaning, or reserve has complained
+        used = min(self.keys.shape[1], max_context)  # what lies further back has no meaning
+        seen = max(self.position.tolist(), default=0) if used < self.keys.shape[1] else 0
+        if seen > max_context:
+            raise ValueError(f"max_context must be at least the state's position, {seen}: got {max_context}")
         keys, values = (
             x.new_zeros(x.shape[0], max_context, *x.shape[2:], dtype=dtype or x.dtype) for x in (self.keys, self.values)
         )
