@@ -90,5 +90,5 @@ def test_room_that_is_too_small_is_named(mixer):
 def test_bad_sizes_are_named():
     with pytest.raises(ValueError, match="head_dim must be even"):
         SoftmaxAttention(HIDDEN, num_heads=2, head_dim=5)
-    with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads=3: got 4"):
+    with pytest.raises(ValueError, match="num_heads must be a positive multiple of num_kv_heads=3: got 4"):
         SoftmaxAttention(HIDDEN, num_heads=4, head_dim=6, num_kv_heads=3)

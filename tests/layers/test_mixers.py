@@ -261,6 +261,17 @@ def test_initialisation(name):
     assert abs(rate.mean() - (low + high) / 2) < 0.3
 
 
+def test_numbers_of_heads_that_do_not_fit_are_named():
+    kinds = {"num_groups": LogLinearMamba2, "num_key_heads": LogLinearGatedDeltaNet, "num_kv_heads": SoftmaxAttention}
+    for name, kind in kinds.items():
+        sizes = {"key_dim": 4, "value_dim": 4} if kind is LogLinearGatedDeltaNet else {"head_dim": 4}
+        for heads, groups in ((4, 3), (4, 0), (0, 1), (-4, -2)):
+            with pytest.raises(
+                ValueError, match=f"num_heads must be a positive multiple of {name}={groups}: got {heads}"
+            ):
+                kind(HIDDEN, num_heads=heads, **sizes, **{name: groups})
+
+
 @pytest.mark.parametrize("name", RECURRENT)
 def test_weight_decay_flags(name):
     """They are those of copies too, and of modules that came off the meta device."""

@@ -62,8 +62,8 @@ class SoftmaxAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads={num_kv_heads}: got {num_heads}")
+        if min(num_heads, num_kv_heads) < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a positive multiple of num_kv_heads={num_kv_heads}: got {num_heads}")
         if head_dim % 2:
             raise ValueError(f"head_dim must be even (rotary positions turn pairs): got {head_dim}")
         self.head_dim, self.rope_theta = head_dim, rope_theta

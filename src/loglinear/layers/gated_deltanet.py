@@ -57,8 +57,8 @@ class LogLinearGatedDeltaNet(StatedInit):
     ) -> None:
         super().__init__()
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
-        if num_heads % num_key_heads:
-            raise ValueError(f"num_heads must be a multiple of num_key_heads={num_key_heads}: got {num_heads}")
+        if min(num_heads, num_key_heads) < 1 or num_heads % num_key_heads:
+            raise ValueError(f"num_heads must be a positive multiple of num_key_heads={num_key_heads}: got {num_heads}")
         self.num_heads, self.num_key_heads = num_heads, num_key_heads
         keys, values = num_key_heads * key_dim, num_heads * value_dim
         self.conv_widths = [keys, keys, values]  # q, k, v

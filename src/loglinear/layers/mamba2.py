@@ -56,8 +56,8 @@ class LogLinearMamba2(StatedInit):
         log_linear: bool = True,
     ) -> None:
         super().__init__()
-        if num_heads % num_groups:
-            raise ValueError(f"num_heads must be a multiple of num_groups={num_groups}: got {num_heads}")
+        if min(num_heads, num_groups) < 1 or num_heads % num_groups:
+            raise ValueError(f"num_heads must be a positive multiple of num_groups={num_groups}: got {num_heads}")
         self.num_heads, self.num_groups = num_heads, num_groups
         inner, keys = num_heads * head_dim, num_groups * state_size
         self.conv_widths = [inner, keys, keys]  # x, B, C
