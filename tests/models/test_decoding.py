@@ -207,6 +207,26 @@ def test_a_copy_shares_nothing(make_model, tokens, mixer):
     torch.testing.assert_close(feed(model, ids[:, 70:], cache, [1]), want, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_prompt_read_in_inference_mode(make_model, tokens, mixer, kind):
+    """What is made there cannot be written into outside, where ``generate`` works."""
+    model, ids = make_model(mixer), tokens(2, 80)
+    cache = make_cache(kind, model)
+    with torch.inference_mode():
+        want = model(ids).logits
+        model(ids[:, :70], past_key_values=cache)
+        saved = snapshot_cache(cache)
+    with torch.no_grad():
+        restore_cache(cache, saved)
+        cache.reorder_cache(torch.tensor([0, 1]))
+        got = feed(model, ids[:, 70:], cache, [1, 9])
+    torch.testing.assert_close(got, want[:, 70:], rtol=0, atol=1e-10)
+    with torch.inference_mode():
+        restore_cache(cache, saved)
+    with torch.no_grad():
+        torch.testing.assert_close(feed(model, ids[:, 70:], cache, [10]), want[:, 70:], rtol=0, atol=1e-10)
+
+
 def test_under_autograd_calls_are_functional(make_model, tokens, mixer):
     """A cache from decoding, gone on with gradients: the buffers are left alone, and decoding may follow again."""
     model, ids = make_model(mixer), tokens(2, 80)
@@ -324,6 +344,21 @@ def test_a_graph_is_recorded_anew_for_new_buffers(make_model, tokens, fake_graph
             got = step(ids[rows, t : t + 1])
         torch.testing.assert_close(got, model(ids[rows], use_cache=False).logits[:, -1], rtol=0, atol=1e-10)
         assert len(made) == recordings
+
+
+def test_a_graph_goes_on_outside_of_inference_mode(make_model, tokens, fake_graphs):
+    model, ids = make_model(["log_linear_mamba2", "attention", "mamba2"]), tokens(2, 80)
+    cache = make_cache("static", model)
+    made = fake_graphs(cache)
+    step = decoding.DecodingGraph(model, cache)
+    with torch.inference_mode():
+        want = model(ids).logits
+        model(ids[:, :60], past_key_values=cache)
+        for t in range(60, 64):
+            step(ids[:, t : t + 1])
+    for t in range(64, 80):
+        torch.testing.assert_close(step(ids[:, t : t + 1]), want[:, t], rtol=0, atol=1e-10)
+    assert len(made) == 2
 
 
 def test_generate_replays(make_model, tokens, mixer, fake_graphs, monkeypatch):

@@ -201,9 +201,14 @@ class KVDecodingState(KVState):
 MixerState = RecurrentMixerState | KVState
 
 
+def writable(state: MixerState) -> bool:
+    """Whether PyTorch lets this state be written into: outside of inference mode nothing that was made in it."""
+    return torch.is_inference_mode_enabled() or not state.position.is_inference()
+
+
 def same_buffers(one: MixerState, other: MixerState) -> bool:
-    """Whether two states for decoding have tensors of the same shapes and dtypes, on the same devices."""
-    if type(one) is not type(other) or not (one.in_place and other.in_place):
+    """Whether two states for decoding have tensors of the same shapes and dtypes, on the same devices, ``one`` writable."""
+    if type(one) is not type(other) or not (one.in_place and other.in_place and writable(one)):
         return False
     kinds = [[(x.shape, x.dtype, x.device) for x in state._tensors()] for state in (one, other)]
     return kinds[0] == kinds[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
 from loglinear.layers import KVState, MixerState
-from loglinear.layers.state import same_buffers
+from loglinear.layers.state import same_buffers, writable
 
 
 class MixerCacheLayer(CacheLayerMixin):
@@ -45,6 +45,8 @@ class MixerCacheLayer(CacheLayerMixin):
         wanted, held = self.length + columns, self._held
         if self.max_cache_len is not None and wanted > self.max_cache_len:
             raise ValueError(f"max_cache_len must be at least {wanted}, the columns so far: got {self.max_cache_len}")
+        if held is not None and not writable(held):
+            self._held = held = held.clone()
         if self.max_cache_len is not None or held is None or not held.in_place or held.max_context is None:
             return
         if wanted > held.max_context:

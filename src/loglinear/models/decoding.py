@@ -86,13 +86,13 @@ class DecodingGraph:
             raise ValueError(f"input_ids must have shape [B, 1]: got {list(input_ids.shape)}")
         if any(layer.state is None for layer in layers):
             raise ValueError("cache must have read a prompt: got an empty one")
+        for layer in layers:
+            layer.reserve(1)  # may put a state into new buffers
         states = [layer.state for layer in layers]
         if not all(captured_by_graphs(state, self.model.dtype) for state in states):
             return self._forward(input_ids)
         if self.ids is None or self.ids.shape != input_ids.shape or not same_objects(states, self.states):
             return self._warm_up(input_ids, layers)
-        for layer in layers:
-            layer.reserve(1)
         ids = self.ids.copy_(input_ids)
         if self.replay is None:
             self.replay, self.logits = record(lambda: self._forward(ids), ids.device)  # counts the column
