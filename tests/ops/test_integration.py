@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import loglinear
+from loglinear.ops.once import differentiable_once
 from loglinear.reference.layout import build_layout
 from oracle import SAME_NUMBERS, error, gradients
 
@@ -118,6 +119,30 @@ def test_gradients_of_gradients(gate, linear):
     """Two chunks, hence the tree and its in-place sums."""
     x = inputs(gate, B=1, T=C + 2, H=1, G=1, K=1, V=1, L=8, linear=linear, grad=True)
     assert torch.autograd.gradgradcheck(lambda *y: output(dict(zip(x, y))), tuple(x.values()), fast_mode=True)
+
+
+def test_what_kernels_differentiate_refuses_a_second_derivative():
+    """Also behind a sum, whose gradient depends on nothing: torch's own guard would leave the term out in silence."""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        @differentiable_once
+        def backward(ctx, gradient):
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    x = torch.tensor([3.0], requires_grad=True)
+    for loss in (Square.apply(x).sum(), Square.apply(x).square().sum()):
+        (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (once,) = torch.autograd.grad(loss, x, create_graph=True)
+        assert not plain.requires_grad
+        assert torch.equal(once, plain)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            (x + once).sum().backward()
 
 
 @gates

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loglinear import kernels
+from loglinear.ops.once import differentiable_once
 
 MAX_TAPS = 7
 
@@ -71,6 +72,6 @@ class Convolution(torch.autograd.Function):
         return _kernels().forward(x, weight, bias, place)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dy):
         return *_kernels().backward(dy, *ctx.saved_tensors), None

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear import kernels
+from loglinear.ops.once import differentiable_once
 
 MAX_WIDTH = 8192  # of a row in registers
 
@@ -166,7 +167,7 @@ def _function(name: str, run: Callable, backward: Callable) -> type[torch.autogr
         _keep(ctx, inputs)
         return tuple(y for y in run(*inputs) if y is not None)
 
-    differentiate = torch.autograd.function.once_differentiable(_gradients_by(backward))
+    differentiate = differentiable_once(_gradients_by(backward))
     # Profiles say ``name`` and ``nameBackward``.
     return type(
         name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
@@ -247,7 +248,7 @@ class Discretise(torch.autograd.Function):
         return g, v, x
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dg, dv, dskip):
         return _kernels("gates").backward(dg, dv, dskip, None, *ctx.saved_tensors, None)[:4]
 
@@ -261,7 +262,7 @@ class SiluProduct(torch.autograd.Function):
         return _kernels("elementwise").silu_product(gate, x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         return _kernels("elementwise").silu_product_backward(dout, *ctx.saved_tensors)
 

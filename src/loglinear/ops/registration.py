@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loglinear import kernels
 from loglinear.ops.checks import sequence_lengths
+from loglinear.ops.once import differentiable_once
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
 
@@ -287,7 +288,7 @@ class Kernels(torch.autograd.Function):
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, do):
         q, k, v, g, beta, level_scales, cu_seqlens, *kept = ctx.saved_tensors
         inputs = q, k, v, g, beta, level_scales
