@@ -117,6 +117,19 @@ def test_compiled_blocks_are_one_graph_and_change_no_gradient(make_model, tokens
         assert (x - y).norm() <= 1e-6 * y.norm()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_blocks_take_packed_documents(make_model, tokens):
+    """In one graph too: the offsets on the CPU, for eager code to check, are nothing for it to read."""
+    model, ids = make_model("log_linear_mamba2", num_hidden_layers=1).train(), tokens(1, 70)
+    packed = {"labels": ids, "cu_seq_lens_q": torch.tensor([0, 4, 70])}
+    want = torch.autograd.grad(model(ids, **packed).loss, list(model.parameters()))
+    torch._dynamo.reset()
+    compile_blocks(model, backend="eager")
+    got = torch.autograd.grad(model(ids, **packed).loss, list(model.parameters()))
+    for x, y in zip(got, want, strict=True):
+        assert (x - y).norm() <= 1e-6 * y.norm()
+
+
 @renamed
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(make_model, tokens, mixer, use_reentrant):

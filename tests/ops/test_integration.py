@@ -35,7 +35,8 @@ def test_compiled_is_eager(compiled, gate, linear, dynamic, packed):
     function = compiled(lambda x, **kwargs: 2 * output(x, **kwargs), dynamic=dynamic)
     for i, T in enumerate((C + 7, 2 * C + 1, 5 * C) if dynamic else (C + 7,)):
         x = inputs(gate, B=1 if packed else 2, T=T, seed=T, linear=linear, grad=True)
-        kwargs = {"cu_seqlens": torch.tensor([0, 5, 5, T])} if packed else {}
+        bounds = torch.tensor([0, 5, 5, T])
+        kwargs = {"cu_seqlens": bounds, "cu_seqlens_cpu": bounds.clone()} if packed else {}
         with torch.compiler.set_stance("fail_on_recompile" if dynamic and i else "default"):
             o = function(x, **kwargs)
             have = gradients(o, x.values())

@@ -59,7 +59,7 @@ def log_linear_attention(
         cu_seqlens: int32 or int64 ``[n + 1]``, offsets of n sequences packed along T in a batch of one; each has a tree of
             its own. Empty sequences are allowed.
         cu_seqlens_cpu: the same on the CPU. Where kernels run, offsets are checked only if they are given here too, so that
-            nothing waits for the device; elsewhere it spares that wait.
+            nothing waits for the device (and not in compiled code); elsewhere it spares that wait.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of v, and the final state (None unless asked for), with gradients through both.
@@ -151,7 +151,7 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
             usable = not output_final_state or with_state
             if compiling or (usable and registration.has_kernel(q, v, beta)):
                 lengths: tuple[int, ...] = ()
-                if output_final_state or cu_seqlens_cpu is not None:
+                if not compiling and (output_final_state or cu_seqlens_cpu is not None):  # a graph knows no values
                     lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
                 op = registration.run_compiled if compiling else registration.run_eager
                 o = op(q, k, v, g, beta, level_scales, scale, cu_seqlens)
