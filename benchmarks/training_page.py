@@ -15,7 +15,7 @@ from measure import RESULTS
 from reporting.rows import read as rows_of
 from reporting.text import table
 from training_parts import PARTS
-from training_report import NAME, SHOWN, figures
+from training_report import FASTER, FLASH, NAME, SHOWN, figures
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 BEGIN, END = "<!-- rows -->", "<!-- /rows -->"
@@ -37,11 +37,26 @@ def required(rows: list[dict]) -> list[str]:
         for tokens in dict.fromkeys(row["tokens"] for row in rows):
             some = [row for row in rows if (row["commit"], row["tokens"]) == (commit, tokens)]
             found |= {what: (figure, commit) for what, figure in figures(some).items()}
+    compared = side_by_side(rows)
+    if FASTER in found and FASTER in (all_lengths := figures(compared)):
+        found[FASTER] = all_lengths[FASTER], ", ".join(dict.fromkeys(row["commit"] for row in compared))
     lines = []
     for what, given in found.items():
         model, outside, rest = what.partition(" outside")
         lines.append([SHOWN[model] + outside + rest if outside else what, *given])
     return table(["figure", "measured", "commit"], lines, words=3)
+
+
+def side_by_side(rows: list[dict]) -> list[dict]:
+    """Of each length the rows of Log-Linear Mamba-2 and the Transformer with FlashAttention-2 at the newest commit with both."""
+    plain = [r for r in rows if not r["longest"] and not r["checkpointing"] and r["compiled"] != "no"]
+    kinds = {(row["T"], row["commit"], row["model"]): row for row in plain}
+    pairs = {
+        length: (row, kinds[length, commit, FLASH])
+        for (length, commit, model), row in kinds.items()
+        if model == "log_linear_mamba2" and (length, commit, FLASH) in kinds
+    }
+    return [row for length in sorted(pairs) for row in pairs[length]]
 
 
 def steps(rows: list[dict]) -> list[str]:

@@ -45,6 +45,7 @@ RATIOS = (  # (what, (model, T), over (model, T), at least)
 OUTSIDE = 0.35  # largest share of a step outside of matrix products and the op
 LONGEST = 1 << 19  # tokens that a step must take
 OVERTAKES = 1 << 13  # tokens, from which on
+FASTER = "Log-Linear Mamba-2 is faster than the Transformer, FlashAttention-2"
 
 
 def report(rows: list[dict]) -> str:
@@ -63,9 +64,7 @@ def figures(rows: list[dict]) -> dict[str, str]:
             note = "" if alike else "; only one of them checkpoints activations"
             found[what] = f"{ratio:.2f}x (required {least}x{note})"
     if (context := overtakes(rows)) is not None:
-        found["Log-Linear Mamba-2 is faster than the Transformer, FlashAttention-2"] = (
-            f"from {context:,} tokens on (required {OVERTAKES:,})"
-        )
+        found[FASTER] = f"from {context:,} tokens on (required {OVERTAKES:,})"
     for row in rows:
         if row["model"].startswith("log_linear_") and "outside_share" in row and row["T"] == 1 << 14:
             what = f"{row['model']} outside of products and op at 16K"
@@ -93,7 +92,9 @@ def overtakes(rows: list[dict]) -> int | None:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """The figure: tokens a second against context, a curve for each model that has rows of these sizes at the newest commit."""
+    """The figure: tokens a second against context, a curve for each model that has rows of these sizes at ``--commits``, or at
+    the newest commit.
+    """
     from matplotlib.figure import Figure
 
     path: Path = args.results / f"{NAME}.jsonl"
@@ -103,8 +104,8 @@ def draw(args: argparse.Namespace) -> None:
     rows = [row for row in rows if args.models is None or row["model"] in args.models]
     if not rows:
         raise SystemExit(f"no rows of these sizes in {path}: run this command without --figure")
-    device, commit = rows[-1].get("gpu") or rows[-1]["cpu"], rows[-1]["commit"]
-    rows = [row for row in rows if device in (row.get("gpu"), row.get("cpu")) and row["commit"] == commit]
+    device, commits = rows[-1].get("gpu") or rows[-1]["cpu"], args.commits or [rows[-1]["commit"]]
+    rows = [row for row in rows if device in (row.get("gpu"), row.get("cpu")) and row["commit"] in commits]
     newest = {(row["model"], row["T"]): row for row in rows}
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     panel = figure.subplots()

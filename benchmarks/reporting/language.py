@@ -12,6 +12,7 @@ from reporting.text import MISSING, NOT_RUN, Section, below, difference, directi
 
 FAR = 8192  # "past position 8K"
 OWN = ("mixer", "seed", "num_hidden_layers")  # arguments in which the models of a comparison differ by intent
+FILES = {"data": "hash", "validation_data": "validation_hash"}  # what is in them counts, not their names
 
 CLAIM = (
     "The paper's claim: log-linear Mamba-2 and Gated DeltaNet reach a lower loss than their linear twins, and the loss by "
@@ -94,8 +95,9 @@ def _setup(runs: Runs) -> str:
     """What all models have in common, and each argument in which they differ other than the mixer and the seed."""
     rows = [row for group in runs.values() for row in group.values()]
     first, shared = rows[0], rows[0]["arguments"]
-    names = sorted({name for row in rows for name in row["arguments"]} - set(OWN))
-    differing = [name for name in names if len({str(row["arguments"].get(name)) for row in rows}) > 1]
+    names = sorted({name for row in rows for name in row["arguments"]} - set(OWN) - set(FILES))
+    differing = [name for name, of in FILES.items() if len({row["data"][of] for row in rows}) > 1]
+    differing += [name for name in names if len({str(row["arguments"].get(name)) for row in rows}) > 1]
     per_step = first["tokens"] // shared["steps"]
     text = (
         f"Width {shared['hidden_size']}, {shared['steps']:,} steps of {per_step:,} "

@@ -67,7 +67,7 @@ def _again(tunes: Sequence[dict], rows: list[dict], language: list[dict]) -> lis
         lines.append(line)
     shown = " and ".join(f"{context:,}" for context in sorted(contexts))
     return [
-        "### Other fine-tunes of the same models",
+        "### Other fine-tunes",
         f"Loss of the answers in the last step, and share of exact answers at {shown} tokens together:",
         table(["model and seed", "steps", "seed of the fine-tune", "loss", *kinds], lines),
     ]
