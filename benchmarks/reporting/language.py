@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from statistics import fmean
 
 import numpy as np
@@ -161,7 +162,7 @@ def _costs(runs: Runs) -> list[str]:
 
 
 def _seed_spread(runs: Runs) -> list[str]:
-    """How far two seeds of one model are apart: a difference between models that is smaller says little."""
+    """How far seeds of one model are apart: a difference between models that is smaller says little."""
     parts = []
     trained = [key for key, long in keys(runs) if not long]
     for mixer, group in runs.items():
@@ -170,8 +171,9 @@ def _seed_spread(runs: Runs) -> list[str]:
         ]
         if len(rows) > 1:
             check_same_sequences(rows)
-            parts.append(f"{LABELS[mixer]} {abs(paired(*map(sequence_losses, rows[:2])).value):.4f}")
-    return [f"Two seeds of one model differ, in nats: {', '.join(parts)}."] if parts else []
+            apart = max(abs(paired(*map(sequence_losses, two)).value) for two in combinations(rows, 2))
+            parts.append(f"{LABELS[mixer]} {apart:.4f}")
+    return [f"Seeds of one model differ by up to, in nats: {', '.join(parts)}."] if parts else []
 
 
 def _differences(runs: Runs) -> list[str]:
