@@ -4,8 +4,9 @@
 #
 #   runs/tunes.sh OUTPUT RUN...     OUTPUT is that of runs/lm.sh, RUN the name of a model there, as gated_deltanet-s0
 #
-# Device time: estimated, not measured, two minutes of one H200 for 400 steps and four for 1,600. The GPUs of the machine take
-# fine-tunes from one queue; started again, it goes on, and what is done is not done again.
+# Device time: two fine-tunes of 400 steps side by side on one H200, with their tests, took 2 min 20 s (762b638); 1,600 steps take
+# four minutes by estimate. The GPUs of the machine take fine-tunes from one queue; started again, it goes on, and what is done is
+# not done again.
 set -euo pipefail
 export OUTPUT=$1
 shift

@@ -33,7 +33,9 @@ def test_a_ratio_is_of_the_newest_commit_that_has_both():
 def test_the_length_from_which_on_is_of_all_lengths_each_at_one_commit():
     flash, ours = "transformer, flash attention 2", "log_linear_mamba2"
     rows = [row(m, T, "a", rate) for T in (1 << 12, 1 << 13) for m, rate in ((flash, 10), (ours, 20))]
-    rows += [row(m, T, "b", rate) for T, rate in ((1 << 11, 5), (1 << 14, 20)) for m, rate in ((flash, 10), (ours, rate))]
+    rows += [
+        row(m, T, "b", rate) for T, rate in ((1 << 11, 5), (1 << 14, 20)) for m, rate in ((flash, 10), (ours, rate))
+    ]
     rows += [row(ours, 1 << 12, "c", 1)]  # nothing to compare it with
     line = next(line for line in required(rows) if "is faster than" in line)
     assert "from 4,096 tokens on" in line
