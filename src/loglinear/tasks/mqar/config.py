@@ -123,8 +123,8 @@ class Grid:
 
 
 PRESETS = {
-    # Two minutes on two cores. The pairs are the first half of a sequence, so that every query has all of them in one bucket,
-    # and what comes after them in others. Seeds differ a lot: docs/lab-notes.md has more of them.
+    # One minute on two cores. The pairs are the first half of a sequence, so that every query has all of them in one bucket,
+    # and what comes after them in others. Seeds differ a lot: docs/lab-notes.md has 17 of them.
     "small": Grid(
         models=("Mamba-2", "Log-Linear Mamba-2"),
         widths=(32,),
