@@ -97,7 +97,7 @@ def _setup(runs: Runs) -> str:
     rows = [row for group in runs.values() for row in group.values()]
     first, shared = rows[0], rows[0]["arguments"]
     names = sorted({name for row in rows for name in row["arguments"]} - set(OWN) - set(FILES))
-    differing = [name for name, of in FILES.items() if len({row["data"][of] for row in rows}) > 1]
+    differing = [name for name, of in FILES.items() if len({row["data"].get(of) for row in rows}) > 1]
     differing += [name for name in names if len({str(row["arguments"].get(name)) for row in rows}) > 1]
     per_step = first["tokens"] // shared["steps"]
     text = (

@@ -122,6 +122,10 @@ def test_the_table_of_models_and_costs(made, tmp_path):
     )
     rows[0]["arguments"]["learning_rate"] = 3e-4
     assert "differ in these arguments, too: learning_rate" in "\n".join(language.section(rows).lines)
+    rows[0]["arguments"]["data"] = "the same text.jsonl.xz"
+    assert "too: learning_rate (" in "\n".join(language.section(rows).lines), "a name is none of the text's"
+    rows[0]["data"]["hash"] = "another text"
+    assert "too: data, learning_rate (" in "\n".join(language.section(rows).lines)
     renamed = [row | {"name": "mamba2-wide"} if row["name"] == "mamba2-s1" else row for row in rows]
     assert cells(language.section(renamed).lines, "mamba2-wide") == ["50.0M", "39M", "1.5000"]
 

@@ -96,8 +96,10 @@ def test_who_gets_logits(make_model, tokens):
 def test_logits_to_keep(make_model, tokens):
     model, ids = make_model("mamba2"), tokens(2, 30)
     logits = model(ids).logits
-    assert torch.equal(model(ids, logits_to_keep=3).logits, logits[:, -3:])
-    assert torch.equal(model(ids, logits_to_keep=torch.tensor([4, 0])).logits, logits[:, [4, 0]])
+    # A product of fewer rows may be summed in another order: that is up to the processor.
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:], rtol=1e-12, atol=1e-12)
+    kept = model(ids, logits_to_keep=torch.tensor([4, 0])).logits
+    torch.testing.assert_close(kept, logits[:, [4, 0]], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at what it traces
