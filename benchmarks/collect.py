@@ -58,7 +58,7 @@ def collect(out: Path, results: Path, commit: str, mqar: Path) -> Iterator[str]:
 def language_row(folder: Path, commit: str) -> dict | None:
     """All that is kept of one language model, without its needles; None if its training is not finished."""
     record = load(folder / "record.json")
-    if record is None or record["status"] != "complete":
+    if record is None or record.get("status") != "complete":
         return None
     arguments = record["arguments"]
     logs = [log for log in record["history"] if "loss" in log]

@@ -8,12 +8,18 @@
 set -euo pipefail
 output=$1
 shift
+if [ "$(basename -a "$@" | sort | uniq -d)" ]; then
+    echo "runs/niah.sh: two checkpoints of one name would share a folder below $output" >&2
+    exit 1
+fi
 for checkpoint in "$@"; do
     name=$(basename "$checkpoint")
     # Before the fine-tune: loss by position at four times the trained context, repeats, definitions, and λ.
-    context=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["arguments"]["context"])' "$checkpoint/record.json")
-    measures=(repeats retrieval)
-    if grep -q '"log_linear' "$checkpoint/config.json"; then measures+=(levels); fi
+    record=$checkpoint/record.json
+    [ -e "$record" ] || record=$(dirname "$checkpoint")/record.json # of the run that the checkpoint is one of
+    context=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["arguments"]["context"])' "$record")
+    measures=(repeats retrieval) # the last one is the mark of all
+    if grep -q '"log_linear' "$checkpoint/config.json"; then measures=(levels "${measures[@]}"); fi
     if [[ ! -e $output/$name/recall/retrieval.json ]]; then
         loglinear evaluate "$checkpoint" --context $((4 * context)) --packing document --batch-size 1 \
             --measures "${measures[@]}" --output "$output/$name/recall"

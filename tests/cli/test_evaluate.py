@@ -88,3 +88,25 @@ def test_a_model_without_a_record_needs_data(finished_run, tmp_path, capsys):
     shutil.copytree(finished_run / "checkpoint-12", tmp_path / "alone")
     assert main(["evaluate", str(tmp_path / "alone")]) == 1
     assert "data: needed, because no record" in capsys.readouterr().err
+
+
+def test_measures_of_other_sequences_do_not_stay(evaluate, tmp_path):
+    evaluate("--measures", "levels")
+    evaluate()
+    assert (tmp_path / "out" / "levels.json").exists(), "of the same sequences"
+    evaluate("--context", "16")
+    assert not list((tmp_path / "out").glob("levels.*"))
+
+
+@pytest.mark.parametrize("option", ["batch_size", "buckets", "context", "sequences"])
+def test_counts_that_make_no_sense_are_named(option, finished_run, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(finished_run), f"--{option.replace('_', '-')}", "0"])
+    assert f"{option} must be at least" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named(finished_run, train_options, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    cache = train_options[train_options.index("--cache") + 1]
+    assert main(["evaluate", str(finished_run), "--cache", cache, "--output", str(tmp_path / "file")]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err

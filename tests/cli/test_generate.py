@@ -90,3 +90,10 @@ def test_a_missing_prompt_is_named(options, message, finished_run, capsys):
         status = stop.code
     assert status in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_no_utf_8_is_read_as_training_reads_it(finished_run, tmp_path, capsys):
+    (tmp_path / "latin").write_bytes(b"alpha caf\xe9")
+    command = ["generate", str(finished_run), "--prompt-file", str(tmp_path / "latin"), "--max-new-tokens", "1"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("alpha caf\ufffd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -78,3 +79,20 @@ def test_evaluate_measures_recall(finished_run, cache, tmp_path):
     assert [(row["distance"], row["questions"]) for row in rows["retrieval"]] == [(100, 3), (200, 3)]
     assert [len(row["heads"]) for row in rows["levels"]] == [4]
     assert all((tmp_path / "out" / f"{name}.png").stat().st_size > 5_000 for name in rows)
+
+
+@pytest.mark.parametrize("changed", ["data", "fraction"])
+def test_text_that_the_model_may_have_seen_is_refused(changed, finished_run, texts, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    record = json.loads((run / "record.json").read_text())
+    shutil.copytree(texts, tmp_path / "texts")
+    record["arguments"]["data"] = str(tmp_path / "texts")
+    if changed == "data":
+        (tmp_path / "texts" / "new.txt").write_text("more text")
+    else:
+        record["arguments"]["validation_fraction"] = 0.0
+    (run / "record.json").write_text(json.dumps(record))
+    assert main(["niah", "evaluate", str(run), "--cache", str(tmp_path / "cache"), *GRID]) == 1
+    wanted = {"data": "no longer what the model was trained on", "fraction": "trained on all of its text"}
+    assert wanted[changed] in capsys.readouterr().err

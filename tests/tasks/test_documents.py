@@ -110,6 +110,8 @@ def test_the_hash_follows_every_character(tmp_path):
         ("far/away/folder", FileNotFoundError, "data: no file or folder 'far/away/folder'"),
         ("EMPTY", ValueError, "data: no text found in"),
         ("BAD_JSON", ValueError, r"bad\.jsonl, line 2 is not a JSON object with a string field 'text'"),
+        ("CUT_OFF", ValueError, r"data: .*cut\.jsonl\.xz is not a whole \.xz file"),
+        ("NOT_XZ", ValueError, r"data: .*not\.txt\.xz is not a whole \.xz file"),
         ("NO_FIELD", ValueError, r"none\.jsonl, line 1 is not a JSON object with a string field 'text'"),
     ],
 )
@@ -117,7 +119,15 @@ def test_unusable_input_is_named(data, error, message, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
     (tmp_path / "none.jsonl").write_text('{"content": "elsewhere"}\n')
-    paths = {"EMPTY": tmp_path / "empty", "BAD_JSON": tmp_path / "bad.jsonl", "NO_FIELD": tmp_path / "none.jsonl"}
+    whole = lzma.compress(b'{"text": "fine"}\n' * 1000)
+    (tmp_path / "cut.jsonl.xz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "not.txt.xz").write_bytes(b"text")
+    named = {"CUT_OFF": tmp_path / "cut.jsonl.xz", "NOT_XZ": tmp_path / "not.txt.xz"}
+    paths = named | {
+        "EMPTY": tmp_path / "empty",
+        "BAD_JSON": tmp_path / "bad.jsonl",
+        "NO_FIELD": tmp_path / "none.jsonl",
+    }
     with pytest.raises(error, match=message):
         _ = Source(str(paths.get(data, data))).hash
 

@@ -299,6 +299,10 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path, capsys):
     [
         (["--models", "Mamba-3"], "models must be among"),
         (["--pairs", "40"], "pairs must be 1 to a quarter"),
+        (["--at-once", "-1"], "at_once must be at least 1: got -1"),
+        (["--workers", "0"], "workers must be at least 1: got 0"),
+        (["--widths", "32", "0"], "widths must be at least 1: got 0"),
+        (["--steps", "0"], "steps must be at least 1: got 0"),
         (["--pairs", "2", "4", "8"], "a batch must hold a multiple of 3 sequences"),
     ],
 )

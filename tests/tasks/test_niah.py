@@ -139,7 +139,8 @@ def test_a_context_that_is_too_short_is_told_what_it_needs(samples):
 
 @pytest.mark.parametrize(("config", "fields"), [(TaskConfig, {"kinds": ()}), (TaskConfig, {"needles": 1}),
     (GridConfig, {"contexts": ()}), (GridConfig, {"depths": 1}), (GridConfig, {"samples": 0}),
-    (TuneConfig, {"contexts": ()}), (TuneConfig, {"steps": 0})])  # fmt: skip
+    (TuneConfig, {"contexts": ()}), (TuneConfig, {"steps": 0}), (TaskConfig, {"needles": 1001}),
+    (TaskConfig, {"seed": -1}), (GridConfig, {"contexts": (64, -1)}), (TuneConfig, {"clip": 0.0})])  # fmt: skip
 def test_settings_that_make_no_sense_are_named(config, fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         config(**fields)

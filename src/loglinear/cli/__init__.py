@@ -26,8 +26,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for input that cannot be used, 130 when interrupted.
 
-    A ValueError or a missing file is the user's to mend and prints as one line; with LOGLINEAR_TRACEBACK=1 in the
-    environment it keeps its traceback, as every other error does.
+    A ValueError or a file that cannot be read or written is the user's to mend and prints as one line; with
+    LOGLINEAR_TRACEBACK=1 in the environment it keeps its traceback, as every other error does.
     """
     argv = sys.argv[1:] if argv is None else argv
     name = _parser().parse_args(argv[:1]).command
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes,),
         )
         getattr(module, name)(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("LOGLINEAR_TRACEBACK"):
             raise
         print(f"loglinear {name}: {error}", file=sys.stderr)

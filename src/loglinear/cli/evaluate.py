@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 
@@ -63,6 +63,10 @@ class EvaluateArgs:
     def __post_init__(self) -> None:
         if not self.distances or self.questions < 1:
             raise ValueError("distances and questions: retrieval needs at least one of each")
+        for name, least in (("context", 2), ("sequences", 1), ("batch_size", 1), ("buckets", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}: got {value}")
 
 
 def evaluate(args: EvaluateArgs) -> dict:
@@ -78,6 +82,8 @@ def evaluate(args: EvaluateArgs) -> dict:
     console = Console(soft_wrap=True)
     checkpoint = open_checkpoint(args.checkpoint)
     windows, described = sequences(args, checkpoint)
+    output = args.output or checkpoint.folder / "evaluation"
+    output.mkdir(parents=True, exist_ok=True)
     dtype = torch.bfloat16 if use_bfloat16(args.precision) else torch.float32
     console.print(
         f"{described['side']} documents of {described['data']}: {len(windows):,} sequences of {windows.context:,}"
@@ -87,8 +93,11 @@ def evaluate(args: EvaluateArgs) -> dict:
             checkpoint.model, windows, args.batch_size, dtype, lambda done: status.update(f"{done}/{len(windows)}")
         )
     result = {"checkpoint": str(checkpoint.folder), **described, **summary(losses, args.buckets)}
-    output = args.output or checkpoint.folder / "evaluation"
-    output.mkdir(parents=True, exist_ok=True)
+    before = output / "loss_by_position.json"
+    if before.exists() and _text_of(json.loads(before.read_text())) != _text_of(result):
+        for name in get_args(Measure):  # of other text: not to be taken for measures of this evaluation
+            (output / f"{name}.json").unlink(missing_ok=True)
+            (output / f"{name}.png").unlink(missing_ok=True)
     (output / "loss_by_position.json").write_text(json.dumps(result, indent=2) + "\n")
     trained = (checkpoint.record or {}).get("arguments", {}).get("context")
     draw_losses({args.checkpoint.name: losses}, output / "loss_by_position.png", args.buckets, trained)
@@ -103,6 +112,11 @@ def evaluate(args: EvaluateArgs) -> dict:
         (output / f"{measure}.json").write_text(json.dumps({**head, "rows": rows}, indent=2) + "\n")
         console.print(f"{measure}: {output / f'{measure}.png'}, {output / f'{measure}.json'}")
     return result
+
+
+def _text_of(result: dict) -> list:
+    """Which sequences an evaluation is of."""
+    return [result.get(name) for name in ("hash", "side", "context", "packing", "sequences")]
 
 
 def _measure(

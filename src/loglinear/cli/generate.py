@@ -124,4 +124,5 @@ def describe_state(cache) -> str:
 def _prompt(args: GenerateArgs) -> str:
     if args.prompt_file is None:
         return args.prompt or ""
-    return sys.stdin.read() if str(args.prompt_file) == "-" else args.prompt_file.read_text(encoding="utf-8")
+    read = sys.stdin.buffer.read() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
+    return read.decode("utf-8", errors="replace")  # as training reads its text

@@ -76,6 +76,12 @@ class MqarArgs:
         for name in ("models", "widths", "lengths", "pairs", "learning_rates", "seeds"):
             if not getattr(grid, name):
                 raise ValueError(f"{name} must not be empty")
+        counts = {"workers": self.workers, "at_once": self.at_once, "state_size": grid.state_size}
+        counts |= {"steps": recipe.steps, "batch_tokens": recipe.batch_tokens}
+        counts |= {name: min(getattr(grid, name)) for name in ("widths", "lengths", "pairs")}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1: got {count}")
         unknown = [model for model in grid.models if model not in MODELS]
         if unknown:
             raise ValueError(f"models must be among {list(MODELS)}: got {unknown}")

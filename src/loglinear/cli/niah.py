@@ -123,6 +123,7 @@ def finetune(args: FinetuneArgs, console: Console) -> list[dict]:
         raise ValueError(f"output: {args.output} holds a run already; choose another folder")
     checkpoint = open_checkpoint(args.checkpoint)
     samples, described = open_samples(args.task, checkpoint.tokenizer, checkpoint.record, "train")
+    args.output.mkdir(parents=True, exist_ok=True)
     set_seed(args.task.seed)
     dtype = torch.bfloat16 if use_bfloat16(args.precision) else torch.float32
     console.print(f"{checkpoint.model.num_parameters():,} parameters; needles in {described['data']}")
@@ -164,6 +165,8 @@ def evaluate(args: EvaluateArgs, console: Console) -> dict:
 
     checkpoint = open_checkpoint(args.checkpoint)
     samples, described = open_samples(args.task, checkpoint.tokenizer, checkpoint.record, "test")
+    output = args.output or checkpoint.folder / "evaluation"
+    output.mkdir(parents=True, exist_ok=True)
     dtype = torch.bfloat16 if use_bfloat16(args.precision) else torch.float32
     total = len(set(args.grid.contexts)) * len(set(args.task.kinds)) * args.grid.depths * args.grid.samples
     with console.status("evaluating") as status:
@@ -184,8 +187,6 @@ def evaluate(args: EvaluateArgs, console: Console) -> dict:
         "by_context": by_context(rows),
         "cells": rows,
     }
-    output = args.output or checkpoint.folder / "evaluation"
-    output.mkdir(parents=True, exist_ok=True)
     (output / "niah.json").write_text(json.dumps(result, indent=2) + "\n")
     draw_heatmaps({args.checkpoint.name: rows}, output / "niah.png", tuned and max(tuned["contexts"]))
     shown = Table("kind", "length", "samples", "exact")
@@ -210,13 +211,22 @@ def open_samples(
     data, other = task.data or trained.get("data"), None if task.data else trained.get("validation_data")
     if data is None:
         raise ValueError("data: needed, because no record beside the checkpoint tells what it was trained on")
-    fraction = trained.get("validation_fraction") or DataConfig.validation_fraction
+    fraction = trained.get("validation_fraction", DataConfig.validation_fraction)
+    if task.data and not fraction:
+        fraction = DataConfig.validation_fraction  # of other text
+    if side == "test" and not other and not fraction:
+        raise ValueError("data: needed, because the run trained on all of its text: validation_fraction was 0")
     source = Source(
         other if other and side == "test" else data,
         task.suffixes or tuple(trained.get("suffixes", DataConfig.suffixes)),
         task.text_field or trained.get("text_field", DataConfig.text_field),
         fraction,
     )
+    hashes = (record or {}).get("data", {})
+    if task.data is None and source.hash not in (hashes.get("hash"), hashes.get("validation_hash")):
+        raise ValueError(
+            f"data: {source.data!r} is no longer what the model was trained on; name the text of the haystack"
+        )
     part: Any = "all" if other else {"train": "train", "test": "validation"}[side]
     tokens = tokenize(source, part, tokenizer, task.cache)
     described = {"data": source.data, "hash": source.hash, "side": part, "tokens": len(tokens.values)}

@@ -66,6 +66,8 @@ class OptimizerConfig:
         for name in ("steps", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be above 0, inf to leave gradients as they are: got {self.clip}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), a share of the steps: got {self.warmup}")
 

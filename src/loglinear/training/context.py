@@ -84,7 +84,7 @@ class ContextTrainer(LanguageModelTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The mean loss of whole sequences, on every process of the group."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(self.without_fillers(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs, num_items_in_batch=1, use_cache=False, skip_logits=True).loss
         total = torch.stack([loss.double(), inputs["labels"].ne(-100).sum().double()])
@@ -98,5 +98,9 @@ class ContextTrainer(LanguageModelTrainer):
     def _one_of_each_group(self, losses: Tensor) -> Tensor:
         """``gather_for_metrics`` of one process of each group: a loss for every sequence, none of the last batch's fillers."""
         every = self.accelerator.gather(losses).view(-1, self.context_group.size(), len(losses))[:, 0].flatten()
-        state = self.accelerator.gradient_state
-        return every[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else every
+        return every[: self.last_rows()]
+
+    @property
+    def share(self) -> tuple[int, int]:
+        size = self.context_group.size()
+        return self.args.process_index // size, self.args.world_size // size

@@ -22,7 +22,10 @@ SHARES = ("batch_size", "accumulate", "processes")
 def read_record(folder: Path) -> dict | None:
     """The record in ``folder``, None if there is none."""
     path = folder / RECORD
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole record: {error}") from error
 
 
 def write_record(folder: Path, record: dict) -> None:

@@ -30,10 +30,38 @@ class LanguageModelTrainer(Trainer):
         return decay_parameter_names(model)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As the Trainer's; where only the loss is asked for, the model is told so."""
-        if prediction_loss_only:
-            inputs = {**inputs, "skip_logits": True}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        """As the Trainer's. Where only the loss is asked for: the mean over this process's sequences, without logits."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(self.without_fillers(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs, use_cache=False, skip_logits=True).loss
+        return loss.detach(), None, None
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which of how many parts of the sequences this process has."""
+        return self.args.process_index, self.args.world_size
+
+    def last_rows(self) -> int | None:
+        """Sequences of all processes in this batch, if it is the last one of an evaluation."""
+        if not self.accelerator.gradient_state.end_of_dataloader:
+            return None
+        sequences: Any = self.eval_dataset
+        whole = self.args.eval_batch_size * self.share[1]
+        return len(sequences) % whole or whole
+
+    def without_fillers(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch without sequences from the start of the data that fill up the last one where several processes evaluate.
+
+        The Trainer weighs the mean of a batch by its rows, and drops fillers only after that. A process that has nothing but
+        fillers keeps them: all must call the model, and what it gives is dropped.
+        """
+        (index, count), real = self.share, self.last_rows()
+        if count == 1 or real is None:
+            return inputs
+        own = real - index * self.args.eval_batch_size
+        return {name: value[:own] for name, value in inputs.items()} if own > 0 else inputs
 
     @cached_property
     def _operations_per_token(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +90,13 @@ def _digest(text: str) -> bytes:
 
 def _file(path: Path, text_field: str) -> Iterator[str]:
     """One document per line of a ``.jsonl``, otherwise one per file; either may be compressed as ``.xz``."""
+    try:
+        yield from _documents(path, text_field)
+    except (EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"data: {path} is not a whole .xz file: {error}") from error
+
+
+def _documents(path: Path, text_field: str) -> Iterator[str]:
     if ".jsonl" not in path.suffixes:
         with _open(path) as file:
             yield file.read().decode("utf-8", errors="replace")
@@ -111,8 +119,6 @@ def _text(value: object) -> str:
 
 def _open(path: Path):
     if path.suffix == ".xz":
-        import lzma
-
         return lzma.open(path, "rb")
     return path.open("rb")
 

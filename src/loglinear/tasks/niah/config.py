@@ -9,6 +9,7 @@ from typing import Literal
 from loglinear.tasks.lm.config import DataConfig
 
 Kind = Literal["number", "word", "multi-key", "multi-value"]
+MOST_NEEDLES = 1000  # half of the keys, pairs of words, that training or test can have
 KINDS: tuple[Kind, ...] = ("number", "word", "multi-key", "multi-value")
 
 
@@ -35,8 +36,10 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if not self.kinds:
             raise ValueError("kinds: needs at least one")
-        if self.needles < 2:
-            raise ValueError(f"needles must be at least 2: got {self.needles}")
+        if not 2 <= self.needles <= MOST_NEEDLES:
+            raise ValueError(f"needles must be 2 to {MOST_NEEDLES:,}, as each has a key of its own: got {self.needles}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0: got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,7 @@ class GridConfig:
     """Samples of each kind, length and depth."""
 
     def __post_init__(self) -> None:
-        if not self.contexts:
-            raise ValueError("contexts: needs at least one length")
+        _check_contexts(self.contexts)
         if self.depths < 2:
             raise ValueError(f"depths must be at least 2, the start and the end: got {self.depths}")
         if self.samples < 1:
@@ -83,8 +85,14 @@ class TuneConfig:
     """Steps between two logged losses."""
 
     def __post_init__(self) -> None:
-        if not self.contexts:
-            raise ValueError("contexts: needs at least one length")
+        _check_contexts(self.contexts)
         for name in ("steps", "batch_tokens", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be above 0, inf to leave gradients as they are: got {self.clip}")
+
+
+def _check_contexts(contexts: tuple[int, ...]) -> None:
+    if not contexts or min(contexts) < 1:
+        raise ValueError(f"contexts: needs at least one length, and all above 0: got {contexts}")
