@@ -237,6 +237,7 @@ def test_mistakes_are_named_in_one_line(options, message, train_options, tmp_pat
     [
         (lambda: TrainConfig(Path("run"), save_every=5, log_every=2), "save_every must be a multiple .* got 5 and 2"),
         (lambda: TrainConfig(Path("run"), log_every=0), "log_every must be at least 1: got 0"),
+        (lambda: TrainConfig(Path("run"), seed=-1), "seed must be at least 0: got -1"),
         (lambda: OptimizerConfig(warmup=2), r"warmup must be in \[0, 1\), a share of the steps: got 2"),
         (lambda: OptimizerConfig(steps=0), "steps must be at least 1: got 0"),
         (lambda: DataConfig(validation_fraction=1), r"validation_fraction must be in \[0, 1\): got 1"),

@@ -266,3 +266,10 @@ def test_the_figure_of_repeats_leaves_gaps_where_one_sequence_cannot_tell(tmp_pa
     rows = by_distance(ids, np.ones((1, 199), np.float32))
     draw_repeats({"one": rows, "two": rows}, tmp_path / "repeats.png")
     assert matplotlib.image.imread(tmp_path / "repeats.png")[..., :3].min() < 0.5
+
+
+def test_text_without_repeats_has_a_figure_too(tmp_path):
+    rows = by_distance(np.arange(200)[None], np.ones((1, 199), np.float32))
+    assert [row["first"] for row in rows] == [0]
+    draw_repeats({"one": rows}, tmp_path / "repeats.png")
+    assert (tmp_path / "repeats.png").exists()

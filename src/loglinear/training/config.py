@@ -102,6 +102,8 @@ class TrainConfig:
         for name in ("log_every", "save_every", "evaluate_every", "context_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0: got {self.seed}")
         if self.fsdp and self.context_parallel > 1:
             raise ValueError(
                 f"fsdp: must be off with context_parallel={self.context_parallel}: processes share one or the other"

@@ -92,7 +92,8 @@ def draw_repeats(results: dict[str, list[dict]], path: Path) -> None:
             error = np.array([row[f"{field}_standard_error"] for row in shown], dtype=float)  # None becomes nan
             panel.plot(distance, mean, style, color=f"C{color}", marker=".", label=f"{name}: {label}")
             panel.fill_between(distance, mean - error, mean + error, alpha=0.2, color=f"C{color}", linewidth=0)
-    panel.set_xscale("log", base=2)
+    if any(row["first"] for rows in results.values() for row in rows):  # an axis of no distances has no logarithm
+        panel.set_xscale("log", base=2)
     panel.set_xlabel(f"tokens since the last {NGRAM} tokens occurred before")
     panel.set_ylabel("loss (nats per token)")
     panel.legend()
