@@ -88,7 +88,7 @@ def test_two_processes_are_one_and_go_on_as_one_and_back(train_options, tmp_path
 
     # Other batches are another run.
     assert main([*options, "--batch-size", "3", "--output", str(second)]) == 1
-    assert "batch_size x accumulate x processes was 4 and is now 3" in capsys.readouterr().err
+    assert "--batch-size x accumulate x processes was 4 and is now 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["replicated", "sharded"])

@@ -87,5 +87,5 @@ def test_two_pairs_of_processes_take_twice_the_sequences_of_one(options, single,
 
 def test_processes_that_are_missing_are_named(options, tmp_path, capsys):
     assert main([*options, "--output", str(tmp_path / "run"), "--context-parallel", "2"]) == 1
-    wanted = "context_parallel: needs a number of processes divisible by 2 (torchrun): got 1"
+    wanted = "--context-parallel: needs a number of processes divisible by 2 (torchrun): got 1"
     assert wanted in capsys.readouterr().err

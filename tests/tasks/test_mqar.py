@@ -295,18 +295,18 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "status", "words"),
     [
-        (["--models", "Mamba-3"], "models must be among"),
-        (["--pairs", "40"], "pairs must be 1 to a quarter"),
-        (["--at-once", "-1"], "at_once must be at least 1: got -1"),
-        (["--workers", "0"], "workers must be at least 1: got 0"),
-        (["--widths", "32", "0"], "widths must be at least 1: got 0"),
-        (["--steps", "0"], "steps must be at least 1: got 0"),
-        (["--pairs", "2", "4", "8"], "a batch must hold a multiple of 3 sequences"),
+        (["--models", "Mamba-3"], 2, "--models must be among"),
+        (["--pairs", "40"], 1, "--pairs must be 1 to a quarter"),
+        (["--at-once", "-1"], 2, "--at-once must be at least 1: got -1"),
+        (["--workers", "0"], 2, "--workers must be at least 1: got 0"),
+        (["--widths", "32", "0"], 2, "--widths must be at least 1: got 0"),
+        (["--steps", "0"], 2, "--steps must be at least 1: got 0"),
+        (["--pairs", "2", "4", "8"], 1, "a batch must hold a multiple of 3 sequences"),
     ],
 )
-def test_what_cannot_be_run_is_refused_before_anything_starts(options, words, tmp_path, capsys):
-    assert main(["mqar", "--output", str(tmp_path / "none"), *options]) == 1
+def test_what_cannot_be_run_is_refused_before_anything_starts(options, status, words, tmp_path, capsys):
+    assert main(["mqar", "--output", str(tmp_path / "none"), *options]) == status
     assert words in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

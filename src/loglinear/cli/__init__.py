@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import NoReturn
+
+from loglinear.cli.errors import UsageError, as_typed, option_names, parse, say
 
 COMMANDS = {
     "train": "train a language model on text, or go on with an interrupted run",
@@ -21,41 +27,92 @@ COMMANDS = {
     "mqar": "train small models on associative recall side by side, and compare how many pairs they recall",
     "masks": "draw the attention masks side by side",
 }
+FAILURE, USAGE, INTERRUPTED, CLOSED, TERMINATED = 1, 2, 130, 141, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for input that cannot be used, 130 when interrupted.
+    """Run one command. Returns the exit status.
 
-    A ValueError or a file that cannot be read or written is the user's to mend and prints as one line; with
-    LOGLINEAR_TRACEBACK=1 in the environment it keeps its traceback, as every other error does.
+    0; 1 for a failure, of which the user learns in one line; 2 for options that cannot be used; 130 when interrupted, 143
+    at SIGTERM; 141 when nobody reads the output any more. A ValueError or a file that cannot be read or written is the
+    user's to mend and prints as one line; with LOGLINEAR_TRACEBACK=1 in the environment it keeps its traceback, as every
+    other error does.
     """
     argv = sys.argv[1:] if argv is None else argv
-    name = _parser().parse_args(argv[:1]).command
-    import tyro
-
-    module = import_module(f"loglinear.cli.{name}")
     try:
-        arguments = tyro.cli(
-            getattr(module, f"{name.capitalize()}Args"),
-            args=argv[1:],
-            prog=f"loglinear {name}",
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-        getattr(module, name)(arguments)
-    except (ValueError, OSError) as error:
+        with _ended_by_sigterm():
+            try:
+                return _run(argv)
+            finally:
+                sys.stdout.flush()  # what cannot be written fails here, not at the interpreter's end
+    except BrokenPipeError:
+        _forget_output()
+        return CLOSED
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich has met it
+            return CLOSED
+        if stop.code == TERMINATED:
+            say(_prog(argv), "terminated")
+            return TERMINATED
+        raise
+
+
+def _run(argv: Sequence[str]) -> int:
+    prog, names = _prog(argv), set[str]()
+    try:
+        name = _parser().parse_args(argv[:1]).command
+        module = import_module(f"loglinear.cli.{name}")
+        kind = getattr(module, f"{name.capitalize()}Args")
+        names = option_names(kind)
+        getattr(module, name)(parse(kind, argv[1:], prog))
+    except BrokenPipeError:
+        raise
+    except (UsageError, ValueError, OSError) as error:
         if os.environ.get("LOGLINEAR_TRACEBACK"):
             raise
-        print(f"loglinear {name}: {error}", file=sys.stderr)
-        return 1
+        say(prog, as_typed(" ".join(str(error).split("\n")), names))
+        return USAGE if isinstance(error, UsageError) else FAILURE
     except KeyboardInterrupt:
-        print(f"loglinear {name}: interrupted", file=sys.stderr)
-        return 130
+        say(prog, "interrupted")
+        return INTERRUPTED
     return 0
+
+
+def _prog(argv: Sequence[str]) -> str:
+    return f"loglinear {argv[0]}" if argv and argv[0] in COMMANDS else "loglinear"
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does, so that unfinished files and worker processes go with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _forget_output() -> None:
+    """Nobody reads the standard output: the interpreter's last flush must not fail on it."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
     summaries = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="loglinear",
         usage="loglinear COMMAND [OPTIONS]",
         description="Log-linear attention: train, evaluate and generate.",

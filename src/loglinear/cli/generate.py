@@ -40,7 +40,7 @@ class GenerateArgs:
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompt_file is None):
-            raise ValueError("prompt: give exactly one of prompt and prompt_file")
+            raise ValueError("prompt and prompt_file: give exactly one")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1: got {self.max_new_tokens}")
         if self.context is not None and self.context < 1:

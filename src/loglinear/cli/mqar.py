@@ -67,6 +67,9 @@ class MqarArgs:
     precision: Literal["float32", "bfloat16"] | None = None
     """bfloat16: under autocast."""
 
+    def __post_init__(self) -> None:
+        self.grid()
+
     def grid(self) -> Grid:
         """The preset with what was asked for in its place. Raises ValueError for what cannot be run."""
         grid = PRESETS[self.preset]

@@ -1,0 +1,108 @@
+"""Errors of the command line: one line each, with every option as it is typed."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import fields, is_dataclass
+from io import BytesIO, TextIOWrapper
+from typing import Any, get_args
+
+
+class UsageError(Exception):
+    """Options that cannot be used, as one line."""
+
+
+def parse(kind: Any, argv: Sequence[str], prog: str) -> Any:
+    """The dataclass ``kind`` (or one of a union) with the options in ``argv``.
+
+    Raises UsageError for options that do not exist, and for values that do not fit or that ``kind`` refuses. ``--help``
+    exits.
+    """
+    import tyro
+
+    config = (tyro.conf.OmitArgPrefixes,)
+    if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in argv):  # what is printed is wanted
+        return tyro.cli(kind, args=argv, prog=prog, config=config)
+    printed = TextIOWrapper(BytesIO(), encoding="utf-8")
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed), _wide_terminal():
+            return tyro.cli(kind, args=argv, prog=prog, config=config)
+    except ValueError as error:  # of the dataclass itself, in early versions of tyro
+        raise UsageError(as_typed(str(error), option_names(kind))) from error
+    except SystemExit as stop:
+        printed.seek(0)
+        raise UsageError(as_typed(_one_line(printed.read()), option_names(kind))) from stop
+
+
+def option_names(kind: Any) -> set[str]:
+    """The fields that are options: of a dataclass and of those in it, or of every dataclass of a union."""
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return {name for part in get_args(kind) for name in option_names(part)}
+    names: set[str] = set()
+    for field in fields(kind):
+        if is_dataclass(field.default_factory):
+            names |= option_names(field.default_factory)
+        elif "Positional" not in str(field.type):
+            names.add(field.name)
+    return names
+
+
+def as_typed(message: str, names: Collection[str]) -> str:
+    """``message`` with fields as options: "batch_size must be" is "--batch-size must be".
+
+    A name of one word may be an ordinary word: it is a field where a statement about it begins.
+    """
+
+    def option(match: re.Match) -> str:
+        return "--" + match[0].replace("_", "-")
+
+    compound = "|".join(sorted((name for name in names if "_" in name), key=len, reverse=True))
+    single = "|".join(name for name in names if "_" not in name)
+    if compound:
+        message = re.sub(rf"(?<![\w./\\'\"-])(?:{compound})(?![\w/\\'\"-]|\.\w)", option, message)
+    if single:
+        message = re.sub(rf"(?:^|(?<=[:;] )|(?<=and ))(?:{single})(?=:| must | was | and [\w-]+:)", option, message)
+    return message
+
+
+def _one_line(printed: str) -> str:
+    """What tyro printed in a box, without the box and the help below the message."""
+    lines = [line.strip("│").rstrip() for line in printed.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith(("╭", "╰")):
+            continue
+        if line.strip("─ "):
+            sections[-1].append(line)
+        else:
+            sections.append([])
+    # Text that explains an option is indented further than the option.
+    said = [" ".join(line.strip() for line in section if not line.startswith(" " * 8)) for section in sections]
+    message = re.sub(r"^Error parsing (--[\w-]+):", r"\1:", said[0])
+    message = re.sub(r"^Error parsing [\w.-]+: ", "", message)
+    meant = [match[1] for section in said if (match := re.match(r"Perhaps you meant: +(--[\w-]+)", section))]
+    more = [section for section in said if section.startswith("Available")]
+    return "; ".join([message.removesuffix("."), *(f"did you mean {option}?" for option in meant[:1]), *more])
+
+
+@contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """tyro breaks its messages, and long paths in them, at the terminal's width."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def say(command: str, message: object) -> None:
+    """The line on the standard error that a user sees."""
+    print(f"{command}: {message}", file=sys.stderr)
