@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.state import CHUNK_SIZE, LogLinearState, TensorState
+from loglinear.state import (
+    CHUNK_SIZE,
+    FLOATS,
+    LogLinearState,
+    TensorState,
+    check_chunk_size,
+    check_dtype,
+    has_values,
+    one_of,
+)
+
+ENTRY_DTYPES = (torch.float32, torch.bfloat16)  # float64 where all is
 
 
 @dataclass
@@ -72,36 +83,27 @@ class DecodingState(TensorState):
 
         Args:
             max_context: tokens that a row must be able to hold, at least 1.
-            dtype: dtype of q, k and v. With float64 everything is float64.
+            dtype: dtype of q, k and v: float64, float32, bfloat16 or float16. With float64 everything is float64.
             entry_dtype: of ``entries``: float32, or bfloat16 for half the memory and an error as of rounding the inputs.
+                Others have too few bits for sums of many tokens, or too small a range.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
         if heads < 1 or groups < 1 or heads % groups:
             raise ValueError(f"heads must be a multiple of groups: got heads={heads}, groups={groups}")
-        if chunk_size < 1 or chunk_size & (chunk_size - 1):
-            raise ValueError(f"chunk_size must be a power of two: got {chunk_size}")
-        for name, kind in {"dtype": dtype, "entry_dtype": entry_dtype}.items():
-            if not kind.is_floating_point:
-                raise TypeError(f"{name} must be a floating-point dtype: got {kind}")
+        check_chunk_size("chunk_size", chunk_size)
+        check_dtype("dtype", dtype, FLOATS)
+        double = dtype == torch.float64
+        check_dtype("entry_dtype", entry_dtype, (*ENTRY_DTYPES, torch.float64) if double else ENTRY_DTYPES)
         slots = slots_for(max_context, chunk_size)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        entry_dtype = wide if dtype == torch.float64 else entry_dtype
-
-        def zeros(*size: int, kind: torch.dtype = wide) -> Tensor:
-            return torch.zeros(size, dtype=kind, device=device)
-
-        return DecodingState(
-            position=zeros(batch, kind=torch.int64),
-            entries=zeros(batch, heads, slots, key_width, value_width, kind=entry_dtype),
-            decay=None if delta_rule else zeros(batch, 2, heads, slots),
-            open_k=zeros(batch, groups, 2 * chunk_size, key_width, kind=dtype),
-            open_v=zeros(batch, heads, chunk_size, value_width, kind=dtype),
-            open_g=zeros(batch, heads, 2 * chunk_size),
-            open_solve=zeros(batch, heads, 2 * chunk_size, chunk_size) if delta_rule else None,
-            chunk_size=chunk_size,
-        )
+        tensors: dict[str, Any] = {"decay": None, "open_solve": None}
+        kinds = tensor_kinds(batch, heads, groups, key_width, value_width, slots, chunk_size, dtype)
+        for name, (shape, dtypes) in kinds.items():
+            if name not in tensors or (name == "open_solve") == delta_rule:
+                kind = entry_dtype if name == "entries" and not double else dtypes[0]
+                tensors[name] = torch.zeros(shape, dtype=kind, device=device)
+        return DecodingState(**tensors, chunk_size=chunk_size)
 
     @staticmethod
     def from_state(
@@ -118,7 +120,7 @@ class DecodingState(TensorState):
         if not isinstance(state, LogLinearState):
             raise TypeError(f"state must be a LogLinearState: got {type(state).__name__}")
         size, (batch, slots, heads, key_width, value_width) = state.chunk_size, state.entries.shape
-        seen = int(state.position.max()) if batch else 0
+        seen = int(state.position.max()) if batch and has_values(state.position) else 0
         if seen > max_context:
             raise ValueError(f"max_context must be at least the state's position, {seen}: got {max_context}")
         delta_rule, groups = state.open_beta is not None, state.open_k.shape[2]
@@ -251,9 +253,82 @@ class DecodingState(TensorState):
 
     @staticmethod
     def load(path: str | os.PathLike, device: torch.device | str | None = None) -> DecodingState:
-        """The state in a file that ``save`` wrote, on ``device`` (None: where it was)."""
-        content = torch.load(path, map_location=device, weights_only=True)
-        return DecodingState(**{"decay": None, "open_solve": None, **content})
+        """The state in a file that ``save`` wrote, on ``device`` (None: where it was).
+
+        Raises:
+            ValueError, TypeError: the file is damaged, or holds something else; the message names it.
+        """
+        name = os.fspath(path)
+        with open(path, "rb") as file:
+            try:
+                content = torch.load(file, map_location=device, weights_only=True)
+            except Exception as error:  # foreign bytes: pickle, zip and torch have errors of their own
+                raise ValueError(
+                    f"path must be a file that DecodingState.save wrote: got {name}, not readable"
+                ) from error
+        if not _is_saved_state(content):
+            raise ValueError(f"path must be a file that DecodingState.save wrote: got {name}, of other content")
+        check_chunk_size(f"{name}: chunk_size", content["chunk_size"])
+        state = DecodingState(**{"decay": None, "open_solve": None, **content})
+        batch, heads, slots, key_width, value_width = state.entries.shape
+        kinds = tensor_kinds(
+            batch, heads, state.open_k.shape[1], key_width, value_width, slots, state.chunk_size, state.open_k.dtype
+        )
+        state.check(name, kinds)
+        if batch and not 0 <= int(state.position.min()) <= int(state.position.max()) <= state.max_context:
+            raise ValueError(
+                f"{name}: position must be in [0, {state.max_context}] (max_context): got {state.position.tolist()}"
+            )
+        return state
+
+    def check(self, name: str, kinds: Kinds, device: torch.device | None = None) -> None:
+        """Raise unless every tensor, called ``name.field``, is of its kind, contiguous and on ``device`` (None: on one)."""
+        device = self.device if device is None else device
+        inputs = f" for inputs of {one_of(kinds['open_k'][1])}"
+        for field, tensor in self._named():
+            shape, dtypes = kinds[field]
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}.{field} must have shape {list(shape)}: got {list(tensor.shape)}")
+            check_dtype(f"{name}.{field}", tensor.dtype, dtypes, inputs)
+            if tensor.device != device:
+                raise ValueError(f"{name}.{field} must be on {device}: got {tensor.device}")
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}.{field} must be contiguous: got strides {list(tensor.stride())}")
+
+
+Kinds = Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
+
+
+def tensor_kinds(
+    batch: int,
+    heads: int,
+    groups: int,
+    key_width: int,
+    value_width: int,
+    slots: int,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> Kinds:
+    """Shape, and dtypes to choose from, of each tensor of a state for inputs of ``dtype``."""
+    wide = (torch.float64 if dtype == torch.float64 else torch.float32,)
+    return {
+        "position": ((batch,), (torch.int64,)),
+        "entries": ((batch, heads, slots, key_width, value_width), wide if dtype == torch.float64 else ENTRY_DTYPES),
+        "decay": ((batch, 2, heads, slots), wide),
+        "open_k": ((batch, groups, 2 * chunk_size, key_width), (dtype,)),
+        "open_v": ((batch, heads, chunk_size, value_width), (dtype,)),
+        "open_g": ((batch, heads, 2 * chunk_size), wide),
+        "open_solve": ((batch, heads, 2 * chunk_size, chunk_size), wide),
+    }
+
+
+def _is_saved_state(content: Any) -> bool:
+    """Whether a file's content is what ``save`` wrote, by its names and the axes of its largest tensors."""
+    names = {field.name for field in dataclasses.fields(DecodingState)}
+    if not isinstance(content, dict) or set(content) not in (names - {"decay"}, names - {"open_solve"}):
+        return False
+    tensors = all(isinstance(value, Tensor) for name, value in content.items() if name != "chunk_size")
+    return tensors and content["entries"].dim() == 5 and content["open_k"].dim() == 4
 
 
 def slots_for(max_context: int, chunk_size: int) -> int:

@@ -9,19 +9,48 @@ Legend: B rows, M slots, H value heads, G q/k groups, K, V widths, C chunk size.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 CHUNK_SIZE = 64  # tokens per leaf of the tree in every state: K·V of a leaf state equals its raw keys at K = V = 64
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of inputs
+SUMS = FLOATS[:3]  # dtypes of what sums over many tokens: it leaves the range of float16
+
+
+def one_of(dtypes: Sequence[torch.dtype]) -> str:
+    """``float32, bfloat16 or float64``."""
+    *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def check_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype], where: str = "") -> None:
+    """Raise a TypeError unless ``dtype`` is one of those allowed (``where``: in which case they are)."""
+    if dtype not in allowed:
+        raise TypeError(f"{name} must be {one_of(allowed)}{where}: got {dtype}")
+
+
+def check_chunk_size(name: str, size: int) -> None:
+    """Raise a ValueError unless ``size`` is a power of two."""
+    if not isinstance(size, int) or size < 1 or size & (size - 1):
+        raise ValueError(f"{name} must be a power of two: got {size!r}")
+
+
+def has_values(*tensors: Tensor | None) -> bool:
+    """Whether the host can read the numbers: they are neither fake nor on the meta device, nor a ``torch.func`` wrapper's."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not any(x is not None and (x.is_meta or isinstance(x, FakeTensor) or wrapped(x)) for x in tensors)
 
 
 class TensorState:
     """Row operations shared by both states: every field is a tensor whose first axis is the batch, None, or an int."""
 
     position: Tensor
-    _wide = frozenset({"position", "decay", "open_g"})  # what ``to`` leaves as precise as it is
+    _wide = frozenset({"position", "decay", "open_g"})  # logs and positions, which ``to`` never stores in few bits
+    _stored_as: Sequence[torch.dtype] = SUMS  # what ``to`` takes
 
     def _map(self, fn):
         changed = {}
@@ -66,18 +95,20 @@ class TensorState:
         return self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        """Move to ``device`` and/or store keys, values and states as ``dtype`` (logs stay float32, positions int64)."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point dtype: got {dtype}")
-        moved = self._map(lambda tensor: tensor.to(device=device))
+        """Move to ``device`` and/or store keys, values and states as ``dtype``: float64, float32 or bfloat16.
+
+        Logs are then float32, float64 where ``dtype`` is; positions stay int64.
+        """
         if dtype is None:
-            return moved
+            return self._map(lambda tensor: tensor.to(device=device))
+        check_dtype("dtype", dtype, self._stored_as)
+        wide = torch.promote_types(dtype, torch.float32)
         cast = {
-            field.name: getattr(moved, field.name).to(dtype)
-            for field in dataclasses.fields(moved)
-            if field.name not in self._wide and isinstance(getattr(moved, field.name), Tensor)
+            field.name: value.to(device, wide if field.name in self._wide else dtype)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, field.name), Tensor) and value.is_floating_point()
         }
-        return dataclasses.replace(moved, **cast)
+        return dataclasses.replace(self, position=self.position.to(device), **cast)  # type: ignore[type-var]
 
 
 @dataclass

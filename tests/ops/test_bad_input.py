@@ -213,6 +213,36 @@ CASES = {
         "initial_state must come from the same op",
         "got a state of the delta rule",
     ),
+    "a position of 32 bits": (
+        state(position=STATES["scalar"].position.int()),
+        TypeError,
+        "initial_state.position must be int64",
+        "got torch.int32",
+    ),
+    "a position for each head": (
+        state(position=STATES["scalar"].position[:, None]),
+        ValueError,
+        "initial_state.position must have shape [B]",
+        "got [2, 1]",
+    ),
+    "a chunk of 48 tokens": (
+        state(chunk_size=48),
+        ValueError,
+        "initial_state.chunk_size must be a power of two",
+        "got 48",
+    ),
+    "another chunk size": (
+        state(chunk_size=2 * C),
+        ValueError,
+        "initial_state.open_k must have shape [B, C, G, K] = [2, 128, 2, 3]",
+        "got [2, 64, 2, 3]",
+    ),
+    "entries of 8 bits": (
+        state(entries=STATES["scalar"].entries.to(torch.float8_e4m3fn)),
+        TypeError,
+        "initial_state.entries must be a floating-point tensor (float64, float32, bfloat16, float16)",
+        "got torch.float8_e4m3fn",
+    ),
     "entries of another width": (
         state(entries=STATES["scalar"].entries[..., :4]),
         ValueError,

@@ -7,7 +7,8 @@ import torch
 from calls import C, inputs, rows, tokens
 from test_step import assert_states_equal, empty, full, poisoned, prefilled, relative, steps
 
-from loglinear import DecodingState
+from loglinear import DecodingState, LinearState
+from loglinear.layers import KVState, RecurrentMixerState
 
 GATES = ("scalar", "delta")
 LENGTHS = (0, C - 1, 3 * C + 5)
@@ -163,8 +164,14 @@ CALLS = {
     "nothing to stack": (lambda s: DecodingState.stack([]), ValueError, "states must hold at least one"),
     "heads": (lambda s: DecodingState.empty(1, 3, 2, 4, 4, 9, torch.float32), ValueError, "heads must be a multiple"),
     "chunk": (lambda s: DecodingState.empty(1, 2, 2, 4, 4, 9, torch.float32, chunk_size=24), ValueError, "chunk_size"),
-    "dtype": (lambda s: DecodingState.empty(1, 2, 2, 4, 4, 9, torch.int64), TypeError, "dtype must be a floating"),
+    "dtype": (
+        lambda s: DecodingState.empty(1, 2, 2, 4, 4, 9, torch.int64),
+        TypeError,
+        "dtype must be float64, float32",
+    ),
 }
+EMPTY = (1, 2, 2, 4, 4, 9)
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -172,3 +179,141 @@ def test_wrong_calls(case, state):
     call, error, message = CALLS[case]
     with pytest.raises(error, match=message):
         call(state)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_inputs_of_too_few_bits_are_refused(dtype, state):
+    want = rf"dtype must be float64, float32, bfloat16 or float16: got {dtype}"
+    for call in (
+        lambda: DecodingState.empty(*EMPTY, dtype),
+        lambda: DecodingState.from_state(state.to_state(), 4096, dtype=dtype),
+        lambda: RecurrentMixerState(torch.zeros(3, 3, 8), state.to_state()).for_decoding(4096, dtype=dtype),
+        lambda: KVState(torch.tensor([2]), *torch.zeros(2, 1, 2, 1, 4)).for_decoding(4096, dtype=dtype),
+    ):
+        with pytest.raises(TypeError, match=want):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float16, torch.float64])
+def test_entries_of_too_few_bits_or_too_small_a_range_are_refused(dtype, state):
+    """Entries are sums: of 8 bits they were wrong by half, and float16 ends at 65,504."""
+    want = rf"entry_dtype must be float32 or bfloat16: got {dtype}"
+    for call in (
+        lambda: DecodingState.empty(*EMPTY, torch.float32, dtype),
+        lambda: DecodingState.from_state(state.to_state(), 4096, dtype),
+        lambda: RecurrentMixerState(torch.zeros(3, 3, 8), state.to_state()).for_decoding(4096, dtype),
+    ):
+        with pytest.raises(TypeError, match=want):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float16])
+def test_states_are_not_moved_to_too_few_bits(dtype, state):
+    linear = LinearState(torch.tensor([2]), torch.zeros(1, 2, 4, 4))
+    for held in (state, state.to_state(), linear, RecurrentMixerState(torch.zeros(1, 3, 8), linear)):
+        with pytest.raises(TypeError, match=rf"dtype must be float64, float32 or bfloat16: got {dtype}"):
+            held.to(dtype=dtype)
+
+
+def test_keys_and_values_may_be_float16():
+    """They are no sums."""
+    keys = KVState(torch.tensor([2]), *torch.ones(2, 1, 2, 1, 4))
+    assert keys.to(dtype=torch.float16).keys.dtype == torch.float16
+    with pytest.raises(TypeError, match=r"dtype must be float64, float32, bfloat16 or float16: got torch\.float8_e5m2"):
+        keys.to(dtype=torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_state_moved_to_another_dtype_is_one_for_it(dtype, state, gate):
+    """As if it had been made for inputs of that dtype: a step takes it."""
+    moved = state.to(dtype=dtype).to(dtype=torch.float32).to(dtype=dtype)
+    steps({name: x.to(dtype) for name, x in NEW[gate].items()}, moved)
+    assert moved.open_g.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_a_linear_state_for_decoding_is_never_narrow():
+    """Every token is added to it: in bfloat16 it would stop at 256 times a token."""
+    narrow = RecurrentMixerState(
+        torch.zeros(1, 3, 8), LinearState(torch.tensor([2]), torch.ones(1, 2, 4, 4).bfloat16())
+    )
+    ready = narrow.for_decoding(10)
+    assert ready.memory.state.dtype == torch.float32
+    assert ready.to(dtype=torch.bfloat16).memory.state.dtype == torch.float32
+    assert ready.to(dtype=torch.bfloat16).conv.dtype == torch.bfloat16
+    assert ready.to(dtype=torch.float64).memory.state.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_inputs_give_what_the_full_pass_gives(dtype, gate):
+    """Both round inputs and outputs alone; entries are float32."""
+    x = {name: value.to(dtype) for name, value in inputs(gate, T=4 * C + 3, K=16, V=16, dtype=torch.float32).items()}
+    got = steps(x, empty(x), (1, 64))
+    assert got.dtype == dtype
+    assert relative(got, full(x)[0]) < 2 * torch.finfo(dtype).eps
+
+
+def damaged(content, **changed):
+    return {name: value for name, value in (content | changed).items() if value is not None}
+
+
+FILES = {
+    "text": (lambda path, content: path.write_text("no tensors"), "not readable"),
+    "nothing": (lambda path, content: path.write_bytes(b""), "not readable"),
+    "half of it": (
+        lambda path, content: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        "not readable",
+    ),
+    "a list": (lambda path, content: torch.save([1, 2], path), "of other content"),
+    "weights": (lambda path, content: torch.save({"weight": torch.zeros(2)}, path), "of other content"),
+    "a field less": (lambda path, content: torch.save(damaged(content, open_g=None), path), "of other content"),
+    "a field more": (lambda path, content: torch.save(damaged(content, more=torch.zeros(1)), path), "of other content"),
+    "a number": (lambda path, content: torch.save(damaged(content, entries=3), path), "of other content"),
+    "chunk size": (
+        lambda path, content: torch.save(damaged(content, chunk_size=48), path),
+        "chunk_size must be a power",
+    ),
+    "other chunks": (
+        lambda path, content: torch.save(damaged(content, chunk_size=32), path),
+        r"open_k must have shape \[",
+    ),
+    "8 bits": (
+        lambda path, content: torch.save(damaged(content, entries=content["entries"].to(torch.float8_e5m2)), path),
+        "entries must be float32 or bfloat16 for inputs of float32: got torch.float8_e5m2",
+    ),
+    "low logs": (
+        lambda path, content: torch.save(damaged(content, open_g=content["open_g"].half()), path),
+        "open_g must be float32",
+    ),
+    "fewer values": (
+        lambda path, content: torch.save(damaged(content, open_v=content["open_v"][:, :2]), path),
+        r"open_v must have shape \[",
+    ),
+    "strides": (
+        lambda path, content: torch.save(damaged(content, entries=content["entries"].mT.contiguous().mT), path),
+        "entries must be contiguous",
+    ),
+    "a negative position": (
+        lambda path, content: torch.save(damaged(content, position=content["position"] - 1), path),
+        r"position must be in \[0, ",
+    ),
+    "a late position": (
+        lambda path, content: torch.save(damaged(content, position=content["position"] + 10**9), path),
+        r"position must be in \[0, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_what_is_no_state_is_not_loaded(case, state, tmp_path):
+    change, message = FILES[case]
+    path = tmp_path / "state.pt"
+    state.save(path)
+    change(path, torch.load(path))
+    with pytest.raises((ValueError, TypeError), match=message) as raised:
+        DecodingState.load(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        DecodingState.load(tmp_path / "none.pt")

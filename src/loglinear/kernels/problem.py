@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loglinear.kernels.common import GROUP
 from loglinear.kernels.tuning import DeltaRuleConfig, ScalarGateConfig
+from loglinear.state import CHUNK_SIZE
 
 
 def cdiv(x: int, y: int) -> int:
@@ -233,22 +234,23 @@ def packed_units(length: int, sequences: int, chunk: int, continued: bool = Fals
 
 
 def packed_tables(
-    cu_seqlens: Tensor | None, length: int, chunk: int, tree: bool, first_tokens: Tensor | None = None
+    cu_seqlens: Tensor | None, length: int, chunk: int, tree: bool, first_chunks: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """The tables of ``Problem``, on the device of ``cu_seqlens [n+1]``; none without it. Nothing waits for the device.
 
     (unit_sequence, sequences), and with ``tree`` path_starts and two tables per tier from 1 on: group_sequence, sequences.
-    ``first_tokens [n]``: the position of each sequence's first token, a multiple of ``chunk``; not with ``tree``.
+    ``first_chunks [n]``: the chunks of a state, of ``CHUNK_SIZE`` tokens, before each sequence; not with ``tree``.
     """
+    assert first_chunks is None or not (tree or cu_seqlens is None)
     if cu_seqlens is None:
         return ()
     bounds = cu_seqlens.to(torch.int64)
     size = bounds[1:] - bounds[:-1]
     count = size.numel()
-    rows, groups = packed_units(length, count, chunk, first_tokens is not None)
+    rows, groups = packed_units(length, count, chunk, first_chunks is not None)
     chunks = (size + chunk - 1) // chunk
     nothing = torch.zeros_like(size)
-    before = nothing if first_tokens is None else first_tokens // chunk
+    before = nothing if first_chunks is None else first_chunks * kernel_chunks(chunk)
     spanned = (before + chunks + GROUP.value - 1) // GROUP.value - before // GROUP.value
     row_end, group_end = chunks.cumsum(0), spanned.cumsum(0)
     first_group = group_end - spanned
@@ -267,6 +269,14 @@ def packed_tables(
         columns = (first_unit, chunks, row_end - chunks, first_group, nothing)
         tables += [places(end, groups).to(torch.int32), torch.stack(columns, dim=1).to(torch.int32)]
     return tuple(tables)
+
+
+def kernel_chunks(chunk: int) -> int:
+    """Chunks of the kernels in one of a state. A state ends where a chunk of its own does, so there must be a whole number."""
+    assert CHUNK_SIZE % chunk == 0, (
+        f"kernels in chunks of {chunk} tokens cannot go on from states in chunks of {CHUNK_SIZE}"
+    )
+    return CHUNK_SIZE // chunk
 
 
 def sizes_of_tables(cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:

@@ -16,12 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.decoding_state import DecodingState
-from loglinear.state import LinearState, LogLinearState, TensorState
+from loglinear.state import FLOATS, LinearState, LogLinearState, TensorState, check_dtype
 
 
 @dataclass
 class LinearDecodingState(LinearState):
-    """The state of the plain linear model, updated in place. It holds any number of tokens."""
+    """The state of the plain linear model, updated in place. It holds any number of tokens.
+
+    Every token is added to it, so it is float32 or float64: of a dtype with fewer bits it would stop to grow.
+    """
+
+    _wide = frozenset({"position", "state"})
 
     def to_state(self) -> LinearState:
         """The same past as the initial state of an ordinary call; everything copied."""
@@ -74,14 +79,16 @@ class RecurrentMixerState:
             dtype: of the activations to come; None is that of ``conv``.
         """
         dtype = dtype or self.conv.dtype
+        check_dtype("dtype", dtype, FLOATS)
         memory = self.ordinary().memory
         ready: DecodingState | LinearDecodingState
         if isinstance(memory, LogLinearState):
             ready = DecodingState.from_state(memory, max_context, entry_dtype, dtype)
         else:
             assert isinstance(memory, LinearState)
+            wide = torch.promote_types(memory.state.dtype, torch.float32)
             ready = LinearDecodingState(
-                memory.position.clone(), memory.state.clone(memory_format=torch.contiguous_format)
+                memory.position.clone(), memory.state.to(wide, copy=True, memory_format=torch.contiguous_format)
             )
         return RecurrentMixerState(self.conv.to(dtype, copy=True).contiguous(), ready)
 
@@ -115,7 +122,7 @@ class RecurrentMixerState:
         return RecurrentMixerState(self.conv.detach(), self.memory.detach())
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> RecurrentMixerState:
-        """Move to ``device`` and/or store as ``dtype``; logs stay float32 and positions int64."""
+        """Move to ``device`` and/or store as ``dtype``, float64, float32 or bfloat16; see ``TensorState.to``."""
         return RecurrentMixerState(self.conv.to(device=device, dtype=dtype), self.memory.to(device, dtype))
 
     def _tensors(self) -> list[Tensor]:
@@ -139,6 +146,7 @@ class KVState(TensorState):
     values: Tensor
 
     in_place: ClassVar[bool] = False
+    _stored_as = FLOATS
 
     @property
     def max_context(self) -> int:
@@ -149,6 +157,7 @@ class KVState(TensorState):
         self, max_context: int, entry_dtype: torch.dtype = torch.float32, dtype: torch.dtype | None = None
     ) -> KVDecodingState:
         """The same past in buffers of ``max_context`` tokens, to be updated in place (``entry_dtype`` is not for these)."""
+        check_dtype("dtype", dtype or self.keys.dtype, FLOATS)
         used = min(self.keys.shape[1], max_context)  # what lies further back has no meaning
         seen = max(self.position.tolist(), default=0) if used < self.keys.shape[1] else 0
         if seen > max_context:

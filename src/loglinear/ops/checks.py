@@ -12,10 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from loglinear.state import LinearState, LogLinearState
+from loglinear.state import FLOATS, LinearState, LogLinearState, check_chunk_size, check_dtype
 
 _known: set[tuple] = set()  # kinds of inputs that have passed; a check of metadata costs more than a short kernel
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _shape(name: str, tensor: Tensor, wanted: str, axes: Sequence[int | None]) -> None:
@@ -148,6 +147,9 @@ def check_state(
         raise TypeError(f"initial_state must be a {wanted.__name__} {why} level_scales: got {type(state).__name__}")
     groups, width = q.shape[2:]
     heads, value_width = v.shape[2:]
+    check_dtype("initial_state.position", state.position.dtype, (torch.int64,))
+    if state.position.dim() != 1:
+        raise ValueError(f"initial_state.position must have shape [B]: got {list(state.position.shape)}")
     if state.batch_size != rows:
         raise ValueError(f"initial_state must have one row per sequence ({rows}): got {state.batch_size}")
     if state.device != q.device:
@@ -159,6 +161,7 @@ def check_state(
         _shape("initial_state.state", state.state, "[B, H, K, V]", (rows, heads, width, value_width))
         return
     size = state.chunk_size
+    check_chunk_size("initial_state.chunk_size", size)
     _shape("initial_state.entries", state.entries, "[B, M, H, K, V]", (rows, None, heads, width, value_width))
     slots = int(state.position.max() // size).bit_length() if rows and state.device.type == "cpu" else 0
     if state.entries.shape[1] < slots:

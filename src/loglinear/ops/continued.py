@@ -15,7 +15,7 @@ from torch import Tensor
 from loglinear.ops import registration
 from loglinear.ops.blocks import running_sums
 from loglinear.ops.final_state import final_state
-from loglinear.state import LogLinearState
+from loglinear.state import CHUNK_SIZE, LogLinearState
 
 
 def attend(
@@ -34,19 +34,20 @@ def attend(
 
     Waits for the device once, for the positions.
     """
+    assert state.chunk_size == CHUNK_SIZE
     positions = state.position.tolist()
-    used = [position % state.chunk_size for position in positions]
+    used = [position % CHUNK_SIZE for position in positions]
     gate = torch.zeros(v.shape[:3], dtype=torch.float32, device=v.device) if g is None else g.float()
     stream = _Stream(lengths, used)
     q_all, scales_all = stream.join(None, q), stream.join(None, level_scales)
     k_all, v_all, g_all = (stream.join(a, b) for a, b in ((state.open_k, k), (state.open_v, v), (state.open_g, gate)))
     sizes = [a + b for a, b in zip(used, lengths)]
     bounds = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(v.device, non_blocking=True)
-    first_tokens = state.position // state.chunk_size * state.chunk_size
+    first_chunks = state.position // CHUNK_SIZE
     # Kernels are compiled for a depth of the tree: a power of two is the same depth for many positions.
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
     inputs = (q_all, k_all, v_all, g_all, None, scales_all)
-    o = registration.run_eager(*inputs, scale, bounds, first_tokens, reach)
+    o = registration.run_eager(*inputs, scale, bounds, first_chunks, reach)
     o = stream.new_tokens(o).reshape(v.shape)
 
     rows = [slice(a, b) for a, b in zip(accumulate((0, *lengths)), accumulate(lengths))] if packed else [slice(None)]

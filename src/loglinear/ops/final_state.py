@@ -33,6 +33,7 @@ def final_state(
     Returns:
         a float32 state (float64 for float64 inputs) with one row per sequence.
     """
+    assert before is None or before.chunk_size == CHUNK_SIZE
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     gate = torch.zeros(v.shape[:3], dtype=dtype, device=v.device) if g is None else g.to(dtype)
     firsts = [0] * len(lengths) if positions is None else [position // CHUNK_SIZE for position in positions]

@@ -104,7 +104,7 @@ def run_kernels(
     cu_seqlens: Tensor | None,
     **continued,
 ) -> Tensor:
-    """o by the kernels of either rule. ``continued``: first_tokens and reach, of the scalar gate's kernels only."""
+    """o by the kernels of either rule. ``continued``: first_chunks and reach, of the scalar gate's kernels only."""
     rate = () if beta is None else (beta,)
     scales = scales_of(v, level_scales)
     return kernels_of(beta is not None).forward(q, k, v, g, *rate, scales, scale, cu_seqlens, **continued)
@@ -139,7 +139,7 @@ def run_kernels_backward(
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dg, dβ, dλ) by the kernels of either rule, None where there is no input.
 
-    options: first_tokens and reach of the scalar gate, or ``kept`` of the delta rule.
+    options: first_chunks and reach of the scalar gate, or ``kept`` of the delta rule.
     """
     rate = () if beta is None else (beta,)
     scales = scales_of(v, level_scales)
@@ -275,10 +275,10 @@ class Kernels(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, level_scales, scale, cu_seqlens, differentiate, first_tokens=None, reach=0):
+    def forward(ctx, q, k, v, g, beta, level_scales, scale, cu_seqlens, differentiate, first_chunks=None, reach=0):
         inputs = q, k, v, g, beta, level_scales
         ctx.scale = scale
-        ctx.continued = {} if first_tokens is None else {"first_tokens": first_tokens, "reach": reach}
+        ctx.continued = {} if first_chunks is None else {"first_chunks": first_chunks, "reach": reach}
         kept: list[Tensor] = []
         if beta is not None and differentiate and any(ctx.needs_input_grad):
             o, *kept = run_kernels_keeping(*inputs, scale, cu_seqlens)

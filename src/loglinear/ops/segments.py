@@ -73,6 +73,7 @@ class _Final:
 
 def _segment(inputs: Inputs, state: State | None, position: int, with_state: bool) -> tuple[Tensor, _Final | None]:
     """o of the tokens of ``inputs``, all rows after ``position`` tokens of ``state``, and what is known after the last."""
+    assert not isinstance(state, LogLinearState) or state.chunk_size == CHUNK_SIZE
     batch, length = inputs.q.shape[:2]
     linear = inputs.level_scales is None
     used = 0 if linear else position % CHUNK_SIZE

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from loglinear import kernels
-from loglinear.decoding_state import DecodingState
+from loglinear.decoding_state import DecodingState, tensor_kinds
 from loglinear.ops import checks
 from loglinear.ops.attention import unit
 from loglinear.ops.registration import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
 from loglinear.reference.step import step
+from loglinear.state import check_chunk_size
 
 NAMES = ("q", "k", "v", "g", "beta", "level_scales")
 _known: set[tuple] = set()  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
@@ -172,6 +173,7 @@ def check_kinds(q: Tensor, v: Tensor, beta: Tensor | None, state: DecodingState)
     batch, length, groups, width = q.shape
     heads, value_width = v.shape[2:]
     size = state.chunk_size
+    check_chunk_size("state.chunk_size", size)
     if not 1 <= length <= size:
         op = "log_linear_attention" if beta is None else "log_linear_delta_rule"
         raise ValueError(
@@ -182,25 +184,4 @@ def check_kinds(q: Tensor, v: Tensor, beta: Tensor | None, state: DecodingState)
         made_for = "scalar gate" if state.open_solve is None else "delta rule"
         raise ValueError(f"state must be made for the same rule: got a state of the {made_for}")
     slots = state.entries.shape[2] if state.entries.dim() == 5 else 0
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    wanted: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
-        "position": ((batch,), torch.int64),
-        "entries": ((batch, heads, slots, width, value_width), None),
-        "decay": ((batch, 2, heads, slots), wide),
-        "open_k": ((batch, groups, 2 * size, width), q.dtype),
-        "open_v": ((batch, heads, size, value_width), q.dtype),
-        "open_g": ((batch, heads, 2 * size), wide),
-        "open_solve": ((batch, heads, 2 * size, size), wide),
-    }
-    for name, (shape, dtype) in wanted.items():
-        tensor = getattr(state, name)
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"state.{name} must have shape {list(shape)}: got {list(tensor.shape)}")
-        if dtype is not None and tensor.dtype != dtype:
-            raise TypeError(f"state.{name} must be {dtype} for inputs of {q.dtype}: got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"state.{name} must be on the device of q ({q.device}): got {tensor.device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"state.{name} must be contiguous: got strides {list(tensor.stride())}")
+    state.check("state", tensor_kinds(batch, heads, groups, width, value_width, slots, size, q.dtype), q.device)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
 from cases import INTERPRETED
 
 from loglinear import log_linear_attention, log_linear_delta_rule
+from loglinear.kernels import tuning
 from loglinear.ops import registration
 from loglinear.reference.chunkwise import chunkwise
-from loglinear.state import LogLinearState
+from loglinear.state import CHUNK_SIZE, LogLinearState
 
 T, MORE = (70, 3) if INTERPRETED else (1000, 70)
 
@@ -100,6 +102,37 @@ def test_many_tokens_after_a_state(device, packed):
     pairs += zip(got, torch.autograd.grad(wide_loss, [*wide, *wide_leaves]))
     for x, reference in pairs:
         assert (x.double() - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 128])
+def test_kernels_go_on_in_chunks_that_fit_the_state(device, chunk, monkeypatch):
+    """Any that divide the state's 64 tokens. In longer ones, which then began at the wrong tokens, the error was 30%."""
+    inputs = make(device, 300)
+    whole, _ = chunkwise(*(x.double() for x in inputs))
+    _, state = chunkwise(*(x[:, :70] for x in inputs))
+    config = dataclasses.replace(tuning.float32_config(16), chunk=chunk)
+    for module in ("forward", "backward"):
+        file = importlib.import_module(f"loglinear.kernels.scalar_gate.{module}")
+        monkeypatch.setattr(file, "scalar_gate_config", lambda *kind: config)
+    new = [x[:, 70:].requires_grad_() for x in inputs]
+    if chunk > CHUNK_SIZE:
+        with pytest.raises(AssertionError, match="chunks of 128 tokens cannot go on from states in chunks of 64"):
+            log_linear_attention(*new, initial_state=state)
+        return
+    o, _ = log_linear_attention(*new, initial_state=state)
+    assert (o.double() - whole[:, 70:]).norm() <= 1e-5 * whole.norm()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), new))
+
+
+def test_states_of_other_chunks_go_on_without_kernels(device):
+    """Their tree is another one."""
+    inputs = make(device, 300)
+    _, state = chunkwise(*(x[:, :70] for x in inputs), chunk_size=16)
+    assert not registration.continues(*(x[:, 70:] for x in (inputs[0], inputs[2])), None, state)
+    o, after = log_linear_attention(*(x[:, 70:] for x in inputs), initial_state=state, output_final_state=True)
+    whole, _ = chunkwise(*(x.double() for x in inputs))
+    assert (o.double() - whole[:, 70:]).norm() <= 1e-5 * whole.norm()
+    assert after.chunk_size == 16
 
 
 @pytest.mark.gpu

@@ -220,7 +220,7 @@ def backward(
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     config: ScalarGateConfig | None = None,
-    first_tokens: Tensor | None = None,
+    first_chunks: Tensor | None = None,
     reach: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of ``forward``: (dq, dk, dv, dg, dlevel_scales), each contiguous and of its input's dtype; dg None if g is.
@@ -229,7 +229,7 @@ def backward(
     """
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, level_scales)]
-    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_tokens=first_tokens)
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_chunks=first_chunks)
     return replay(run_backward, [*inputs, *tables], scale, config, reach)  # type: ignore[return-value]
 
 

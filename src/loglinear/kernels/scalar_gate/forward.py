@@ -101,7 +101,7 @@ def forward(
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     config: ScalarGateConfig | None = None,
-    first_tokens: Tensor | None = None,
+    first_chunks: Tensor | None = None,
     reach: int = 0,
 ) -> Tensor:
     """Log-linear attention with a scalar gate, from nothing before the first token.
@@ -111,16 +111,16 @@ def forward(
         g: ``[B, T, H]`` natural log-decay <= 0, any floating dtype; -inf is a reset. None is no decay.
         level_scales: λ ``[B, T, H, L]``, any floating dtype. scale: factor of o.
         cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
-        first_tokens: ``[n]`` integers, with cu_seqlens: where each sequence's first token stands in a longer one, a multiple
-            of the chunk size. Its chunks and levels are those of the longer one, of which nothing before is seen.
-        reach: with first_tokens, a bound on the positions of all tokens; results do not depend on it.
+        first_chunks: ``[n]`` integers, with cu_seqlens: how many chunks of ``CHUNK_SIZE`` tokens stand before each sequence in
+            a longer one. Its chunks and levels are those of the longer one, of which nothing before is seen.
+        reach: with first_chunks, a bound on the positions of all tokens; results do not depend on it.
 
     Returns:
         o ``[B, T, H, V]`` of v's dtype, contiguous.
     """
     config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, level_scales)]
-    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_tokens=first_tokens)
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_chunks=first_chunks)
     return replay(run_forward, [*inputs, *tables], scale, config, reach)[0]
 
 
