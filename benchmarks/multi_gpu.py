@@ -101,7 +101,7 @@ def work(args: argparse.Namespace) -> None:
     if not todo["runs"]:
         times = step_times(args)
         if int(os.environ.get("RANK", 0)) == 0:
-            Path(todo["times"]).write_text(json.dumps(times))
+            Path(todo["times"]).write_text(json.dumps(times), encoding="utf-8")
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -108,7 +108,11 @@ def machine(threads: int) -> dict[str, object]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
         cpu = models[0] if models else cpu
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -109,7 +109,7 @@ def profile(step: Callable[[], object]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def milliseconds_by_part(trace: dict, weights: Weights) -> dict[str, float]:

@@ -76,7 +76,7 @@ def demo(args: DemoArgs) -> dict:
 
     console.rule("validation")
     numbers = compare(losses)
-    (args.output / "comparison.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (args.output / "comparison.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     draw_losses(losses, args.output / "loss_by_position.png")
     _print_table(numbers, checkpoints, console)
     console.rule("a continuation of validation code by the log-linear model")

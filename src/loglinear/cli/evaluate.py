@@ -94,11 +94,11 @@ def evaluate(args: EvaluateArgs) -> dict:
         )
     result = {"checkpoint": str(checkpoint.folder), **described, **summary(losses, args.buckets)}
     before = output / "loss_by_position.json"
-    if before.exists() and _text_of(json.loads(before.read_text())) != _text_of(result):
+    if before.exists() and _text_of(json.loads(before.read_text(encoding="utf-8"))) != _text_of(result):
         for name in get_args(Measure):  # of other text: not to be taken for measures of this evaluation
             (output / f"{name}.json").unlink(missing_ok=True)
             (output / f"{name}.png").unlink(missing_ok=True)
-    (output / "loss_by_position.json").write_text(json.dumps(result, indent=2) + "\n")
+    (output / "loss_by_position.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     trained = (checkpoint.record or {}).get("arguments", {}).get("context")
     draw_losses({args.checkpoint.name: losses}, output / "loss_by_position.png", args.buckets, trained)
     console.print(
@@ -109,7 +109,8 @@ def evaluate(args: EvaluateArgs) -> dict:
         with console.status(measure):
             rows = _measure(measure, args, checkpoint, windows, losses, dtype, output)
         head = {"checkpoint": str(checkpoint.folder), "data": described["data"], "hash": described["hash"]}
-        (output / f"{measure}.json").write_text(json.dumps({**head, "rows": rows}, indent=2) + "\n")
+        numbers = json.dumps({**head, "rows": rows}, indent=2) + "\n"
+        (output / f"{measure}.json").write_text(numbers, encoding="utf-8")
         console.print(f"{measure}: {output / f'{measure}.png'}, {output / f'{measure}.json'}")
     return result
 

@@ -90,7 +90,7 @@ def write_data(args: DataArgs, console: Console) -> int:
     samples, _ = open_samples(args.task, checkpoint.tokenizer, checkpoint.record, "test")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with args.output.open("w", encoding="utf-8") as file:
+    with args.output.open("w", encoding="utf-8", newline="\n") as file:
         for sample in grid_samples(samples, args.grid):
             count += 1
             row = {
@@ -187,7 +187,7 @@ def evaluate(args: EvaluateArgs, console: Console) -> dict:
         "by_context": by_context(rows),
         "cells": rows,
     }
-    (output / "niah.json").write_text(json.dumps(result, indent=2) + "\n")
+    (output / "niah.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw_heatmaps({args.checkpoint.name: rows}, output / "niah.png", tuned and max(tuned["contexts"]))
     shown = Table("kind", "length", "samples", "exact")
     for row in result["by_context"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,7 +64,10 @@ class MarkComplete(TrainerCallback):
 
 def _flush(path: Path) -> None:
     """Ask the system to write a file or folder to the disk: a machine that stops is a kill too."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if path.is_dir() and sys.platform == "win32":
+        return  # Windows opens no folders, and keeps their entries in its journal
+    # Windows flushes only what is open for writing, and nobody opens a folder for that.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

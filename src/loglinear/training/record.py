@@ -23,7 +23,7 @@ def read_record(folder: Path) -> dict | None:
     """The record in ``folder``, None if there is none."""
     path = folder / RECORD
     try:
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
         raise ValueError(f"{path} is not a whole record: {error}") from error
 

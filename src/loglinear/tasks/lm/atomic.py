@@ -29,7 +29,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that a reader, or the next run, sees the old content or the new and nothing between."""
     unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

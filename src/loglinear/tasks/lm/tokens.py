@@ -55,7 +55,7 @@ def tokenize(source: Source, side: Side, tokenizer: PreTrainedTokenizerFast, cac
     if not folder.exists():
         with atomic_folder(folder) as unfinished:
             _write_tokens(source, side, tokenizer, unfinished)
-    dtype = json.loads((folder / "format.json").read_text())["dtype"]
+    dtype = json.loads((folder / "format.json").read_text(encoding="utf-8"))["dtype"]
     offsets = np.load(folder / "offsets.npy")
     # An empty file cannot be mapped.
     values = np.memmap(folder / "values.bin", dtype, mode="r") if offsets[-1] else np.empty(0, dtype)
