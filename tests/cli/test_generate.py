@@ -94,8 +94,10 @@ def test_a_missing_prompt_is_named(options, status, message, finished_run, capsy
     assert message in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_no_utf_8_is_read_as_training_reads_it(finished_run, tmp_path, capsys):
+def test_a_prompt_that_is_no_utf_8_is_refused_with_the_byte(finished_run, tmp_path, capsys):
     (tmp_path / "latin").write_bytes(b"alpha caf\xe9")
     command = ["generate", str(finished_run), "--prompt-file", str(tmp_path / "latin"), "--max-new-tokens", "1"]
-    assert main(command) == 0
-    assert capsys.readouterr().out.startswith("alpha caf\ufffd")
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert printed.err.endswith("latin is not UTF-8 text: byte 9 is 0xe9\n")
+    assert printed.out == ""

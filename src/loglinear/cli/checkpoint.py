@@ -1,15 +1,18 @@
-"""Opening a checkpoint: what `evaluate`, `generate` and `demo` share."""
+"""A checkpoint and the text of its run, as the record beside it tells: what `evaluate`, `niah`, `generate` and `demo` share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import loglinear.models  # noqa: F401 - registers the model with the Auto classes
+from loglinear.tasks.lm.config import Data, DataConfig, names_of
+from loglinear.tasks.lm.documents import Source
 from loglinear.tasks.lm.tokenizer import load_tokenizer
 from loglinear.training.checkpoints import complete_checkpoints
 from loglinear.training.record import read_record
@@ -43,3 +46,42 @@ def open_checkpoint(path: Path) -> Checkpoint:
     model.to(device)  # type: ignore[arg-type]
     record = read_record(folder) or read_record(folder.parent)
     return Checkpoint(folder, model, load_tokenizer(str(folder)), record)
+
+
+class TextOptions(Protocol):
+    """What a command is told of the text; None is "as in training"."""
+
+    @property
+    def data(self) -> Data | None: ...
+    @property
+    def suffixes(self) -> tuple[str, ...] | None: ...
+    @property
+    def text_field(self) -> str | None: ...
+    @property
+    def streaming(self) -> bool: ...
+    @property
+    def max_documents(self) -> int | None: ...
+    @property
+    def cache(self) -> Path: ...
+
+
+def open_text(options: TextOptions, trained: dict, of_run: Data | None, validation_fraction: float) -> Source:
+    """The text that ``options`` name, otherwise ``of_run``, read as the run's arguments ``trained`` tell.
+
+    Raises ValueError if neither names one, or if the run's own text is asked for in another way than it was read.
+    """
+    own = options.data is None
+    data = of_run if options.data is None else options.data
+    if data is None:
+        raise ValueError("data: needed, because no record beside the checkpoint tells what it was trained on")
+    if own and (options.streaming or options.max_documents is not None):
+        raise ValueError("streaming and max_documents are of data: the record tells them for the text of the run")
+    streaming = trained.get("streaming", False) if own else options.streaming
+    return Source(
+        names_of(data),
+        options.suffixes or tuple(trained.get("suffixes", DataConfig.suffixes)),
+        options.text_field or trained.get("text_field", DataConfig.text_field),
+        validation_fraction,
+        trained.get("max_documents") if own else options.max_documents,
+        options.cache if streaming else None,
+    )

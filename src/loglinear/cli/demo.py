@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from loglinear.tasks.lm.config import Data
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
@@ -30,7 +32,7 @@ class DemoArgs:
 
     output: Path = Path("out/demo")
     """Folder for both runs, the tokenized data, the figure and the numbers."""
-    data: str = "stdlib"
+    data: Data = "stdlib"
     """As for train."""
     steps: int = 400
     """Optimizer steps of each model."""

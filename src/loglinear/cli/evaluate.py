@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 
-from loglinear.tasks.lm.config import DataConfig, Packing
+from loglinear.tasks.lm.config import Data, DataConfig, Packing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +28,12 @@ class EvaluateArgs:
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Folder of a run or of one of its checkpoints."""
-    data: str | None = None
+    data: Data | None = None
     """As for train; none: the data of the run, as its record tells."""
+    streaming: bool = False
+    """As for train, of --data."""
+    max_documents: int | None = None
+    """As for train, of --data."""
     split: Literal["auto", "validation", "train", "all"] = "auto"
     """Documents to use; auto: the validation documents of the data that the model was trained on, all of other data."""
     suffixes: tuple[str, ...] | None = None
@@ -162,7 +166,7 @@ def sequences(args: EvaluateArgs, checkpoint: Checkpoint) -> tuple[Windows, dict
     context = args.context or trained.get("context") or checkpoint.model.config.max_position_embeddings
     packing = args.packing or trained.get("packing", DataConfig.packing)
     windows = Windows(tokenize(source, side, checkpoint.tokenizer, args.cache), context, packing)
-    described = {"data": source.data, "hash": source.hash, "side": side, "context": context, "packing": packing}
+    described = {"data": source.label, "hash": source.hash, "side": side, "context": context, "packing": packing}
     described |= windows.describe()
     if args.sequences is not None:
         windows.thin(args.sequences)
@@ -171,21 +175,16 @@ def sequences(args: EvaluateArgs, checkpoint: Checkpoint) -> tuple[Windows, dict
 
 def _source(args: EvaluateArgs, record: dict | None) -> tuple[Source, Side]:
     """What to read and which side of it, so that a model is never evaluated on its own training text by default."""
-    from loglinear.tasks.lm.documents import Source
+    from loglinear.cli.checkpoint import open_text
 
     trained = record["arguments"] if record else {}
     hashes = record["data"] if record else {}
-    data = args.data or trained.get("validation_data") or trained.get("data")
-    if data is None:
-        raise ValueError(f"data: needed, because no record beside {args.checkpoint} tells what it was trained on")
-    source = Source(
-        data,
-        args.suffixes or tuple(trained.get("suffixes", DataConfig.suffixes)),
-        args.text_field or trained.get("text_field", DataConfig.text_field),
-        trained.get("validation_fraction", DataConfig.validation_fraction),
-    )
+    fraction = trained.get("validation_fraction", DataConfig.validation_fraction)
+    source = open_text(args, trained, trained.get("validation_data") or trained.get("data"), fraction)
     if args.data is None and source.hash not in (hashes["hash"], hashes.get("validation_hash")):
-        raise ValueError(f"data: {data!r} is no longer what the model was trained on; name the text to evaluate on")
+        raise ValueError(
+            f"data: {source.label!r} is no longer what the model was trained on; name the text to evaluate on"
+        )
     if args.split != "auto":
         return source, args.split
     was_split = trained.get("validation_data") is None and source.validation_fraction > 0

@@ -122,7 +122,9 @@ def describe_state(cache) -> str:
 
 
 def _prompt(args: GenerateArgs) -> str:
+    from loglinear.tasks.lm.text_files import decode
+
     if args.prompt_file is None:
         return args.prompt or ""
     read = sys.stdin.buffer.read() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
-    return read.decode("utf-8", errors="replace")  # as training reads its text
+    return decode(read, f"prompt_file: {args.prompt_file}")

@@ -202,34 +202,27 @@ def open_samples(
     task: TaskConfig, tokenizer: PreTrainedTokenizerFast, record: dict | None, side: Side
 ) -> tuple[Samples, dict]:
     """Samples whose haystack is the training or the validation text, and where that comes from."""
+    from loglinear.cli.checkpoint import open_text
     from loglinear.tasks.lm.config import DataConfig
-    from loglinear.tasks.lm.documents import Source
     from loglinear.tasks.lm.tokens import tokenize
     from loglinear.tasks.niah.data import Haystack, Samples
 
     trained = (record or {}).get("arguments", {})
-    data, other = task.data or trained.get("data"), None if task.data else trained.get("validation_data")
-    if data is None:
-        raise ValueError("data: needed, because no record beside the checkpoint tells what it was trained on")
+    other = None if task.data else trained.get("validation_data")
     fraction = trained.get("validation_fraction", DataConfig.validation_fraction)
     if task.data and not fraction:
         fraction = DataConfig.validation_fraction  # of other text
     if side == "test" and not other and not fraction:
         raise ValueError("data: needed, because the run trained on all of its text: validation_fraction was 0")
-    source = Source(
-        other if other and side == "test" else data,
-        task.suffixes or tuple(trained.get("suffixes", DataConfig.suffixes)),
-        task.text_field or trained.get("text_field", DataConfig.text_field),
-        fraction,
-    )
+    source = open_text(task, trained, other if other and side == "test" else trained.get("data"), fraction)
     hashes = (record or {}).get("data", {})
     if task.data is None and source.hash not in (hashes.get("hash"), hashes.get("validation_hash")):
         raise ValueError(
-            f"data: {source.data!r} is no longer what the model was trained on; name the text of the haystack"
+            f"data: {source.label!r} is no longer what the model was trained on; name the text of the haystack"
         )
     part: Any = "all" if other else {"train": "train", "test": "validation"}[side]
     tokens = tokenize(source, part, tokenizer, task.cache)
-    described = {"data": source.data, "hash": source.hash, "side": part, "tokens": len(tokens.values)}
+    described = {"data": source.label, "hash": source.hash, "side": part, "tokens": len(tokens.values)}
     return Samples(Haystack(tokens, tokenizer.eos_token_id), tokenizer, side, task), described
 
 

@@ -118,4 +118,7 @@ class TrainConfig:
         for name, value in dataclasses.asdict(self).items():
             flat.update(value if isinstance(value, dict) else {name: value})
         del flat["output"], flat["cache"]
+        for name in ("streaming", "max_documents"):  # records of older runs lack them
+            if not flat[name]:
+                del flat[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}

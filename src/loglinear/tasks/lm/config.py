@@ -7,21 +7,39 @@ from pathlib import Path
 from typing import Literal
 
 Packing = Literal["stream", "document"]
+Data = str | tuple[str, ...]
+
+
+def names_of(data: Data | list[str]) -> tuple[str, ...]:
+    """The names in ``data``, which records hold as a string or a list."""
+    return (data,) if isinstance(data, str) else tuple(data)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What to read, how to split and tokenize it, and how to pack it into sequences."""
 
-    data: str = "stdlib"
-    """A text file, a folder of them, a .jsonl or .jsonl.xz, a Hugging Face dataset (NAME or NAME:CONFIG), or stdlib:
-    the sources of this Python's standard library."""
-    validation_data: str | None = None
+    data: Data = "stdlib"
+    """Text files, folders of them, .jsonl or .json with an object a line, all of these also as .gz or .xz; quoted patterns
+    ('data/**/*.txt'); Hugging Face datasets (NAME or NAME:CONFIG); or stdlib: the sources of this Python's standard library.
+    Several are read in the order given, the files of a folder or pattern in the order of their names, and no file twice."""
+    validation_data: Data | None = None
     """Validate on all of this (same kinds as --data) instead of on a share of --data."""
+    streaming: bool = False
+    """Read Hugging Face datasets row by row, from their first row on, and copy to --cache what is read (compressed) instead of
+    the whole dataset. The split and the hash are those of the documents read."""
+    max_documents: int | None = None
+    """Read at most this many documents of --data, and as many of --validation-data."""
     validation_fraction: float = 0.02
     """Share of the documents of --data kept for validation, chosen by a hash of their text."""
-    suffixes: tuple[str, ...] = (".txt", ".md", ".py", ".jsonl", ".jsonl.xz")
-    """Which files of a folder are read."""
+    suffixes: tuple[str, ...] = (
+        ".txt",
+        ".md",
+        ".py",
+        ".jsonl",
+        ".jsonl.xz",
+    )  # the last is in the records of older runs
+    """Which files of a folder are read, with .gz or .xz behind the suffix, too."""
     text_field: str = "text"
     """Field of a JSON line or a dataset row that holds the text."""
     tokenizer: str | None = None
@@ -36,6 +54,15 @@ class DataConfig:
     """Folder for tokenized data and trained tokenizers."""
 
     def __post_init__(self) -> None:
+        for name in ("data", "validation_data"):
+            names = getattr(self, name)
+            if names is not None:
+                names = names_of(names)
+                if not names:
+                    raise ValueError(f"{name} needs at least one name")
+                object.__setattr__(self, name, names[0] if len(names) == 1 else names)
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"max_documents must be at least 1: got {self.max_documents}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1): got {self.validation_fraction}")
         if self.context < 2:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from loglinear.tasks.lm.config import DataConfig
+from loglinear.tasks.lm.config import Data, DataConfig
 from loglinear.tasks.lm.documents import Side, Source
 from loglinear.tasks.lm.tokenizer import cached_tokenizer, load_tokenizer, tokenizer_hash
 from loglinear.tasks.lm.tokens import Tokens, Windows, tokenize
@@ -32,10 +32,10 @@ def load_data(config: DataConfig) -> TextData:
 
     Raises ValueError or FileNotFoundError naming the argument for text that is missing, empty or shorter than a context.
     """
-    source = Source(config.data, config.suffixes, config.text_field, config.validation_fraction)
-    other = None
-    if config.validation_data is not None:
-        other = Source(config.validation_data, config.suffixes, config.text_field)
+    source = _source(config, config.data)
+    if config.streaming and all(kind != "dataset" for _, kind in source.inputs()):
+        raise ValueError(f"streaming is for Hugging Face datasets, and data is none: {source.label!r}")
+    other = None if config.validation_data is None else _source(config, config.validation_data)
     train_side: Side = "all" if other is not None or config.validation_fraction == 0 else "train"
 
     hashes = {"hash": source.hash}
@@ -55,6 +55,12 @@ def load_data(config: DataConfig) -> TextData:
     elif train_side == "train":
         validation = _pack(tokenize(source, "validation", tokenizer, config.cache), config, "validation")
     return TextData(tokenizer, train, validation, hashes)
+
+
+def _source(config: DataConfig, data: Data) -> Source:
+    stream_to = config.cache if config.streaming else None
+    fields = config.suffixes, config.text_field, config.validation_fraction, config.max_documents
+    return Source(data, *fields, stream_to)
 
 
 def _pack(tokens: Tokens, config: DataConfig, name: str) -> Windows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from loglinear.tasks.lm.config import DataConfig
+from loglinear.tasks.lm.config import Data, DataConfig
 
 Kind = Literal["number", "word", "multi-key", "multi-value"]
 MOST_NEEDLES = 1000  # half of the keys, pairs of words, that training or test can have
@@ -22,8 +22,12 @@ class TaskConfig:
     multi-value: all numbers of one key, in the order of the text."""
     needles: int = 4
     """Needles in a sample of multi-key and multi-value; the others have one."""
-    data: str | None = None
+    data: Data | None = None
     """Text of the haystack, as for train; none: the data of the run, as its record tells."""
+    streaming: bool = False
+    """As for train, of --data."""
+    max_documents: int | None = None
+    """As for train, of --data."""
     suffixes: tuple[str, ...] | None = None
     """Which files of a folder are read; none: as in training."""
     text_field: str | None = None

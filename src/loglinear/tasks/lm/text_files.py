@@ -1,0 +1,106 @@
+"""Text files: which files a name stands for, and the documents in each. What is no text is refused, never repaired.
+
+A file holds one document. A ``.jsonl`` or ``.json`` holds one a line. Either may be compressed: ``.gz`` or ``.xz`` behind
+the name.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]
+SIGNATURES = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\x00": ".xz"}
+LINES = (".jsonl", ".json")
+INSTALLED = {"site-packages", "dist-packages"}
+
+
+def plain_name(path: Path) -> str:
+    """The name without what says how the file is compressed."""
+    return path.name.removesuffix(path.suffix) if path.suffix in OPENERS else path.name
+
+
+def matches(pattern: str) -> list[str]:
+    """What a glob stands for, in the order of the names. Raises FileNotFoundError if that is nothing."""
+    found = [str(path) for path in sorted(map(Path, glob.glob(pattern, recursive=True)))]
+    if not found:
+        raise FileNotFoundError(f"data: nothing matches {pattern!r}")
+    return found
+
+
+def is_glob(name: str) -> bool:
+    """Whether a name is a pattern: one of a file that exists is none."""
+    return glob.has_magic(name) and not Path(name).exists()
+
+
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files whose names end in one of ``suffixes``, in the order of their names, without packages installed there.
+
+    Raises FileNotFoundError if there is none.
+    """
+    paths = [path for path in folder.rglob("*") if plain_name(path).endswith(suffixes) or path.name.endswith(suffixes)]
+    paths = sorted(path for path in paths if not INSTALLED & set(path.relative_to(folder).parts) and path.is_file())
+    if not paths:
+        raise FileNotFoundError(f"data: no text found in {str(folder)!r}: no file ends in one of {', '.join(suffixes)}")
+    return paths
+
+
+def read_file(path: Path, text_field: str) -> Iterator[str]:
+    """The documents of one file. Raises ValueError naming the file and the place of what is no text or no JSON."""
+    try:
+        if path.suffix in OPENERS and not path.stat().st_size:
+            raise EOFError("it is empty")
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+            if plain_name(path).endswith(LINES):
+                yield from _lines(file, path, text_field)
+            else:
+                yield decode(file.read(), f"data: {path}")
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"data: {path} is not a whole {path.suffix} file: {error}") from error
+
+
+def _lines(file: IO[bytes], path: Path, text_field: str) -> Iterator[str]:
+    start = 0
+    for number, line in enumerate(file, start=1):
+        where = f"data: {path}, line {number}"
+        text = decode(line, where, start)
+        start += len(line)
+        try:
+            value = json.loads(text.removeprefix("\ufeff"))[text_field]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where} is not a JSON object with a string field {text_field!r}") from error
+        yield check_text(value, where, text_field)
+
+
+def decode(content: bytes, where: str, start: int = 0) -> str:
+    """``content`` as text. Raises ValueError for NUL bytes and for what is not UTF-8.
+
+    The message begins with ``where`` and counts bytes from ``start``, in what the file unpacks to if it is compressed.
+    """
+    try:
+        wrong = content.find(b"\0")
+        if wrong < 0:
+            return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wrong = error.start
+    kinds = [suffix for signature, suffix in SIGNATURES.items() if content.startswith(signature)]
+    hint = f"; it is compressed, and its name must end in {kinds[0]}" if kinds and not start else ""
+    raise ValueError(f"{where} is not UTF-8 text: byte {start + wrong} is 0x{content[wrong]:02x}{hint}")
+
+
+def check_text(value: object, where: str, text_field: str) -> str:
+    """``value`` if it is a string that UTF-8 can hold: JSON and Arrow can hold half of a surrogate pair, too."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {text_field!r} must hold a string, not {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"half of a surrogate pair (U+{ord(value[error.start]):04X}) at character {error.start}"
+        raise ValueError(f"{where}: {text_field!r} holds {half}, which is no text") from error
+    return value

@@ -1,0 +1,86 @@
+"""Every command reads the same kinds of input by the same options, and finds a run's text again from its record."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from loglinear.cli import main
+
+NIAH = ["--kinds", "number", "--contexts", "120", "--depths", "2", "--samples", "1"]
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "record.json").read_text())
+
+
+def evaluated(run: Path, cache: Path, output: Path, *options: str) -> dict:
+    assert main(["evaluate", str(run), "--cache", str(cache), "--output", str(output), *options]) == 0
+    return json.loads((output / "loss_by_position.json").read_text())
+
+
+def needles(run: Path, cache: Path, output: Path, *options: str) -> dict:
+    assert main(["niah", "evaluate", str(run), "--cache", str(cache), "--output", str(output), *NIAH, *options]) == 0
+    return json.loads((output / "niah.json").read_text())["haystack"]
+
+
+def test_several_names_and_a_pattern_give_one_run_that_is_found_again(texts, finished_run, train_options, tmp_path):
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    options = [*train_options, "--steps", "1", "--cache", str(cache), "--output", str(run)]
+    (tmp_path / "packed").mkdir()
+    for path in sorted(texts.glob("*.txt"))[8:]:
+        (tmp_path / "packed" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    names = [f"{texts}/0[0-7].txt", str(tmp_path / "packed")]
+    assert main([*options, "--data", *names]) == 0
+    assert record(run)["arguments"]["data"] == names
+    assert record(run)["data"] == record(finished_run)["data"], "of the same texts in one folder"
+    found = evaluated(run, cache, tmp_path / "out")
+    assert (found["data"], found["side"], found["hash"]) == (
+        ", ".join(names),
+        "validation",
+        record(run)["data"]["hash"],
+    )
+    assert needles(run, cache, tmp_path / "out")["side"] == "validation"
+    assert evaluated(run, cache, tmp_path / "out", "--data", *names, "--max-documents", "3")["documents"] == 3
+    assert main([*options, "--data", *names]) == 0, "complete"
+
+
+def test_a_streamed_run_is_found_again(texts, train_options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    options = [*train_options, "--steps", "1", "--cache", str(cache), "--output", str(run)]
+    (tmp_path / "named").mkdir()
+    rows = [path.read_text() for path in sorted(texts.glob("*.txt"))]
+    datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / "named" / "train.parquet")
+    assert main([*options, "--data", str(tmp_path / "named"), "--streaming", "--max-documents", "10"]) == 0
+    assert {"streaming": True, "max_documents": 10}.items() <= record(run)["arguments"].items()
+    assert record(run)["data"]["train"]["documents"] == 8
+    assert evaluated(run, cache, tmp_path / "out")["documents"] == 2
+    assert needles(run, cache, tmp_path / "out")["hash"] == record(run)["data"]["hash"]
+    assert not list((tmp_path / "arrow").rglob("*.arrow"))
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--cache", str(cache), "--max-documents", "3"]) == 1
+    assert "streaming and max_documents are of data: the record tells them" in capsys.readouterr().err
+
+
+def test_records_of_runs_without_them_lack_the_newer_arguments(finished_run):
+    assert not {"streaming", "max_documents"} & record(finished_run)["arguments"].keys()
+    assert isinstance(record(finished_run)["arguments"]["data"], str)
+    assert record(finished_run)["arguments"]["suffixes"] == [".txt", ".md", ".py", ".jsonl", ".jsonl.xz"]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "niah"])
+def test_binary_input_is_one_line_in_every_command(command, finished_run, tmp_path, capsys):
+    (tmp_path / "photo.txt").write_bytes(b"\x89PNG\r\n")
+    options = {
+        "train": ["--output", str(tmp_path / "run")],
+        "evaluate": [str(finished_run)],
+        "niah": ["evaluate", str(finished_run), *NIAH],
+    }
+    assert main([command, *options[command], "--data", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 1
+    expected = f"data: {tmp_path}/photo.txt is not UTF-8 text: byte 0 is 0x89\n"
+    assert capsys.readouterr().err.endswith(expected)
