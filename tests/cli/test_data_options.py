@@ -64,7 +64,7 @@ def test_a_streamed_run_is_found_again(texts, train_options, tmp_path, monkeypat
     assert not list((tmp_path / "arrow").rglob("*.arrow"))
     capsys.readouterr()
     assert main(["evaluate", str(run), "--cache", str(cache), "--max-documents", "3"]) == 1
-    assert "streaming and max_documents are of data: the record tells them" in capsys.readouterr().err
+    assert "--data: needed with streaming or --max-documents" in capsys.readouterr().err
 
 
 def test_records_of_runs_without_them_lack_the_newer_arguments(finished_run):
@@ -82,5 +82,5 @@ def test_binary_input_is_one_line_in_every_command(command, finished_run, tmp_pa
         "niah": ["evaluate", str(finished_run), *NIAH],
     }
     assert main([command, *options[command], "--data", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 1
-    expected = f"data: {tmp_path}/photo.txt is not UTF-8 text: byte 0 is 0x89\n"
-    assert capsys.readouterr().err.endswith(expected)
+    expected = f"loglinear {command}: --data: {tmp_path}/photo.txt is not UTF-8 text: byte 0 is 0x89\n"
+    assert capsys.readouterr().err == expected

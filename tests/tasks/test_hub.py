@@ -104,7 +104,9 @@ def test_validation_texts_in_a_file_beside_a_stream(parquet, tmp_path):
 
 def test_streaming_of_what_is_no_dataset_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a text")
-    with pytest.raises(ValueError, match=r"streaming is for Hugging Face datasets, and data is none: '.*a\.txt'"):
+    with pytest.raises(
+        ValueError, match=r"streaming: must be off, for data is no Hugging Face dataset: got '.*a\.txt'"
+    ):
         load_data(DataConfig(str(tmp_path / "a.txt"), streaming=True, cache=tmp_path))
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"streaming: '.*saved' was written by save_to_disk"):

@@ -75,7 +75,7 @@ def open_text(options: TextOptions, trained: dict, of_run: Data | None, validati
     if data is None:
         raise ValueError("data: needed, because no record beside the checkpoint tells what it was trained on")
     if own and (options.streaming or options.max_documents is not None):
-        raise ValueError("streaming and max_documents are of data: the record tells them for the text of the run")
+        raise ValueError("data: needed with streaming or max_documents; for the text of the run its record tells both")
     streaming = trained.get("streaming", False) if own else options.streaming
     return Source(
         names_of(data),

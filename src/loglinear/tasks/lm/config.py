@@ -59,7 +59,7 @@ class DataConfig:
             if names is not None:
                 names = names_of(names)
                 if not names:
-                    raise ValueError(f"{name} needs at least one name")
+                    raise ValueError(f"{name} must hold at least one name")
                 object.__setattr__(self, name, names[0] if len(names) == 1 else names)
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"max_documents must be at least 1: got {self.max_documents}")

@@ -34,7 +34,7 @@ def load_data(config: DataConfig) -> TextData:
     """
     source = _source(config, config.data)
     if config.streaming and all(kind != "dataset" for _, kind in source.inputs()):
-        raise ValueError(f"streaming is for Hugging Face datasets, and data is none: {source.label!r}")
+        raise ValueError(f"streaming: must be off, for data is no Hugging Face dataset: got {source.label!r}")
     other = None if config.validation_data is None else _source(config, config.validation_data)
     train_side: Side = "all" if other is not None or config.validation_fraction == 0 else "train"
 
