@@ -11,7 +11,7 @@ from loglinear import fenwick
 from loglinear.models.sizes import parameter_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def text(page: Path) -> str:

@@ -20,11 +20,11 @@
 
   const lambdaOf = (level) => Math.log1p(Math.exp(view.x[level])); // softplus
 
-  /** Near is yellow, far is blue. Lightness falls with every level, so the order survives colour blindness. */
+  /** Near is yellow, far is violet. Lightness falls with every level, so the order survives colour blindness. */
   function paint(element, level) {
     const x = Math.min(level / bitLength(view.room - 1), 1);
-    element.style.setProperty("--level", `oklch(${0.86 - 0.36 * x} 0.145 ${88 - 178 * x})`);
-    element.style.setProperty("--on-level", x < 0.5 ? "#1b1b22" : "#fff");
+    element.style.setProperty("--level", `oklch(${0.9 - 0.4 * x} 0.16 ${88 - 148 * x})`);
+    element.style.setProperty("--on-level", x < 0.78 ? "#000" : "#fff");
   }
 
   // -------------------------------------------------------------------------------------------------------- template
@@ -37,14 +37,14 @@
   const size = (name, text) =>
     `<label>${text}<input type="number" min="1" max="65536" step="1" inputmode="numeric" data-size="${name}"></label>`;
   const FLOATS = [["float32", "float32"], ["bfloat16", "bfloat16"]];
-  const LAYERS = [["mamba2", "Log-Linear Mamba-2"], ["deltanet", "Log-Linear Gated DeltaNet"], ["own", "sizes of your own"]];
+  const LAYERS = [["mamba2", "Log-Linear Mamba-2"], ["deltanet", "Log-Linear Gated DeltaNet"], ["own", "your own sizes"]];
 
   const TEMPLATE = `
     <div class="be-controls">
       <label class="be-wide">Token t<input type="range" min="0" step="1" data-part="slider"></label>
       <div class="be-exact">
         <button type="button" data-part="less" aria-label="One token back">−</button>
-        <input type="number" min="0" max="${LARGEST}" step="1" inputmode="numeric" aria-label="Token t, as a number" data-part="exact">
+        <input type="number" min="0" max="${LARGEST}" step="1" inputmode="numeric" aria-label="Token t" data-part="exact">
         <button type="button" data-part="more" aria-label="One token on">+</button>
       </div>
       <label>${select('data-part="room"', "Sequence length", ROOMS.map((n) => [n, number(n)]))}</label>
@@ -62,16 +62,18 @@
       <p class="be-binary"><span data-part="binary"></span><span data-part="reading"></span></p>
       <div class="be-history" aria-hidden="true" data-part="history"></div>
       <div class="be-line" role="group" aria-label="Buckets from far to near. Arrow keys move between them." data-part="line">
-        ${each(far, (level) => `<button type="button" class="be-bucket" data-level="${level}"><i></i><b>${level}</b></button>`)}
+        ${each(far, (level) =>
+          `<button type="button" class="be-bucket" data-level="${level}"><i></i><b>${level}</b></button>`)}
         <div class="be-future" data-part="future"></div>
       </div>
       <div class="be-axis" aria-hidden="true" data-part="axis"></div>
       <p class="be-note">Height is λ. The thin rows show what the tokens before t saw. Stripes are raw tokens.</p>
       <div class="be-details" data-part="details"></div>
-      <ul class="be-rows" data-part="rows">
-        ${each(far, (level) => `<li data-level="${level}"><b>${level}</b><span></span><span></span>
-          <label><span>λ<sub>t</sub>[${level}]</span><input type="range" min="-4" max="4" step="0.05"><output></output></label></li>`)}
-      </ul>
+      <div class="be-rows" role="list" data-part="rows">
+        ${each(far, (level) => `<div role="listitem" data-level="${level}"><b>${level}</b><span></span><span></span>
+          <label><span>λ<sub>t</sub>[${level}]</span><input type="range" min="-4" max="4" step="0.05"><output></output></label>
+        </div>`)}
+      </div>
       <p class="be-actions"><button type="button" data-part="flat">All λ = 1: the linear model</button>
         <button type="button" data-part="example">Example λ</button></p>
     </section>
@@ -80,7 +82,7 @@
       <h2 data-part="kept"></h2>
       <p>The number of closed chunks is a binary counter, and its digits are states. When a chunk closes, the counter goes up
         by one, and the carry merges states.</p>
-      <ol class="be-slots" aria-label="Slots, largest first" data-part="slots"></ol>
+      <div class="be-slots" role="list" aria-label="Slots, largest first" data-part="slots"></div>
       <div class="be-hand">
         <div class="be-carried" data-part="carried"></div>
         <div><small>Open chunk, raw tokens</small><div class="be-open" data-part="open"></div></div>
@@ -92,13 +94,14 @@
 
     <section aria-label="Memory">
       <h2 data-part="verdict"></h2>
-      <p>One layer, one sequence. The state has the fewest slots that hold t tokens, and the cache has room for t tokens.
+      <p>One layer, one sequence. The state has just enough slots for t tokens, and the cache has room for t tokens.
         <span data-part="advice"></span></p>
       <div class="be-sizes">
         <label class="be-wide">${select('data-part="model"', "Layer", LAYERS)}</label>
         <label class="be-wide">${select('data-size="rule"', "Transition", [["scalar", "scalar gate"], ["delta", "delta rule"]])}</label>
         ${size("H", "Value heads H")}${size("G", "Key groups G")}${size("K", "Key width K")}${size("V", "Value width V")}
-        <label>${select('data-size="dtype"', "q, k, v", FLOATS)}</label><label>${select('data-size="entries"', "Entries", FLOATS)}</label>
+        <label>${select('data-size="dtype"', "q, k, v", FLOATS)}</label>
+        <label>${select('data-size="entries"', "Entries", FLOATS)}</label>
         ${size("heads", "Cache heads")}${size("width", "Cache width")}
       </div>
       <p class="be-error" role="alert" data-part="wrong" hidden></p>
@@ -182,9 +185,9 @@
     }
 
     function drawAxis() {
-      const { t, room } = view, back = [1, 32, 1024, 32768].filter((d) => d <= t + 1);
+      const { t, room } = view, back = [[1, "token t"], [32, "32 back"], [1024, "1K back"], [32768, "32K back"]];
       const ticks = view.scale === "distance"
-        ? back.map((d) => [t + 1 - d, d === 1 ? "token t" : `${number(d)} back`])
+        ? back.map(([d, text]) => [t + 1 - d, text]).filter(([s]) => s >= 0)
         : upTo(5).map((i) => [(room * i) / 4, number((room * i) / 4)]);
       part("axis").innerHTML = each(ticks, ([s, text]) => {
         const x = (place(s) - place(0)) / (place(end()) - place(0));
@@ -199,7 +202,7 @@
         `<b class="${digit === "1" ? "be-one" : ""} ${digits - i === inside && i ? "be-gap" : ""}">${digit}</b>`);
       [...part("binary").children].slice(1).forEach((element, i) => paint(element, digits - i));
       part("reading").textContent = "One bucket for every digit 1, and one for the token itself." + (C === 1 ? "" :
-        ` The last ${inside} digits count tokens of chunk ${number(Math.floor(t / C))}, the others the chunks before it.`);
+        ` The last ${inside} digits count tokens of chunk ${number(Math.floor(t / C))}. The others count the chunks before it.`);
     }
 
     // ------------------------------------------------------------------------------------------- what decoding keeps
@@ -207,10 +210,10 @@
     function drawCounter() {
       const { t, C, step } = view, { chunk, entry, last, slots, open, carried } = counterOf(t, C, step), leaf = bitLength(C);
       part("kept").textContent = `Decoding keeps ${plural(ones(chunk), "state")} and ${plural(t % C, "raw token")}`;
-      part("slots").innerHTML = each(slots, (held, m) => held === null
-        ? `<li data-slot="${m}" class="be-dead"><b>0</b><small>slot ${m}</small>empty</li>`
-        : `<li data-slot="${m}" data-entry="${held}"><b>1</b><small>slot ${m}</small>entry ${number(held)}</li>`);
-      part("slots").replaceChildren(...[...part("slots").children].reverse());
+      part("slots").innerHTML = slots.map((held, m) => held === null
+        ? `<div role="listitem" data-slot="${m}" class="be-dead"><b>0</b><small>slot ${m}</small>empty</div>`
+        : `<div role="listitem" data-slot="${m}" data-entry="${held}"><b>1</b><small>slot ${m}</small>entry ${number(held)}</div>`,
+      ).reverse().join("");
       for (const slot of part("slots").children) paint(slot, leaf + Number(slot.dataset.slot));
       part("carried").innerHTML = `<small>Carry</small>` +
         (carried ? `<b>entry ${number(entry)}</b>${chunks(entry - carried, entry)}` : "nothing");
@@ -335,7 +338,9 @@
     }
 
     const on = (name, event, act) => part(name).addEventListener(event, act);
-    const onEach = (selector, event, act) => root.querySelectorAll(selector).forEach((x) => x.addEventListener(event, () => act(x)));
+    const onEach = (selector, event, act) => {
+      for (const element of root.querySelectorAll(selector)) element.addEventListener(event, () => act(element));
+    };
     on("slider", "input", () => go({ t: part("slider").valueAsNumber }));
     on("exact", "input", () => go({ t: part("exact").valueAsNumber }, "heading"));
     on("exact", "blur", draw);
@@ -354,7 +359,7 @@
     for (const name of ["line", "rows"]) for (const event of ["pointerover", "focusin", "click"]) on(name, event, choose);
     on("line", "keydown", walk);
     on("rows", "input", ({ target }) => {
-      view.x[levelOf(target.closest("li"))] = target.valueAsNumber;
+      view.x[levelOf(target.closest("[data-level]"))] = target.valueAsNumber;
       drawBuckets();
     });
     for (const [name, x] of [["flat", FLAT], ["example", EXAMPLE]])

@@ -61,7 +61,7 @@ window.bucketModel = (() => {
 
   const number = (n) => n.toLocaleString("en");
   const plural = (n, word) => `${number(n)} ${word}${n === 1 ? "" : "s"}`;
-  const span = (start, stop) => (stop - start === 1 ? number(start) : `${number(start)} … ${number(stop - 1)}`);
+  const span = (start, stop) => (stop - start === 1 ? number(start) : `${number(start)}–${number(stop - 1)}`);
   const chunks = (start, stop) => `${stop - start === 1 ? "chunk" : "chunks"} ${span(start, stop)}`;
 
   function human(bytes) {

@@ -6,6 +6,7 @@ Pipes need neither a port nor a package. The shell that starts Chromium gives it
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import select
@@ -44,7 +45,7 @@ class Browser:
     """
 
     def __init__(self, path: str, profile: Path, timeout_s: float = 60) -> None:
-        self.timeout_s, self.errors, self._unread, self._last = timeout_s, [], b"", 0
+        self.timeout_s, self.errors, self._unread, self._last, self._loaded = timeout_s, [], b"", 0, False
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
         start = f'exec "$@" 3<&{commands} 4>&{answers}'
@@ -60,15 +61,14 @@ class Browser:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # else focus events wait for a window
 
     def close(self) -> None:
         """End Chromium and all that it started."""
         os.close(self._commands)
         os.close(self._answers)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait(timeout=30)
 
     def call(self, method: str, **params) -> dict:
@@ -102,6 +102,8 @@ class Browser:
     def _note(self, event: dict) -> None:
         params = event.get("params", {})
         match event.get("method"):
+            case "Page.loadEventFired":
+                self._loaded = True
             case "Runtime.exceptionThrown":
                 self.errors.append(params["exceptionDetails"].get("exception", params).get("description", str(params)))
             case "Runtime.consoleAPICalled" if params["type"] in ("error", "warning", "assert"):
@@ -118,12 +120,10 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Load a page and wait until it is complete."""
+        self._loaded = False
         self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + self.timeout_s
-        while self.run("document.readyState === 'complete' && location.href") != url:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{url} was not loaded in {self.timeout_s:.0f} s")
-            time.sleep(0.02)
+        while not (self._loaded and self.run("location.href") == url):
+            self._note(self._next("Page.navigate"))
 
     def resize(self, width: int, height: int, phone: bool = False) -> None:
         """The window in CSS pixels; a phone has a touch screen and no mouse."""
