@@ -16,7 +16,7 @@ from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
-from loglinear.layers.linear import AlignedLinear, projections
+from loglinear.layers.linear import projections
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
@@ -63,7 +63,7 @@ class LogLinearGatedDeltaNet(StatedInit):
         keys, values = num_key_heads * key_dim, num_heads * value_dim
         self.conv_widths = [keys, keys, values]  # q, k, v
         self.in_widths = [sum(self.conv_widths), values, num_heads, num_heads]  # (q, k, v), gate, a, b
-        self.in_proj = AlignedLinear(hidden_size, sum(self.in_widths))
+        self.in_proj = nn.Linear(hidden_size, sum(self.in_widths), bias=False)
         self.conv = ShortConvolution(sum(self.conv_widths), conv_width, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear.layers.initialization import StatedInit, wide
-from loglinear.layers.linear import AlignedLinear
+from loglinear.layers.linear import project
 from loglinear.ops import pointwise
 
 
@@ -30,7 +30,7 @@ class LevelScale(StatedInit):
     def __init__(self, hidden_size: int, num_heads: int, num_levels: int) -> None:
         super().__init__()
         self.L = nn.Parameter(torch.empty(num_heads, num_levels))
-        self.dl_proj = AlignedLinear(hidden_size, num_heads * num_levels)
+        self.dl_proj = nn.Linear(hidden_size, num_heads * num_levels, bias=False)
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ class LevelScale(StatedInit):
 
         dl: what ``dl_proj`` makes of hidden, if it is there already.
         """
-        dl = self.dl_proj(hidden) if dl is None else dl
+        dl = project(hidden, self.dl_proj) if dl is None else dl
         if dl.dim() == 3 and pointwise.has_kernels(dl, self.L):
             return pointwise.level_scales(dl, self.L)
         dl = dl.unflatten(-1, self.L.shape)

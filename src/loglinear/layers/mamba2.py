@@ -16,7 +16,7 @@ from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale
-from loglinear.layers.linear import AlignedLinear, projections
+from loglinear.layers.linear import projections
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
@@ -62,7 +62,7 @@ class LogLinearMamba2(StatedInit):
         inner, keys = num_heads * head_dim, num_groups * state_size
         self.conv_widths = [inner, keys, keys]  # x, B, C
         self.in_widths = [inner, sum(self.conv_widths), num_heads]  # z, (x, B, C), dt
-        self.in_proj = AlignedLinear(hidden_size, sum(self.in_widths))
+        self.in_proj = nn.Linear(hidden_size, sum(self.in_widths), bias=False)
         self.conv = ShortConvolution(sum(self.conv_widths), conv_width)
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads))
