@@ -146,8 +146,9 @@ def verdicts(log_linear: str, compared: list[Cell]) -> list[Verdict]:
 def _recipe(recipe: dict, rows: list[dict]) -> str:
     rates = _rates(rows)
     devices = sorted({row["device"] for row in rows if "device" in row})
+    layers = "1 layer" if recipe["layers"] == 1 else f"{recipe['layers']} layers"
     return (
-        f"{recipe['layers']} layers, {recipe['steps']:,} steps of {recipe['batch_tokens']:,} tokens, vocabulary "
+        f"{layers}, {recipe['steps']:,} steps of {recipe['batch_tokens']:,} tokens, vocabulary "
         f"{recipe['vocab_size']:,}, learning rate out of {', '.join(f'{rate:g}' for rate in rates)} for each model by "
         f"validation accuracy with the first seed (* at the edge of these); {len(rows)} models trained"
         f"{' on ' + ', '.join(devices) if devices else ''}; commit {', '.join(sorted({row['commit'] for row in rows}))}."

@@ -12,12 +12,15 @@ from typing import cast
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from loglinear.cli import main
+from loglinear.cli.mqar import MqarArgs
 from loglinear.tasks.mqar import run
 from loglinear.tasks.mqar.config import MODELS, PRESETS, Cell, Recipe
 from loglinear.tasks.mqar.data import Recall
-from loglinear.tasks.mqar.report import Result, best_rate, results, verdicts
+from loglinear.tasks.mqar.figure import draw_accuracy
+from loglinear.tasks.mqar.report import Result, best_rate, results, verdicts, widest_spread
 from loglinear.tasks.mqar.side_by_side import side_by_side
 from loglinear.tasks.mqar.train import (
     BATCHES_AT_ONCE,
@@ -250,7 +253,10 @@ def test_results_are_means_over_seeds_at_the_chosen_rate():
 
 def test_verdicts_compare_equal_widths_and_equal_states():
     def result(model, mean, state_size, floats, spread=0.01, seeds=3):
-        return Result(model, 16, 64, state_size, floats, 1e-2, seeds, {"mean": (mean, spread)})
+        shares = [mean - spread, mean, mean + spread][:seeds]  # a standard deviation of spread
+        return Result(
+            model, 16, 64, state_size, floats, 1e-2, {seed: {"mean": share} for seed, share in enumerate(shares)}
+        )
 
     log_linear = result("Log-Linear Mamba-2", 0.6, 8, 1792)
     twins, states = verdicts(
@@ -262,11 +268,48 @@ def test_verdicts_compare_equal_widths_and_equal_states():
         ]
     )
     assert "same widths: Log-Linear Mamba-2 is better" in twins
+    assert "ahead with 3 of 3 seeds" in twins
     assert "same state: Mamba-2 is better" in states
+    assert "ahead with 0 of 3 seeds" in states
     (close,) = verdicts([result("Mamba-2", 0.5, 8, 256, spread=0.2), log_linear])
     assert "no winner" in close
     (single,) = verdicts([result("Mamba-2", 0.1, 8, 256, seeds=1), log_linear])
     assert "no winner" in single
+
+
+def test_the_result_whose_seeds_differ_most_is_named():
+    steady = Result("Mamba-2", 16, 64, 8, 256, 1e-2, {0: {"mean": 0.5}, 1: {"mean": 0.6}})
+    wild = Result("Transformer", 16, 64, 8, None, 1e-2, {0: {"mean": 0.9}, 1: {"mean": 0.4}, 2: {"mean": 0.125}})
+    said = widest_spread([steady, wild])
+    assert (
+        said
+        == "One seed says little: Transformer, width 16, length 64, recalls 0.12 with one seed and 0.90 with another."
+    )
+    assert widest_spread([replace(wild, by_seed={0: {"mean": 0.9}})]) is None
+
+
+def test_the_figure_draws_all_models_alike_but_for_their_colours(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    by_seed = {0: {"8": 0.2, "16": 0.1, "mean": 0.15}, 1: {"8": 0.6, "16": 0.4, "mean": 0.5}}
+    sizes = [("Mamba-2", 8), ("Mamba-2", 56), ("Log-Linear Mamba-2", 8)]
+    draw_accuracy([Result(model, 16, 64, k, 32 * k, 1e-2, by_seed) for model, k in sizes], tmp_path / "any.png")
+    (panel,) = figures[0].axes
+    curves = [container.lines[0] for container in panel.containers]
+    assert [curve.get_ydata().tolist() for curve in curves] == 3 * [pytest.approx([0.4, 0.25])]
+    styles = {(c.get_linestyle(), c.get_linewidth(), c.get_marker(), c.get_markersize(), c.get_alpha()) for c in curves}
+    assert len(styles) == 1
+    assert len({curve.get_color() for curve in curves}) == 3
+    dots = [line.get_ydata().tolist() for line in panel.lines if line.get_marker() == "."]
+    assert dots == 3 * [[0.2, 0.1], [0.6, 0.4]]
+    assert len({*curves[0].get_xdata(), *curves[1].get_xdata(), *curves[2].get_xdata()}) == 6  # none hides another
+
+
+def test_the_small_preset_has_ten_seeds_and_linear_models_with_as_large_a_state():
+    grid = MqarArgs().grid()
+    assert len(grid.seeds) == 10
+    states = [(cells[0].model, cells[0].state_floats) for cells in grid.sweeps()]
+    assert states == [("Mamba-2", 512), ("Mamba-2", 3584), ("Log-Linear Mamba-2", 3584)]
 
 
 @pytest.mark.slow
@@ -277,8 +320,10 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path, capsys):
     assert main(command) == 0
     printed = capsys.readouterr().out
     rows = run.read_rows(tmp_path / "rows.jsonl")
-    assert len(rows) == 2 * (2 + 1)
+    assert len(rows) == 3 * (2 + 1)
     assert "Log-Linear Mamba-2" in printed
+    assert "One seed says little: " in printed
+    assert "behind linear models with as large a state" in printed
     assert json.loads((tmp_path / "results.json").read_text())["results"][0]["seeds"] == 2
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
@@ -287,7 +332,7 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path, capsys):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]) + lines[-1][:40])
     assert main(command) == 0
-    assert len(re.findall(r"^\d+/\d+ ", printed, re.M)) == 6
+    assert len(re.findall(r"^\d+/\d+ ", printed, re.M)) == 9
     assert len(re.findall(r"^\d+/\d+ ", capsys.readouterr().out, re.M)) == 1
     again = run.read_rows(path)
     assert again[:-1] == rows[:-1]

@@ -1,4 +1,4 @@
-"""What the rows say: the learning rate of each model, and accuracy with its spread over seeds."""
+"""What the rows say, and how little single seeds say: learning rates, accuracy with its spread, verdicts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,24 @@ class Result:
     state_size: int
     state_floats: int | None
     learning_rate: float
-    seeds: int
-    accuracy: dict[str, tuple[float, float]]
-    """By number of pairs, then "mean" over them: mean and standard deviation over seeds on the test sequences."""
+    by_seed: dict[int, dict[str, float]]
+    """Share of the test's values recalled with each seed: by number of pairs, then "mean" over them."""
+
+    @property
+    def seeds(self) -> int:
+        return len(self.by_seed)
+
+    @property
+    def accuracy(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation over seeds, with the keys of ``by_seed``."""
+        columns = {
+            pairs: [shares[pairs] for shares in self.by_seed.values()] for pairs in next(iter(self.by_seed.values()))
+        }
+        return {p: (mean(values), stdev(values) if len(values) > 1 else 0.0) for p, values in columns.items()}
+
+    @property
+    def label(self) -> str:
+        return self.model if self.state_floats is None else f"{self.model}, K {self.state_size}"
 
 
 def validation_accuracy(row: dict) -> float:
@@ -46,14 +61,12 @@ def results(rows: list[dict]) -> list[Result]:
     for (model, width, length, state_size), group in sizes.items():
         first_seed = min(row["cell"]["seed"] for row in group)
         rate = best_rate([row for row in group if row["cell"]["seed"] == first_seed])
-        tests = [row["test"] for row in group if row["cell"]["learning_rate"] == rate]
-        columns = {pairs: [test[pairs] for test in tests] for pairs in tests[0]}
-        columns["mean"] = [mean(test.values()) for test in tests]
-        accuracy = {
-            pairs: (mean(values), stdev(values) if len(values) > 1 else 0.0) for pairs, values in columns.items()
+        by_seed = {
+            row["cell"]["seed"]: {**row["test"], "mean": mean(row["test"].values())}
+            for row in group
+            if row["cell"]["learning_rate"] == rate
         }
-        floats = group[0]["state_floats"]
-        found.append(Result(model, width, length, state_size, floats, rate, len(tests), accuracy))
+        found.append(Result(model, width, length, state_size, group[0]["state_floats"], rate, by_seed))
     return found
 
 
@@ -79,6 +92,18 @@ def verdicts(found: list[Result]) -> list[str]:
     return lines
 
 
+def widest_spread(found: list[Result]) -> str | None:
+    """A sentence on the result whose seeds differ most; None where no result has two seeds."""
+    several = [(sorted(shares["mean"] for shares in r.by_seed.values()), r) for r in found if r.seeds > 1]
+    if not several:
+        return None
+    (least, *_, most), result = max(several, key=lambda pair: pair[0][-1] - pair[0][0])
+    return (
+        f"One seed says little: {result.label}, width {result.width}, length {result.length}, recalls {least:.2f} with "
+        f"one seed and {most:.2f} with another."
+    )
+
+
 def _compare(one: Result, other: Result, condition: str) -> str:
     (a, spread_a), (b, spread_b) = one.accuracy["mean"], other.accuracy["mean"]
     where = f"width {one.width}, length {one.length}"
@@ -86,6 +111,9 @@ def _compare(one: Result, other: Result, condition: str) -> str:
         f"{one.model} {a:.3f} ± {spread_a:.3f} (K {one.state_size}, {one.state_floats:,} numbers a layer), "
         f"{other.model} {b:.3f} ± {spread_b:.3f} (K {other.state_size}, {other.state_floats:,})"
     )
+    both = one.by_seed.keys() & other.by_seed.keys()
+    ahead = sum(one.by_seed[seed]["mean"] > other.by_seed[seed]["mean"] for seed in both)
+    numbers += f"; {one.model} ahead with {ahead} of {len(both)} seeds"
     # Twice the standard error of a difference of means; with one seed there is nothing to go by.
     seeds = min(one.seeds, other.seeds)
     error = ((spread_a**2 + spread_b**2) / seeds) ** 0.5
