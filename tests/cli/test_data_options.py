@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 
 from loglinear.cli import main
+from loglinear.tasks.lm.tokenizer import train_tokenizer
 
 NIAH = ["--kinds", "number", "--contexts", "120", "--depths", "2", "--samples", "1"]
 
@@ -71,6 +73,35 @@ def test_records_of_runs_without_them_lack_the_newer_arguments(finished_run):
     assert not {"streaming", "max_documents"} & record(finished_run)["arguments"].keys()
     assert isinstance(record(finished_run)["arguments"]["data"], str)
     assert record(finished_run)["arguments"]["suffixes"] == [".txt", ".md", ".py", ".jsonl", ".jsonl.xz"]
+
+
+COMMANDS = {
+    "evaluate": ["evaluate", "RUN"],
+    "generate": ["generate", "RUN", "--prompt", "alpha"],
+    "niah data": ["niah", "data", "RUN", "--output", "OUT", *NIAH],
+    "niah finetune": ["niah", "finetune", "RUN", "--output", "OUT", "--contexts", "120"],
+    "niah evaluate": ["niah", "evaluate", "RUN", *NIAH],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("vocab_size", "message"), [(290, "must be the one that the model was trained with"), (310, "ids up to 309")]
+)
+def test_a_tokenizer_of_another_run_is_refused_by_every_command(
+    command, vocab_size, message, finished_run, texts, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    words = [path.read_text()[::-1] for path in texts.glob("*.txt")]
+    train_tokenizer([*words, "".join(map(chr, range(200, 900)))], vocab_size).save_pretrained(run)
+    options = [word.replace("RUN", str(run)).replace("OUT", str(tmp_path / "out")) for word in COMMANDS[command]]
+    assert main(options) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "niah"])

@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from loglinear.models import LogLinearConfig
 from loglinear.tasks.lm.config import DataConfig
 from loglinear.tasks.lm.data import load_data
 from loglinear.tasks.lm.documents import Source
-from loglinear.tasks.lm.tokenizer import END_OF_TEXT, cached_tokenizer, load_tokenizer, train_tokenizer
+from loglinear.tasks.lm.tokenizer import (
+    END_OF_TEXT,
+    cached_tokenizer,
+    check_fits,
+    load_tokenizer,
+    num_ids,
+    tokenizer_hash,
+    train_tokenizer,
+)
 from loglinear.tasks.lm.tokens import Tokens, Windows, tokenize
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "watch"]
@@ -62,6 +73,67 @@ def test_tokenizers_that_cannot_be_used_are_named(tokenizer, tmp_path):
         train_tokenizer(TEXTS, 257)
     with pytest.raises(ValueError, match=r"tokenizer: .* holds no tokenizer that loads"):
         load_tokenizer(str(tmp_path))
+
+
+def with_special_tokens(tokenizer, **tokens):
+    """A copy whose special tokens are others: names to words of the vocabulary."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=END_OF_TEXT, **tokens)
+
+
+def test_a_tokenizer_fits_the_model_that_was_made_for_it_and_a_larger_embedding(tokenizer):
+    assert num_ids(tokenizer) == 300
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    check_fits(tokenizer, LogLinearConfig(vocab_size=300, **ids), tokenizer_hash(tokenizer))
+    check_fits(tokenizer, LogLinearConfig(vocab_size=320, bos_token_id=310, eos_token_id=[5, tokenizer.eos_token_id]))
+    check_fits(with_special_tokens(tokenizer, pad_token=END_OF_TEXT), LogLinearConfig(vocab_size=300, eos_token_id=0))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"vocab_size": 299}, "must fit the 299 entries of the model's embedding: got ids up to 299"),
+        ({"eos_token_id": 7}, "tokenizer: its eos_token_id must be that of the model, 7: got 0"),
+        ({"eos_token_id": [7, 8]}, r"tokenizer: its eos_token_id must be that of the model, \[7, 8\]: got 0"),
+        ({"pad_token_id": 0}, "tokenizer: its pad_token_id must be that of the model, 0: got 1"),
+        ({"eos_token_id": 300}, "eos_token_id of the model must be 0 to 299, an entry of its embedding: got 300"),
+        ({"bos_token_id": 1000}, "bos_token_id of the model must be 0 to 299, an entry of its embedding: got 1000"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_named_with_both_numbers(model, message, tokenizer):
+    config = SimpleNamespace(
+        **{"vocab_size": 300, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **model}
+    )
+    config.get_text_config = lambda: config
+    with pytest.raises(ValueError, match=message):
+        check_fits(tokenizer, config)
+
+
+def test_another_tokenizer_of_the_same_size_is_named(tokenizer):
+    other = train_tokenizer([text.upper() for text in TEXTS], 300)
+    assert num_ids(other) == num_ids(tokenizer)
+    with pytest.raises(
+        ValueError, match=f"trained with .hash {tokenizer_hash(tokenizer)}.: got another .hash {tokenizer_hash(other)}"
+    ):
+        check_fits(other, LogLinearConfig(vocab_size=300), tokenizer_hash(tokenizer))
+
+
+def test_truncation_and_padding_are_no_part_of_the_hash(tokenizer, tmp_path):
+    """Tokenizing turns them off, and the tokenizer is saved afterwards."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(16)
+    backend.enable_padding(pad_token="<|pad|>", pad_id=1)
+    assert tokenizer_hash(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)) == tokenizer_hash(
+        tokenizer
+    )
+
+
+def test_ids_with_gaps_are_stored_whole(jsonl, tokenizer, tmp_path):
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"][0]["id"] = content["model"]["vocab"][END_OF_TEXT] = 70_000
+    sparse = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=END_OF_TEXT)
+    assert (len(sparse), num_ids(sparse)) == (300, 70_001)
+    tokens = tokenize(Source(jsonl), "all", sparse, tmp_path)
+    assert tokens.values[tokens.offsets[1] - 1] == 70_000
 
 
 def test_tokens_are_the_documents_with_an_end_after_each(jsonl, tokenizer, tmp_path):

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import loglinear.models  # noqa: F401 - registers the model with the Auto classes
 from loglinear.tasks.lm.config import Data, DataConfig, names_of
 from loglinear.tasks.lm.documents import Source
-from loglinear.tasks.lm.tokenizer import load_tokenizer
+from loglinear.tasks.lm.tokenizer import check_fits, load_tokenizer
 from loglinear.training.checkpoints import complete_checkpoints
 from loglinear.training.record import read_record
 
@@ -31,7 +31,7 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """The model in ``path``; for the folder of an unfinished run, its last complete checkpoint.
 
-    Raises FileNotFoundError if there is neither.
+    Raises FileNotFoundError if there is neither, ValueError for a tokenizer that is not the model's.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it warns of texts longer than the context, which these models take
@@ -41,11 +41,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if not complete:
             raise FileNotFoundError(f"checkpoint: {path} holds no model (config.json) and no complete checkpoint")
         folder = complete[-1]
+    config = AutoConfig.from_pretrained(folder)
+    record = read_record(folder) or read_record(folder.parent)
+    tokenizer = load_tokenizer(str(folder))
+    check_fits(tokenizer, config, (record or {}).get("data", {}).get("tokenizer_hash"))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.to(device)  # type: ignore[arg-type]
-    record = read_record(folder) or read_record(folder.parent)
-    return Checkpoint(folder, model, load_tokenizer(str(folder)), record)
+    return Checkpoint(folder, model, tokenizer, record)
 
 
 class TextOptions(Protocol):

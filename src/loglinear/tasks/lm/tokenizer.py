@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from loglinear.tasks.lm.atomic import atomic_folder
 
@@ -62,9 +62,43 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Identity of what a tokenizer does to a text."""
-    content = tokenizer.backend_tokenizer.to_str() + str(tokenizer.eos_token_id)
+    """Identity of what a tokenizer does to a text. Truncation and padding are left out: documents are tokenized whole."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    content = backend.to_str() + str(tokenizer.eos_token_id)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def num_ids(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest id: the entries of an embedding that has one for each. Ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_fits(tokenizer: PreTrainedTokenizerFast, model: PreTrainedConfig, recorded_hash: str | None = None) -> None:
+    """Raise ValueError if ``tokenizer`` is not one that a model with this configuration was made for.
+
+    Its ids must lie in the embedding, which may be larger, and its special tokens must be those of the configuration, where
+    both name one. ``recorded_hash`` is ``tokenizer_hash`` of the tokenizer that the model was trained with, if that is known.
+    """
+    model = model.get_text_config()
+    entries, needed = model.vocab_size, num_ids(tokenizer)
+    if needed > entries:
+        raise ValueError(
+            f"tokenizer: must fit the {entries:,} entries of the model's embedding: got ids up to {needed - 1:,}"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        known, own = getattr(model, name), getattr(tokenizer, name)
+        several = known if isinstance(known, list) else [] if known is None else [known]
+        if not all(0 <= token < entries for token in several):
+            raise ValueError(f"{name} of the model must be 0 to {entries - 1}, an entry of its embedding: got {known}")
+        if several and own is not None and own not in several:
+            raise ValueError(f"tokenizer: its {name} must be that of the model, {known}: got {own}")
+    own_hash = tokenizer_hash(tokenizer)
+    if recorded_hash is not None and own_hash != recorded_hash:
+        raise ValueError(
+            f"tokenizer: must be the one that the model was trained with (hash {recorded_hash}): got another (hash {own_hash})"
+        )
 
 
 def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from loglinear.tasks.lm.atomic import atomic_folder, write_atomically
 from loglinear.tasks.lm.config import Packing
 from loglinear.tasks.lm.documents import Side, Source
-from loglinear.tasks.lm.tokenizer import tokenizer_hash
+from loglinear.tasks.lm.tokenizer import num_ids, tokenizer_hash
 
 DOCUMENTS_PER_CALL = 256  # enough to keep all cores of the tokenizer busy
 
@@ -63,7 +63,7 @@ def tokenize(source: Source, side: Side, tokenizer: PreTrainedTokenizerFast, cac
 
 
 def _write_tokens(source: Source, side: Side, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    dtype = np.uint16 if num_ids(tokenizer) <= 2**16 else np.uint32
     lengths = []
     documents = source.documents(side)
     backend = tokenizer.backend_tokenizer
