@@ -153,3 +153,19 @@ def test_linear_form_continues_its_state(gate):
         parts.append(part)
     assert error(torch.cat(parts, 1), plain) <= SAME_NUMBERS
     assert state.position.tolist() == [45, 45]
+
+
+@forms
+@gates
+def test_a_token_that_is_not_finite_changes_nothing_before_it(form, gate):
+    """In every form: to the last bit before the token, not finite after it wherever the definition is not."""
+    x = make_inputs(B=1, T=3 * C + 3, gate=gate)
+    clean = form(**x)
+    for s in (0, 1, C - 1, C, 2 * C + 3, 3 * C + 2):
+        for name in {"k", "v", "g", "beta"} & set(x):
+            for value in (torch.nan, torch.inf):
+                bad = {argument: tensor.clone() for argument, tensor in x.items()}
+                bad[name][(0, s, 0) if x[name].dim() == 3 else (0, s, 0, 1)] = value
+                out, undefined = form(**bad), ~oracle(**bad).isfinite()
+                assert torch.equal(out[:, :s], clean[:, :s]), (name, value, s)
+                assert not out[undefined].isfinite().any(), (name, value, s)

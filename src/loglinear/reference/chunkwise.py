@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.reference.dense import level_matrix
+from loglinear.reference.finite import spoil, spoiled_by, without_bad_tokens
 from loglinear.reference.layout import Layout, build_layout
 from loglinear.reference.transition import Span, Transition, transition_of
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
@@ -77,6 +78,9 @@ def chunkwise(
     opened = (tree.open_k, tree.open_v, tree.open_g, tree.open_beta) if tree is not None else (None,) * 4
     k, v, g = chunks(k, opened[0]), chunks(v, opened[1]), chunks(g, opened[2])
     beta = chunks(beta, opened[3]) if beta is not None else None
+    given, beta_given = (k, v, g), beta
+    k, v, g, beta, bad = without_bad_tokens(k, v, g, beta)
+    spoiled, spoiled_slots = spoiled_by(bad, layout.run, layout.spans)
     group = v.shape[2] // k.shape[2]
     rows = [x.transpose(1, 2) for x in (chunks(q, None), k, v, g)]
     query, key = (x if group == 1 else x.repeat_interleave(group, 1) for x in rows[:2])
@@ -85,13 +89,15 @@ def chunkwise(
     final: LogLinearState | LinearState
     if level_scales is None:
         out, final = _linear(span, rows[2], transition, layout, state, positions)
+        final.state = spoil(final.state, spoiled_slots[:, 0])
     else:
         scales = chunks(level_scales, None).transpose(1, 2)
         out, entries, decay = _tree(span, rows[2], scales, transition, layout, tree)
-        open_k, open_v, open_g = (_open_tokens(x, layout) for x in (k, v, g))
-        rate = None if beta is None else _open_tokens(beta, layout)
+        open_k, open_v, open_g = (_open_tokens(x, layout) for x in given)
+        rate = None if beta_given is None else _open_tokens(beta_given, layout)
+        entries = spoil(entries, spoiled_slots)
         final = LogLinearState(layout.position.clone(), entries, decay, open_k, open_v, open_g, rate, chunk_size)
-    out = out.transpose(1, 2).reshape(-1, *out.shape[1:2], out.shape[-1])
+    out = spoil(out.transpose(1, 2), spoiled).flatten(0, 1)
     out = out if layout.regular else out.index_select(0, layout.place)
     return out.reshape(*q.shape[:2], *out.shape[1:]), final
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.reference.transition import Transition
+from loglinear.reference.finite import spoil, without_bad_tokens
+from loglinear.reference.transition import DeltaRule, Transition, transition_of
 
 
 def level_matrix(size: int, offset: int = 0, device: torch.device | None = None) -> Tensor:
@@ -41,7 +42,10 @@ def dense(
         scale: factor of q.
 
     Returns:
-        ``[..., T, V]``.
+        ``[..., T, V]``, NaN from the first token on whose k, v or gate is not finite.
     """
-    scores = transition.scores(q * scale, k)
-    return (scores if level_scales is None else scores * level_mask(level_scales)) @ v
+    beta = transition.beta if isinstance(transition, DeltaRule) else None
+    k, v, g, beta, bad = without_bad_tokens(k, v, transition.g, beta)
+    scores = transition_of(g, beta, k).scores(q * scale, k)
+    out = (scores if level_scales is None else scores * level_mask(level_scales)) @ v
+    return spoil(out, bad.cumsum(-1) > 0)

@@ -29,6 +29,9 @@ class Layout:
         open_chunk: ``[S]``, the chunk that stays open, and ``open_live [S, C]``, which of its tokens exist.
         position: ``[S]``, tokens seen at the end.
         num_slots: M' of the final state.
+        run: ``[N]``, the first chunk of each chunk's sequence.
+        spans: ``[S, M', 2]``, per slot of the final state the closed chunks from its first one on, as (first, end); none for
+            a dead slot. Linear: M' is 1, and all chunks.
         waves: for the linear form only (it loops over chunks), per step i the pairs (sequence, chunk): the i-th chunk of
             every sequence that has one.
     """
@@ -46,6 +49,8 @@ class Layout:
     open_live: Tensor
     position: Tensor
     num_slots: int
+    run: Tensor
+    spans: Tensor
     waves: list[tuple[Tensor, Tensor]]
 
 
@@ -125,6 +130,16 @@ def _build_layout(
     steps = max(chunks.tolist(), default=0) if linear else 0
     waves = [(w := (chunks > i).nonzero().squeeze(1), offset[w] + i) for i in range(steps)]
 
+    slots = max(num_slots, int(final.max()).bit_length() if len(final) else 0)
+    shift = torch.arange(slots)
+    slot_start = torch.where(final[:, None] >> shift & 1 == 1, final[:, None] >> shift + 1 << shift + 1, final[:, None])
+    slot_start = torch.maximum(slot_start, first_chunk[:, None])
+    ends = final[:, None].expand_as(slot_start)
+    spans = (torch.stack([slot_start, ends], -1) - first_chunk[:, None, None]) + offset[:, None, None]
+    if linear:
+        spans = torch.stack([offset, offset + chunks], -1).unsqueeze(1)
+    run = offset[sequence] if num_local else torch.zeros(1, dtype=torch.int64)
+
     def move(tables: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         return [(left.to(device), right.to(device)) for left, right in tables]
 
@@ -141,6 +156,8 @@ def _build_layout(
         open_chunk=torch.where(live > 0, offset + final - first_chunk, 0).to(device),
         open_live=(torch.arange(chunk_size) < live[:, None]).to(device),
         position=end.to(device),
-        num_slots=max(num_slots, int(final.max()).bit_length() if len(final) else 0),
+        num_slots=slots,
+        run=run.to(device),
+        spans=spans.to(device),
         waves=move(waves),
     )

@@ -1,0 +1,142 @@
+"""A token that is not finite changes nothing before it, nothing beside it, and everything after it is NaN."""
+
+import pytest
+import torch
+from calls import C, fields, inputs, run, tokens
+
+from loglinear import DecodingState, log_linear_attention_step, log_linear_delta_rule_step
+from oracle import gradients, oracle
+
+KINDS = {
+    "scalar": {"gate": "scalar"},
+    "delta": {"gate": "delta"},
+    "no gate": {"gate": "identity"},
+    "linear scalar": {"gate": "scalar", "linear": True},
+    "linear delta": {"gate": "delta", "linear": True},
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+T = 3 * C + 10
+POSITIONS = (0, 1, 30, C - 1, C, C + 17, 2 * C - 1, 2 * C, 3 * C, T - 1)
+BAD = (torch.nan, torch.inf, -torch.inf)
+HEAD, GROUP = 2, 1  # of 4 heads in 2 groups: a bad k is bad for heads 2 and 3
+
+
+def faults(x):
+    """Every (argument, value, position) to try; +inf among the gates is refused, -inf a reset."""
+    named = [(name, value) for name in ("k", "v", "g", "beta") if name in x for value in BAD]
+    return [(n, value, s) for n, value in named if n != "g" or value != value for s in POSITIONS]
+
+
+def spoilt(x, name, value, s, row=0):
+    """x with one bad number, in one head or group of one row, and the heads that must not notice."""
+    x = {n: tensor.clone() for n, tensor in x.items()}
+    at = (row, s, GROUP if name == "k" else HEAD)
+    x[name][at if x[name].dim() == 3 else (*at, 1)] = value
+    return x, [0, 1] if name == "k" else [0, 1, 3]
+
+
+@kinds
+def test_nothing_before_or_beside_a_bad_token_changes(kind):
+    x = inputs(**kind, T=T, K=4, V=3)
+    clean, _ = run(x)
+    for name, value, s in faults(x):
+        bad, others = spoilt(x, name, value, s)
+        o, _ = run(bad)
+        assert torch.equal(o[:, :s], clean[:, :s]), (name, value, s)
+        assert torch.equal(o[1], clean[1]), (name, value, s)
+        assert torch.equal(o[:, :, others], clean[:, :, others]), (name, value, s)
+        assert o[0, s:, HEAD].isnan().all(), (name, value, s)
+
+
+@kinds
+def test_what_the_definition_says_is_not_finite_is_not(kind):
+    x = inputs(**kind, B=1, T=C + 5, K=4, V=3)
+    for name, value, s in faults(x):
+        if s >= C + 5:
+            continue
+        bad, _ = spoilt(x, name, value, s)
+        undefined = ~oracle(**bad).isfinite()
+        assert name == "g" or undefined.any()  # the first gate decays nothing
+        assert not run(bad)[0][undefined].isfinite().any(), (name, value, s)
+
+
+@kinds
+def test_packed_sequences_do_not_notice(kind):
+    x = inputs(**kind, B=1, T=T, K=4, V=3)
+    bounds = [0, 50, 50, C + 50, T]
+    offsets = torch.tensor(bounds)
+    clean, state = run(x, cu_seqlens=offsets)
+    for name, value, s in faults(x):
+        bad, _ = spoilt(x, name, value, s)
+        o, spoilt_state = run(bad, cu_seqlens=offsets)
+        own = max(i for i in range(4) if bounds[i] <= s)
+        end = bounds[own + 1]
+        assert torch.equal(o[:, :s], clean[:, :s]) and torch.equal(o[:, end:], clean[:, end:]), (name, value, s)
+        assert o[0, s:end, HEAD].isnan().all()
+        others = [i for i in range(4) if i != own]
+        for field, before in fields(state).items():
+            assert torch.equal(fields(spoilt_state)[field][others], before[others]), (name, value, s, field)
+
+
+@kinds
+@pytest.mark.parametrize("s", [10, C + 3, 2 * C, 3 * C + 4])
+def test_a_state_says_it_and_spares_the_rest(kind, s):
+    """The call goes on from a state: NaN in that head for good, whether the bad token was in a closed or the open chunk."""
+    x = inputs(**kind, T=6 * C, K=4, V=3)
+    clean, _ = run(x)
+    _, state = run(tokens(x, 0, T))
+    for name, value, _ in {fault[:2]: fault for fault in faults(x)}.values():
+        bad, others = spoilt(x, name, value, s)
+        _, spoilt_state = run(tokens(bad, 0, T))
+        if s >= 3 * C and "level_scales" in x:  # still in the open chunk
+            assert torch.equal(spoilt_state.entries, state.entries)
+            assert torch.equal(spoilt_state.decay, state.decay)
+        if "level_scales" not in x:
+            assert torch.equal(spoilt_state.state[:, others], run(tokens(x, 0, T))[1].state[:, others])
+        o, _ = run(tokens(x, T, 6 * C), spoilt_state)
+        assert o[0, :, HEAD].isnan().all(), (name, value, s)
+        assert (o[1] - clean[1, T:]).abs().max() < 1e-10
+        assert o[:, :, others].isfinite().all(), (name, value, s)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+def test_a_closed_slot_is_spoilt_by_its_own_tokens_and_by_later_ones(gate):
+    x = inputs(gate, B=1, T=3 * C + 7, K=4, V=3)  # slot 1 holds chunks 0 and 1, slot 0 chunk 2
+    for s, spoilt_slots in ((5, [1]), (C + 5, [1]), (2 * C, [0, 1]), (3 * C + 1, [])):
+        entries = run(spoilt(x, "v", torch.nan, s)[0])[1].entries[0, :, HEAD]
+        assert [m for m in (0, 1) if entries[m].isnan().any()] == spoilt_slots, s
+
+
+@kinds
+@pytest.mark.parametrize("s", [C // 2, C + 9, 3 * C])
+def test_gradients_before_a_bad_token_are_those_without_it(kind, s):
+    x = inputs(**kind, B=1, T=T, K=4, V=3)
+    clean = {n: tensor.clone().requires_grad_() for n, tensor in x.items()}
+    wanted = gradients(run(clean)[0][:, :s], clean.values())
+    for name, value, _ in {fault[:2]: fault for fault in faults(x)}.values():
+        bad = {n: tensor.requires_grad_() for n, tensor in spoilt(x, name, value, s)[0].items()}
+        for argument, have, want in zip(x, gradients(run(bad)[0][:, :s], bad.values()), wanted):
+            torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-10, msg=f"{argument} beside a bad {name}")
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta"])
+def test_steps_of_several_tokens(gate):
+    """A call of many tokens sees none of them early, and what it leaves in the buffers reaches no row but its own."""
+    x = inputs(gate, T=2 * C + 30, K=4, V=3)
+    step = log_linear_delta_rule_step if gate == "delta" else log_linear_attention_step
+    sizes = [C - 5, 20, 1, C, 14]
+
+    def steps(x):
+        state = DecodingState.empty(2, 4, 2, 4, 3, 1000, torch.float64, delta_rule=gate == "delta")
+        parts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        return torch.cat([step(**tokens(x, a, b), state=state) for a, b in zip(parts, parts[1:])], 1)
+
+    clean = steps(x)
+    kinds_of_fault = {fault[:2]: fault for fault in faults(x)}.values()
+    for s, (name, value, _) in zip((0, 30, C - 1, C + 17) * 3, kinds_of_fault):
+        bad, others = spoilt(x, name, value, s)
+        o = steps(bad)
+        assert torch.equal(o[:, :s], clean[:, :s]) and torch.equal(o[1], clean[1]), (name, value, s)
+        assert torch.equal(o[:, :, others], clean[:, :, others]), (name, value, s)
+        if name != "g" or s > 0:  # a gate decays what came before: of the first token nothing, of others all but the token
+            assert not o[0, s + (name == "g") :, HEAD, 1].isfinite().any(), (name, value, s)
