@@ -25,7 +25,8 @@ def test_nothing_before_or_beside_a_bad_token_changes(name):
     for s in POSITIONS:
         for value in BAD:
             o, _ = mixer(spoilt(x, s, value))
-            assert torch.equal(o[:, :s], clean[:, :s]) and torch.equal(o[1], clean[1]), (s, value)
+            assert torch.equal(o[:, :s], clean[:, :s]), (s, value)
+            assert torch.equal(o[1], clean[1]), (s, value)
             assert not o[0, s:].isfinite().any(), (s, value)
 
 
@@ -39,7 +40,8 @@ def test_packed_sequences_do_not_notice(name):
     for s in POSITIONS:
         o, _ = mixer(spoilt(x, s, torch.nan), None, False, offsets)
         end = next(bound for bound in bounds if bound > s)
-        assert torch.equal(o[:, :s], clean[:, :s]) and torch.equal(o[:, end:], clean[:, end:]), s
+        assert torch.equal(o[:, :s], clean[:, :s]), s
+        assert torch.equal(o[:, end:], clean[:, end:]), s
         assert not o[0, s:end].isfinite().any(), s
 
 
@@ -57,7 +59,8 @@ def test_calls_that_go_on_in_place(name):
             parts.append(o)
         outputs.append(torch.cat(parts, 1))
     clean, o = outputs
-    assert torch.equal(o[:, :50], clean[:, :50]) and torch.equal(o[1], clean[1])
+    assert torch.equal(o[:, :50], clean[:, :50])
+    assert torch.equal(o[1], clean[1])
     assert not o[0, 50:].isfinite().any()
 
 
@@ -72,7 +75,8 @@ def test_a_convolution_spoils_its_window_and_no_more(packed):
         end = 12 if packed and s < 12 else 20
         reached = torch.zeros(20, dtype=torch.bool)
         reached[s : min(s + 4, end)] = True
-        assert y[0, reached, 3].isnan().all() and torch.equal(y[0, ~reached], clean[0, ~reached]), s
+        assert y[0, reached, 3].isnan().all(), s
+        assert torch.equal(y[0, ~reached], clean[0, ~reached]), s
         spoilt_rows = [int(packed and s >= 12)] if s >= end - 3 else []
         for row in range(len(tail)):
             assert torch.equal(new_tail[row], clean_tail[row]) == (row not in spoilt_rows), (s, row)

@@ -1,5 +1,7 @@
 """A token that is not finite changes nothing before it, nothing beside it, and everything after it is NaN."""
 
+import itertools
+
 import pytest
 import torch
 from calls import C, fields, inputs, run, tokens
@@ -71,7 +73,8 @@ def test_packed_sequences_do_not_notice(kind):
         o, spoilt_state = run(bad, cu_seqlens=offsets)
         own = max(i for i in range(4) if bounds[i] <= s)
         end = bounds[own + 1]
-        assert torch.equal(o[:, :s], clean[:, :s]) and torch.equal(o[:, end:], clean[:, end:]), (name, value, s)
+        assert torch.equal(o[:, :s], clean[:, :s]), (name, value, s)
+        assert torch.equal(o[:, end:], clean[:, end:]), (name, value, s)
         assert o[0, s:end, HEAD].isnan().all()
         others = [i for i in range(4) if i != own]
         for field, before in fields(state).items():
@@ -129,14 +132,15 @@ def test_steps_of_several_tokens(gate):
     def steps(x):
         state = DecodingState.empty(2, 4, 2, 4, 3, 1000, torch.float64, delta_rule=gate == "delta")
         parts = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        return torch.cat([step(**tokens(x, a, b), state=state) for a, b in zip(parts, parts[1:])], 1)
+        return torch.cat([step(**tokens(x, a, b), state=state) for a, b in itertools.pairwise(parts)], 1)
 
     clean = steps(x)
     kinds_of_fault = {fault[:2]: fault for fault in faults(x)}.values()
     for s, (name, value, _) in zip((0, 30, C - 1, C + 17) * 3, kinds_of_fault):
         bad, others = spoilt(x, name, value, s)
         o = steps(bad)
-        assert torch.equal(o[:, :s], clean[:, :s]) and torch.equal(o[1], clean[1]), (name, value, s)
+        assert torch.equal(o[:, :s], clean[:, :s]), (name, value, s)
+        assert torch.equal(o[1], clean[1]), (name, value, s)
         assert torch.equal(o[:, :, others], clean[:, :, others]), (name, value, s)
-        if name != "g" or s > 0:  # a gate decays what came before: of the first token nothing, of others all but the token
+        if name != "g" or s > 0:  # a gate decays what came before its token
             assert not o[0, s + (name == "g") :, HEAD, 1].isfinite().any(), (name, value, s)
