@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from loglinear.cli import main
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
-from loglinear.models.modeling import OutputLayer
+from loglinear.models.causal import OutputLayer
 from loglinear.tasks.lm.config import DataConfig
 from loglinear.training.checkpoints import complete_checkpoints
 from loglinear.training.config import OptimizerConfig, TrainConfig

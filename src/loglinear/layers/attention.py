@@ -88,6 +88,8 @@ class SoftmaxAttention(nn.Module):
             o, new_state = self._attend_rows(q, k, v, state, output_state, hidden.shape[1])
             return self.out_proj(o.flatten(-2)), new_state
         place = locate_tokens(cu_seqlens, hidden.shape[1])
+        if state is None and not output_state and not checks.values_are_known(hidden):
+            return self.out_proj(self._attend_unseen(q, k, v, place).flatten(-2)), None
         lengths = checks.sequence_lengths(hidden, cu_seqlens, cu_seqlens_cpu)
         if lengths and state is None and not output_state:
             return self.out_proj(self._attend_packed(q, k, v, place[1], lengths).flatten(-2)), None
@@ -101,6 +103,13 @@ class SoftmaxAttention(nn.Module):
         q, k = rotary(position.unsqueeze(0), self.rope_theta, q, k)
         sequences = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), v.split(lengths, dim=1))
         return torch.cat([self._softmax(*sequence, visible=None) for sequence in sequences], dim=1)
+
+    def _attend_unseen(self, q: Tensor, k: Tensor, v: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
+        """The same where no length may be read (``torch.compile``): one call with a mask ``[T, T]``."""
+        sequence, position = place
+        q, k = rotary(position.unsqueeze(0), self.rope_theta, q, k)
+        visible = (sequence.unsqueeze(1) == sequence) & (position.unsqueeze(1) >= position)
+        return self._softmax(q, k, v, visible[None, None])
 
     def _attend_rows(
         self, q: Tensor, k: Tensor, v: Tensor, state: KVState | None, output_state: bool, new_tokens: Tensor | int

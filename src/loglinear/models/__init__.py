@@ -3,9 +3,10 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from loglinear.models.cache import cache_nbytes, restore_cache, snapshot_cache
+from loglinear.models.causal import LogLinearForCausalLM
 from loglinear.models.configuration import MIXERS, LogLinearConfig
 from loglinear.models.decoding import DecodingGraph
-from loglinear.models.modeling import LogLinearForCausalLM, LogLinearModel
+from loglinear.models.modeling import LogLinearModel
 
 AutoConfig.register(LogLinearConfig.model_type, LogLinearConfig, exist_ok=True)
 AutoModel.register(LogLinearConfig, LogLinearModel, exist_ok=True)

@@ -7,7 +7,7 @@ small config serves every mixer.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -60,7 +60,7 @@ class LogLinearConfig(PreTrainedConfig):
     """
 
     model_type = "loglinear"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     # Widths that may be left out are None here and integers from __post_init__ on.
     mixer: str | list[str] = "log_linear_mamba2"
@@ -98,6 +98,16 @@ class LogLinearConfig(PreTrainedConfig):
         self.validate()
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'. Raises ValueError for the configuration of another architecture."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"config.json must be of model_type {cls.model_type!r}: got {kind!r}, a model of another architecture"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def layer_mixers(self) -> list[str]:
         """Name of each layer's mixer."""
@@ -117,6 +127,7 @@ class LogLinearConfig(PreTrainedConfig):
         """Check every field; transformers calls this before it saves. Replaces its own list of allowed layer types."""
         self._check_integers()
         self._check_mixers()
+        self._check_special_tokens()
         for heads, groups in _MULTIPLES.items():
             have, divisor = getattr(self, heads), getattr(self, groups)
             if have % divisor:
@@ -136,6 +147,13 @@ class LogLinearConfig(PreTrainedConfig):
             least = 0 if name == "intermediate_size" else 1
             if value < least:
                 raise ValueError(f"{name} must be at least {least}: got {value}")
+
+    def _check_special_tokens(self) -> None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} must be None or in [0, vocab_size={self.vocab_size}): got {token}")
 
     def _check_mixers(self) -> None:
         names = [self.mixer] if isinstance(self.mixer, str) else self.mixer

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loglinear.layers import MixerState, RecurrentMixerState
 from loglinear.models.cache import MixerCacheLayer, mixer_layers
+from loglinear.models.outputs import FIELD, CausalOutput, one_cache
 from loglinear.ops import DecodingState
 from loglinear.ops.step import has_kernel
 
@@ -114,7 +114,7 @@ class DecodingGraph:
         return logits
 
     def _forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return self.model(input_ids=input_ids, cache=self.cache, use_cache=True).logits[:, -1]
 
 
 def captured_by_graphs(state: MixerState | None, dtype: torch.dtype) -> bool:
@@ -148,17 +148,18 @@ class GraphedCall:
         input_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalOutput:
         """As the model's own; where the graph serves, only ``logits [B, 1, vocab_size]`` and the cache are filled in."""
-        if input_ids is None or past_key_values is None or not self._serves(input_ids, past_key_values, kwargs):
-            return self._eager(input_ids, past_key_values, attention_mask, kwargs)
+        cache = one_cache(cache, past_key_values)
+        if input_ids is None or cache is None or not self._serves(input_ids, cache, kwargs):
+            return self._eager(input_ids, cache, attention_mask, kwargs)
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):  # waits, as generate does every token
-            return self._eager(input_ids, past_key_values, attention_mask, kwargs)
-        if self.graph is None or self.graph.cache is not past_key_values:
-            self.graph = DecodingGraph(self.model, past_key_values)
-        logits = self.graph(input_ids).unsqueeze(1)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+            return self._eager(input_ids, cache, attention_mask, kwargs)
+        if self.graph is None or self.graph.cache is not cache:
+            self.graph = DecodingGraph(self.model, cache)
+        return CausalOutput(logits=self.graph(input_ids).unsqueeze(1), **{FIELD: cache})  # type: ignore[arg-type]
 
     def _serves(self, input_ids: Tensor, cache: Cache, kwargs: dict[str, Any]) -> bool:
         asked = [kwargs.get(name) for name in ("output_hidden_states", "output_attentions")]
@@ -173,5 +174,5 @@ class GraphedCall:
             and cache.get_seq_length() > 0
         )
 
-    def _eager(self, input_ids, cache, attention_mask, kwargs) -> CausalLMOutputWithPast:
-        return self.model(input_ids=input_ids, past_key_values=cache, attention_mask=attention_mask, **kwargs)
+    def _eager(self, input_ids, cache, attention_mask, kwargs) -> CausalOutput:
+        return self.model(input_ids=input_ids, cache=cache, attention_mask=attention_mask, **kwargs)

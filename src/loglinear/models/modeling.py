@@ -1,34 +1,31 @@
-"""LogLinearModel and LogLinearForCausalLM: one pre-norm decoder for every mixer.
+"""LogLinearModel: one pre-norm decoder for every mixer.
 
-Special about this file: nothing in it knows which mixer a layer holds, and nothing below it knows about padding. Tokens are
-packed once on the way in (``layout.py``), states travel in a cache of mixer states (``cache.py``), and everything else is
-the plain decoder ``x += mixer(norm(x)); x += mlp(norm(x))``.
+Nothing here knows which mixer a layer holds, and nothing below knows about padding. Tokens are packed once on the way in
+(``layout.py``), states travel in a cache of mixer states (``cache.py``), and everything else is the plain decoder
+``x += mixer(norm(x)); x += mlp(norm(x))``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, RMSNorm, SoftmaxAttention, SumRMSNorm
 from loglinear.layers.initialization import StatedInit
 from loglinear.models.cache import MixerCacheLayer, check_cache
 from loglinear.models.configuration import LogLinearConfig
-from loglinear.models.decoding import GraphedCall
 from loglinear.models.layout import TokenLayout, plan_layout
+from loglinear.models.outputs import FIELD, NAMES, ModelOutput, one_cache
 from loglinear.ops import pointwise
-from loglinear.ops.cross_entropy import linear_cross_entropy
+from loglinear.ops.checks import values_are_known
 from loglinear.ops.fused import silu_times
 
 
@@ -124,13 +121,35 @@ class LogLinearPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["LogLinearBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = list(NAMES)
     _supports_sdpa = True
     _is_stateful = True
 
     def __init__(self, config: LogLinearConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
         self._is_stateful = "loglinear_recurrent" in config.layer_types  # attention alone can take tokens back
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
+        """As transformers'. Raises ValueError for a checkpoint without one of the weights that only training can give.
+
+        What a mixer states a start for may be missing: λ of a log-linear model that starts from its linear twin, or D.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        stated = {
+            f"{prefix}.{name}"
+            for prefix, module in model.named_modules()
+            if isinstance(module, StatedInit)
+            for name in module.initial_values()
+        }
+        missing = sorted(n for n in info["missing_keys"] if n not in stated and ".level_scale." not in n)
+        if missing:
+            raise ValueError(
+                f"pretrained_model_name_or_path must hold every weight of a {cls.__name__}: {len(missing)} are missing, "
+                f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
+            )
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -171,37 +190,44 @@ class LogLinearModel(LogLinearPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
+        layout: TokenLayout | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> ModelOutput:
         """Hidden states of every token.
 
         Args:
             input_ids: int64 ``[B, T]``, or ``inputs_embeds [B, T, hidden_size]`` in their place.
-            attention_mask: ``[B, T]`` (with a cache ``[B, past + T]``), 0 for padding. Padding may stand anywhere and never
-                changes what real tokens compute; its own outputs are those of a zero hidden state.
+            attention_mask: ``[B, T]`` (with a cache ``[B, past + T]``), 1 for tokens and 0 for padding. Padding may stand
+                anywhere and never changes what real tokens compute; its own outputs are those of a zero hidden state.
             position_ids: ``[B, T]``, only to find packed documents: where they do not go on by one, a document starts.
                 Positions themselves are counted per row and document, from the cache on.
-            cu_seq_lens_q: integer ``[n + 1]``, packed documents in a batch of one (``DataCollatorWithFlattening``).
-            past_key_values: ``DynamicCache(config=model.config)`` or ``StaticCache``; it is updated in place.
-            use_cache: whether to return a cache; None is ``config.use_cache`` in evaluation mode and no in training.
+            seq_idx: integer ``[B, T]``, the number of each token's document, as Mamba-2 and Bamba take it.
+            cu_seq_lens_q, or cu_seqlens: integer ``[n + 1]``, offsets of documents packed in a batch of one
+                (``DataCollatorWithFlattening``, flash-linear-attention).
+            cache, or past_key_values: ``DynamicCache(config=model.config)`` or ``StaticCache``; it is updated in place.
+            use_cache: whether to return a cache. None is ``config.use_cache`` in evaluation mode, and no in training, under
+                ``torch.compile`` and ``torch.export``, and on meta and fake tensors.
             output_hidden_states: whether to return the embeddings and every layer's output too.
+            layout: what ``plan`` says of the mask and the documents, in their place.
 
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what came and what is needed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        if kwargs.get("output_attentions"):
+        cache = one_cache(cache, past_key_values)
+        described = {"attention_mask": attention_mask, "position_ids": position_ids, "seq_idx": seq_idx}
+        described["cu_seqlens"] = take_offsets(kwargs)
+        if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions must be false: no mixer of this model forms an attention matrix")
+        if kwargs:
+            raise TypeError(f"forward does not know these arguments: {', '.join(kwargs)}")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length = hidden.shape[:2]
-        past_length = 0
-        if past_key_values is not None:
-            check_cache(past_key_values, self.config.layer_types)
-            past_length = past_key_values.get_seq_length()
-        layout = plan_layout(batch, length, attention_mask, position_ids, cu_seq_lens_q, past_length)
-        past_key_values = self._choose_cache(past_key_values, use_cache, layout)
+        if layout is None:
+            layout = self.plan(hidden.shape[:2], cache, **described)
+        cache = self._choose_cache(cache, use_cache, layout, hidden)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
@@ -210,17 +236,26 @@ class LogLinearModel(LogLinearPreTrainedModel):
         collected = [hidden]
         hidden = layout.pack(hidden)
         for layer in self.layers:
-            hidden = layer(hidden, layout, past_key_values=past_key_values)
+            hidden = layer(hidden, layout, past_key_values=cache)
             if output_hidden_states:
                 collected.append(layout.unpack(hidden))
         last = layout.unpack(self.norm(hidden))
-        return BaseModelOutputWithPast(
-            last_hidden_state=last,
-            past_key_values=past_key_values,
-            hidden_states=(*collected[:-1], last) if output_hidden_states else None,
-        )
+        states = (*collected[:-1], last) if output_hidden_states else None
+        return ModelOutput(last_hidden_state=last, hidden_states=states, **{FIELD: cache})  # type: ignore[arg-type]
 
-    def _choose_cache(self, cache: Cache | None, use_cache: bool | None, layout: TokenLayout) -> Cache | None:
+    def plan(self, shape: Sequence[int], cache: Cache | None, **described: Any) -> TokenLayout:
+        """The layout of ids of this shape ``[B, T]`` (``plan_layout``), after a check that ``cache`` is one for them."""
+        batch, length = shape
+        if cache is None:
+            return plan_layout(batch, length, **described)
+        check_cache(cache, self.config.layer_types, batch)
+        # What a state holds depends on positions: no single graph, so the compiler need not see this either.
+        plan = torch.compiler.disable(plan_layout) if torch.compiler.is_compiling() else plan_layout
+        return plan(batch, length, **described, past_length=cache.get_seq_length())
+
+    def _choose_cache(
+        self, cache: Cache | None, use_cache: bool | None, layout: TokenLayout, hidden: Tensor
+    ) -> Cache | None:
         """The cache to update: the caller's, a new one, or none."""
         checkpointing = self.training and any(layer.gradient_checkpointing for layer in self.layers)
         if cache is not None:
@@ -231,132 +266,28 @@ class LogLinearModel(LogLinearPreTrainedModel):
             if checkpointing:
                 raise ValueError("past_key_values must be None under gradient checkpointing: layers run twice")
             return cache
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and values_are_known(hidden)
+        elif use_cache and not (values_are_known(hidden) or torch.compiler.is_compiling()):
+            raise ValueError("use_cache must be false or None for tensors without values (meta, fake): got True")
         wanted = use_cache and not layout.documents and not checkpointing
         return DynamicCache(config=self.config) if wanted else None
 
 
-class OutputLayer(nn.Linear):
-    """The output layer. Its loss is a call of the module like its logits, so that the hooks of FSDP and others are run."""
+def take_offsets(kwargs: dict[str, Any]) -> Tensor | None:
+    """The offsets of packed documents, by whichever name they came, out of ``kwargs``; with what collators send beside them.
 
-    def forward(self, input: Tensor, targets: Tensor | None = None, **options) -> Tensor:
-        """Logits of ``input``, hidden states; with ``targets`` their ``linear_cross_entropy`` with these options."""
-        if targets is None:
-            return super().forward(input)
-        return linear_cross_entropy(input, self.weight, targets, **options)
-
-
-class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
-    """The decoder with its output layer: language-model loss, and ``generate``."""
-
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
-
-    def __init__(self, config: LogLinearConfig) -> None:
-        super().__init__(config)
-        self.model = LogLinearModel(config)
-        self.lm_head = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        skip_logits: bool | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits, and the loss when ``labels`` are given.
-
-        Args:
-            labels: int64 ``[B, T]``, token ids, -100 where no loss is wanted; they are shifted inside.
-            logits_to_keep: how many last columns to compute logits for (0: all), or the columns themselves.
-            skip_logits: whether to return the loss alone; the logits of all tokens are then never in memory on CUDA
-                (``linear_cross_entropy``). None: in training mode with labels, unless a ``loss_function`` of your own or
-                ``logits_to_keep`` asks for logits.
-            The others: as in ``LogLinearModel.forward``.
-
-        Returns:
-            logits ``[B, T, vocab_size]``, None where skipped; the loss is the mean negative log-likelihood in nats per target
-            token, or the sum over ``num_items_in_batch`` when the Trainer passes that. ``shift_labels`` (``[B, T]``, already
-            shifted) and ``ignore_index`` are understood too.
-        """
-        if skip_logits and labels is None:
-            raise ValueError("skip_logits must be false or None without labels: there would be nothing to return")
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
-        hidden, logits, loss = outputs.last_hidden_state, None, None
-        if labels is not None and self._loss_needs_no_logits(skip_logits, logits_to_keep):
-            loss = self._loss_of(hidden, labels, **kwargs)
-        else:
-            columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, columns])
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=None if skip_logits else logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
-
-    def _loss_needs_no_logits(self, skip_logits: bool | None, logits_to_keep: int | Tensor) -> bool:
-        """Whether logits are not wanted, and the loss is the usual one over an output layer that nothing has replaced."""
-        skip = self.training if skip_logits is None else skip_logits
-        every = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        return skip and every and isinstance(self.lm_head, OutputLayer) and self.loss_function is ForCausalLMLoss
-
-    def _loss_of(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-        **unused,
-    ) -> Tensor:
-        """``ForCausalLMLoss`` from hidden states ``[B, T, hidden_size]``."""
-        targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
-        targets = targets.reshape(hidden.shape[:-1]).to(hidden.device)
-        if num_items_in_batch is None:
-            return self.lm_head(hidden, targets, ignore_index=ignore_index)
-        loss = self.lm_head(hidden, targets, ignore_index=ignore_index, reduction="sum")
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Also called when the vocabulary is resized; a plain linear layer becomes an ``OutputLayer`` of the same weight."""
-        plain = new_embeddings
-        if type(plain) is nn.Linear and plain.bias is None and not hasattr(plain, "_hf_hook"):
-            new_embeddings = OutputLayer(plain.in_features, plain.out_features, bias=False, device="meta")
-            new_embeddings.weight = plain.weight
-        self.lm_head = new_embeddings
-
-    @property
-    def init_continuous_batching(self) -> Any:  # type: ignore[override]
-        """Not there: continuous batching pages keys and values. A server that asks (``hasattr``) then answers in turn."""
-        raise AttributeError("init_continuous_batching: log-linear and linear states have no pages of keys and values")
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-        """The mask as it is: ``generate`` asks for one mask per layer type where a cache is static, and no mixer takes one."""
-        return attention_mask
-
-    def get_compiled_call(self, compile_config) -> Callable[..., CausalLMOutputWithPast]:
-        """What ``generate`` calls for single tokens over a static cache on CUDA: a CUDA graph instead of a compiled model."""
-        return GraphedCall(self)
+    There is one list of offsets here, for queries and keys alike; the longest document needs no telling.
+    """
+    found = {name: kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")}
+    given = {name: x for name, x in found.items() if x is not None}
+    for name in ("max_length_q", "max_length_k"):
+        kwargs.pop(name, None)
+    if not given:
+        return None
+    (first, offsets), *others = given.items()
+    for name, other in others:
+        same = other is offsets or other.shape == offsets.shape
+        if not same or (values_are_known(offsets) and not torch.equal(other, offsets)):
+            raise ValueError(f"{name} must be the same offsets as {first}: got {other.tolist()} and {offsets.tolist()}")
+    return offsets

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from loglinear.models.causal import LogLinearForCausalLM
 from loglinear.models.configuration import LogLinearConfig
-from loglinear.models.modeling import LogLinearForCausalLM
 
 # Each linear model with its log-linear twin.
 TWINS = {"Mamba-2": ("mamba2", "log_linear_mamba2"), "Gated DeltaNet": ("gated_deltanet", "log_linear_gated_deltanet")}

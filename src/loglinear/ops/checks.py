@@ -11,10 +11,16 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from loglinear.state import FLOATS, LinearState, LogLinearState, check_chunk_size, check_dtype
 
 _known: set[tuple] = set()  # kinds of inputs that have passed; a check of metadata costs more than a short kernel
+
+
+def values_are_known(x: Tensor) -> bool:
+    """Whether x has values that may be read: not under ``torch.compile`` and ``torch.export``, nor on meta or fake tensors."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 def _shape(name: str, tensor: Tensor, wanted: str, axes: Sequence[int | None]) -> None:

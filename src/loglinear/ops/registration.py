@@ -172,6 +172,16 @@ def run(
     return o.to(v.dtype), final
 
 
+def mostly_empty(cu_seqlens: Tensor | None, tokens: int) -> bool:
+    """Whether there are as many sequences as tokens: a graph that finds documents itself must have room for so many."""
+    return cu_seqlens is not None and cu_seqlens.shape[0] > max(tokens, 1)
+
+
+def without_empty(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+    """Offsets without empty sequences where most are, which would cost as much as full ones. Waits for the device then."""
+    return torch.unique_consecutive(cu_seqlens) if mostly_empty(cu_seqlens, tokens) else cu_seqlens
+
+
 @torch.library.custom_op("loglinear::attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -188,6 +198,7 @@ def attention(
 
     keep: empty, or ``KEPT_BY``, on which no number depends.
     """
+    cu_seqlens = without_empty(cu_seqlens, q.shape[1])
     inputs = q, k, v, g, beta, level_scales
     if has_kernel(q, v, beta):
         if keep and beta is not None:
@@ -218,6 +229,7 @@ def attention_backward(
     kept: list[Tensor],
 ) -> list[Tensor]:
     """Gradients of q, k, v, then of g, beta and level_scales if given. kept: what ``attention`` returned after o."""
+    cu_seqlens = without_empty(cu_seqlens, q.shape[1])
     if has_kernel(q, v, beta):
         options = {"kept": tuple(kept)} if kept else {}
         grads = run_kernels_backward(do, q, k, v, g, beta, level_scales, scale, cu_seqlens, **options)
@@ -264,7 +276,12 @@ attention.register_autograd(_backward, setup_context=_save)
 def run_compiled(q, k, v, g, beta, level_scales, scale, cu_seqlens) -> Tensor:
     """o by the operator, which keeps what it can if a backward may follow: constants to the compiler, which guards on them."""
     inputs = q, k, v, g, beta, level_scales
-    keep = beta is not None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    keep = (
+        beta is not None
+        and not mostly_empty(cu_seqlens, q.shape[1])
+        and torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in inputs)
+    )
     return attention(*inputs, scale, cu_seqlens, KEPT_BY if keep else "")[0]
 
 
