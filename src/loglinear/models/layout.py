@@ -135,12 +135,12 @@ def _plan_unseen(
     if position_ids is None and seq_idx is None:
         assert real is not None
         order = torch.argsort(~real, dim=1, stable=True)  # tokens first, padding behind them
-        index = (order + length * torch.arange(batch, device=order.device).unsqueeze(1)).flatten()
-        return TokenLayout(batch, length, index, real=real)
+        order = order + length * torch.arange(batch, device=order.device).unsqueeze(1)
+        return TokenLayout(batch, length, order.flatten(), real=real)
     described: Tensor = position_ids if position_ids is not None else seq_idx  # type: ignore[assignment]
     count = batch * length
     tokens = torch.arange(count, device=described.device)
-    padding = torch.zeros_like(tokens, dtype=torch.bool) if real is None else ~real.flatten()
+    padding = tokens < 0 if real is None else ~real.flatten()
     index = None if real is None else torch.argsort(padding, stable=True)
     columns = tokens if index is None else index
     behind = padding[columns]
