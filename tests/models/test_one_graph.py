@@ -1,5 +1,7 @@
 """The whole model where no value may be read: ``torch.compile`` in one graph, ``torch.export``, meta and fake tensors."""
 
+import copy
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,9 +10,17 @@ B, T = 2, 70
 BORDERS = [31, 40]
 
 
-@pytest.fixture(params=["nothing", "mask", "positions", "seq_idx", "mask and positions", "offsets"])
-def described(request):
-    """Arguments that say which columns are tokens, and of which documents."""
+KINDS = ("nothing", "mask", "positions", "seq_idx", "mask and positions", "offsets")
+# Every description for two mixers, and the one that needs most for all.
+CASES = [(name, kind) for name in ("log_linear_mamba2", "attention") for kind in KINDS]
+CASES += [(name, "mask and positions") for name in ("mamba2", "log_linear_gated_deltanet", "gated_deltanet")]
+CASES += [(["log_linear_mamba2", "attention"], "mask")]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request, make_model, tokens):
+    """A model, ids, and arguments that say which columns are tokens, and of which documents."""
+    name, kind = request.param
     mask = torch.ones(B, T, dtype=torch.long)
     mask[0, :9] = 0
     mask[1, [20, 21, -2, -1]] = 0
@@ -18,24 +28,22 @@ def described(request):
     for border in BORDERS:
         positions[0, border:] -= positions[0, border].item()
         seq_idx[1, border:] += 1
-    return {
+    described = {
         "nothing": {},
         "mask": {"attention_mask": mask},
         "positions": {"position_ids": positions},
         "seq_idx": {"seq_idx": seq_idx},
         "mask and positions": {"attention_mask": mask, "position_ids": positions},
         "offsets": {"cu_seqlens": torch.tensor([0, *BORDERS, T])},
-    }[request.param]
-
-
-def ids_for(described, tokens):
-    return tokens(1 if "cu_seqlens" in described else B, T)
+    }[kind]
+    model = make_model(name, num_hidden_layers=2 if isinstance(name, list) else 1)
+    return model, tokens(1 if kind == "offsets" else B, T), described
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at what it traces
-def test_compiled_whole(make_model, tokens, mixer, described):
+def test_compiled_whole(case):
     """One graph; logits of every token, the loss and all gradients are those of an eager call."""
-    model, ids = make_model(mixer, num_hidden_layers=3 if isinstance(mixer, list) else 1), ids_for(described, tokens)
+    model, ids, described = case
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     parameters = list(model.parameters())
@@ -51,20 +59,20 @@ def test_compiled_whole(make_model, tokens, mixer, described):
 
 
 @torch.no_grad()
-def test_exported(make_model, tokens, mixer, described):
-    model, ids = make_model(mixer, num_hidden_layers=3 if isinstance(mixer, list) else 1), ids_for(described, tokens)
+def test_exported(case, tokens):
+    model, ids, described = case
     program = torch.export.export(model, (ids,), described)
     other = tokens(*ids.shape)
     got, want = program.module()(other, **described), model(other, use_cache=False, **described)
     torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-9)
 
 
-def test_tensors_without_values(make_model, tokens, mixer, described):
+def test_tensors_without_values(case):
     """Shapes and dtypes of logits, loss and gradients on the meta device and under FakeTensorMode."""
-    model, ids = make_model(mixer), ids_for(described, tokens)
+    model, ids, described = case
     want = model(ids, labels=ids, **described)
     on_meta = {name: x.to("meta") for name, x in {"input_ids": ids, "labels": ids, **described}.items()}
-    got = make_model(mixer).to("meta")(**on_meta)
+    got = copy.deepcopy(model).to("meta")(**on_meta)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {name: mode.from_tensor(x) for name, x in {"input_ids": ids, "labels": ids, **described}.items()}
         faked = model(**fake)

@@ -14,7 +14,7 @@ from loglinear.ops import checks
 def check_packed(x: Tensor, name: str, cu_seqlens: Tensor) -> None:
     """Raise unless x ``[1, T, ...]`` can hold these sequences; on the CPU, where that waits for nothing, by the values too."""
     checks.check_packing(x, cu_seqlens, None, name)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if cu_seqlens.device.type == "cpu" and checks.values_are_known(cu_seqlens):
         checks.sequence_lengths(x, cu_seqlens, None)
 
 

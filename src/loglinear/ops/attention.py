@@ -131,7 +131,7 @@ def outside_autocast(*operands: Tensor) -> tuple[tuple[Tensor, ...], AbstractCon
     """
     first = operands[0]
     device = first.device.type if isinstance(first, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return operands, nullcontext()
     low = torch.get_autocast_dtype(device)
     given = tuple(x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in operands)
@@ -144,7 +144,7 @@ def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_fina
     scale = checks.check_scale(scale)
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
     with without_autocast:
-        compiling = torch.compiler.is_compiling()
+        compiling = not checks.values_are_known(q)  # or a tensor without any: the same operator says its shapes
         if initial_state is None and not (compiling and output_final_state):
             # A state beside the kernels: the scalar gate's only, and of the tree.
             with_state = output_final_state and beta is None and level_scales is not None

@@ -41,7 +41,7 @@ def check_inputs(
 ) -> None:
     """Ranks, sizes, dtypes, devices and, on the CPU, the sign of g."""
     given = (q, k, v, g, beta, level_scales)
-    if torch.compiler.is_compiling() or not all(x is None or isinstance(x, Tensor) for x in given):
+    if not all(x is None or isinstance(x, Tensor) for x in given) or not values_are_known(q):
         return check_kinds(*given)
     kind = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in given)
     if kind not in _known:
