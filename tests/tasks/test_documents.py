@@ -213,7 +213,7 @@ BAD_LINE = b'{"text": "fine"}\n{"text": "\xff"}\n'
         ("latin.txt", "café".encode("latin-1"), "data: FILE is not UTF-8 text: byte 3 is 0xe9$"),
         ("binary.txt", b"ab\0cd", "data: FILE is not UTF-8 text: byte 2 is 0x00$"),
         ("end.txt", "1 + €".encode()[:-1], "data: FILE is not UTF-8 text: byte 4 is 0xe2$"),
-        ("wide.txt", "text".encode("utf-16"), "data: FILE is not UTF-8 text: byte [03] is 0x"),
+        ("wide.txt", "text".encode("utf-16"), "data: FILE is not UTF-8 text: byte 0 is 0xff$"),
         ("bad.jsonl", BAD_LINE, "data: FILE, line 2 is not UTF-8 text: byte 27 is 0xff$"),
         ("bad.jsonl.gz", gzip.compress(BAD_LINE), "data: FILE, line 2 is not UTF-8 text: byte 27 is 0xff$"),
         (

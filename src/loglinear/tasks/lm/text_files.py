@@ -83,12 +83,13 @@ def decode(content: bytes, where: str, start: int = 0) -> str:
 
     The message begins with ``where`` and counts bytes from ``start``, in what the file unpacks to if it is compressed.
     """
+    wrong = content.find(b"\0")
     try:
-        wrong = content.find(b"\0")
+        text = content.decode("utf-8")
         if wrong < 0:
-            return content.decode("utf-8")
+            return text
     except UnicodeDecodeError as error:
-        wrong = error.start
+        wrong = error.start if wrong < 0 else min(wrong, error.start)
     kinds = [suffix for signature, suffix in SIGNATURES.items() if content.startswith(signature)]
     hint = f"; it is compressed, and its name must end in {kinds[0]}" if kinds and not start else ""
     raise ValueError(f"{where} is not UTF-8 text: byte {start + wrong} is 0x{content[wrong]:02x}{hint}")
