@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from loglinear.models import LogLinearConfig
 
@@ -73,3 +74,22 @@ def test_a_config_is_checked_again_before_it_is_saved(tmp_path):
 def test_mlps_can_be_left_out(make_model):
     model = make_model("mamba2", intermediate_size=0)
     assert not any("mlp" in name for name, _ in model.named_parameters())
+
+
+def test_where_level_scales_start_is_saved(make_model, tokens, tmp_path):
+    """A checkpoint of before the choice starts as the paper; "one" with a projection of zeros is the linear model."""
+    model = make_model("log_linear_mamba2", level_scale_start="one")
+    model.save_pretrained(tmp_path)
+    config = LogLinearConfig.from_pretrained(tmp_path)
+    assert config.level_scale_start == "one"
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["level_scale_start"]
+    assert LogLinearConfig.from_dict(saved).level_scale_start == "paper"
+    with pytest.raises(ValueError, match=r"level_scale_start must be one of \['paper', 'one'\]: got 'linear'"):
+        LogLinearConfig(level_scale_start="linear")
+    linear = make_model("mamba2")
+    linear.load_state_dict(model.state_dict(), strict=False)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.mixer.level_scale.dl_proj.weight)
+    ids = tokens(2, 100)
+    torch.testing.assert_close(model(ids).logits, linear(ids).logits, rtol=0, atol=1e-9)

@@ -94,8 +94,10 @@ def gates_grads_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def level_scales_kernel(dl, L, scales, stride, rows, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``scales [rows, width] = softplus(L · dl)``. Grid: blocks of rows x blocks of columns."""
+def level_scales_kernel(
+    dl, L, scales, stride, rows, width, OFFSET: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """``scales [rows, width] = softplus(L · dl + OFFSET)``. Grid: blocks of rows x blocks of columns."""
     blocks = tl.cdiv(width, COLUMNS)
     tokens = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -103,13 +105,13 @@ def level_scales_kernel(dl, L, scales, stride, rows, width, TOKENS: tl.constexpr
     factor = tl.load(L + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
     product = factor * tl.load(dl + tokens[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     pointers = scales + tokens[:, None] * width + columns[None, :]
-    tl.store(pointers, softplus(product).to(scales.dtype.element_ty), mask=mask)
+    tl.store(pointers, softplus(product + OFFSET).to(scales.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def level_scales_grads_kernel(
     dscales, dl, L, ddl, partial, stride_dscales, stride, rows, width, tiles,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    OFFSET: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ddl ``[rows, width]``, and of ``tiles`` blocks of rows the sums ``partial [programs, width]`` of dL."""
     blocks = tl.cdiv(width, COLUMNS)
@@ -122,7 +124,7 @@ def level_scales_grads_kernel(
         mask = (tokens < rows)[:, None] & (columns < width)[None, :]
         x = tl.load(dl + tokens[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         pointers = dscales + tokens[:, None] * stride_dscales + columns[None, :]
-        gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * tl.sigmoid(factor * x)
+        gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * tl.sigmoid(factor * x + OFFSET)
         sums += gradient * x
         pointers = ddl + tokens[:, None] * width + columns[None, :]
         tl.store(pointers, (gradient * factor).to(ddl.dtype.element_ty), mask=mask)
@@ -205,7 +207,7 @@ def backward(
     return drate, ddt_bias.to(dt_bias.dtype), dA_log.to(A_log.dtype), dx, dstrength
 
 
-def level_scales(dl: Tensor, L: Tensor) -> Tensor:
+def level_scales(dl: Tensor, L: Tensor, offset: float) -> Tensor:
     """λ ``[B, T, H, levels]``, contiguous, in the dtype of dl ``[B, T, H · levels]``; L ``[H, levels]``."""
     dl = token_rows(dl)
     batch, length, width = dl.shape
@@ -214,12 +216,12 @@ def level_scales(dl: Tensor, L: Tensor) -> Tensor:
     if programs:
         common.launch(
             level_scales_kernel, programs, dl, L.contiguous(), scales, dl.stride(1), batch * length, width,
-            TOKENS=SCALE_TOKENS, COLUMNS=COLUMNS, num_warps=4,
+            OFFSET=offset, TOKENS=SCALE_TOKENS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
     return scales
 
 
-def level_scales_backward(dscales: Tensor, dl: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+def level_scales_backward(dscales: Tensor, dl: Tensor, L: Tensor, offset: float) -> tuple[Tensor, Tensor]:
     """Gradients of dl and L, in their dtypes; arguments as in ``level_scales``. The same bits on every run."""
     dl, dscales = token_rows(dl), token_rows(dscales)
     batch, length, width = dl.shape
@@ -232,6 +234,6 @@ def level_scales_backward(dscales: Tensor, dl: Tensor, L: Tensor) -> tuple[Tenso
         common.launch(
             level_scales_grads_kernel, parts * cdiv(width, COLUMNS), dscales, dl, L.contiguous(), ddl, partial,
             dscales.stride(1), dl.stride(1), batch * length, width, tiles,
-            TOKENS=SCALE_TOKENS, COLUMNS=COLUMNS, num_warps=4,
+            OFFSET=offset, TOKENS=SCALE_TOKENS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
     return ddl, partial.sum(0).view(L.shape).to(L.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
-from loglinear.layers.level_scale import LevelScale
+from loglinear.layers.level_scale import LevelScale, Start
 from loglinear.layers.linear import projections
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import convolve, mix
@@ -37,6 +37,7 @@ class LogLinearGatedDeltaNet(StatedInit):
         num_levels: levels with a λ of their own; ``num_levels(longest context)`` gives every level one.
         conv_width: taps of the short convolution over (q, k, v). norm_eps: of the output norm.
         log_linear: whether to read the buckets of every level; False is the linear model.
+        level_scale_start: where λ starts; see ``LevelScale``.
 
     Source: Yang et al. 2024 (Gated DeltaNet, block); Guo et al. 2025, section 3.4 (levels).
     """
@@ -54,6 +55,7 @@ class LogLinearGatedDeltaNet(StatedInit):
         conv_width: int = 4,
         norm_eps: float = 1e-6,
         log_linear: bool = True,
+        level_scale_start: Start = "paper",
     ) -> None:
         super().__init__()
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
@@ -67,7 +69,7 @@ class LogLinearGatedDeltaNet(StatedInit):
         self.conv = ShortConvolution(sum(self.conv_widths), conv_width, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.level_scale = LevelScale(hidden_size, num_heads, num_levels) if log_linear else None
+        self.level_scale = LevelScale(hidden_size, num_heads, num_levels, level_scale_start) if log_linear else None
         self.norm = GatedRMSNorm(value_dim, norm_eps)
         self.out_proj = nn.Linear(values, hidden_size, bias=False)
         self.context_group: ProcessGroup | None = None  # set_context_group

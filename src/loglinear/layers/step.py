@@ -60,9 +60,10 @@ def convolve_and_gate(
     mixer: RecurrentMixer, dl: Tensor | None, projected: Tensor, state: RecurrentMixerState, columns: fused.Columns
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """The convolution's outputs ``[B, T, channels]``, v if it is scaled ``[B, T, H·V]``, and g, beta and level_scales."""
-    conv, L = mixer.conv, None if mixer.level_scale is None else mixer.level_scale.L
+    conv, levels = mixer.conv, mixer.level_scale
+    L, offset = (None, 0.0) if levels is None else (levels.L, levels.offset)
     mixed, v, g, beta, scales = fused.step_inputs(
-        projected, dl, state.conv, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, L, tuple(columns)
+        projected, dl, state.conv, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, L, tuple(columns), offset
     )
     return mixed, v, {"g": g, "beta": beta, "level_scales": scales}
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from loglinear.fenwick import num_levels
+from loglinear.layers.level_scale import OFFSETS
 
 _MULTIPLES = {
     "mamba_num_heads": "mamba_num_groups",
@@ -41,6 +42,8 @@ class LogLinearConfig(PreTrainedConfig):
             of 64, and 0 leaves the MLPs out.
         max_position_embeddings: longest context with a λ for every level. Longer inputs work; the last level is shared.
         conv_size: taps of the short convolutions.
+        level_scale_start: where the λ of log-linear mixers start: ``"paper"``, near ln 2 on every level, or ``"one"``, near 1,
+            which is the linear model.
         mamba_head_dim, mamba_num_heads, mamba_state_size, mamba_num_groups: V, H, K, G of the Mamba-2 mixers;
             num_heads None makes the inner width twice hidden_size.
         delta_num_heads, delta_num_key_heads, delta_key_dim, delta_value_dim: H, G, K, V of the Gated DeltaNet mixers;
@@ -70,6 +73,7 @@ class LogLinearConfig(PreTrainedConfig):
     intermediate_size: int = None  # type: ignore[assignment]
     max_position_embeddings: int = 16_384
     conv_size: int = 4
+    level_scale_start: str = "paper"
     mamba_head_dim: int = 64
     mamba_num_heads: int = None  # type: ignore[assignment]
     mamba_state_size: int = 128
@@ -132,6 +136,8 @@ class LogLinearConfig(PreTrainedConfig):
             have, divisor = getattr(self, heads), getattr(self, groups)
             if have % divisor:
                 raise ValueError(f"{heads} must be a multiple of {groups}={divisor}: got {have}")
+        if self.level_scale_start not in OFFSETS:
+            raise ValueError(f"level_scale_start must be one of {list(OFFSETS)}: got {self.level_scale_start!r}")
         if self.decoding_entry_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"decoding_entry_dtype must be 'float32' or 'bfloat16': got {self.decoding_entry_dtype!r}")
         if "attention" in self.layer_mixers and self.head_dim % 2:

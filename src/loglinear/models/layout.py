@@ -147,7 +147,9 @@ def _plan_unseen(
     starts = _starts(columns, batch, length, position_ids, seq_idx)
     starts = torch.where(behind, F.pad(behind[1:] & ~behind[:-1], (1, 0)), starts)  # all padding is one document
     document = (starts | (tokens == 0)).long().cumsum(0) - 1
-    offsets = torch.full((count + 1,), count, device=described.device)  # sequences that do not exist are empty, at the end
+    offsets = torch.full(
+        (count + 1,), count, device=described.device
+    )  # sequences that do not exist are empty, at the end
     offsets = offsets.scatter_reduce(0, document, tokens, "amin")
     return TokenLayout(batch, length, index, offsets, None, real, documents=True)
 

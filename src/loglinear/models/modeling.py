@@ -44,6 +44,7 @@ def build_mixer(config: LogLinearConfig, name: str) -> nn.Module:
         "conv_width": config.conv_size,
         "norm_eps": config.rms_norm_eps,
         "log_linear": name.startswith("log_linear_"),
+        "level_scale_start": config.level_scale_start,
     }
     if name.endswith("mamba2"):
         return LogLinearMamba2(

@@ -79,9 +79,9 @@ def gates(rate: Tensor, strength: Tensor, dt_bias: Tensor, A_log: Tensor) -> tup
     return g, beta
 
 
-def level_scales(dl: Tensor, L: Tensor) -> Tensor:
-    """``softplus(L ∘ dl)`` ``[B, T, H, levels]`` from dl ``[B, T, H · levels]``; see ``kernels.gates``."""
-    return level_scales_kernel(dl, L)[0]
+def level_scales(dl: Tensor, L: Tensor, offset: float = 0.0) -> Tensor:
+    """``softplus(L ∘ dl + offset)`` ``[B, T, H, levels]`` from dl ``[B, T, H · levels]``; see ``kernels.gates``."""
+    return level_scales_kernel(dl, L, offset)[0]
 
 
 def gated_norm(
@@ -214,11 +214,11 @@ gates_kernel = Kernel(
 )
 level_scales_kernel = Kernel(
     "level_scales",
-    "Tensor dl, Tensor L",
+    "Tensor dl, Tensor L, float offset",
     1,
     lambda *inputs: [_kernels("gates").level_scales(*inputs)],
     lambda *inputs: _kernels("gates").level_scales_backward(*inputs),
-    lambda dl, L: [dl.new_empty(*dl.shape[:2], *L.shape)],
+    lambda dl, L, offset: [dl.new_empty(*dl.shape[:2], *L.shape)],
 )
 gated_norm_kernel = Kernel(
     "gated_norm",

@@ -43,6 +43,7 @@ def make(name, device, dtype):
     torch.manual_seed(0)
     kind = LogLinearMamba2 if name.endswith("mamba2") else LogLinearGatedDeltaNet
     options = SIZES[name.removeprefix("log_linear_")] | {"log_linear": name.startswith("log_linear_")}
+    options["level_scale_start"] = "one"  # an offset that a kernel might forget
     mixer = kind(HIDDEN, num_levels=5, norm_eps=0.1, **options)  # a norm of next to nothing would be one of roundings
     for parameter in mixer.parameters():  # none is 0 or 1 throughout
         parameter += 0.3 * torch.randn_like(parameter)

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from loglinear.kernels import gated_norm, gates
 from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearMamba2
+from loglinear.layers.level_scale import OFFSETS
 from loglinear.ops import attention, pointwise
 
 T = 13 if INTERPRETED else 1500
@@ -155,15 +156,15 @@ def test_gates(device, heads, low):
     compare(pointwise.gates, plain_gates, lower(inputs, names), names)
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_level_scales(device, low):
+@pytest.mark.parametrize(("low", "offset"), [(False, 0.0), (True, 0.0), (False, OFFSETS["one"])])
+def test_level_scales(device, low, offset):
     inputs = {"dl": 3 * normal(device, 2, T, 35), "L": column(normal(device, 5, 7, seed=1))}
 
     def plain(dl, L):
         wide = dl if dl.dtype == torch.float64 else dl.float()
-        return [F.softplus(L * wide.unflatten(-1, L.shape)).to(dl.dtype)]
+        return [F.softplus(L * wide.unflatten(-1, L.shape) + offset).to(dl.dtype)]
 
-    compare(lambda dl, L: [pointwise.level_scales(dl, L)], plain, lower(inputs, ("dl",) if low else ()), low)
+    compare(lambda dl, L: [pointwise.level_scales(dl, L, offset)], plain, lower(inputs, ("dl",) if low else ()), low)
 
 
 def test_softplus_of_any_size(device):

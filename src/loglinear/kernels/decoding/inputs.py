@@ -91,6 +91,7 @@ def step_inputs_kernel(
     W: tl.constexpr,
     KEEP: tl.constexpr,
     BIAS: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: rows x (blocks of channels, then of heads, then of λ). float32: everything.
@@ -128,7 +129,7 @@ def step_inputs_kernel(
             factor = tl.load(level_weights + places, mask=inside, other=0.0).to(tl.float32)
             for t in range(T):
                 x = tl.load(dl + (token + t) * stride_l + places, mask=inside, other=0.0).to(tl.float32)
-                scale = softplus(factor * x).to(level_scales.dtype.element_ty)
+                scale = softplus(factor * x + OFFSET).to(level_scales.dtype.element_ty)
                 tl.store(level_scales + (token + t) * (H * L) + places, scale, mask=inside)
 
 
@@ -142,6 +143,7 @@ def step_inputs(
     A_log: Tensor,
     level_weights: Tensor | None,
     columns: tuple[int, int, int, int],
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """(mixed, v, g, β, λ) of T tokens of every row; ``tail`` takes the tokens in.
 
@@ -151,16 +153,17 @@ def step_inputs(
         dt_bias, A_log: ``[H]``. level_weights: ``[H, L]``, None as dl.
         columns: of ``projected``, the first of the convolution's inputs, of the time steps' and of β's (-1: there is no β);
             and how many of the convolution's outputs, from the first on, are v to be multiplied by the time step.
+        offset: of λ, ``softplus(level_weights · dl + offset)``.
 
     Returns:
         mixed ``[B, T, N]`` after the convolution, v ``[B, T, columns[3]]`` (None if that is 0), g and β float32
         ``[B, T, H]``, λ ``[B, T, H, L]`` in the dtype of dl.
     """
     given = [projected, dl, tail, weight, bias, dt_bias, A_log, level_weights]
-    return replay(run_step_inputs, given, columns)  # type: ignore[return-value]
+    return replay(run_step_inputs, given, columns, offset)  # type: ignore[return-value]
 
 
-def run_step_inputs(inputs: list, columns: tuple[int, int, int, int]) -> tuple[Tensor | None, ...]:
+def run_step_inputs(inputs: list, columns: tuple[int, int, int, int], offset: float) -> tuple[Tensor | None, ...]:
     """The launch of ``step_inputs``."""
     projected, dl, _, weight, bias, _, A_log, level_weights = inputs
     conv, rate, strength, scaled = columns
@@ -178,6 +181,6 @@ def run_step_inputs(inputs: list, columns: tuple[int, int, int, int]) -> tuple[T
         common.launch(
             step_inputs_kernel, programs, *inputs, mixed, v, g, beta, scales, length, width, stride_l,
             CONV=conv, RATE=rate, BETA=strength, SCALED=scaled, N=channels, H=heads, L=levels, W=taps,
-            KEEP=triton.next_power_of_2(max(taps - 1, 1)), BIAS=bias is not None, BLOCK=BLOCK, num_warps=WARPS,
+            KEEP=triton.next_power_of_2(max(taps - 1, 1)), BIAS=bias is not None, OFFSET=offset, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return mixed, v, g, beta, scales
