@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,14 +42,35 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if not complete:
             raise FileNotFoundError(f"checkpoint: {path} holds no model (config.json) and no complete checkpoint")
         folder = complete[-1]
-    config = AutoConfig.from_pretrained(folder)
     record = read_record(folder) or read_record(folder.parent)
     tokenizer = load_tokenizer(str(folder))
-    check_fits(tokenizer, config, (record or {}).get("data", {}).get("tokenizer_hash"))
+    check_fits(tokenizer, AutoConfig.from_pretrained(folder), (record or {}).get("data", {}).get("tokenizer_hash"))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.to(device)  # type: ignore[arg-type]
     return Checkpoint(folder, model, tokenizer, record)
+
+
+def check_checkpoints(arguments: Sequence[str]) -> None:
+    """Exit with one line if ``arguments`` of another program name a checkpoint with a tokenizer that is not the model's.
+
+    They are looked for as FOLDER and as lm-eval's pretrained=FOLDER,tokenizer=FOLDER. What has no tokenizer that loads is
+    left to the program.
+    """
+    for word in arguments:
+        settings = dict(part.partition("=")[::2] for part in word.removeprefix("--model_args=").split(","))
+        folder = Path(settings.get("pretrained", word))
+        if not (folder / "config.json").is_file():
+            continue
+        record = read_record(folder) or read_record(folder.parent) or {}
+        try:
+            tokenizer = load_tokenizer(settings.get("tokenizer", str(folder)))
+        except ValueError:
+            continue
+        try:
+            check_fits(tokenizer, AutoConfig.from_pretrained(folder), record.get("data", {}).get("tokenizer_hash"))
+        except ValueError as error:
+            raise SystemExit(f"{folder}: {error}") from error
 
 
 class TextOptions(Protocol):

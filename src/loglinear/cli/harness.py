@@ -11,8 +11,10 @@ data set; niah_single_2 and niah_single_3 would fetch essays.
 from __future__ import annotations
 
 import os
+import sys
 
 import loglinear.models  # noqa: F401 - registers the model with the Auto classes
+from loglinear.cli.checkpoint import check_checkpoints
 
 
 def main() -> None:
@@ -20,6 +22,7 @@ def main() -> None:
     # Nothing that this task needs is on the hub, and asking for it would wait for the network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    check_checkpoints(sys.argv[1:])
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -10,13 +10,16 @@ transformers' own. Several requests may be open at a time; they are computed one
 from __future__ import annotations
 
 import os
+import sys
 
+from loglinear.cli.checkpoint import check_checkpoints
 from loglinear.models import LogLinearForCausalLM
 
 
 def main() -> None:
     """``transformers serve`` with its own options, from the command line."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # checkpoints are folders
+    check_checkpoints(sys.argv[1:])
     import typer
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager
