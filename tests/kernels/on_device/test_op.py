@@ -146,7 +146,8 @@ def test_cuda_graph_of_forward_and_backward(delta):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = gradients(op, inputs, gradient)
+        # Without its graph, which would tie the inputs to this stream.
+        captured = [x.detach() for x in gradients(op, inputs, gradient)]
     with torch.no_grad():
         for x, other in zip(inputs, make(delta, torch.bfloat16)):
             x.copy_(other)
