@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Trainer
+from transformers import PreTrainedTokenizerFast, Trainer
 
 from loglinear.cli import main
+from loglinear.cli.errors import parse
+from loglinear.cli.train import TrainArgs
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.models.causal import OutputLayer
+from loglinear.models.configuration import MIXERS
 from loglinear.tasks.lm.config import DataConfig
 from loglinear.training.checkpoints import complete_checkpoints
-from loglinear.training.config import OptimizerConfig, TrainConfig
+from loglinear.training.config import Mixer, ModelConfig, OptimizerConfig, TrainConfig
+from loglinear.training.model import build_model
 from loglinear.training.trainer import LanguageModelTrainer
 
 
@@ -219,7 +226,6 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(launcher, more
         (["--data", "./no/such/file.txt"], "--data: no file or folder './no/such/file.txt'"),
         (["--context", "100000"], "training data: --context must be at most"),
         (["--vocab-size", "10"], "--vocab-size must be at least 258"),
-        (["--mixer", "mamba3"], "--mixer must be one of"),
         (["--tokenizer", "./nowhere"], "--tokenizer: './nowhere' holds no tokenizer"),
         (["--fsdp"], "--fsdp: needs two or more processes (torchrun or accelerate launch): got 1;"),
     ],
@@ -230,6 +236,31 @@ def test_mistakes_are_named_in_one_line(options, message, train_options, tmp_pat
     assert error.startswith("loglinear train: ")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_every_field_of_a_model_is_an_option():
+    data = {"vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+    others = {"use_cache", "decoding_entry_dtype", "keys_to_ignore_at_inference"}
+    assert {field.name for field in fields(ModelConfig)} | data | others == set(LogLinearConfig.__annotations__)
+    assert get_args(Mixer) == MIXERS
+
+
+def test_options_of_a_model_reach_it():
+    options = {
+        "mixer": "log_linear_gated_deltanet", "hidden_size": 32, "num_hidden_layers": 1, "conv_size": 3,
+        "delta_num_heads": 4, "delta_num_key_heads": 2, "delta_key_dim": 8, "delta_value_dim": 16, "mamba_num_heads": 6,
+        "mamba_num_groups": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rope_theta": 100.0,
+        "rms_norm_eps": 1e-5, "initializer_range": 0.01,
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    config = parse(TrainArgs, ["--output", "run", *words], "loglinear train").model
+    tokenizer = MagicMock(spec=PreTrainedTokenizerFast, pad_token_id=1, eos_token_id=0, bos_token_id=None)
+    tokenizer.__len__.return_value = 20
+    model = build_model(config, tokenizer, 64)
+    assert {name: getattr(model.config, name) for name in options} == options
+    mixer = model.model.layers[0].mixer
+    assert mixer.conv_widths == [16, 16, 64], "q and k of 2 heads of 8, v of 4 of 16"
+    assert build_model(ModelConfig(num_hidden_layers=1), tokenizer, 64).config.conv_size == 4, "left to LogLinearConfig"
 
 
 @pytest.mark.parametrize(

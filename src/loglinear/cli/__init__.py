@@ -1,7 +1,7 @@
 """The command line: ``loglinear COMMAND``. Each command is a module here, imported only when it is asked for.
 
 A command's module holds ``<Command>Args``, a dataclass whose fields are the options, and a function of the command's
-name that takes it. Both are found by name.
+name that takes it. Both are found by name, as is ``parse`` in a module that reads its options from elsewhere, too.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from typing import NoReturn
 
-from loglinear.cli.errors import UsageError, as_typed, option_names, parse, say
+from loglinear.cli.errors import Parser, UsageError, as_typed, option_types, parse, say
 
 COMMANDS = {
     "train": "train a language model on text, or go on with an interrupted run",
@@ -58,19 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    prog, names = _prog(argv), set[str]()
+    prog, options = _prog(argv), dict[str, str]()
     try:
         name = _parser().parse_args(argv[:1]).command
         module = import_module(f"loglinear.cli.{name}")
         kind = getattr(module, f"{name.capitalize()}Args")
-        names = option_names(kind)
-        getattr(module, name)(parse(kind, argv[1:], prog))
+        options = option_types(kind)
+        read = getattr(module, "parse", partial(parse, kind))
+        getattr(module, name)(read(argv[1:], prog))
     except BrokenPipeError:
         raise
     except (UsageError, ValueError, OSError) as error:
         if os.environ.get("LOGLINEAR_TRACEBACK"):
             raise
-        say(prog, as_typed(" ".join(str(error).split("\n")), names))
+        say(prog, as_typed(" ".join(str(error).split("\n")), options))
         return USAGE if isinstance(error, UsageError) else FAILURE
     except KeyboardInterrupt:
         say(prog, "interrupted")
@@ -105,14 +107,9 @@ def _forget_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
     summaries = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
-    parser = _Parser(
+    parser = Parser(
         prog="loglinear",
         usage="loglinear COMMAND [OPTIONS]",
         description="Log-linear attention: train, evaluate and generate.",

@@ -15,7 +15,7 @@ import loglinear.models  # noqa: F401 - registers the model with the Auto classe
 from loglinear.tasks.lm.config import Data, DataConfig, names_of
 from loglinear.tasks.lm.documents import Source
 from loglinear.tasks.lm.tokenizer import check_fits, load_tokenizer
-from loglinear.training.checkpoints import complete_checkpoints
+from loglinear.training.checkpoints import model_folder
 from loglinear.training.record import read_record
 
 
@@ -36,12 +36,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it warns of texts longer than the context, which these models take
-    folder = path
-    if not (path / "config.json").exists():
-        complete = complete_checkpoints(path)
-        if not complete:
-            raise FileNotFoundError(f"checkpoint: {path} holds no model (config.json) and no complete checkpoint")
-        folder = complete[-1]
+    folder = model_folder(path, "checkpoint")
     record = read_record(folder) or read_record(folder.parent)
     tokenizer = load_tokenizer(str(folder))
     check_fits(tokenizer, AutoConfig.from_pretrained(folder), (record or {}).get("data", {}).get("tokenizer_hash"))

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loglinear.cli.checkpoint import Checkpoint
-    from loglinear.training.config import TrainConfig
+    from loglinear.training.config import Mixer, TrainConfig
 
 PROMPT_TOKENS = 160
-MIXERS = {"Log-Linear Mamba-2": "log_linear_mamba2", "Mamba-2 (linear)": "mamba2"}
+MIXERS: dict[str, Mixer] = {"Log-Linear Mamba-2": "log_linear_mamba2", "Mamba-2 (linear)": "mamba2"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def demo(args: DemoArgs) -> dict:
 
     from loglinear.cli.checkpoint import open_checkpoint
     from loglinear.cli.evaluate import EvaluateArgs, sequences
+    from loglinear.tasks.lm.atomic import write_atomically
     from loglinear.tasks.lm.evaluation import position_losses
     from loglinear.tasks.lm.figure import draw_losses
     from loglinear.training.run import train
@@ -78,7 +79,7 @@ def demo(args: DemoArgs) -> dict:
 
     console.rule("validation")
     numbers = compare(losses)
-    (args.output / "comparison.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    write_atomically(args.output / "comparison.json", json.dumps(numbers, indent=2) + "\n")
     draw_losses(losses, args.output / "loss_by_position.png")
     _print_table(numbers, checkpoints, console)
     console.rule("a continuation of validation code by the log-linear model")
@@ -89,7 +90,7 @@ def demo(args: DemoArgs) -> dict:
     return numbers
 
 
-def run_config(args: DemoArgs, mixer: str) -> TrainConfig:
+def run_config(args: DemoArgs, mixer: Mixer) -> TrainConfig:
     """The run of one of the twins."""
     from loglinear.tasks.lm.config import DataConfig
     from loglinear.training.config import ModelConfig, OptimizerConfig, TrainConfig

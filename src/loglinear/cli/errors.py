@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -9,11 +10,18 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from io import BytesIO, TextIOWrapper
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 
 class UsageError(Exception):
     """Options that cannot be used, as one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of our style."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def parse(kind: Any, argv: Sequence[str], prog: str) -> Any:
@@ -25,36 +33,41 @@ def parse(kind: Any, argv: Sequence[str], prog: str) -> Any:
     import tyro
 
     config = (tyro.conf.OmitArgPrefixes,)
-    if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in argv):  # what is printed is wanted
+    if wants_help(argv):
         return tyro.cli(kind, args=argv, prog=prog, config=config)
     printed = TextIOWrapper(BytesIO(), encoding="utf-8")
     try:
         with redirect_stdout(printed), redirect_stderr(printed), _wide_terminal():
             return tyro.cli(kind, args=argv, prog=prog, config=config)
     except ValueError as error:  # of the dataclass itself, in early versions of tyro
-        raise UsageError(as_typed(str(error), option_names(kind))) from error
+        raise UsageError(as_typed(str(error), option_types(kind))) from error
     except SystemExit as stop:
         printed.seek(0)
-        raise UsageError(as_typed(_one_line(printed.read()), option_names(kind))) from stop
+        raise UsageError(as_typed(_one_line(printed.read()), option_types(kind))) from stop
 
 
-def option_names(kind: Any) -> set[str]:
-    """The fields that are options: of a dataclass and of those in it, or of every dataclass of a union."""
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether what tyro prints is what was asked for: help, or a script that completes commands."""
+    return any(word in ("-h", "--help") or word.startswith("--tyro-") for word in argv)
+
+
+def option_types(kind: Any) -> dict[str, str]:
+    """Name and type of the fields that are options: of a dataclass and of those in it, or of all dataclasses of a union."""
     if not (isinstance(kind, type) and is_dataclass(kind)):
-        return {name for part in get_args(kind) for name in option_names(part)}
-    names: set[str] = set()
+        return {name: kind for part in get_args(kind) for name, kind in option_types(part).items()}
+    types: dict[str, str] = {}
     for field in fields(kind):
         if is_dataclass(field.default_factory):
-            names |= option_names(field.default_factory)
+            types |= option_types(field.default_factory)
         elif "Positional" not in str(field.type):
-            names.add(field.name)
-    return names
+            types[field.name] = str(field.type)
+    return types
 
 
 def as_typed(message: str, names: Collection[str]) -> str:
     """``message`` with fields as options: "batch_size must be" is "--batch-size must be".
 
-    A name of one word may be an ordinary word: it is a field where a statement about it begins.
+    A name of one word may be an ordinary word: it is a field where a statement about it begins, or in "name=value".
     """
 
     def option(match: re.Match) -> str:
@@ -65,7 +78,9 @@ def as_typed(message: str, names: Collection[str]) -> str:
     if compound:
         message = re.sub(rf"(?<![\w./\\'\"-])(?:{compound})(?![\w/\\'\"-]|\.\w)", option, message)
     if single:
-        message = re.sub(rf"(?:^|(?<=[:;] )|(?<=and ))(?:{single})(?=:| must | was | and [\w-]+:)", option, message)
+        begins = r"(?:^|(?<=[:;] )|(?<=and ))"
+        message = re.sub(rf"{begins}(?:{single})(?=:| must | was | and [\w-]+:)", option, message)
+        message = re.sub(rf"(?<= )(?:{single})(?==)", option, message)
     return message
 
 

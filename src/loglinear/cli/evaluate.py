@@ -79,6 +79,7 @@ def evaluate(args: EvaluateArgs) -> dict:
     from rich.console import Console
 
     from loglinear.cli.checkpoint import open_checkpoint
+    from loglinear.tasks.lm.atomic import write_atomically
     from loglinear.tasks.lm.evaluation import position_losses, summary
     from loglinear.tasks.lm.figure import draw_losses
     from loglinear.training.trainer import use_bfloat16
@@ -102,7 +103,7 @@ def evaluate(args: EvaluateArgs) -> dict:
         for name in get_args(Measure):  # of other text: not to be taken for measures of this evaluation
             (output / f"{name}.json").unlink(missing_ok=True)
             (output / f"{name}.png").unlink(missing_ok=True)
-    (output / "loss_by_position.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output / "loss_by_position.json", json.dumps(result, indent=2) + "\n")
     trained = (checkpoint.record or {}).get("arguments", {}).get("context")
     draw_losses({args.checkpoint.name: losses}, output / "loss_by_position.png", args.buckets, trained)
     console.print(
@@ -114,7 +115,7 @@ def evaluate(args: EvaluateArgs) -> dict:
             rows = _measure(measure, args, checkpoint, windows, losses, dtype, output)
         head = {"checkpoint": str(checkpoint.folder), "data": described["data"], "hash": described["hash"]}
         numbers = json.dumps({**head, "rows": rows}, indent=2) + "\n"
-        (output / f"{measure}.json").write_text(numbers, encoding="utf-8")
+        write_atomically(output / f"{measure}.json", numbers)
         console.print(f"{measure}: {output / f'{measure}.png'}, {output / f'{measure}.json'}")
     return result
 

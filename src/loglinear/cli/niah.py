@@ -84,13 +84,14 @@ def niah(args: DataArgs | FinetuneArgs | EvaluateArgs) -> Any:
 def write_data(args: DataArgs, console: Console) -> int:
     """Write the samples that ``evaluate`` would test; returns their number."""
     from loglinear.cli.checkpoint import open_checkpoint
+    from loglinear.tasks.lm.atomic import naming
     from loglinear.tasks.niah.data import grid_samples
 
     checkpoint = open_checkpoint(args.checkpoint)
     samples, _ = open_samples(args.task, checkpoint.tokenizer, checkpoint.record, "test")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with args.output.open("w", encoding="utf-8", newline="\n") as file:
+    with naming(args.output), args.output.open("w", encoding="utf-8", newline="\n") as file:
         for sample in grid_samples(samples, args.grid):
             count += 1
             row = {
@@ -115,6 +116,7 @@ def finetune(args: FinetuneArgs, console: Console) -> list[dict]:
     from transformers import set_seed
 
     from loglinear.cli.checkpoint import open_checkpoint
+    from loglinear.training.disk import writing_to
     from loglinear.training.finetune import finetune as run
     from loglinear.training.record import RECORD, versions, write_record
     from loglinear.training.trainer import use_bfloat16
@@ -137,8 +139,9 @@ def finetune(args: FinetuneArgs, console: Console) -> list[dict]:
             f"{entry['tokens_per_second']:,.0f} tokens/s"
         ),
     )
-    checkpoint.model.save_pretrained(args.output)
-    checkpoint.tokenizer.save_pretrained(args.output)
+    with writing_to(args.output):
+        checkpoint.model.save_pretrained(args.output)
+        checkpoint.tokenizer.save_pretrained(args.output)
     tuned = {
         "checkpoint": str(checkpoint.folder),
         **{"haystack": described, **_flat(args.task), **_flat(args.tune), "precision": str(dtype)},
@@ -158,6 +161,7 @@ def evaluate(args: EvaluateArgs, console: Console) -> dict:
     from rich.table import Table
 
     from loglinear.cli.checkpoint import open_checkpoint
+    from loglinear.tasks.lm.atomic import write_atomically
     from loglinear.tasks.niah.data import grid_samples
     from loglinear.tasks.niah.evaluate import by_context, score_samples, table
     from loglinear.tasks.niah.figure import draw_heatmaps
@@ -187,7 +191,7 @@ def evaluate(args: EvaluateArgs, console: Console) -> dict:
         "by_context": by_context(rows),
         "cells": rows,
     }
-    (output / "niah.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output / "niah.json", json.dumps(result, indent=2) + "\n")
     draw_heatmaps({args.checkpoint.name: rows}, output / "niah.png", tuned and max(tuned["contexts"]))
     shown = Table("kind", "length", "samples", "exact")
     for row in result["by_context"]:

@@ -30,6 +30,19 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def model_folder(path: Path, name: str) -> Path:
+    """``path`` if it holds a model; for the folder of an unfinished run, its last complete checkpoint.
+
+    Raises FileNotFoundError naming the argument ``name`` if there is neither.
+    """
+    if (path / "config.json").exists():
+        return path
+    complete = complete_checkpoints(path)
+    if not complete:
+        raise FileNotFoundError(f"{name}: {path} holds no model (config.json) and no complete checkpoint")
+    return complete[-1]
+
+
 def remove_incomplete_checkpoints(folder: Path) -> list[Path]:
     """Delete what a killed run left half-written, and return it."""
     unfinished = [path for path in _checkpoints(folder) if not (path / MARK).exists()]

@@ -10,15 +10,18 @@ from typing import Literal
 from loglinear.tasks.lm.config import DataConfig
 
 Precision = Literal["auto", "float32", "bfloat16"]
+Mixer = Literal["log_linear_mamba2", "mamba2", "log_linear_gated_deltanet", "gated_deltanet", "attention"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder: fields of `LogLinearConfig` by the same names. Models of different kinds differ in the mixer alone."""
+    """The decoder: fields of `LogLinearConfig` by the same names. Models of different kinds differ in the mixer alone.
 
-    mixer: tuple[str, ...] = ("log_linear_mamba2",)
-    """One name for all layers or one per layer, of: log_linear_mamba2, mamba2, log_linear_gated_deltanet,
-    gated_deltanet, attention."""
+    None leaves a field to `LogLinearConfig`.
+    """
+
+    mixer: tuple[Mixer, ...] = ("log_linear_mamba2",)
+    """One name for all layers or one per layer."""
     hidden_size: int = 256
     """Width of the residual stream."""
     num_hidden_layers: int = 4
@@ -29,10 +32,32 @@ class ModelConfig:
     """Width of a value head of the Mamba-2 mixers."""
     mamba_state_size: int = 64
     """Width of a key of the Mamba-2 mixers."""
+    mamba_num_heads: int | None = None
+    """Value heads of the Mamba-2 mixers; none: as many as make twice hidden_size."""
+    mamba_num_groups: int | None = None
+    """Heads of queries and keys of the Mamba-2 mixers, each shared by as many value heads; none: 1."""
     delta_num_heads: int = 4
-    """Heads of the Gated DeltaNet mixers."""
+    """Value heads of the Gated DeltaNet mixers."""
+    delta_num_key_heads: int | None = None
+    """Heads of queries and keys of the Gated DeltaNet mixers, each shared by as many value heads; none: delta_num_heads."""
+    delta_key_dim: int | None = None
+    """Width of a key of the Gated DeltaNet mixers; none: 3/4 of hidden_size for delta_num_heads keys together."""
+    delta_value_dim: int | None = None
+    """Width of a value head of the Gated DeltaNet mixers; none: twice delta_key_dim."""
+    conv_size: int | None = None
+    """Taps of the short convolutions of all mixers but attention; none: 4."""
     num_attention_heads: int | None = None
     """Heads of the attention mixer; none: heads of 64."""
+    num_key_value_heads: int | None = None
+    """Heads of keys and values of the attention mixer; none: num_attention_heads."""
+    head_dim: int | None = None
+    """Width of a head of the attention mixer; none: hidden_size over num_attention_heads."""
+    rope_theta: float | None = None
+    """Base of the rotary frequencies of the attention mixer; none: 500,000."""
+    rms_norm_eps: float | None = None
+    """Added to the mean square in every norm; none: 1e-6."""
+    initializer_range: float | None = None
+    """Standard deviation of new weights; none: 0.02."""
     tie_word_embeddings: bool = True
     """Use one matrix for the input and output embeddings."""
     residual_in_fp32: bool = True
@@ -44,7 +69,7 @@ class OptimizerConfig:
     """AdamW with warm-up and a cosine, batches, and precision."""
 
     steps: int = 1000
-    """Optimizer steps in the whole run."""
+    """Optimizer steps in the whole run. A run may be given more later: it goes on along the cosine of the new number."""
     batch_size: int = 8
     """Sequences per process and forward pass."""
     accumulate: int = 1
@@ -81,6 +106,9 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    init: Path | None = None
+    """Start a new run, from step 0, with the weights and the tokenizer of this one: the folder of a run, of one of its
+    checkpoints, or of any saved model of ours. Options of the model are its own."""
     seed: int = 0
     """Of the initialisation and of the order of the data."""
     log_every: int = 10
@@ -112,13 +140,25 @@ class TrainConfig:
             # A logged loss is a mean since the last one: a checkpoint in between would change it after a restart.
             raise ValueError(f"save_every must be a multiple of log_every: got {self.save_every} and {self.log_every}")
 
-    def arguments(self) -> dict:
-        """Everything that decides the result, flat and ready for JSON: not where the run or the cache lies."""
+    def options(self) -> dict:
+        """All options but ``output``, flat and ready for JSON and YAML."""
         flat: dict = {}
         for name, value in dataclasses.asdict(self).items():
             flat.update(value if isinstance(value, dict) else {name: value})
-        del flat["output"], flat["cache"]
+        del flat["output"]
+        return {name: _plain(value) for name, value in flat.items()}
+
+    def arguments(self) -> dict:
+        """Everything that decides the result: not where the run or the cache lies."""
+        arguments = self.options()
+        del arguments["cache"]
         for name in ("streaming", "max_documents"):  # records of older runs lack them
-            if not flat[name]:
-                del flat[name]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+            if not arguments[name]:
+                del arguments[name]
+        return arguments
+
+
+def _plain(value):
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

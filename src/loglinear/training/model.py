@@ -16,7 +16,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context
 
     Raises ValueError naming the field of ``config`` that does not fit.
     """
-    fields = asdict(config)
+    fields: dict[str, Any] = {name: value for name, value in asdict(config).items() if value is not None}
     # The embedding of a padding token gets no gradient, so a tokenizer that pads with its end-of-text token must not say so.
     padding = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     fields["mixer"] = config.mixer[0] if len(config.mixer) == 1 else list(config.mixer)

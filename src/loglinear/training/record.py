@@ -12,11 +12,15 @@ import platform
 from pathlib import Path
 
 import torch
+import yaml
 
 from loglinear.tasks.lm.atomic import write_atomically
 
 RECORD = "record.json"
+OPTIONS = "config.yaml"
 SHARES = ("batch_size", "accumulate", "processes")
+# What else may change from one start of a run to the next; steps may grow.
+FREE = ("fsdp", "context_parallel", "log_every", "save_every", "evaluate_every", "steps")
 
 
 def read_record(folder: Path) -> dict | None:
@@ -34,14 +38,23 @@ def write_record(folder: Path, record: dict) -> None:
     write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
+def write_options(folder: Path, options: dict) -> None:
+    """Replace ``config.yaml`` in ``folder``: the options that repeat its run."""
+    head = "# loglinear train --config THIS_FILE --output NEW_FOLDER does this run again.\n"
+    write_atomically(folder / OPTIONS, head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+
 def check_same_run(folder: Path, old: dict, new: dict) -> None:
-    """Raise ValueError naming every argument, or the data, in which ``new`` differs from the record in ``folder``."""
+    """Raise ValueError naming every argument, or the data, in which ``new`` cannot go on with the record in ``folder``."""
     before, now = _deciding(old["arguments"]), _deciding(new["arguments"])
     differing = [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
     ]
+    if new["arguments"]["steps"] < old["arguments"]["steps"]:
+        steps = f"{old['arguments']['steps']} and is now {new['arguments']['steps']}"
+        differing.append(f"steps was {steps}, and a run may be given more steps but not fewer")
     if not differing and old["data"] != new["data"]:
         differing = ["the text behind data or validation_data, or the tokenizer, has changed"]
     if differing:
@@ -52,8 +65,8 @@ def check_same_run(folder: Path, old: dict, new: dict) -> None:
 
 
 def _deciding(arguments: dict) -> dict:
-    """The arguments that decide the result: the sequences of a step do, how processes share them out does not."""
-    others = {name: value for name, value in arguments.items() if name not in (*SHARES, "fsdp", "context_parallel")}
+    """The arguments that a run keeps: the sequences of a step do not change, how processes share them out may."""
+    others = {name: value for name, value in arguments.items() if name not in (*SHARES, *FREE)}
     sequences = math.prod(arguments.get(name, 1) for name in SHARES) // arguments.get("context_parallel", 1)
     return {**others, " x ".join(SHARES): sequences}
 

@@ -1,10 +1,10 @@
 """One run from a TrainConfig to a folder with a model; the same call again goes on where the last one stopped.
 
-    arguments -> data -> record -> model -> train, from the last complete checkpoint -> evaluate -> save -> record
+    arguments -> start -> data -> record -> model -> train, from the last complete checkpoint -> evaluate -> save -> record
 
 The order of the data depends on the seed and the step only, and a checkpoint holds the optimizer, the schedule and the
 random states, so an interrupted run and an unbroken one see the same batches and reach the same losses. It may go on with
-more processes or fewer, as long as a step takes as many sequences.
+more processes or fewer, as long as a step takes as many sequences, and with more steps.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
 from torch.distributed import ProcessGroup
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
-    set_seed,
 )
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,18 +32,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from loglinear.layers import set_context_group
 from loglinear.tasks.lm.data import TextData, load_data
-from loglinear.training.checkpoints import (
-    MarkComplete,
-    checkpoint_step,
-    complete_checkpoints,
-    remove_incomplete_checkpoints,
-)
+from loglinear.training.checkpoints import MarkComplete, remove_incomplete_checkpoints
 from loglinear.training.config import TrainConfig
 from loglinear.training.context import ContextTrainer, join_context_group
-from loglinear.training.model import build_model, compile_blocks
+from loglinear.training.disk import writing_to
+from loglinear.training.model import compile_blocks
 from loglinear.training.progress import Meter, ShowProgress
-from loglinear.training.record import RECORD, check_same_run, read_record, versions, write_record
+from loglinear.training.record import RECORD, versions, write_options, write_record
 from loglinear.training.sharding import ShardedTrainer
+from loglinear.training.sigterm import EXIT_STATUS, StopAtSigterm
+from loglinear.training.start import Start, find_start
 from loglinear.training.trainer import LanguageModelTrainer, training_arguments
 
 
@@ -52,66 +49,83 @@ def train(config: TrainConfig, console: Console) -> dict:
     """Run ``config`` to its end and return the record, whose ``metrics`` hold the validation loss and perplexity.
 
     Every process of ``torchrun`` calls this. A run that is complete already is left alone and its record returned.
-    Raises ValueError for arguments or data that differ from those recorded in ``config.output``.
+    Raises ValueError for arguments or data that differ from those recorded in ``config.output``, OSError naming the folder
+    that cannot be written, and SystemExit(143) after SIGTERM, when a checkpoint is saved.
     """
     arguments = training_arguments(config)
     first_process = arguments.process_index == 0
     console = console if first_process else Console(quiet=True)
     disable_progress_bar()  # transformers' own, one for every file it saves
     group = join_context_group(config, arguments)
+    start = find_start(config)
     with console.status("reading and tokenizing the data"), arguments.main_process_first(desc="reading the data"):
-        data = load_data(config.data)
-    record = {
-        "status": "running",
-        "arguments": {**config.arguments(), "processes": arguments.world_size},
-        "data": data.describe(),
-        "versions": versions(),
-    }
-    old_record = read_record(config.output)
-    checkpoints = complete_checkpoints(config.output)
-    if old_record is not None:
-        check_same_run(config.output, old_record, record)
-        if old_record["status"] == "complete":
-            console.print(f"{config.output} holds this run already, complete: nothing to do.")
-            return old_record
-    elif checkpoints:
-        raise ValueError(f"output: {config.output} has checkpoints but no {RECORD}; choose another folder")
+        data = load_data(config.data, start.tokenizer())
+    record = start.continued(
+        {
+            "status": "running",
+            "arguments": {**config.arguments(), "processes": arguments.world_size},
+            "cache": str(config.data.cache),
+            "data": data.describe(),
+            "versions": versions(),
+        }
+    )
+    if start.is_complete:
+        console.print(f"{config.output} holds this run already, complete: nothing to do.")
+        return start.record or {}
     _report(data, console)
 
-    last = checkpoints[-1] if checkpoints else None
-    model = _initial_model(config, data, last)
+    model = start.model(data.tokenizer)
     if group is not None:
         set_context_group(model, group)
     if config.compile:
         compile_blocks(model, fullgraph=group is None)
     record["model"] = {"parameters": model.num_parameters(), "config": model.config.to_diff_dict()}
-    if first_process:
-        for unfinished in remove_incomplete_checkpoints(config.output):
-            console.print(f"removed {unfinished}, which a killed run left half-written")
-        write_record(config.output, record)
-    console.print(f"{model.num_parameters():,} parameters; {'new run' if last is None else f'going on from {last}'}")
-    with ShowProgress(console) as progress:
-        trainer = _trainer(config, arguments, group, model, data, [progress, *_writers(config, record, last)])
-        _train_from(trainer, last, config.optimizer.steps)
-    metrics = _finish(trainer, config.output)
-    record |= {"status": "complete", "metrics": metrics, "history": trainer.state.log_history}
-    if first_process:
-        write_record(config.output, record)
+    with writing_to(config.output):
+        if first_process:
+            for unfinished in remove_incomplete_checkpoints(config.output):
+                console.print(f"removed {unfinished}, which a killed run left half-written")
+            write_record(config.output, record)
+            write_options(config.output, config.options())
+        _announce(start, model, console)
+        with ShowProgress(console) as progress, StopAtSigterm() as stop:
+            callbacks = [progress, *_writers(config, record, start), stop]
+            trainer = _trainer(config, arguments, group, model, data, callbacks)
+            _train_from(trainer, start)
+        if stop.told:
+            console.print(f"stopped by SIGTERM after step {trainer.state.global_step}, which is saved")
+            raise SystemExit(EXIT_STATUS)
+        metrics = _finish(trainer, config.output)
+        record |= {"status": "complete", "metrics": metrics, "history": trainer.state.log_history}
+        if first_process:
+            write_record(config.output, record)
     for name, value in metrics.items():
         console.print(f"{name.replace('_', ' ')} {value:.4f}")
     console.print(f"the model, {RECORD} and the TensorBoard logs: {config.output}")
     return record
 
 
-def _initial_model(config: TrainConfig, data: TextData, last: Path | None) -> PreTrainedModel:
-    """A new model, or the trained one when only the end of the run is missing."""
-    if last is not None and checkpoint_step(last) == config.optimizer.steps:
-        return AutoModelForCausalLM.from_pretrained(last)
-    set_seed(config.seed)
-    return build_model(config.model, data.tokenizer, config.data.context)
+def _announce(start: Start, model: PreTrainedModel, console: Console) -> None:
+    """What is trained, from where."""
+    config = start.config
+    place = "new run"
+    if start.checkpoint is not None:
+        place = f"going on from {start.checkpoint}"
+    elif start.source is not None:
+        place = f"new run with the weights of {start.source}"
+    console.print(f"{model.num_parameters():,} parameters; {place}")
+    if start.record is not None and start.record["arguments"]["steps"] < config.optimizer.steps:
+        console.print(
+            f"steps: {start.record['arguments']['steps']} become {config.optimizer.steps}, and the learning rate goes on "
+            "along their cosine"
+        )
+    levels: Any = model.config
+    if config.data.context > levels.max_position_embeddings:
+        console.print(
+            f"context: beyond the {levels.max_position_embeddings} tokens of the model, which reads further levels as its last"
+        )
 
 
-def _writers(config: TrainConfig, record: dict, last: Path | None) -> list[TrainerCallback]:
+def _writers(config: TrainConfig, record: dict, start: Start) -> list[TrainerCallback]:
     """What the run leaves on the disk beside the Trainer's checkpoints."""
 
     def write_history(history: list[dict]) -> None:
@@ -120,7 +134,7 @@ def _writers(config: TrainConfig, record: dict, last: Path | None) -> list[Train
     tensorboard = TensorBoardCallback()
     if PartialState().is_main_process:
         # Steps after the last checkpoint are taken again: their first values are withdrawn.
-        first_step = 0 if last is None else checkpoint_step(last) + 1
+        first_step = 0 if start.checkpoint is None else start.step + 1
         tensorboard.tb_writer = SummaryWriter(str(config.output / "tensorboard"), purge_step=first_step)
     return [tensorboard, MarkComplete(write_history)]
 
@@ -150,8 +164,9 @@ def _trainer(
     return trainer
 
 
-def _train_from(trainer: LanguageModelTrainer, last: Path | None, steps: int) -> None:
-    if last is not None and checkpoint_step(last) == steps:
+def _train_from(trainer: LanguageModelTrainer, start: Start) -> None:
+    last = start.checkpoint
+    if last is not None and start.step == start.config.optimizer.steps:
         # The Trainer would take one step too many; the model is this checkpoint's already.
         trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loglinear.training.config import TrainConfig
 from loglinear.training.progress import Meter
@@ -25,6 +25,7 @@ class LanguageModelTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.meter = meter
         self.add_callback(meter)
+        self.add_callback(FollowArguments())
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
@@ -76,6 +77,18 @@ class LanguageModelTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self.meter.read(self.state.global_step)}
         super().log(logs, start_time)
+
+
+class FollowArguments(TrainerCallback):
+    """A checkpoint brings along the intervals and the learning rate of its time: those of today's arguments count."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs) -> None:
+        state.compute_steps(args, state.max_steps)
+        schedule: Any = lr_scheduler
+        rates = [base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas)]
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:

@@ -11,6 +11,17 @@ from pathlib import Path
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of writing name ``path``: a full disk is reported without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill, renamed to ``folder`` at the end of the ``with`` block.
 
@@ -19,7 +30,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        yield unfinished
+        with naming(folder):
+            yield unfinished
         if not folder.exists():
             os.replace(unfinished, folder)
     finally:
@@ -29,7 +41,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that a reader, or the next run, sees the old content or the new and nothing between."""
     unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+    with naming(path), unfinished.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -27,8 +27,10 @@ class TextData:
         return {**self.hashes, "train": self.train.describe(), "validation": validation}
 
 
-def load_data(config: DataConfig) -> TextData:
+def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> TextData:
     """Read, split, tokenize and pack. ``validation`` is None if ``validation_fraction`` is 0 and no other data is given.
+
+    ``tokenizer`` takes the place of the one that ``config`` names or that would be trained.
 
     Raises ValueError or FileNotFoundError naming the argument for text that is missing, empty or shorter than a context.
     """
@@ -39,12 +41,12 @@ def load_data(config: DataConfig) -> TextData:
     train_side: Side = "all" if other is not None or config.validation_fraction == 0 else "train"
 
     hashes = {"hash": source.hash}
-    if config.tokenizer is None:
+    if tokenizer is None and config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif tokenizer is None:
         # The hash of the data does not say which of its documents the tokenizer may see.
         key = f"{source.hash}-{train_side}-{config.validation_fraction}"
         tokenizer = cached_tokenizer(source.documents(train_side), key, config.vocab_size, config.cache)
-    else:
-        tokenizer = load_tokenizer(config.tokenizer)
     hashes["tokenizer_hash"] = tokenizer_hash(tokenizer)
 
     train = _pack(tokenize(source, train_side, tokenizer, config.cache), config, "training")

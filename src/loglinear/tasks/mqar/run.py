@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
 
+from loglinear.tasks.lm.atomic import naming
 from loglinear.tasks.mqar.config import Cell, Grid
 from loglinear.tasks.mqar.report import best_rate
 from loglinear.tasks.mqar.side_by_side import Share, start_worker, work
@@ -114,7 +115,7 @@ def _key(identity: dict) -> str:
 
 
 def _append(path: Path, row: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
