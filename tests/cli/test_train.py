@@ -250,7 +250,7 @@ def test_options_of_a_model_reach_it():
         "mixer": "log_linear_gated_deltanet", "hidden_size": 32, "num_hidden_layers": 1, "conv_size": 3,
         "delta_num_heads": 4, "delta_num_key_heads": 2, "delta_key_dim": 8, "delta_value_dim": 16, "mamba_num_heads": 6,
         "mamba_num_groups": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rope_theta": 100.0,
-        "rms_norm_eps": 1e-5, "initializer_range": 0.01,
+        "rms_norm_eps": 1e-5, "initializer_range": 0.01, "level_scale_start": "one",
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     config = parse(TrainArgs, ["--output", "run", *words], "loglinear train").model

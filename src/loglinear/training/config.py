@@ -44,6 +44,8 @@ class ModelConfig:
     """Width of a key of the Gated DeltaNet mixers; none: 3/4 of hidden_size for delta_num_heads keys together."""
     delta_value_dim: int | None = None
     """Width of a value head of the Gated DeltaNet mixers; none: twice delta_key_dim."""
+    level_scale_start: Literal["paper", "one"] | None = None
+    """Where the λ of log-linear mixers start: near ln 2 on every level, or near 1, as their linear twins; none: paper."""
     conv_size: int | None = None
     """Taps of the short convolutions of all mixers but attention; none: 4."""
     num_attention_heads: int | None = None
