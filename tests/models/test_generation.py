@@ -59,14 +59,20 @@ def test_chunked_prefill(both, chunk, cached):
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_cache_reuse_across_calls(make_model, tokens, mixer, kind):
-    """A conversation: prompt, answer, prompt, answer, with one cache; each turn equals a fresh start on the whole text."""
+    """A conversation: prompt, answer, prompt, answer, with one cache; each turn equals a fresh start on the whole text.
+
+    ``generate`` takes the cache by either name, whichever its version of transformers knows.
+    """
+    name = "cache" if kind is DynamicCache else "past_key_values"
     model = make_model(mixer)
     cache = kind(config=model.config, **({"max_cache_len": 200} if kind is StaticCache else {}))
     text = tokens(2, 30)
     for turn in (tokens(2, 0), tokens(2, 40), tokens(2, 3)):
         text = torch.cat([text, turn], dim=1)
-        fresh = model.generate(text, max_new_tokens=4, do_sample=False, use_cache=False)
-        text = model.generate(text, max_new_tokens=4, do_sample=False, past_key_values=cache)
+        # A generated word may be the padding token: without a mask generate would take it for padding.
+        options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(text)}
+        fresh = model.generate(text, **options, use_cache=False)
+        text = model.generate(text, **options, **{name: cache})
         assert torch.equal(text, fresh)
         assert cache.get_seq_length() == text.shape[1] - 1  # the last token has not been read yet
 

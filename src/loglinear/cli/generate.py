@@ -75,17 +75,17 @@ def continue_text(checkpoint: Checkpoint, prompt: str, args: GenerateArgs, strea
         raise ValueError(f"context must be at least {needed}, prompt and new tokens together: got {args.context}")
     set_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    clock = Clock()
+    clock, cache = Clock(), StaticCache(config=model.config, max_cache_len=args.context or needed)
     output = model.generate(  # type: ignore[operator]
         **inputs.to(model.device),
         **(sampling if args.temperature > 0 else {"do_sample": False}),
         max_new_tokens=args.max_new_tokens,
-        past_key_values=StaticCache(config=model.config, max_cache_len=args.context or needed),
+        past_key_values=cache,
         return_dict_in_generate=True,
         stopping_criteria=[clock],
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
     )
-    sequence, cache = output.sequences[0], output.past_key_values
+    sequence = output.sequences[0]
     text = str(tokenizer.decode(sequence[length:], skip_special_tokens=True))
     return text, f"{describe_state(cache)}{clock.per_token()}"
 

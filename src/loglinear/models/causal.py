@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.decoding import GraphedCall
 from loglinear.models.layout import TokenLayout
 from loglinear.models.modeling import LogLinearModel, LogLinearPreTrainedModel, take_offsets
-from loglinear.models.outputs import FIELD, CausalOutput, LossOutput, one_cache
+from loglinear.models.outputs import FIELD, OTHER, CausalOutput, LossOutput, one_cache
 from loglinear.ops.cross_entropy import linear_cross_entropy
 
 
@@ -185,6 +186,13 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss / num_items_in_batch
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As transformers', with the cache by either name."""
+        if OTHER in kwargs:
+            kwargs[FIELD] = one_cache(kwargs.pop(OTHER), kwargs.get(FIELD))
+        return super().generate(*args, **kwargs)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Also called when the vocabulary is resized; a plain linear layer becomes an ``OutputLayer`` of the same weight."""
