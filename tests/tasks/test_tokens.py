@@ -26,6 +26,8 @@ from loglinear.tasks.lm.tokenizer import (
     train_tokenizer,
 )
 from loglinear.tasks.lm.tokens import Tokens, Windows, tokenize
+from loglinear.training.config import ModelConfig
+from loglinear.training.model import build_model
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "watch"]
 TEXTS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(20 + 15 * i)) for i in range(12)]
@@ -127,13 +129,15 @@ def test_truncation_and_padding_are_no_part_of_the_hash(tokenizer, tmp_path):
     )
 
 
-def test_ids_with_gaps_are_stored_whole(jsonl, tokenizer, tmp_path):
+def test_ids_with_gaps_are_stored_whole_and_have_an_embedding(jsonl, tokenizer, tmp_path):
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["added_tokens"][0]["id"] = content["model"]["vocab"][END_OF_TEXT] = 70_000
     sparse = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=END_OF_TEXT)
     assert (len(sparse), num_ids(sparse)) == (300, 70_001)
     tokens = tokenize(Source(jsonl), "all", sparse, tmp_path)
     assert tokens.values[tokens.offsets[1] - 1] == 70_000
+    sizes = ModelConfig(hidden_size=8, num_hidden_layers=1, mamba_head_dim=8, mamba_state_size=8)
+    check_fits(sparse, build_model(sizes, sparse, 16).config)
 
 
 def test_tokens_are_the_documents_with_an_end_after_each(jsonl, tokenizer, tmp_path):

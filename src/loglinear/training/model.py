@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.tasks.lm.tokenizer import num_ids
 from loglinear.training.config import ModelConfig
 
 
@@ -23,7 +24,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context
     return LogLinearForCausalLM(
         LogLinearConfig(
             **fields,
-            vocab_size=len(tokenizer),
+            vocab_size=num_ids(tokenizer),
             max_position_embeddings=context,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
