@@ -18,7 +18,8 @@ from loglinear.ops import (
 
 __version__ = "0.1.0"
 
-_MODELS = ("LogLinearConfig", "LogLinearForCausalLM", "LogLinearModel")  # these import transformers, when asked for
+# These import transformers, when asked for.
+_MODELS = ("LiftReport", "LogLinearConfig", "LogLinearForCausalLM", "LogLinearModel", "lift")
 
 __all__ = [
     "DecodingState",

@@ -128,6 +128,35 @@ def test_what_contradicts_the_checkpoint_is_named(options, message, finished_run
     assert capsys.readouterr().err == f"loglinear train: {message.format(**places)}\n"
 
 
+def test_a_linear_run_goes_on_log_linear(train_options, data_options, tmp_path):
+    """--lift: the weights of the linear run, λ beside them, and from the first step on another model."""
+    linear, lifted, plain = (tmp_path / name for name in ("linear", "lifted", "plain"))
+    assert (
+        main([*train_options, "--mixer", "mamba2", "--steps", "4", "--save-every", "4", "--output", str(linear)]) == 0
+    )
+    start = [*data_options, "--init", str(linear), "--steps", "2", "--save-every", "2"]
+    assert main([*start, "--lift", "--output", str(lifted)]) == 0
+    assert main([*start, "--output", str(plain)]) == 0
+    model = LogLinearForCausalLM.from_pretrained(lifted)
+    assert (model.config.mixer, model.config.level_scale_start) == ("log_linear_mamba2", "one")
+    assert weights(lifted).keys() - weights(plain).keys() == {
+        f"model.layers.0.mixer.level_scale.{name}" for name in ("L", "dl_proj.weight")
+    }
+    first, second = (logs(run, "loss") for run in (lifted, plain))
+    assert first[1] == pytest.approx(second[1], abs=1e-6)  # the same model, and the same batch
+    assert not torch.equal(weights(lifted)["model.embed_tokens.weight"], weights(plain)["model.embed_tokens.weight"])
+    assert record(lifted)["arguments"]["lift"] is True
+    assert "lift" not in record(plain)["arguments"]
+
+
+def test_lift_needs_a_linear_model(data_options, finished_run, tmp_path, capsys):
+    start = [*data_options, "--lift", "--steps", "1", "--output", str(tmp_path / "run")]
+    assert main(start) == 2
+    assert "--lift: needs --init" in capsys.readouterr().err
+    assert main([*start, "--init", str(finished_run)]) == 1
+    assert "model must have a linear mixer" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------- the same run: --steps, --resume
 
 

@@ -6,6 +6,7 @@ from loglinear.models.cache import cache_nbytes, restore_cache, snapshot_cache
 from loglinear.models.causal import LogLinearForCausalLM
 from loglinear.models.configuration import MIXERS, LogLinearConfig
 from loglinear.models.decoding import DecodingGraph
+from loglinear.models.lift import LiftReport, lift
 from loglinear.models.modeling import LogLinearModel
 
 AutoConfig.register(LogLinearConfig.model_type, LogLinearConfig, exist_ok=True)
@@ -15,10 +16,12 @@ AutoModelForCausalLM.register(LogLinearConfig, LogLinearForCausalLM, exist_ok=Tr
 __all__ = [
     "MIXERS",
     "DecodingGraph",
+    "LiftReport",
     "LogLinearConfig",
     "LogLinearForCausalLM",
     "LogLinearModel",
     "cache_nbytes",
+    "lift",
     "restore_cache",
     "snapshot_cache",
 ]

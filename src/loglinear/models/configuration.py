@@ -29,6 +29,7 @@ LAYER_TYPES = {
     "attention": "loglinear_attention",
 }
 MIXERS = tuple(LAYER_TYPES)
+LIFTED = {name.removeprefix("log_linear_"): name for name in MIXERS if name.startswith("log_linear_")}  # by linear twin
 
 
 class LogLinearConfig(PreTrainedConfig):

@@ -111,6 +111,8 @@ class TrainConfig:
     init: Path | None = None
     """Start a new run, from step 0, with the weights and the tokenizer of this one: the folder of a run, of one of its
     checkpoints, or of any saved model of ours. Options of the model are its own."""
+    lift: bool = False
+    """Make the linear mixers of --init log-linear first: the same model until it is trained."""
     seed: int = 0
     """Of the initialisation and of the order of the data."""
     log_every: int = 10
@@ -134,6 +136,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0: got {self.seed}")
+        if self.lift and self.init is None:
+            raise ValueError("lift: needs --init, the linear model to start from")
         if self.fsdp and self.context_parallel > 1:
             raise ValueError(
                 f"fsdp: must be off with context_parallel={self.context_parallel}: processes share one or the other"
@@ -154,7 +158,7 @@ class TrainConfig:
         """Everything that decides the result: not where the run or the cache lies."""
         arguments = self.options()
         del arguments["cache"]
-        for name in ("streaming", "max_documents"):  # records of older runs lack them
+        for name in ("streaming", "max_documents", "lift"):  # records of older runs lack them
             if not arguments[name]:
                 del arguments[name]
         return arguments

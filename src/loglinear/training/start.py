@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM, lift
 from loglinear.tasks.lm.tokenizer import check_fits, load_tokenizer, tokenizer_hash
 from loglinear.training.checkpoints import checkpoint_step, complete_checkpoints, model_folder
 from loglinear.training.config import ModelConfig, TrainConfig
@@ -56,6 +56,8 @@ class Start:
         model, missing = found[0], found[1]["missing_keys"]
         if missing:
             raise ValueError(f"{self.source} has no weights for {sorted(missing)}")
+        if self.config.lift and self.checkpoint is None:
+            lift(model)
         return model
 
     def continued(self, record: dict) -> dict:
