@@ -7,6 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
+from loglinear.tasks.lm.config import names_of
 from reporting.rows import LABELS, PAIRS, seeds_of
 from reporting.statistics import Difference, check_same_sequences, edge_at, paired, sequence_losses
 from reporting.text import MISSING, NOT_RUN, Section, below, difference, direction, picture, signed, table
@@ -100,10 +101,11 @@ def _setup(runs: Runs) -> str:
     differing = [name for name, of in FILES.items() if len({row["data"].get(of) for row in rows}) > 1]
     differing += [name for name in names if len({str(row["arguments"].get(name)) for row in rows}) > 1]
     per_step = first["tokens"] // shared["steps"]
+    files = ", ".join(name.rpartition("/")[2] for name in names_of(shared["data"]))
     text = (
         f"Width {shared['hidden_size']}, {shared['steps']:,} steps of {per_step:,} "
         f"tokens in sequences of {shared['context']:,}, peak learning rate {shared['learning_rate']:g}, AdamW, on "
-        f"`{shared['data'].rpartition('/')[2]}` (hash {first['data']['hash'][:12]}); "
+        f"`{files}` (hash {first['data']['hash'][:12]}); "
         f"{', '.join(sorted({row['gpu'] for row in rows}))}; torch {first['versions']['torch']}, "
         f"Triton {first['versions']['triton']}; commit {', '.join(sorted({row['commit'] for row in rows}))}."
     )

@@ -124,6 +124,8 @@ def test_the_table_of_models_and_costs(made, tmp_path):
     assert "differ in these arguments, too: learning_rate" in "\n".join(language.section(rows).lines)
     rows[0]["arguments"]["data"] = "the same text.jsonl.xz"
     assert "too: learning_rate (" in "\n".join(language.section(rows).lines), "a name is none of the text's"
+    rows[0]["arguments"]["data"] = ["texts/one.txt", "more"]
+    assert ", AdamW, on `one.txt, more` (hash" in "\n".join(language.section(rows).lines)
     rows[0]["data"]["hash"] = "another text"
     assert "too: data, learning_rate (" in "\n".join(language.section(rows).lines)
     renamed = [row | {"name": "mamba2-wide"} if row["name"] == "mamba2-s1" else row for row in rows]

@@ -32,6 +32,14 @@ def needles(run: Path, cache: Path, output: Path, *options: str) -> dict:
     return json.loads((output / "niah.json").read_text())["haystack"]
 
 
+def again(run: Path, cache: Path, output: Path) -> None:
+    """The run is the same by its record and by its configuration."""
+    assert main(["train", "--resume", str(run), "--cache", str(cache)]) == 0
+    assert main(["train", "--config", str(run / "config.yaml"), "--cache", str(cache), "--output", str(output)]) == 0
+    assert record(output)["arguments"] == record(run)["arguments"]
+    assert record(output)["data"] == record(run)["data"]
+
+
 def test_several_names_and_a_pattern_give_one_run_that_is_found_again(texts, finished_run, train_options, tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"
     options = [*train_options, "--steps", "1", "--cache", str(cache), "--output", str(run)]
@@ -51,6 +59,7 @@ def test_several_names_and_a_pattern_give_one_run_that_is_found_again(texts, fin
     assert needles(run, cache, tmp_path / "out")["side"] == "validation"
     assert evaluated(run, cache, tmp_path / "out", "--data", *names, "--max-documents", "3")["documents"] == 3
     assert main([*options, "--data", *names]) == 0, "complete"
+    again(run, cache, tmp_path / "again")
 
 
 def test_a_streamed_run_is_found_again(texts, train_options, tmp_path, monkeypatch, capsys):
@@ -65,6 +74,7 @@ def test_a_streamed_run_is_found_again(texts, train_options, tmp_path, monkeypat
     assert record(run)["data"]["train"]["documents"] == 8
     assert evaluated(run, cache, tmp_path / "out")["documents"] == 2
     assert needles(run, cache, tmp_path / "out")["hash"] == record(run)["data"]["hash"]
+    again(run, cache, tmp_path / "again")
     assert not list((tmp_path / "arrow").rglob("*.arrow"))
     capsys.readouterr()
     assert main(["evaluate", str(run), "--cache", str(cache), "--max-documents", "3"]) == 1
