@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import torch
 
+from loglinear.kernels.devices import AMPLE
+
 # Triton 3.6 reads past the end of shared memory on Hopper where a 16-bit tile narrower than 64 columns (128 bytes, a whole
 # swizzle) enters one product as it is and another transposed: wrong results at some widths, a fault at others.
 LEAST_TILE = 64  # of 16 bits
@@ -66,8 +68,10 @@ class ScalarGateConfig:
 
 
 @lru_cache
-def scalar_gate_config(dtype: torch.dtype, key_width: int, value_width: int) -> ScalarGateConfig:
-    """The configuration for inputs of this dtype and these widths."""
+def scalar_gate_config(
+    dtype: torch.dtype, key_width: int, value_width: int, shared_memory: int = AMPLE
+) -> ScalarGateConfig:
+    """The configuration for inputs of this dtype and these widths. Less memory means shallower pipelines, the same numbers."""
     if dtype == torch.float32:
         return float32_config(max(key_width, 16))
     if key_width > 128 or value_width > 128:
@@ -80,6 +84,8 @@ def scalar_gate_config(dtype: torch.dtype, key_width: int, value_width: int) -> 
         return dataclasses.replace(config, local=one_by_one, value=one_by_one)
     # Depths measured one kernel at a time: H200, Triton 3.6, bf16, B=2, T=16,384, H=48, G=1, K=128, V=64, 2026-11-22.
     config = low_precision_config(chunk=64, warps=4)
+    if value_width > 64 and shared_memory < AMPLE:
+        return config
     deep = Launch(warps=4, stages=3)
     output = Launch(warps=4, stages=1, registers=168)
     return dataclasses.replace(config, states=deep, output=output, windows=deep, value=deep, key=deep, chunk_grads=deep)

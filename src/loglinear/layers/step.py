@@ -50,7 +50,7 @@ def takes(
         return False
     if isinstance(memory, DecodingState):
         whole = 1 <= length <= memory.chunk_size and memory.open_k.dtype == projected.dtype
-        return whole and mixer.level_scale is not None and has_kernel(memory.open_k, memory.open_v)
+        return whole and mixer.level_scale is not None and has_kernel(memory.open_k, memory.open_v, memory.chunk_size)
     if length != 1 or mixer.level_scale is not None:
         return False
     return isinstance(memory, LinearDecodingState) and fused.fits_linear(memory.state)

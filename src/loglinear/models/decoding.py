@@ -128,7 +128,7 @@ def captured_by_graphs(state: MixerState | None, dtype: torch.dtype) -> bool:
     memory = state.memory if isinstance(state, RecurrentMixerState) else None
     if not isinstance(memory, DecodingState):
         return True
-    return memory.open_k.dtype == dtype and has_kernel(memory.open_k, memory.open_v)
+    return memory.open_k.dtype == dtype and has_kernel(memory.open_k, memory.open_v, memory.chunk_size)
 
 
 def same_objects(one: list, other: list) -> bool:

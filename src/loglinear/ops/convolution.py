@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear import kernels
+from loglinear.ops import fallback
 from loglinear.ops.once import differentiable_once
 
 MAX_TAPS = 7
@@ -16,7 +16,10 @@ MAX_TAPS = 7
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels take these inputs: CUDA, at most 32 bits, at most 7 taps."""
-    return x.is_cuda and x.dtype != torch.float64 and weight.shape[1] <= MAX_TAPS and kernels.installed()
+    what, taps = "the short convolution", weight.shape[1]
+    if not fallback.on_kernels(what, x):
+        return False
+    return taps <= MAX_TAPS or fallback.plain(what, f"{taps} taps, where the kernel takes up to {MAX_TAPS}")
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loglinear import kernels
-from loglinear.ops import pointwise
+from loglinear.ops import fallback, pointwise
 from loglinear.ops.registration import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
 
 MAX_WIDTH = 16_384  # of a norm: one program holds it
@@ -51,7 +51,12 @@ def fits_linear(state: Tensor) -> bool:
 def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
     """``x + added`` and its RMS norm, of the shape of x; None where the kernel does not take them."""
     alike = x.shape == added.shape and x.dtype == added.dtype == weight.dtype
-    if not alike or weight.shape[0] > MAX_WIDTH or not fits(x, added, weight):
+    if not alike or not fits(x, added, weight):
+        return None
+    if weight.shape[0] > MAX_WIDTH:
+        fallback.plain(
+            "a sum and its norm", f"rows of {weight.shape[0]:,} numbers, where the kernel takes {MAX_WIDTH:,}"
+        )
         return None
     return kernels_of("residual").add_norm(x, added, weight, eps)
 

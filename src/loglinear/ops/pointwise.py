@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear import kernels
+from loglinear.ops import fallback
 from loglinear.ops.once import differentiable_once
 
 MAX_WIDTH = 8192  # of a row in registers
@@ -40,8 +41,10 @@ def has_kernels(*tensors: Tensor | None) -> bool:
 
 def takes_rows(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels take the rows of x ``[B, T, width]`` or ``[B, T, heads, width]`` with others like it."""
-    if x.dim() not in (3, 4) or not 1 <= x.shape[-1] <= MAX_WIDTH or not has_kernels(x, *others):
+    if x.dim() not in (3, 4) or not x.shape[-1] or not has_kernels(x, *others):
         return False
+    if x.shape[-1] > MAX_WIDTH:
+        return fallback.plain("a norm", f"rows of {x.shape[-1]:,} numbers, where the kernels take up to {MAX_WIDTH:,}")
     return all(y is None or (y.shape == x.shape and y.dtype == x.dtype) for y in others)
 
 

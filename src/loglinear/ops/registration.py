@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear import kernels
+from loglinear.kernels.devices import why_unfit
+from loglinear.ops import fallback
 from loglinear.ops.checks import sequence_lengths
 from loglinear.ops.once import differentiable_once
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
 
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 1024  # of the kernels; wider heads run the plain torch form
-DELTA_RULE_SHARED_MEMORY = 160 << 10  # bytes that a multiprocessor must have: data-centre GPUs from 2020 on do
 
 
 def digest(*files: str) -> str:
@@ -52,21 +52,24 @@ def kernels_of(delta: bool) -> Any:
     return import_module("loglinear.kernels.delta_rule" if delta else "loglinear.kernels.scalar_gate")
 
 
-@lru_cache(maxsize=64)
-def device_has_kernels(device: torch.device, delta: bool) -> bool:
-    """Whether Triton is installed and this device's shared memory holds the tiles."""
-    if not kernels.installed():
-        return False
-    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-    return not delta or shared >= DELTA_RULE_SHARED_MEMORY
-
-
 def has_kernel(q: Tensor, v: Tensor, beta: Tensor | None) -> bool:
-    """Whether the kernels take these inputs: CUDA, at most 32 bits, K up to 256, V up to 1,024."""
-    if not q.is_cuda or v.dtype == torch.float64:
+    """Whether the kernels take these inputs: CUDA, at most 32 bits, K up to 256, V up to 1,024, enough shared memory."""
+    if not q.is_cuda:
         return False
-    fits = q.shape[3] <= MAX_KEY_WIDTH and v.shape[3] <= MAX_VALUE_WIDTH
-    return fits and device_has_kernels(q.device, beta is not None)
+    what = "log_linear_attention" if beta is None else "log_linear_delta_rule"
+    if not (fallback.on_kernels(what, v) and fits_heads(what, q, v)):
+        return False
+    reason = why_unfit(q.device, beta is not None, int(q.shape[3]))
+    return reason is None or fallback.plain(what, reason)
+
+
+def fits_heads(what: str, q: Tensor, v: Tensor) -> bool:
+    """Whether the heads of q and v ``[B, T, heads, width]`` are no wider than the kernels' tiles."""
+    key_width, value_width = q.shape[3], v.shape[3]
+    if key_width <= MAX_KEY_WIDTH and value_width <= MAX_VALUE_WIDTH:
+        return True
+    limits = f"kernels take K up to {MAX_KEY_WIDTH} and V up to {MAX_VALUE_WIDTH:,}"
+    return fallback.plain(what, f"heads of K={int(key_width)} and V={int(value_width)}, where {limits}")
 
 
 def continues(
@@ -76,9 +79,7 @@ def continues(
     state: LogLinearState | LinearState | None,
 ) -> bool:
     """Whether the kernels take these inputs from this state: the scalar gate's, from some number of tokens on."""
-    if not isinstance(state, LogLinearState) or state.chunk_size != CHUNK_SIZE or beta is not None:
-        return False
-    return q.shape[0] * q.shape[1] > CHUNK_SIZE and has_kernel(q, v, beta)
+    return isinstance(state, LogLinearState) and beta is None and takes_segments(q, v, beta, state)
 
 
 def takes_segments(
@@ -88,9 +89,12 @@ def takes_segments(
     state: LogLinearState | LinearState | None,
 ) -> bool:
     """Whether a call with states is worth the kernels: from some number of tokens on."""
-    if isinstance(state, LogLinearState) and state.chunk_size != CHUNK_SIZE:
+    if q.shape[0] * q.shape[1] <= CHUNK_SIZE or not has_kernel(q, v, beta):
         return False
-    return q.shape[0] * q.shape[1] > CHUNK_SIZE and has_kernel(q, v, beta)
+    if isinstance(state, LogLinearState) and state.chunk_size != CHUNK_SIZE:
+        reason = f"a state of chunks of {state.chunk_size} tokens, where kernels go on from chunks of {CHUNK_SIZE}"
+        return fallback.plain("a call with an initial_state", reason)
+    return True
 
 
 def run_kernels(

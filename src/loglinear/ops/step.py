@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear import kernels
 from loglinear.decoding_state import DecodingState, tensor_kinds
-from loglinear.ops import checks
+from loglinear.ops import checks, fallback
 from loglinear.ops.attention import unit
-from loglinear.ops.registration import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
+from loglinear.ops.registration import fits_heads
 from loglinear.reference.step import step
-from loglinear.state import check_chunk_size
+from loglinear.state import CHUNK_SIZE, check_chunk_size
 
+CHUNK_SIZES = (16, 32, 64, 128)  # that the kernels compile for; longer chunks spill
 NAMES = ("q", "k", "v", "g", "beta", "level_scales")
 _known: set[tuple] = set()  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
 
@@ -99,7 +99,7 @@ def _step(q, k, v, g, beta, level_scales, state, scale, normalize, advance) -> T
 
 
 def _run(q, k, v, g, beta, level_scales, state, scale, normalize, advance) -> Tensor:
-    if has_kernel(q, v):
+    if has_kernel(q, v, state.chunk_size):
         run = kernels_of()
         if beta is None:
             o = run.scalar_step(q, k, v, g, level_scales, state, scale)
@@ -120,10 +120,14 @@ def kernels_of() -> Any:
     return import_module("loglinear.kernels.decoding")
 
 
-def has_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take these inputs: CUDA, at most 32 bits, K up to 256, V up to 1,024."""
-    fits = q.is_cuda and v.dtype != torch.float64 and q.shape[3] <= MAX_KEY_WIDTH and v.shape[3] <= MAX_VALUE_WIDTH
-    return fits and kernels.installed()
+def has_kernel(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE) -> bool:
+    """Whether the kernels take these inputs: CUDA, at most 32 bits, K up to 256, V up to 1,024, chunks of 16 to 128 tokens."""
+    what = "a decoding step"
+    if not (q.is_cuda and fallback.on_kernels(what, v) and fits_heads(what, q, v)):
+        return False
+    if chunk_size in CHUNK_SIZES:
+        return True
+    return fallback.plain(what, f"a state of chunks of {chunk_size} tokens, where kernels take {CHUNK_SIZES}")
 
 
 def check_step(q, k, v, g, beta, level_scales, state) -> None:

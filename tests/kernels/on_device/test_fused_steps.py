@@ -30,7 +30,7 @@ def on_the_kernels(monkeypatch):
     monkeypatch.setattr(inputs, "BLOCK", 64)
     if INTERPRETED:
         monkeypatch.setattr(fused, "fits", lambda x, *others: x.dtype != torch.float64)
-        monkeypatch.setattr(step, "has_kernel", lambda q, v: True)
+        monkeypatch.setattr(step, "has_kernel", lambda q, v, chunk_size: True)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import common
+from loglinear.kernels.devices import shared_memory
 from loglinear.kernels.head_sums import sum_heads
 from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
@@ -227,7 +228,7 @@ def backward(
 
     ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
     """
-    config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
+    config = config or scalar_gate_config(v.dtype, q.shape[3], v.shape[3], shared_memory(v.device))
     inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_chunks=first_chunks)
     return replay(run_backward, [*inputs, *tables], scale, config, reach)  # type: ignore[return-value]

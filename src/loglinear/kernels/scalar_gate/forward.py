@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import common
+from loglinear.kernels.devices import shared_memory
 from loglinear.kernels.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
 from loglinear.kernels.replay import replay
 from loglinear.kernels.scalar_gate.chunk_states import chunk_states_kernel
@@ -118,7 +119,7 @@ def forward(
     Returns:
         o ``[B, T, H, V]`` of v's dtype, contiguous.
     """
-    config = scalar_gate_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
+    config = config or scalar_gate_config(v.dtype, q.shape[3], v.shape[3], shared_memory(v.device))
     inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_chunks=first_chunks)
     return replay(run_forward, [*inputs, *tables], scale, config, reach)[0]

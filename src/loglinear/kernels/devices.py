@@ -1,0 +1,33 @@
+"""DEVICES: which kernels fit into the shared memory of which GPU, by what the compiler says (test_compilation.py)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+AMPLE = 160 << 10  # bytes that data-centre GPUs from 2020 on have: A100, H100, H200, B200
+LEAST = 99 << 10  # what other GPUs from 2020 on have: compute capabilities 8.6, 8.9 and 12.0
+LEAST_KEYS = 128  # widest keys with which the delta rule fits into LEAST
+
+
+@lru_cache(maxsize=64)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; AMPLE off the GPU, where the interpreter runs."""
+    if device.type != "cuda":
+        return AMPLE
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", LEAST)
+
+
+def why_unfit(device: torch.device, delta: bool, key_width: int) -> str | None:
+    """Why one rule's kernels do not run on a GPU; None where they do."""
+    if torch.version.hip is not None and not delta:  # compiled for gfx942 alone, never run
+        return None
+    rule, needed = "scalar gate", LEAST
+    if delta:
+        rule, needed = f"delta rule with keys of {key_width}", AMPLE if key_width > LEAST_KEYS else LEAST
+    shared = shared_memory(device)
+    if shared >= needed:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has {shared >> 10} KB of shared memory, the kernels of the {rule} need {needed >> 10} KB"

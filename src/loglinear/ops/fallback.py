@@ -1,0 +1,34 @@
+"""FALLBACK: plain PyTorch where a GPU might have run a kernel. It is many times slower, so each reason is said once."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loglinear import kernels
+
+
+def plain(what: str, reason: str) -> Literal[False]:
+    """False, for a ``has_kernel`` to return. Warns the first time that ``what`` has no kernel for this reason."""
+    if not torch.compiler.is_compiling():
+        warn_once(f"{what} runs in plain PyTorch on the GPU, not in a kernel: {reason}")
+    return False
+
+
+@lru_cache(maxsize=1024)
+def warn_once(message: str) -> None:
+    """A UserWarning, once in a process."""
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def on_kernels(what: str, x: Tensor) -> bool:
+    """Whether kernels take tensors like x at all: on CUDA, at most 32 bits, with Triton installed."""
+    if not x.is_cuda:
+        return False
+    if x.dtype == torch.float64:
+        return plain(what, "float64 inputs, where kernels take float32, bfloat16 and float16")
+    return kernels.installed() or plain(what, "Triton is not installed")

@@ -1,0 +1,143 @@
+"""Where a GPU runs plain PyTorch instead of a kernel, it says so once, with the reason."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from calls import C
+
+from loglinear import LogLinearState, kernels
+from loglinear.kernels import devices
+from loglinear.kernels.tuning import scalar_gate_config
+from loglinear.ops import convolution, cross_entropy, fallback, pointwise, registration, step
+
+KB = 1 << 10
+GPUS = {"T4": 64 * KB, "V100": 96 * KB, "RTX 3090": 99 * KB, "RTX 4090": 99 * KB, "A100": 163 * KB, "H100": 227 * KB}
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """``gpu(name)``: a GPU with that one's shared memory; an H100 at first. Nothing has been said yet."""
+
+    def choose(name):
+        monkeypatch.setattr(devices, "shared_memory", lambda device: GPUS[name])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+
+    monkeypatch.setattr(kernels, "installed", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    fallback.warn_once.cache_clear()
+    choose("H100")
+    yield choose
+    fallback.warn_once.cache_clear()
+
+
+def on_gpu(*shape, dtype=torch.bfloat16):
+    """What a ``has_kernel`` looks at of a tensor on a GPU."""
+    device = torch.device("cuda", 0)
+    return SimpleNamespace(shape=shape, dtype=dtype, device=device, is_cuda=True, dim=lambda: len(shape))
+
+
+def heads(K=64, V=64, T=100, **kind):
+    return on_gpu(2, T, 4, K, **kind), on_gpu(2, T, 4, V, **kind)
+
+
+def op(*given):
+    return registration.has_kernel(*given[:2], beta=given[2] if len(given) > 2 else None)
+
+
+def state(chunk_size):
+    return LogLinearState(*[torch.zeros(1)] * 6, chunk_size=chunk_size)
+
+
+BETA = object()
+REASONS = {
+    "float64": (lambda: op(*heads(dtype=torch.float64)), "log_linear_attention", "float64 inputs"),
+    "float64, delta": (lambda: op(*heads(dtype=torch.float64), BETA), "log_linear_delta_rule", "float64 inputs"),
+    "wide keys": (lambda: op(*heads(K=300)), "log_linear_attention", "heads of K=300 and V=64, where kernels take K up to 256"),
+    "wide values": (lambda: op(*heads(V=2048)), "log_linear_attention", "V=2048, where kernels take K up to 256 and V up to 1"),
+    "other chunks": (
+        lambda: registration.takes_segments(*heads(), None, state(16)),
+        "a call with an initial_state",
+        "a state of chunks of 16 tokens, where kernels go on from chunks of 64",
+    ),
+    "step, float64": (lambda: step.has_kernel(*heads(dtype=torch.float64)), "a decoding step", "float64 inputs"),
+    "step, wide keys": (lambda: step.has_kernel(*heads(K=257)), "a decoding step", "heads of K=257"),
+    "step, short chunks": (lambda: step.has_kernel(*heads(), 8), "a decoding step", "a state of chunks of 8 tokens"),
+    "taps": (lambda: convolution.has_kernel(on_gpu(2, 9, 8), on_gpu(8, 9)), "the short convolution", "9 taps, where"),
+    "loss": (lambda: cross_entropy.has_kernel(on_gpu(9, 8, dtype=torch.float64)), "linear_cross_entropy", "float64 inputs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_a_fallback_is_said_once(case):
+    ask, what, reason = REASONS[case]
+    with pytest.warns(
+        UserWarning, match=f"^{what} runs in plain PyTorch on the GPU, not in a kernel: .*{reason}"
+    ) as found:
+        assert not ask()
+    assert len(found) == 1
+    assert not ask()  # a second warning would be an error
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "installed", lambda: False)
+    with pytest.warns(UserWarning, match="log_linear_attention runs in plain PyTorch .*: Triton is not installed"):
+        assert not op(*heads())
+    with pytest.warns(UserWarning, match="a decoding step runs in plain PyTorch .*: Triton is not installed"):
+        assert not step.has_kernel(*heads())
+
+
+def test_a_wide_norm(monkeypatch):
+    monkeypatch.setattr(pointwise, "has_kernels", lambda *tensors: True)
+    with pytest.warns(UserWarning, match="a norm runs in plain PyTorch .*: rows of 10,240 numbers"):
+        assert not pointwise.takes_rows(on_gpu(2, 3, 10_240))
+
+
+# (delta rule, K) that run on kernels; the others say what they need.
+RUN = {
+    "T4": (),
+    "V100": (),
+    "RTX 3090": ((False, 64), (False, 256), (True, 64), (True, 128)),
+    "RTX 4090": ((False, 64), (False, 256), (True, 64), (True, 128)),
+    "A100": ((False, 64), (False, 256), (True, 64), (True, 128), (True, 256)),
+    "H100": ((False, 64), (False, 256), (True, 64), (True, 128), (True, 256)),
+}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_which_gpus_run_what(name, gpu):
+    """The table of docs/kernels.md."""
+    gpu(name)
+    for delta, K in RUN["H100"]:
+        given = (*heads(K=K), *([BETA] if delta else []))
+        if (delta, K) in RUN[name]:
+            assert op(*given)
+            continue
+        needed = 160 if delta and K > 128 else 99
+        fallback.warn_once.cache_clear()
+        with pytest.warns(UserWarning, match=f"{name} has {GPUS[name] // KB} KB of shared memory, .* need {needed} KB"):
+            assert not op(*given)
+
+
+def test_what_runs_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert op(*heads())
+        assert op(*heads(), BETA)
+        assert step.has_kernel(*heads())
+        assert registration.continues(*heads(), None, state(C))
+        assert convolution.has_kernel(on_gpu(2, 9, 8), on_gpu(8, 4))
+        assert not registration.continues(*heads(T=1), None, state(16))  # a few tokens: no kernel is worth it
+        assert not op(torch.zeros(1, 2, 3, 300), torch.zeros(1, 2, 3, 300))  # on the CPU
+
+
+def test_less_memory_changes_no_number():
+    """The same chunks and tiles, hence the same sums: a pipeline's depth is all that differs."""
+    small, ample = (scalar_gate_config(torch.bfloat16, 128, 128, GPUS[name]) for name in ("RTX 3090", "H100"))
+    fields = [field for field in vars(ample) if getattr(small, field) != getattr(ample, field)]
+    assert "value" in fields
+    for field in fields:
+        one, other = getattr(small, field), getattr(ample, field)
+        assert (one.block_v, one.block_k, one.warps) == (other.block_v, other.block_k, other.warps)
+        assert one.stages < other.stages or field == "output"
