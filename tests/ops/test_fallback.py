@@ -64,6 +64,7 @@ REASONS = {
     "step, float64": (lambda: step.has_kernel(*heads(dtype=torch.float64)), "a decoding step", "float64 inputs"),
     "step, wide keys": (lambda: step.has_kernel(*heads(K=257)), "a decoding step", "heads of K=257"),
     "step, short chunks": (lambda: step.has_kernel(*heads(), 8), "a decoding step", "a state of chunks of 8 tokens"),
+    "step, long chunks": (lambda: step.has_kernel(*heads(), 128), "a decoding step", "a state of chunks of 128 tokens"),
     "taps": (lambda: convolution.has_kernel(on_gpu(2, 9, 8), on_gpu(8, 9)), "the short convolution", "9 taps, where"),
     "loss": (lambda: cross_entropy.has_kernel(on_gpu(9, 8, dtype=torch.float64)), "linear_cross_entropy", "float64 inputs"),
 }  # fmt: skip
@@ -109,6 +110,9 @@ RUN = {
 def test_which_gpus_run_what(name, gpu):
     """The table of docs/kernels.md."""
     gpu(name)
+    if not RUN[name]:
+        with pytest.warns(UserWarning, match=f"a decoding step .*: {name} has"):
+            assert not step.has_kernel(*heads())
     for delta, K in RUN["H100"]:
         given = (*heads(K=K), *([BETA] if delta else []))
         if (delta, K) in RUN[name]:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from loglinear.decoding_state import DecodingState, tensor_kinds
+from loglinear.kernels.devices import why_unfit
 from loglinear.ops import checks, fallback
 from loglinear.ops.attention import unit
 from loglinear.ops.registration import fits_heads
 from loglinear.reference.step import step
 from loglinear.state import CHUNK_SIZE, check_chunk_size
 
-CHUNK_SIZES = (16, 32, 64, 128)  # that the kernels compile for; longer chunks spill
+CHUNK_SIZES = (16, 32, 64)  # that the kernels compile for; with longer chunks they spill
 NAMES = ("q", "k", "v", "g", "beta", "level_scales")
 _known: set[tuple] = set()  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
 
@@ -121,13 +122,14 @@ def kernels_of() -> Any:
 
 
 def has_kernel(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE) -> bool:
-    """Whether the kernels take these inputs: CUDA, at most 32 bits, K up to 256, V up to 1,024, chunks of 16 to 128 tokens."""
+    """Whether the kernels take these inputs: CUDA, at most 32 bits, K up to 256, V up to 1,024, chunks of 16 to 64 tokens."""
     what = "a decoding step"
     if not (q.is_cuda and fallback.on_kernels(what, v) and fits_heads(what, q, v)):
         return False
-    if chunk_size in CHUNK_SIZES:
-        return True
-    return fallback.plain(what, f"a state of chunks of {chunk_size} tokens, where kernels take {CHUNK_SIZES}")
+    if chunk_size not in CHUNK_SIZES:
+        return fallback.plain(what, f"a state of chunks of {chunk_size} tokens, where kernels take {CHUNK_SIZES}")
+    reason = why_unfit(q.device, False, int(q.shape[3]))  # no step needs more than the scalar gate
+    return reason is None or fallback.plain(what, reason)
 
 
 def check_step(q, k, v, g, beta, level_scales, state) -> None:
