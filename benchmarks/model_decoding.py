@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 sys.path.insert(0, str(Path(__file__).parent))
+from decoding_figure import UNMASKED, draw_decoding
 from loglinear.decoding_state import DecodingState
 from loglinear.layers import RecurrentMixerState, SoftmaxAttention
 from loglinear.layers.state import KVDecodingState
@@ -41,7 +42,6 @@ from measure import RESULTS, append, environment
 from ops_cpu import machine
 
 NAME = "model_decoding"
-UNMASKED = "attention without mask"
 SIZES = ("B", "hidden_size", "layers", "vocab_size", "dtype", "entries")  # columns, and options
 CONTEXTS = [1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20]
 # Relative error of the last logits of two layers against one pass in the same dtype, by the coarser of weights and entries.
@@ -75,7 +75,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=192, help="tokens timed: three chunks, so three closings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--figure", type=Path, help="PNG to draw from the rows of this batch and these sizes")
+    parser.add_argument(
+        "--figure", type=Path, help="PNG to draw from the rows of this batch and these sizes; an SVG stands beside it"
+    )
     parser.add_argument("--commit", help="hash to record where the checkout has no .git")
     args = parser.parse_args()
     if min(args.contexts) < args.steps + 8:
@@ -222,8 +224,6 @@ def run(args: argparse.Namespace) -> None:
 
 def draw(args: argparse.Namespace) -> None:
     """The figure: milliseconds a token, and bytes of state, against context; a curve for each model that has rows."""
-    from matplotlib.figure import Figure
-
     rows = [json.loads(line) for line in (args.results / f"{NAME}.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "ms" in row and all(row[key] == getattr(args, key) for key in SIZES)]
     rows = [row for row in rows if row["model"] in args.models and args.kv_heads in (None, row["kv_heads"])]
@@ -231,30 +231,15 @@ def draw(args: argparse.Namespace) -> None:
         raise SystemExit(f"no rows of these sizes in {args.results / NAME}.jsonl: run this command without --figure")
     device = rows[-1].get("gpu") or rows[-1]["cpu"]
     newest = {(row["model"], row["context"]): row for row in rows if device in (row.get("gpu"), row.get("cpu"))}
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in [name for name in args.models if any(model == name for model, _ in newest)]:
-        curve = sorted((row for (model, _), row in newest.items() if model == name), key=lambda row: row["context"])
-        contexts = [row["context"] for row in curve]
-        (line,) = left.plot(contexts, [row["ms"] for row in curve], marker="o", markersize=3, label=name)
-        spread = ([row[key] for row in curve] for key in ("ms_low", "ms_high"))
-        left.fill_between(contexts, *spread, alpha=0.2, linewidth=0)
-        if name != UNMASKED:  # its state is that of "attention"
-            bytes_held = [row["state_bytes"] for row in curve]
-            right.plot(contexts, bytes_held, marker="o", markersize=3, label=name, color=line.get_color())
-    right.axhline(newest[curve[-1]["model"], contexts[-1]]["weight_bytes"], color="grey", linestyle=":", linewidth=1)
-    left.set_ylabel("ms per token")
-    right.set_ylabel("bytes of state (dotted: weights)")
-    for panel in (left, right):
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xlabel("context (tokens)")
-        panel.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    title = f"{args.layers} layers of width {args.hidden_size}, B={args.B}, {args.dtype}: {device}"
-    figure.suptitle(title, fontsize=10)
-    args.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.figure, dpi=150)
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in newest.values()))
+    note = (
+        f"{args.layers} layers of width {args.hidden_size}, batch of {args.B}, {args.dtype}; {device}; commit {commits}"
+    )
+    curves = {
+        name: sorted((row for (model, _), row in newest.items() if model == name), key=lambda row: row["context"])
+        for name in args.models
+    }
+    draw_decoding({name: curve for name, curve in curves.items() if curve}, note, args.figure)
 
 
 def main() -> None:

@@ -75,8 +75,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--old-fla", help="folder with flash-linear-attention 0.2.2, unpacked")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--figure", type=Path, help="PNG to draw from the rows of these sizes")
-    parser.add_argument("--commits", nargs="+", help="whose rows --figure draws; default: the newest")
+    parser.add_argument("--figure", type=Path, help="PNG to draw from the rows of these sizes; an SVG stands beside it")
+    parser.add_argument("--commits", nargs="+", help="whose rows --figure draws; default: those of the newest day")
     parser.add_argument("--commit", help="hash to record where the checkout has no .git")
     args = parser.parse_args()
     if args.steps < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from loglinear.tasks.style import COLORS, bars, canvas, label_ends, plain_axis, save, styled, token_axis, tokens
 from reporting.rows import read
 
 NAME = "training"
@@ -19,7 +20,10 @@ SHOWN = {
     "transformer, flash attention 2": "Transformer, FlashAttention-2",
     "transformer, cudnn": "Transformer, cuDNN attention",
 }
-STYLES = ("-", "--", ":", "-.")  # of the models of one colour: log-linear, its linear twin, the twin on other kernels
+STYLES = {  # of curves: a linear twin is dashed, what runs on the kernels of others is dotted
+    **{"mamba2": "s--", "mamba2, ssd": "^:", "gated_deltanet": "s--", "gated_deltanet, fla 0.2.2": "^:"},
+    "transformer, cudnn": "s:",
+}
 RATIOS = (  # (what, (model, T), over (model, T), at least)
     (
         "Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 16K",
@@ -92,11 +96,9 @@ def overtakes(rows: list[dict]) -> int | None:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """The figure: tokens a second against context, a curve for each model that has rows of these sizes at ``--commits``, or at
-    the newest commit.
+    """The figure: tokens a second against context, a curve for each model that has rows of these sizes at ``--commits``, or of
+    the newest day.
     """
-    from matplotlib.figure import Figure
-
     path: Path = args.results / f"{NAME}.jsonl"
     rows = read(NAME, args.results)
     same = ("hidden_size", "vocab_size", "tokens", "residual")
@@ -104,27 +106,53 @@ def draw(args: argparse.Namespace) -> None:
     rows = [row for row in rows if args.models is None or row["model"] in args.models]
     if not rows:
         raise SystemExit(f"no rows of these sizes in {path}: run this command without --figure")
-    device, commits = rows[-1].get("gpu") or rows[-1]["cpu"], args.commits or [rows[-1]["commit"]]
-    rows = [row for row in rows if device in (row.get("gpu"), row.get("cpu")) and row["commit"] in commits]
+    device, day = rows[-1].get("gpu") or rows[-1]["cpu"], max(row["date"][:10] for row in rows)
+    rows = [row for row in rows if device in (row.get("gpu"), row.get("cpu"))]
+    rows = [row for row in rows if row["commit"] in args.commits] if args.commits else _of(rows, day)
     newest = {(row["model"], row["T"]): row for row in rows}
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    panel = figure.subplots()
-    drawn: dict[str, int] = {}
-    for name in (name for name in SHOWN if any(name == model for model, _ in newest)):
-        curve = sorted((row for (model, _), row in newest.items() if model == name), key=lambda row: row["T"])
-        contexts, rates = ([row[key] for row in curve] for key in ("T", "tokens_per_s"))
-        family = name.removeprefix("log_linear_").split(",")[0]
-        nth = drawn[family] = drawn.get(family, -1) + 1
-        style = {"color": f"C{list(drawn).index(family)}", "linestyle": STYLES[nth], "marker": "os^v"[nth]}
-        panel.plot(contexts, rates, markersize=4, label=SHOWN[name], **style)
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in newest.values()))
+    note = f"width {args.hidden_size}, {args.tokens:,} tokens a step or one sequence; {device}; commits {commits}"
+    _draw(newest, note, args.figure)
+
+
+def _of(rows: list[dict], day: str) -> list[dict]:
+    return [row for row in rows if row["date"][:10] == day]
+
+
+@styled
+def _draw(newest: dict[tuple[str, int], dict], note: str, path: Path) -> None:
+    """Above: curves of the models timed at several lengths. Below: all models at the length that most of them have."""
+    figure, panels = canvas(_title(newest), (2, 1), (4.8, 2.5), right=3.5, gaps=(0.5, 0.85), note=note)
+    (upper, lower), ends = panels[:, 0], []
+    by_length = {length: [m for m in SHOWN if (m, length) in newest] for _, length in newest}
+    for name in SHOWN:
+        curve = [newest[name, length] for length in sorted(by_length) if (name, length) in newest]
+        if len(curve) < 2 < len(newest):
+            continue
+        color = COLORS[SHOWN[name].split(",")[0]]
+        upper.plot(*([row[key] for row in curve] for key in ("T", "tokens_per_s")), STYLES.get(name, "o-"), color=color)
         hollow = [(row["T"], row["tokens_per_s"]) for row in curve if row["checkpointing"]]
-        panel.plot(*zip(*hollow), "o", markersize=8, mfc="none", color=style["color"]) if hollow else None
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log")
-    panel.set_xlabel("context (tokens); rings: activations are checkpointed")
-    panel.set_ylabel("tokens/s, whole training step")
-    panel.grid(alpha=0.3, which="both")
-    panel.legend(fontsize=8)
-    figure.suptitle(f"width {args.hidden_size}, {args.tokens:,} tokens a step or one row: {device}", fontsize=10)
-    args.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.figure, dpi=150)
+        upper.plot(*zip(*hollow), "o", markersize=9, mfc="none", color=color) if hollow else None
+        ends.append((curve[-1]["tokens_per_s"], SHOWN[name], color))
+    token_axis(upper, list(by_length))
+    top = max(row["tokens_per_s"] for row in newest.values())
+    upper.set_ylim(0, 1.05 * top)
+    plain_axis(upper.yaxis, [tick for tick in upper.get_yticks() if tick <= 1.05 * top][::2])
+    upper.set_xlabel("context (tokens); rings: activations are checkpointed")
+    upper.set_title("tokens per second of training")
+    label_ends(upper, ends)
+    length = max(by_length, key=lambda length: (len(by_length[length]), length))
+    rates = {name: newest[name, length]["tokens_per_s"] for name in by_length[length]}
+    bars(lower, {SHOWN[name]: rate for name, rate in rates.items()}, lambda rate: f"{rate / 1e3:.3g}K")
+    lower.set_title(f"tokens per second at {tokens(length)}")
+    save(figure, path)
+
+
+def _title(newest: dict[tuple[str, int], dict]) -> str:
+    """How fast Log-Linear Mamba-2 is beside the Transformer at the shortest and the longest length that both have."""
+    both = sorted(length for model, length in newest if model == FLASH and ("log_linear_mamba2", length) in newest)
+    ratios = {n: newest["log_linear_mamba2", n]["tokens_per_s"] / newest[FLASH, n]["tokens_per_s"] for n in both}
+    if not both:
+        return "Tokens per second of training, by context"
+    text = f"Log-Linear Mamba-2 trains {ratios[both[0]]:.2f} times as fast as a Transformer at {tokens(both[0])} tokens"
+    return text + f", {ratios[both[-1]]:.2f} times as fast at {tokens(both[-1])}" * (len(both) > 1)

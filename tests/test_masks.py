@@ -10,7 +10,8 @@ import torch
 
 import loglinear
 from loglinear import fenwick
-from loglinear.cli import masks as drawing
+from loglinear.cli import masks as command
+from loglinear.cli import masks_figure as drawing
 from loglinear.reference import masks
 
 # Measured: 5e-16 relative in norm at most (x86-64 CPU, torch 2.13); the margin is for other BLAS libraries.
@@ -244,8 +245,8 @@ def test_figure_shows_the_masks_of_the_table():
 
 
 def test_command_writes_the_same_figures_twice(tmp_path):
-    first = drawing.masks(drawing.MasksArgs(output=tmp_path / "first", tokens=8))
-    second = drawing.masks(drawing.MasksArgs(output=tmp_path / "second", tokens=8))
+    first = command.masks(command.MasksArgs(output=tmp_path / "first", tokens=8))
+    second = command.masks(command.MasksArgs(output=tmp_path / "second", tokens=8))
     assert [path.name for path in first] == ["masks.png", "masks.svg", "buckets.png", "buckets.svg"]
     for one, other in zip(first, second):
         assert one.read_bytes() == other.read_bytes()
@@ -256,4 +257,4 @@ def test_command_writes_the_same_figures_twice(tmp_path):
 @pytest.mark.parametrize("wrong", [{"tokens": 1}, {"tokens": 257}, {"query": 0}, {"query": 16}])
 def test_command_refuses_what_it_cannot_draw(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be .* got {next(iter(wrong.values()))}"):
-        drawing.MasksArgs(**wrong)
+        command.MasksArgs(**wrong)

@@ -43,7 +43,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1)
 
 
 def picture(name: str, text: str) -> str:
-    return f"![{text}](figures/{name}.png)"
+    return f"![{text}](figures/{name}.svg)"
 
 
 def signed(value: float, digits: int = 4) -> str:

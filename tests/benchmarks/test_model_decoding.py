@@ -44,6 +44,7 @@ def test_rows_and_figure(command, tmp_path, capsys):
     figure = tmp_path / "figures" / "decoding.png"
     command("--B", "2", "--figure", str(figure))
     assert figure.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in figure.with_suffix(".svg").read_text()
     with pytest.raises(SystemExit, match="no rows of these sizes"):
         command("--B", "3", "--figure", str(figure))
 

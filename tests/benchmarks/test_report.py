@@ -321,12 +321,16 @@ def test_figures_are_drawn_for_what_there_is(made, tmp_path):
     figures = tmp_path / "figures"
     figures.mkdir()
     (figures / "niah_gone.png").touch()
+    (figures / "niah_gone.svg").touch()
     (figures / "masks.png").touch()
     drawn = set(draw_all(tmp_path / "results", figures))
     assert set(figures.iterdir()) == drawn | {figures / "masks.png"}
     text = report.page(report.sections(tmp_path / "results"), {})
-    assert {tmp_path / name for name in re.findall(r"\((figures/\w+\.png)\)", text)} == drawn
-    assert len(drawn) == 2 + 2 + 3 + 3
+    assert {tmp_path / name for name in re.findall(r"\((figures/\w+\.svg)\)", text)} == {
+        path for path in drawn if path.suffix == ".svg"
+    }
+    assert {path.with_suffix(".png") for path in drawn} | {path.with_suffix(".svg") for path in drawn} == drawn
+    assert len(drawn) == 2 * (2 + 2 + 3 + 3)
     assert all(path.stat().st_size > 5_000 for path in drawn)
 
 
@@ -337,5 +341,5 @@ def test_the_committed_page_is_what_the_committed_rows_give():
         return
     text = report.page(report.sections(), report.read_notes(docs / "results_notes.md"))
     assert (docs / "results.md").read_text(encoding="utf-8") == text
-    assert {name for name in re.findall(r"\((figures/\w+\.png)\)", text) if not (docs / name).exists()} == set()
+    assert {name for name in re.findall(r"\((figures/\w+\.svg)\)", text) if not (docs / name).exists()} == set()
     assert sum(path.stat().st_size for path in RESULTS.iterdir()) < 3 * 2**20

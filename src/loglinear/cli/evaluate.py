@@ -53,14 +53,14 @@ class EvaluateArgs:
     buckets: int = 32
     """Ranges of positions in the curve."""
     measures: tuple[Measure, ...] = ()
-    """Further measures, each a .json and a .png. repeats: loss by distance where the last 4 tokens occurred before;
+    """Further measures, each a .json with a .png and .svg. repeats: loss by distance where the last 4 tokens occurred before;
     retrieval: definitions (#define NAME value) asked for again; levels: mean λ of each level and layer."""
     distances: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
     """Of retrieval: tokens between a definition and the question."""
     questions: int = 100
     """Of retrieval: definitions to ask for, at every distance."""
     output: Path | None = None
-    """Folder for loss_by_position.json and .png; none: `evaluation` in the checkpoint's folder."""
+    """Folder for loss_by_position.json, .png and .svg; none: `evaluation` in the checkpoint's folder."""
     cache: Path = field(default_factory=lambda: DataConfig().cache)
     """Folder for tokenized data."""
 
@@ -101,8 +101,8 @@ def evaluate(args: EvaluateArgs) -> dict:
     before = output / "loss_by_position.json"
     if before.exists() and _text_of(json.loads(before.read_text(encoding="utf-8"))) != _text_of(result):
         for name in get_args(Measure):  # of other text: not to be taken for measures of this evaluation
-            (output / f"{name}.json").unlink(missing_ok=True)
-            (output / f"{name}.png").unlink(missing_ok=True)
+            for suffix in ("json", "png", "svg"):
+                (output / f"{name}.{suffix}").unlink(missing_ok=True)
     write_atomically(output / "loss_by_position.json", json.dumps(result, indent=2) + "\n")
     trained = (checkpoint.record or {}).get("arguments", {}).get("context")
     draw_losses({args.checkpoint.name: losses}, output / "loss_by_position.png", args.buckets, trained)

@@ -33,7 +33,7 @@ class MqarArgs:
     """small: Mamba-2, its log-linear twin and Mamba-2 with as large a state, ten seeds each, on two CPU cores in minutes; full:
     five models at six sizes on one GPU."""
     output: Path = Path("out/mqar")
-    """Folder for rows.jsonl, results.json and accuracy.png; models whose rows are there are not trained again."""
+    """Folder for rows.jsonl, results.json, accuracy.png and .svg; models whose rows are there are not trained again."""
     workers: int | None = None
     """Processes that train models; none: one for each core, or two for each GPU."""
     at_once: int | None = None

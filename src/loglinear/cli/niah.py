@@ -48,12 +48,12 @@ class FinetuneArgs:
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Test a checkpoint on needles in the validation documents: niah.json and the heatmap niah.png."""
+    """Test a checkpoint on needles in the validation documents: niah.json and the heatmap niah.png and .svg."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Folder of a run, of one of its checkpoints, or of a fine-tuned model."""
     output: Path | None = None
-    """Folder for niah.json and niah.png; none: `evaluation` in the checkpoint's folder."""
+    """Folder for niah.json, niah.png and niah.svg; none: `evaluation` in the checkpoint's folder."""
     task: TaskConfig = field(default_factory=TaskConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     batch_tokens: int = 65536

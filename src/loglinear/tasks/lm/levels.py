@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from loglinear.layers.level_scale import LevelScale
 from loglinear.tasks.lm.evaluation import to_device
 from loglinear.tasks.lm.tokens import Windows
+from loglinear.tasks.style import INK, canvas, heat, save, styled
 
 
 def level_counts(length: int, levels: int) -> Tensor:
@@ -75,20 +76,39 @@ def _means(sums: Tensor, counts: Tensor) -> list[list[float | None]]:
     return [[float(s / n) if n else None for s, n in zip(row, counts)] for row in sums]
 
 
-def draw_levels(layers: list[dict], path: Path) -> None:
-    """Save a PNG: mean λ over level and layer (left), and its spread over the heads of a layer (right)."""
+@styled
+def draw_levels(layers: list[dict], path: Path) -> list[Path]:
+    """Save PNG and SVG: mean λ over level and layer (left), and its spread over the heads of a layer (right)."""
     widest = max(len(layer["heads"][0]) for layer in layers)
     values = np.full((2, len(layers), widest), np.nan)
     for i, layer in enumerate(layers):
         heads = np.array(layer["heads"], dtype=float)  # None becomes nan
         values[0, i, : heads.shape[1]] = heads.mean(0)
         values[1, i, : heads.shape[1]] = heads.std(0)
-    figure = Figure(figsize=(3 + 0.8 * widest, 1.8 + 0.28 * len(layers)), layout="constrained")
-    for panel, title, shown in zip(figure.subplots(1, 2), ("mean λ", "standard deviation over heads"), values):
-        image = panel.imshow(shown, aspect="auto", cmap="viridis")
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel("level (0: the token itself)")
-        panel.set_yticks(range(len(layers)), [layer["layer"].removeprefix("model.") for layer in layers], fontsize=7)
-        panel.set_xticks(range(0, widest, 1 if widest <= 12 else 2))
-        figure.colorbar(image, ax=panel)
-    figure.savefig(path, dpi=150)
+    known = np.flatnonzero(np.isfinite(values[0]).any(0))
+    means = np.nanmean(values[0][:, known], axis=0)
+    (most, top), (least, low) = ((int(known[i]), means[i]) for i in (means.argmax(), means.argmin()))
+    title = f"λ is largest at level {most} ({top:.2f}) and smallest at level {least} ({low:.2f}), mean over layers"
+    names = [layer["layer"].removeprefix("model.").removeprefix("layers.") for layer in layers]
+    size = (0.6 + 0.33 * widest, max(1.2, 0.24 * len(layers)))
+    figure, panels = canvas(title, (1, 2), size, gaps=(0.6, 0.5))
+    for panel, text, shown in zip(panels[0], ("mean λ", "standard deviation over heads"), values):
+        draw_level_map(panel, shown, names)
+        panel.set_title(text)
+    panels[0, 0].set_ylabel("layer")
+    return save(figure, path)
+
+
+def draw_level_map(panel, values: np.ndarray, names: Sequence[str]) -> None:
+    """A heat map of ``values [layers, levels]`` with each number in its cell."""
+    low, high = np.nanmin(values), np.nanmax(values)
+    colors, ink = heat(low, high)
+    panel.imshow(values, aspect="auto", cmap=colors, vmin=low, vmax=high)
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            panel.text(j, i, f"{value:.2f}"[-4:], ha="center", va="center", fontsize=6.5, color=ink(value))
+    panel.set_xlabel("level (0: the token itself, ℓ: 2^(ℓ−1) tokens)")
+    panel.set_yticks(range(len(names)), names)
+    panel.set_xticks(range(0, values.shape[1], 1 if values.shape[1] <= 12 else 2))
+    panel.tick_params(length=0, colors=INK)
+    panel.spines[:].set_visible(False)

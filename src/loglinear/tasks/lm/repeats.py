@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from loglinear.tasks.style import canvas, colors_of, label_ends, save, styled, token_axis
 
 NGRAM = 4
 
@@ -80,21 +81,35 @@ def _mean(count_name: str, name: str, losses: np.ndarray, chosen: np.ndarray) ->
     return {count_name: total, name: float(mean), f"{name}_standard_error": error}
 
 
-def draw_repeats(results: dict[str, list[dict]], path: Path) -> None:
-    """Save a PNG of the loss by distance of each model, from ``by_distance``. Bands are one standard error."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    panel = figure.subplots()
-    for color, (name, rows) in enumerate(results.items()):
-        for field, style, label in (("loss", "--", "all"), ("repeated_loss", "-", "the same token follows")):
+@styled
+def draw_repeats(results: dict[str, list[dict]], path: Path) -> list[Path]:
+    """Save PNG and SVG of the loss by distance of each model, from ``by_distance``. Bands are one standard error."""
+    figure, panels = canvas(_title(results), size=(5.0, 3.0), right=2.6)
+    panel, colors, ends = panels[0, 0], colors_of(results), []
+    for name, rows in results.items():
+        for field, style, label in (("loss", "--", "all tokens"), ("repeated_loss", "-", "the same token follows")):
             shown = [row for row in rows if row["first"] and row[field] is not None]
             distance = np.array([row["first"] for row in shown])
             mean = np.array([row[field] for row in shown])
             error = np.array([row[f"{field}_standard_error"] for row in shown], dtype=float)  # None becomes nan
-            panel.plot(distance, mean, style, color=f"C{color}", marker=".", label=f"{name}: {label}")
-            panel.fill_between(distance, mean - error, mean + error, alpha=0.2, color=f"C{color}", linewidth=0)
-    if any(row["first"] for rows in results.values() for row in rows):  # an axis of no distances has no logarithm
-        panel.set_xscale("log", base=2)
+            panel.plot(distance, mean, style, color=colors[name], marker=".")
+            panel.fill_between(distance, mean - error, mean + error, alpha=0.2, color=colors[name], linewidth=0)
+            if len(mean):
+                ends.append((mean[-1], f"{name}: {label}", colors[name]))
+    distances = [row["first"] for rows in results.values() for row in rows if row["first"]]
+    if distances:  # an axis of no distances has no logarithm
+        token_axis(panel, distances)
     panel.set_xlabel(f"tokens since the last {NGRAM} tokens occurred before")
     panel.set_ylabel("loss (nats per token)")
-    panel.legend()
-    figure.savefig(path, dpi=150)
+    label_ends(panel, ends)
+    return save(figure, path)
+
+
+def _title(results: dict[str, list[dict]]) -> str:
+    name, rows = next(iter(results.items()))
+    known = [row for row in rows if row["first"] and row["repeated_loss"] is not None]
+    if not known:
+        return "No token of this text completes a repeat"
+    near, far = known[0], known[-1]
+    where = f"{near['first']:,} tokens back costs {near['repeated_loss']:.2f} nats, one from {far['first']:,} tokens"
+    return f"{name}: a repeat from {where} {far['repeated_loss']:.2f}"

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from loglinear.tasks.lm.evaluation import share_error, to_device
+from loglinear.tasks.style import canvas, colors_of, label_ends, save, styled, token_axis
 
 LEAD = 256  # tokens of the file kept before the definition
 BATCH_TOKENS = 65536  # of a forward pass
@@ -234,20 +234,31 @@ def _answer_all(model: PreTrainedModel, asked: Sequence[Question], dtype: torch.
         yield torch.stack([(wrong == 0).float(), loss / count], dim=1)
 
 
-def draw_retrieval(results: dict[str, list[dict]], path: Path) -> None:
-    """Save a PNG of the share of exact values by distance, of each model; dashed, what it guesses without the definition."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    panel = figure.subplots()
-    for color, (name, rows) in enumerate(results.items()):
+@styled
+def draw_retrieval(results: dict[str, list[dict]], path: Path) -> list[Path]:
+    """Save PNG and SVG of the share of exact values by distance; dashed, what a model guesses without the definition."""
+    name, rows = next(iter(results.items()))
+    parts = [f"{row['exact']:.0%} of values at {row['distance']:,} tokens" for row in (rows[0], rows[-1])]
+    figure, panels = canvas(f"{name} gives back {' and '.join(dict.fromkeys(parts))}", size=(5.0, 3.0), right=2.8)
+    panel, colors, ends = panels[0, 0], colors_of(results), []
+    for name, rows in results.items():
         distance = np.array([row["distance"] for row in rows])
-        for field, style, label in (("exact", "-", name), ("without", "--", f"{name}, without the definition")):
+        for field, style, label in (("exact", "-", name), ("without", "--", f"{name}, no definition")):
             share = np.array([row[field] for row in rows])
             error = np.array([row[f"{field}_standard_error"] for row in rows])
-            panel.plot(distance, share, style, color=f"C{color}", marker=".", label=label)
-            panel.fill_between(distance, share - error, share + error, alpha=0.2, color=f"C{color}", linewidth=0)
-    panel.set_xscale("log", base=2)
-    panel.set_ylim(-0.02, 1.02)
+            panel.plot(distance, share, style, color=colors[name], marker=".")
+            panel.fill_between(distance, share - error, share + error, alpha=0.2, color=colors[name], linewidth=0)
+            ends.append((share[-1], label, colors[name]))
+    share_axes(panel, [row["distance"] for rows in results.values() for row in rows])
+    label_ends(panel, ends)
+    return save(figure, path)
+
+
+def share_axes(panel, distances: Sequence[int]) -> None:
+    """Axes of shares of exact values by distance; the upper end is 100% unless all shares are small."""
+    token_axis(panel, distances)
+    top = 1.0 if panel.get_ylim()[1] > 0.2 else 0.2
+    panel.set_ylim(-0.02 * top, 1.02 * top)
+    panel.set_yticks([0, top / 2, top], ["0%", f"{top / 2:.0%}", f"{top:.0%}"])
     panel.set_xlabel("tokens since the definition")
-    panel.set_ylabel("share of exact values")
-    panel.legend()
-    figure.savefig(path, dpi=150)
+    panel.set_ylabel("exact values")

@@ -6,44 +6,56 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from loglinear.tasks.style import canvas, heat, save, styled, tokens
 
 
-def draw_heatmaps(results: dict[str, Sequence[dict]], path: Path, tuned_context: int | None = None) -> None:
-    """Save a PNG from the ``table`` of each model. A line stands behind the longest length seen in fine-tuning."""
+@styled
+def draw_heatmaps(results: dict[str, Sequence[dict]], path: Path, tuned_context: int | None = None) -> list[Path]:
+    """Save the ``table`` of each model as PNG and SVG. A line stands behind the longest length seen in fine-tuning.
+
+    A single result may have an empty name: a name stands at each panel only where there are several.
+    """
     kinds = list(dict.fromkeys(row["kind"] for rows in results.values() for row in rows))
-    size = (1.5 + 3.4 * len(kinds), 0.8 + 3.0 * len(results))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(results), len(kinds), squeeze=False)
+    title = _title(results, tuned_context)
+    figure, panels = canvas(title, (len(results), len(kinds)), (2.9, 2.0), left=0.8, gaps=(0.3, 0.8))
     for line, (name, rows) in zip(panels, results.items()):
         for panel, kind in zip(line, kinds):
-            image = _draw(panel, [row for row in rows if row["kind"] == kind], tuned_context)
-            panel.set_title(f"{name}: {kind}" if len(results) > 1 else kind, fontsize=10)
+            _draw(panel, [row for row in rows if row["kind"] == kind], tuned_context)
+            panel.set_title(f"{name}: {kind}" if len(results) > 1 else kind)
+            panel.tick_params(length=0, labelleft=panel is line[0])
         line[0].set_ylabel("depth of the needle")
     for panel in panels[-1]:
-        panel.set_xlabel("length (tokens)")
-    figure.colorbar(image, ax=panels, label="share of exact answers", shrink=0.8)
-    figure.savefig(path, dpi=150)
+        panel.set_xlabel("length in tokens" + "; line: fine-tuned to it" * (tuned_context is not None))
+    return save(figure, path)
 
 
-def _draw(panel, rows: Sequence[dict], tuned_context: int | None):
+def _title(results: dict[str, Sequence[dict]], tuned_context: int | None) -> str:
+    """What the cells say together: percent of exact answers, up to the longest length of the fine-tune and beyond it."""
+    rows = [row for group in results.values() for row in group]
+    near = [row["exact"] for row in rows if tuned_context is None or row["context"] <= tuned_context]
+    far = [row["exact"] for row in rows if tuned_context is not None and row["context"] > tuned_context]
+    (name, *others) = results
+    text = f"{name}: " if name and not others else ""
+    if not near or not far:
+        return f"{text}{100 * np.mean(near or far):.0f}% of needles are found exactly (numbers in percent)"
+    where = f"up to {tokens(tuned_context or 0)}, the longest length of the fine-tune"
+    return f"{text}{100 * np.mean(near):.0f}% of needles are found {where}, {100 * np.mean(far):.0f}% beyond it"
+
+
+def _draw(panel, rows: Sequence[dict], tuned_context: int | None) -> None:
     contexts = sorted({row["context"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
     values = np.full((len(depths), len(contexts)), np.nan)
     for row in rows:
         values[depths.index(row["depth"]), contexts.index(row["context"])] = row["exact"]
-    image = panel.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    colors, ink = heat()
+    panel.imshow(values, cmap=colors, vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        panel.text(
-            j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color="black" if value > 0.5 else "white"
-        )
+        panel.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink(value))
     panel.set_xticks(range(len(contexts)), [tokens(context) for context in contexts])
-    panel.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
+    panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    panel.spines[:].set_visible(False)
     if tuned_context is not None and contexts and contexts[0] <= tuned_context < contexts[-1]:
-        panel.axvline(sum(context <= tuned_context for context in contexts) - 0.5, color="red", linewidth=1.5)
-    return image
-
-
-def tokens(count: int) -> str:
-    """16384 as 16K, 1000 as 1000."""
-    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
+        edge = sum(context <= tuned_context for context in contexts) - 0.5
+        panel.axvline(edge, color="#e07b1a", linewidth=2)
