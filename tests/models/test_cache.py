@@ -51,21 +51,6 @@ def test_reset(filled):
         assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
 
 
-def test_crop(filled, mixer):
-    model, ids, cache = filled
-    cache.crop(0)
-    assert cache.get_seq_length() == 70
-    if mixer == "attention":
-        cache.crop(-6)
-        assert cache.get_seq_length() == 64
-        check_rows(model, ids[:, :64], cache, [0, 1, 2])
-        with pytest.raises(ValueError, match=r"tokens_to_remove must be in \[-69, 0\]: got 3"):
-            cache.crop(3)
-    else:
-        with pytest.raises(ValueError, match="tokens_to_remove must be 0 for recurrent and log-linear states"):
-            cache.crop(-1)
-
-
 def test_bytes_are_those_of_the_tensors(filled, mixer):
     """Room for tokens to come is counted. Keys and values grow by a quarter at once, log-linear states by doublings."""
     model, ids, cache = filled

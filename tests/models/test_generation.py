@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
 PROMPT, NEW = 61, 8  # the fourth new token opens a second chunk of 64
 
@@ -98,18 +100,68 @@ def test_decoded_logits_equal_one_pass(make_model, tokens, mixer):
     torch.testing.assert_close(torch.cat(pieces, dim=1), want, rtol=0, atol=1e-9)
 
 
-def test_assisted_generation_of_attention_models(make_model, tokens):
-    """Drafts by n-gram lookup and by another model are taken back where they are wrong."""
-    model, assistant = make_model("attention"), make_model("attention", seed=1, num_hidden_layers=1)
-    prompt = tokens(1, 6).repeat(1, 4)
-    want = model.generate(prompt, max_new_tokens=NEW, do_sample=False, use_cache=False)
-    assert torch.equal(model.generate(prompt, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3), want)
-    assert torch.equal(model.generate(prompt, max_new_tokens=NEW, do_sample=False, assistant_model=assistant), want)
+@pytest.fixture
+def speculative(make_model, tokens, mixer):
+    """A model, a prompt that repeats itself, its greedy continuation across the end of a chunk, and options."""
+    model, prompt = make_model(mixer), tokens(1, 10).repeat(1, 6)
+    options = {"max_new_tokens": 24, "do_sample": False}
+    return model, prompt, model.generate(prompt, use_cache=False, **options), options
 
 
-def test_assisted_generation_of_other_models_is_refused(make_model, tokens):
-    recurrent, attention = make_model("log_linear_mamba2"), make_model("attention")
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        recurrent.generate(tokens(1, 6), max_new_tokens=4, do_sample=False, assistant_model=attention)
-    with pytest.raises(ValueError, match="merge tokens for good, so use generate without an assistant"):
-        attention.generate(tokens(1, 6), max_new_tokens=4, do_sample=False, assistant_model=recurrent)
+@pytest.mark.parametrize("drafted", [3, 10])
+def test_prompt_lookup(speculative, drafted):
+    """Drafts are n-grams of the text; those that are wrong are taken back."""
+    model, prompt, want, options = speculative
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=drafted, **options), want)
+
+
+@pytest.mark.parametrize("kind", ["attention", "log_linear_gated_deltanet", "itself"])
+def test_assistant_model(speculative, make_model, mixer, kind):
+    """Drafts of another model and of the model itself, whose drafts are all right. Both models take tokens back."""
+    model, prompt, want, options = speculative
+    assistant = make_model(mixer) if kind == "itself" else make_model(kind, seed=1, num_hidden_layers=1)
+    if kind == "itself":
+        assistant.generation_config.assistant_confidence_threshold = 0  # no draft ends early
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.generate(prompt, assistant_model=assistant, **options), want)
+    if kind == "itself":
+        assert len(calls) == 2, "right drafts were not accepted"
+
+
+def test_early_exit(speculative):
+    """Drafts come from the first layers of the model itself."""
+    model, prompt, want, options = speculative
+    assert torch.equal(model.generate(prompt, assistant_early_exit=1, **options), want)
+
+
+def test_universal_assistant(speculative, make_model):
+    """An assistant with a tokenizer of its own: the letters have other ids, and some pairs are one token."""
+    model, prompt, want, options = speculative
+    letters = [chr(ord("0") + i) for i in range(61)]
+    own = letter_tokenizer(letters, [])
+    other = letter_tokenizer(letters[::-1], [(a, b) for a, b in zip(letters[::2], letters[1::2])])
+    assistant = make_model("log_linear_mamba2", seed=1, num_hidden_layers=1, vocab_size=len(other))
+    got = model.generate(prompt, assistant_model=assistant, tokenizer=own, assistant_tokenizer=other, **options)
+    assert torch.equal(got, want)
+
+
+def letter_tokenizer(letters, pairs):
+    """One id for each letter and then for each pair."""
+    words = {word: i for i, word in enumerate([*letters, *map("".join, pairs)])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(words, pairs)))
+
+
+def test_speculation_in_a_conversation(speculative, tokens):
+    """One cache over two turns: what the first has recorded does not disturb the second."""
+    model, prompt, want, options = speculative
+    cache = DynamicCache(config=model.config)
+    text = model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=5, **options)
+    assert torch.equal(text, want)
+    text = torch.cat([text, tokens(1, 300)], dim=1)
+    fresh = model.generate(text, **options)
+    unread = text[:, cache.get_seq_length() :]  # transformers feeds assisted generation all it is given
+    got = model.generate(
+        unread, attention_mask=torch.ones_like(text), past_key_values=cache, prompt_lookup_num_tokens=5, **options
+    )
+    assert torch.equal(got[:, unread.shape[1] :], fresh[:, text.shape[1] :])

@@ -169,10 +169,11 @@ class KVState(TensorState):
         values[:, :used] = self.values[:, :used]
         return KVDecodingState(self.position.clone(), keys, values)
 
-    def crop(self, tokens: int) -> KVState:
-        """The state ``tokens`` tokens earlier (assisted generation takes back what it guessed wrongly)."""
-        kept = self.keys.shape[1] - tokens  # still at least every position
-        return KVState(self.position - tokens, self.keys[:, :kept], self.values[:, :kept])
+    def crop(self, tokens: Tensor | int) -> KVState:
+        """The state ``tokens`` tokens (an int, or ``[B]``) earlier: what was guessed wrongly is taken back."""
+        position = self.position - tokens
+        used = max(position.tolist(), default=0)
+        return KVState(position, self.keys[:, :used], self.values[:, :used])
 
     def ordinary(self) -> KVState:
         """This state; a state for decoding is copied."""
@@ -185,8 +186,8 @@ class KVDecodingState(KVState):
 
     in_place: ClassVar[bool] = True
 
-    def crop(self, tokens: int) -> KVDecodingState:
-        """This state ``tokens`` tokens earlier, in place."""
+    def crop(self, tokens: Tensor | int) -> KVDecodingState:
+        """This state ``tokens`` tokens (an int, or ``[B]``) earlier, in place."""
         self.position -= tokens
         return self
 

@@ -9,31 +9,40 @@ fed, padding included. ``length`` is known on the host and never less than a pos
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
 from loglinear.layers import KVState, MixerState
 from loglinear.layers.state import same_buffers, writable
+from loglinear.models.journal import REACH, Call, Columns, Journal, Mark
+from loglinear.models.layout import TokenLayout
+from loglinear.state import CHUNK_SIZE
 
 
 class MixerCacheLayer(CacheLayerMixin):
-    """Holds the state of one mixer. The model calls ``reserve``, reads ``state``, and hands over the next with ``store``.
+    """Holds the state of one mixer, which takes in the columns that the model feeds.
 
     Args:
         max_cache_len: tokens to have room for (``StaticCache``); None makes room as needed (``DynamicCache``).
     """
 
     supports_early_init = False  # the first forward pass makes the state
+    record_past = False  # whether the layer keeps what it needs to take columns back
 
     def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
         super().__init__()
         self.max_cache_len = max_cache_len
-        self.is_compileable = max_cache_len is not None  # generate then asks the model for get_compiled_call
         self._held: MixerState | None = None
         self.length = 0
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether ``generate`` should ask the model for ``get_compiled_call``; what is recorded passes by no CUDA graph."""
+        return self.max_cache_len is not None and not self.record_past
 
     @property
     def state(self) -> MixerState | None:
@@ -51,6 +60,17 @@ class MixerCacheLayer(CacheLayerMixin):
             return
         if wanted > held.max_context:
             self._held = held.grow(self._room(wanted))  # type: ignore[union-attr]
+
+    def feed(self, mixer: nn.Module, hidden: Tensor, layout: TokenLayout, entry_dtype: torch.dtype) -> Tensor:
+        """The outputs of ``mixer`` for new columns, which its state takes in.
+
+        Args:
+            hidden: inputs of the mixer, as ``layout.pack`` leaves them. entry_dtype: of log-linear entries in decoding.
+        """
+        self.reserve(layout.length)
+        mixed, state = layout.run(mixer, hidden, self.state, output_state=True)
+        self.store(state, layout.length, entry_dtype)
+        return mixed
 
     def _room(self, tokens: int) -> int:
         """Tokens to have room for, when there are ``tokens`` of them."""
@@ -139,48 +159,169 @@ class LayerSnapshot:
 
     state: MixerState | None
     length: int
+    padded: tuple[tuple[int, Tensor], ...] = ()  # softmax attention: where calls had padding
 
 
 class RecurrentCacheLayer(MixerCacheLayer):
-    """For Mamba-2 and Gated DeltaNet mixers, linear and log-linear. Their states cannot go back in time."""
+    """For Mamba-2 and Gated DeltaNet mixers, linear and log-linear. Their states go back in time while ``record_past``."""
 
     _layer_type = "loglinear_recurrent"
-    is_croppable = False
+
+    def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
+        super().__init__(max_cache_len, **kwargs)
+        self._journal: Journal | None = None
+
+    @property
+    def record_past(self) -> bool:
+        """Whether columns can be taken back. ``generate`` sets it to False when it is done; what was kept is then dropped."""
+        return self._journal is not None
+
+    @record_past.setter
+    def record_past(self, wanted: bool) -> None:
+        self._journal = (self._journal or Journal()) if wanted else None
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return self.record_past
 
     def activate_past_recording(self) -> None:
-        """``generate`` announces with this call that it will take tokens back (assisted generation)."""
-        raise ValueError(
-            "assisted generation needs a cache that can drop tokens: recurrent and log-linear states merge tokens for "
-            "good, so use generate without an assistant, or a model whose mixers are all 'attention'"
-        )
+        """Keep from now on what ``crop`` needs."""
+        self.record_past = True
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self._journal is None else self._journal.nbytes)
+
+    def feed(self, mixer: nn.Module, hidden: Tensor, layout: TokenLayout, entry_dtype: torch.dtype) -> Tensor:
+        if self._journal is None:
+            return super().feed(mixer, hidden, layout, entry_dtype)
+        self.reserve(layout.length)
+        early = layout.length - REACH
+        if early <= 0:
+            return self._record(mixer, hidden, layout, entry_dtype)
+        self._journal.marks.clear()
+        columns, outputs = Columns.of(hidden, layout), []
+        last = Columns.join([columns.part(early)])  # a view would keep the whole call in memory
+        for part, take_in in ((columns.part(0, early), super().feed), (last, self._record)):
+            plan = part.layout()
+            outputs.append(plan.unpack(take_in(mixer, plan.pack(part.hidden), plan, entry_dtype)))
+        return layout.pack(torch.cat(outputs, dim=1))
+
+    def _record(self, mixer: nn.Module, hidden: Tensor, layout: TokenLayout, entry_dtype: torch.dtype) -> Tensor:
+        """``feed`` columns that may be taken back."""
+        journal = self._journal
+        assert journal is not None
+        if journal.wants_mark(self.length):
+            journal.marks.append(Mark(self.length, None if self.state is None else self.state.clone()))
+        mixed = super().feed(mixer, hidden, layout, entry_dtype)
+        journal.append(Columns.of(hidden, layout), self.length)
+        journal.call = Call.now(mixer, hidden, entry_dtype)
+        return mixed
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
+        """Take back the last ``-tokens_to_remove`` columns, as many as were recorded and kept (see ``journal.py``)."""
+        journal = self._journal
+        if tokens_to_remove == 0:
+            return
+        if journal is None:
             raise ValueError(
-                f"tokens_to_remove must be 0 for recurrent and log-linear states, which merge tokens for good: got "
-                f"{tokens_to_remove}; take a snapshot_cache before tokens that may have to be taken back"
+                f"tokens_to_remove must be 0 for recurrent and log-linear states that record nothing: got "
+                f"{tokens_to_remove}; call cache.activate_past_recording() before the tokens that may be taken back"
             )
+        reach = journal.reach(self.length)
+        if not -reach <= tokens_to_remove < 0:
+            raise ValueError(
+                f"tokens_to_remove must be in [{-reach}, 0], the columns that were recorded and kept: got {tokens_to_remove}"
+            )
+        call = journal.call
+        assert call is not None
+        with call.modes():
+            marks = journal.until(self.length + tokens_to_remove)
+            super().restore(LayerSnapshot(marks[-1].state, marks[-1].length))
+            for columns in marks[-1].pieces:
+                self._feed_again(columns, call)
+        journal.marks = marks
+
+    def _feed_again(self, columns: Columns, call: Call) -> None:
+        """Take ``columns`` in once more, in calls short enough for steps."""
+        mixer = call.mixer()
+        if mixer is None:
+            raise RuntimeError("crop needs the model that has read the columns: it no longer exists")
+        for start in range(0, columns.length, CHUNK_SIZE):
+            part = columns.part(start, start + CHUNK_SIZE)
+            layout = part.layout()
+            super().feed(mixer, layout.pack(part.hidden), layout, call.entry_dtype)
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+    def restore(self, snapshot: LayerSnapshot) -> None:
+        super().restore(snapshot)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing before this moment can be returned to."""
+        if self._journal is not None:
+            self._journal.marks = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self._journal is not None:
+            self._journal.reorder(beam_idx.long())
 
 
 class KVCacheLayer(MixerCacheLayer):
-    """For softmax attention."""
+    """For softmax attention, which keeps every key and value anyway: columns can always be taken back."""
 
     _layer_type = "loglinear_attention"
     is_croppable = True
 
+    def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
+        super().__init__(max_cache_len, **kwargs)
+        self._padded: list[tuple[int, Tensor]] = []  # of calls with padding: first column, and which columns are real
+
     def _room(self, tokens: int) -> int:
         return tokens + max(256, tokens // 4) if self.max_cache_len is None else self.max_cache_len  # each costs memory
 
+    def feed(self, mixer: nn.Module, hidden: Tensor, layout: TokenLayout, entry_dtype: torch.dtype) -> Tensor:
+        start, mixed = self.length, super().feed(mixer, hidden, layout, entry_dtype)
+        if layout.real is not None:
+            self._padded.append((start, layout.real))
+        return mixed
+
     def activate_past_recording(self) -> None:
-        """Nothing to do: every key and value is kept anyway."""
+        """Nothing to do."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens (at most 0, as in transformers' own layers)."""
+        """Take back the last ``-tokens_to_remove`` columns (at most 0, as in transformers' own layers), padding included."""
         if not -self.length <= tokens_to_remove <= 0:
-            raise ValueError(f"tokens_to_remove must be in [-{self.length}, 0]: got {tokens_to_remove}")
-        if isinstance(self.state, KVState):
-            self._held = self.state.crop(-tokens_to_remove)
-            self.length += tokens_to_remove
+            raise ValueError(f"tokens_to_remove must be in [{-self.length}, 0]: got {tokens_to_remove}")
+        state, kept = self.state, self.length + tokens_to_remove
+        if not isinstance(state, KVState) or not tokens_to_remove:
+            return
+        tokens: Tensor | int = -tokens_to_remove
+        for start, real in self._padded:
+            removed = ~real[:, max(kept - start, 0) :].to(state.position.device)
+            tokens = tokens - removed.sum(1)
+        self._held = (state if writable(state) else state.clone()).crop(tokens)
+        self.length = kept
+        self._padded = [(start, real[:, : kept - start]) for start, real in self._padded if start < kept]
+
+    def reset(self) -> None:
+        super().reset()
+        self._padded = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._padded = [(start, real.index_select(0, beam_idx.long().to(real.device))) for start, real in self._padded]
+
+    def snapshot(self) -> LayerSnapshot:
+        return dataclasses.replace(super().snapshot(), padded=tuple(self._padded))
+
+    def restore(self, snapshot: LayerSnapshot) -> None:
+        super().restore(snapshot)
+        self._padded = list(snapshot.padded)
 
 
 # A dynamic layer registers itself by its _layer_type; the same classes serve StaticCache.
@@ -197,6 +338,12 @@ def check_cache(cache: Cache, layer_types: list[str], rows: int) -> None:
     held = {layer.batch_size for layer in mixer_layers(cache) if layer.state is not None}
     if held - {rows}:
         raise ValueError(f"past_key_values must hold as many rows as there are ids, {rows}: got {max(held)}")
+    lengths = [layer.length for layer in mixer_layers(cache)]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"past_key_values must have seen as many columns in every layer: got {lengths}; a call or a crop has failed on "
+            "its way through the layers, so reset the cache or return to a snapshot_cache"
+        )
 
 
 def mixer_layers(cache: Cache) -> list[MixerCacheLayer]:

@@ -62,12 +62,14 @@ class DecodingGraph:
         ...     logits = step(logits.argmax(-1, keepdim=True))
 
     Raises:
-        ValueError: the cache is not static.
+        ValueError: the cache is not static, or records its past.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
         if not cache.is_compileable:
-            raise ValueError(f"cache must be a StaticCache, whose buffers stay where they are: got {cache!r}")
+            raise ValueError(
+                f"cache must be a StaticCache, whose buffers stay where they are, and must not record its past: got {cache!r}"
+            )
         self.model, self.cache = model, cache
         self.ids: Tensor | None = None  # [B, 1], where the graph reads
         self.logits: Tensor | None = None  # [B, vocab_size], where it writes
@@ -89,7 +91,8 @@ class DecodingGraph:
         for layer in layers:
             layer.reserve(1)  # may put a state into new buffers
         states = [layer.state for layer in layers]
-        if not all(captured_by_graphs(state, self.model.dtype) for state in states):
+        captured = all(captured_by_graphs(state, self.model.dtype) for state in states)
+        if not captured or any(layer.record_past for layer in layers):
             return self._forward(input_ids)
         if self.ids is None or self.ids.shape != input_ids.shape or not same_objects(states, self.states):
             return self._warm_up(input_ids, layers)

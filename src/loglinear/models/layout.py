@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from loglinear.ops.checks import values_are_known
 
@@ -59,6 +59,13 @@ class TokenLayout:
         if self.real is None or (self.index is not None and self.index.shape[0] < self.batch * self.length):
             return x
         return torch.where(self.real.to(x.device).unsqueeze(-1), x, 0)
+
+    def run(self, mixer: nn.Module, hidden: Tensor, state=None, output_state: bool = False):
+        """``mixer`` on hidden as ``pack`` leaves it: outputs in the same form, and the state after these columns."""
+        # Layers may lie on different devices (device_map="auto").
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(hidden.device)
+        packing = {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": self.cu_seqlens_cpu}
+        return mixer(hidden, state=state, output_state=output_state, **packing)
 
     def unpredicted(self) -> Tensor | None:
         """bool ``[B, T]``: tokens behind padding, or behind another document. The column before knows nothing of them.

@@ -8,6 +8,7 @@ Nothing here knows which mixer a layer holds, and nothing below knows about padd
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -94,20 +95,11 @@ class LogLinearBlock(GradientCheckpointingLayer):
         """hidden as ``layout.pack`` leaves it; this layer's state in the cache takes the tokens in."""
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         assert cache is None or isinstance(cache, MixerCacheLayer)  # check_cache saw to it
-        if cache is not None:
-            cache.reserve(layout.length)
-        # Layers may lie on different devices (device_map="auto").
-        cu_seqlens = None if layout.cu_seqlens is None else layout.cu_seqlens.to(hidden.device)
-        mixed, state = self.mixer(
-            self.mixer_norm(hidden),
-            state=None if cache is None else cache.state,
-            output_state=cache is not None,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_cpu=layout.cu_seqlens_cpu,
-        )
-        if cache is not None:
-            assert state is not None
-            cache.store(state, layout.length, getattr(torch, self.config.decoding_entry_dtype))
+        normed = self.mixer_norm(hidden)
+        if cache is None:
+            mixed, _ = layout.run(self.mixer, normed)
+        else:
+            mixed = cache.feed(self.mixer, normed, layout, getattr(torch, self.config.decoding_entry_dtype))
         if self.mlp is None or self.mlp_norm is None:
             return hidden + mixed
         hidden, normed = self.mlp_norm(hidden, mixed)
@@ -124,11 +116,6 @@ class LogLinearPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["LogLinearBlock"]
     _skip_keys_device_placement: ClassVar[list[str]] = list(NAMES)
     _supports_sdpa = True
-    _is_stateful = True
-
-    def __init__(self, config: LogLinearConfig, *args, **kwargs) -> None:
-        super().__init__(config, *args, **kwargs)
-        self._is_stateful = "loglinear_recurrent" in config.layer_types  # attention alone can take tokens back
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
@@ -236,7 +223,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         collected = [hidden]
         hidden = layout.pack(hidden)
-        for layer in self.layers:
+        for layer in islice(self.layers, self.config.num_hidden_layers):  # assistant_early_exit lowers the number
             hidden = layer(hidden, layout, past_key_values=cache)
             if output_hidden_states:
                 collected.append(layout.unpack(hidden))
@@ -249,7 +236,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         batch, length = shape
         if cache is None:
             return plan_layout(batch, length, **described)
-        check_cache(cache, self.config.layer_types, batch)
+        check_cache(cache, self.config.layer_types[: self.config.num_hidden_layers], batch)
         # What a state holds depends on positions: no single graph, so the compiler need not see this either.
         plan = torch.compiler.disable(plan_layout) if torch.compiler.is_compiling() else plan_layout
         return plan(batch, length, **described, past_length=cache.get_seq_length())
