@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs docs-serve clean
 
 setup: $(STAMP)
 
@@ -18,9 +18,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/loglinear demo --output out/demo
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'The site is in out/site: open out/site/index.html.'
+
+docs-serve: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 lint: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs/site.py
+	$(BIN)/ruff format --check src tests benchmarks docs/site.py
 	$(BIN)/mypy
 
 test: lint
