@@ -19,6 +19,7 @@ def identity(name: str) -> Callable[[dict], str]:
     """What makes a row of ``results/<name>.jsonl`` the same as another."""
     fields = {
         "lm": ("name",),
+        "lift": ("name",),
         "niah": ("name", "kind", "context", "depth"),
         "tunes": ("name", "steps", "tune_seed"),
         "mqar": ("cell",),

@@ -1,0 +1,78 @@
+"""From runs to rows: ``python benchmarks/lift.py OUT`` collects those of runs/lift.sh in results/lift.jsonl, and prints pairs.
+
+A pair is one linear model that went on twice with the same tokens in the same order, as it is and lifted. The difference of a
+pair is lifted minus plain, in nats a token, with a standard error over the validation sequences that both were evaluated on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from collect import language_row
+from measure import commit
+from reporting.rows import RESULTS, merge
+
+KINDS = ("plain", "lifted")
+FAR = 4096  # tokens between a repeat and what it repeats, from which on it is shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--commit", default=commit(), help="of the code that ran; none: that of this checkout")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    options = parser.parse_args()
+    rows = list(lifted_rows(options.out, options.commit))
+    if rows:
+        print(f"{len(rows)} rows collected, {merge('lift', rows, options.results)} in all")
+    for line in differences(rows):
+        print(line)
+
+
+def lifted_rows(out: Path, commit: str) -> Iterator[dict]:
+    """A row for each finished continuation: that of ``language_row``, its kind, and the model that it started from."""
+    for folder in sorted(out.glob("*-s*-*")):
+        kind = folder.name.rpartition("-")[2]
+        row = language_row(folder, commit) if kind in KINDS else None
+        if row is not None:
+            yield row | {"kind": kind, "base": folder.name.removesuffix(f"-{kind}")}
+
+
+def differences(rows: list[dict]) -> Iterator[str]:
+    """A line for each pair and evaluation: the difference of its losses, and of repeats by distance."""
+    found = {(row["base"], row["kind"]): row for row in rows}
+    for base in sorted({base for base, _ in found}):
+        plain, lifted = (found.get((base, kind)) for kind in KINDS)
+        if plain is None or lifted is None:
+            continue
+        for name, before in plain["evaluations"].items():
+            after = lifted["evaluations"].get(name)
+            if after is None:
+                continue
+            for part, mean, error in paired(before["per_sequence"], after["per_sequence"]):
+                yield f"{base} {name} {part}: lifted - plain {mean:+.4f} ± {error:.4f} nats a token"
+            far = {row["first"]: row.get("repeated_loss") for row in after.get("repeats", ())}
+            for row in before.get("repeats", ()):
+                losses = row.get("repeated_loss"), far.get(row["first"])
+                if row["first"] >= FAR and None not in losses:
+                    yield f"{base} {name} repeats from {row['first']:,}: plain {losses[0]:.4f}, lifted {losses[1]:.4f}"
+
+
+def paired(before: dict, after: dict) -> Iterator[tuple[str, float, float]]:
+    """Mean difference over the validation sequences and its standard error: of all positions, and of each half of them."""
+    rows = [
+        [b - a for a, b in zip(one, other, strict=True)]
+        for one, other in zip(before["losses"], after["losses"], strict=True)
+    ]
+    half = len(rows[0]) // 2
+    for part, columns in {"all": slice(None), "first half": slice(half), "second half": slice(half, None)}.items():
+        means = [statistics.fmean(row[columns]) for row in rows]
+        yield part, statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means))
+
+
+if __name__ == "__main__":
+    main()

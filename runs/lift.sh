@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Is lifting worth it? Linear language models of about 39M parameters, trained on 201M tokens as in runs/lm.sh, go on twice with
+# the same 101M tokens in the same order: as they are, and lifted (runs/lift_one.sh). Pairs share everything but the levels.
+#
+#   runs/lift.sh FOLDER [OUTPUT]     FOLDER holds linux-c-long.{train,valid}.jsonl, or the same as .jsonl.xz
+#
+# The GPUs of the machine take jobs from one queue. Started again, it goes on, and what is done is not done again.
+# `python benchmarks/lift.py OUTPUT` collects the rows and prints the differences of the pairs.
+set -euo pipefail
+export DATA=$1 OUTPUT=${2:-out/lift}
+here=$(dirname "$0")
+mkdir -p "$OUTPUT"
+
+"$here/lm_one.sh" prepare # the tokens, once, before several jobs would each make them
+gpus=$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))')
+xargs -P "$gpus" --process-slot-var=CUDA_VISIBLE_DEVICES -L 1 "$here/lift_one.sh" <<'JOBS'
+gated_deltanet 0
+mamba2 0
+gated_deltanet 1
+mamba2 1
+JOBS
