@@ -67,6 +67,15 @@ def test_unknown_arguments_are_named(make_model, tokens):
         model(ids, output_attentions=True)
 
 
+def test_generate_with_a_tokenizer(make_model, tokens):
+    """As for stop strings, and as transformers' server calls it; another name is refused."""
+    model, ids = make_model("log_linear_mamba2"), tokens(1, 20)
+    want = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, tokenizer=object()), want)
+    with pytest.raises(ValueError, match="token_type_ids"):
+        model.generate(ids, max_new_tokens=3, token_type_ids=ids)
+
+
 def test_documents_by_every_name(make_model, tokens, mixer):
     """cu_seq_lens_q and seq_idx of transformers' collator, cu_seqlens of flash-linear-attention, seq_idx in several rows."""
     model, ids = make_model(mixer), tokens(1, sum(LENGTHS))

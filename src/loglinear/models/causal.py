@@ -194,6 +194,12 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             kwargs[FIELD] = one_cache(kwargs.pop(OTHER), kwargs.get(FIELD))
         return super().generate(*args, **kwargs)
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers', without what ``generate`` carries along for itself (stop strings need a tokenizer)."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Also called when the vocabulary is resized; a plain linear layer becomes an ``OutputLayer`` of the same weight."""
         plain = new_embeddings
