@@ -127,7 +127,7 @@ def _loss_title(runs: Runs, key: str, first: int) -> str:
             parts.append(f"{mean} nats for {LABELS[log_linear]}")
     if not parts:
         return "Loss by position in the sequence"
-    return f"Loss past position {tokens(first)} against the linear twin: {', '.join(parts)}"
+    return f"Loss past position {tokens(first)} against the linear twin, mean over seeds: {', '.join(parts)}"
 
 
 def _difference(panel, linear: str, log_linear: str, places, value, error) -> tuple[float, str, str]:

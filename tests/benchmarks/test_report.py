@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from run_folders import recall_row, write_recall, write_run, write_tune
 
 import report
@@ -314,7 +315,7 @@ def test_notes_stand_in_their_section_and_nowhere_else(tmp_path):
         report.page(report.sections(tmp_path), {"elsewhere": "x"})
 
 
-def test_figures_are_drawn_for_what_there_is(made, tmp_path):
+def test_figures_are_drawn_for_what_there_is(made, tmp_path, monkeypatch):
     made({"level": -0.02, "repeats": 0.7})
     write_recall(tmp_path / "out" / "mqar" / "rows.jsonl", recall_rows(0.5, 0.6, state_size=144))
     list(collect(tmp_path / "out", tmp_path / "results", "abc", tmp_path / "out" / "mqar"))
@@ -323,9 +324,28 @@ def test_figures_are_drawn_for_what_there_is(made, tmp_path):
     (figures / "niah_gone.png").touch()
     (figures / "niah_gone.svg").touch()
     (figures / "masks.png").touch()
+    titles = {}
+    savefig = Figure.savefig
+
+    def spy(figure, path, **options):
+        titles[path.stem] = figure.texts[0].get_text().replace("\u00a0", " ").replace("\n", " ")
+        savefig(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
     drawn = set(draw_all(tmp_path / "results", figures))
+    assert re.fullmatch(r"Associative recall: .* in \d+ of \d+ cells", titles["mqar"])
+    assert re.search(
+        r"costs log-linear models 0\.\d\d, linear models 1\.00, the Transformer 0\.\d\d nats", titles["repeats"]
+    )
+    assert all(title[-1] not in ".:" for title in titles.values())
     assert set(figures.iterdir()) == drawn | {figures / "masks.png"}
     text = report.page(report.sections(tmp_path / "results"), {})
+    (far,) = re.findall(
+        r"past position 8K against the linear twin, mean over seeds: (\S+) nats for Log-Linear",
+        titles["loss_by_position"],
+    )
+    means = re.findall(r"^\| Log-Linear Mamba-2 − Mamba-2 \| from 8,\d+ of .* \| (\S+) \|$", text, re.M)
+    assert [f"{float(mean.replace('−', '-')):.3f}".replace("-", "−") for mean in means] == [far]  # of the table
     assert {tmp_path / name for name in re.findall(r"\((figures/\w+\.svg)\)", text)} == {
         path for path in drawn if path.suffix == ".svg"
     }

@@ -1,13 +1,19 @@
 """The style of figures: readable on light and dark pages, labels that do not overlap, the same bytes twice."""
 
 import itertools
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from loglinear.tasks import style
+from loglinear.tasks.lm.figure import draw_losses
+from loglinear.tasks.lm.levels import draw_levels
+from loglinear.tasks.lm.retrieval import draw_retrieval
 from loglinear.tasks.mqar.config import MODELS
+from loglinear.tasks.niah.figure import draw_heatmaps
 
 PAGES = {"white": "#ffffff", "dark": "#0d1117"}
 # Machado, Oliveira and Fernandes (2009), full loss of one kind of cones, on linear RGB.
@@ -86,6 +92,38 @@ def test_a_long_title_is_broken_but_no_name():
     lines = figure.texts[0].get_text().replace("\u00a0", " ").splitlines()
     assert len(lines) > 1
     assert any("Log-Linear Gated DeltaNet" in line for line in lines)
+
+
+def title_of(draw, monkeypatch, *arguments, **more):
+    """The title that a function gives to its figure, which is not written."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    draw(*arguments, **more)
+    return figures[0].texts[0].get_text().replace("\u00a0", " ").replace("\n", " ")
+
+
+def test_titles_say_what_the_numbers_are(monkeypatch):
+    path = Path("nowhere")
+    losses = np.repeat([2.75, 2.25], 32).astype(np.float32) + np.zeros((4, 1), np.float32)
+    assert title_of(draw_losses, monkeypatch, {"run": losses}, path, 2) == (
+        "Loss of run: 2.75 nats at the start of a sequence and 2.25 at its end"
+    )
+    assert title_of(draw_losses, monkeypatch, {"Mamba-2": losses, "Log-Linear Mamba-2": losses - 0.5}, path) == (
+        "Mean loss beside Mamba-2, in nats per token: Log-Linear Mamba-2 −0.500"
+    )
+    cells = [{"kind": "word", "context": n, "depth": 0.5, "exact": share} for n, share in ((1024, 1.0), (4096, 0.5))]
+    assert title_of(draw_heatmaps, monkeypatch, {"run": cells}, path, 1024) == (
+        "run: 100% of needles are found up to 1K, the longest length of the fine-tune, 50% beyond it"
+    )
+    layers = [{"layer": "model.layers.0", "heads": [[0.5, 1.0, 2.0, None]]}]
+    assert title_of(draw_levels, monkeypatch, layers, path) == (
+        "λ is largest at level 2 (2.00) and smallest at level 0 (0.50), mean over layers"
+    )
+    rows = [{"distance": d, "exact": x, "without": 0, "exact_standard_error": 0, "without_standard_error": 0}
+            for d, x in ((512, 0.9), (2048, 0.25))]  # fmt: skip
+    assert title_of(draw_retrieval, monkeypatch, {"run": rows}, path) == (
+        "run gives back 90% of values at 512 tokens and 25% of values at 2,048 tokens"
+    )
 
 
 @style.styled

@@ -118,6 +118,11 @@ def plain(value: float) -> str:
     return f"{value:g}"
 
 
+def signed(value: float, digits: int = 3) -> str:
+    """+0.050 or −0.050."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def in_bytes(count: float) -> str:
     """Bytes as 512 B, 88 MiB, 1.5 GiB, with two digits or more."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):

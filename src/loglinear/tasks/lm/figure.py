@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from loglinear.tasks.lm.evaluation import by_position
-from loglinear.tasks.style import FAINT, canvas, colors_of, label_ends, save, styled, tokens
+from loglinear.tasks.style import FAINT, canvas, colors_of, label_ends, save, signed, styled, tokens
 
 
 @styled
@@ -59,7 +59,7 @@ def _title(losses: dict[str, np.ndarray], buckets: int) -> str:
     if not others:
         ends = f"{rows[0]['loss']:.2f} nats at the start of a sequence and {rows[-1]['loss']:.2f} at its end"
         return f"Loss of {name}: {ends}"
-    apart = [f"{other} {float(np.mean(more - values)):+.3f}".replace("-", "−") for other, more in others]
+    apart = [f"{other} {signed(float(np.mean(more - values)))}" for other, more in others]
     return f"Mean loss beside {name}, in nats per token: {', '.join(apart)}"
 
 

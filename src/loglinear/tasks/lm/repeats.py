@@ -111,5 +111,5 @@ def _title(results: dict[str, list[dict]]) -> str:
     if not known:
         return "No token of this text completes a repeat"
     near, far = known[0], known[-1]
-    where = f"{near['first']:,} tokens back costs {near['repeated_loss']:.2f} nats, one from {far['first']:,} tokens"
-    return f"{name}: a repeat from {where} {far['repeated_loss']:.2f}"
+    where = f"at a distance of {near['first']:,} costs {near['repeated_loss']:.2f} nats, one at {far['first']:,}"
+    return f"{name}: a repeat {where} {far['repeated_loss']:.2f}"
