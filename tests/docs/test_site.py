@@ -1,35 +1,12 @@
 """The site builds strictly, loads nothing from elsewhere, and its reference names every public function and class."""
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 MODULES = ("loglinear", "loglinear.ops", "loglinear.layers", "loglinear.models", "loglinear.distributed")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """The site, built strictly: a broken link, a lost anchor or a page without a place is an error."""
-    if "CI" not in os.environ:
-        pytest.importorskip("mkdocs", reason="needs pip install '.[docs]'")
-    folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 def pages(site: Path) -> list[Path]:
