@@ -3,17 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What the packages around us decide most: tested with the newest and with the oldest of them too.
+PINNED := tests/models tests/layers tests/cli tests/test_readme.py
 
-.PHONY: setup demo test lint docs docs-serve clean
+.PHONY: setup demo test test-newest test-oldest lint docs docs-serve clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints/default.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints/default.txt -e '.[dev]'
 	@# What else torchtitan asks for (wandb, an older datasets) it does not need to build and train a model.
-	$(BIN)/pip install -q -c constraints.txt --no-deps torchtitan spmd_types torch_checkpointing torchdata
+	$(BIN)/pip install -q -c constraints/default.txt --no-deps torchtitan spmd_types torch_checkpointing torchdata
 	touch $(STAMP)
+
+.venv-%/.installed: pyproject.toml constraints/%.txt $(STAMP)
+	$(PYTHON) -m venv --clear .venv-$*
+	$(BIN)/uv pip install -q --python .venv-$* -c constraints/$*.txt -e '.[dev]'
+	touch $@
 
 demo: setup
 	$(BIN)/loglinear demo --output out/demo
@@ -33,5 +40,11 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 
+test-newest: .venv-newest/.installed
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2 --dist worksteal -m 'not slow' $(PINNED)
+
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m 'not slow' $(PINNED)
+
 clean:
-	rm -rf $(VENV) out build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest out build dist *.egg-info src/*.egg-info

@@ -117,15 +117,48 @@ def test_versions_agree():
     assert re.search(r'^__version__ = "(.+)"$', package, re.M).group(1) == VERSION
 
 
-def test_constraints_pin_what_the_wheel_asks_for(wheel):
-    """Every requirement but the build backend has exactly one pin, so that a fresh machine gets what was tested."""
-    pins = re.findall(r"^([\w-]+)==\S+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
-    pins = [name.lower().replace("_", "-") for name in pins]
+@pytest.fixture(scope="module")
+def requirements(wheel) -> dict[str, str]:
+    """What the wheel asks for: lower-case name to the rest of the line."""
     metadata = zipfile.ZipFile(wheel).read(f"loglinear-{VERSION}.dist-info/METADATA").decode()
-    asked = {name.lower() for name in re.findall(r"^Requires-Dist: ([\w-]+)", metadata, re.M)}
-    assert {"torch", "triton", "transformers", "pytest"} < asked
-    assert asked - set(pins) - {"loglinear", "setuptools"} == set()
-    assert len(pins) == len(set(pins))
+    asked = {name.lower(): rest for name, rest in re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", metadata, re.M)}
+    return {name: rest for name, rest in asked.items() if name != "loglinear"}
+
+
+def pins(name: str) -> dict[str, str]:
+    text = (ROOT / "constraints" / f"{name}.txt").read_text(encoding="utf-8")
+    found = re.findall(r"^([\w-]+)==(\S+)$", text, re.M)
+    versions = {package.lower().replace("_", "-"): version for package, version in found}
+    assert len(versions) == len(found)
+    return versions
+
+
+def without_zeros(version: str) -> str:
+    return re.sub(r"(\.0)+$", "", version)
+
+
+@pytest.mark.parametrize("name", ["default", "newest", "oldest"])
+def test_constraints_pin_what_the_wheel_asks_for(requirements, name):
+    """Every requirement but the build backend has exactly one pin, so that a fresh machine gets what was tested."""
+    assert {"torch", "triton", "transformers", "pytest"} < set(requirements)
+    assert set(requirements) - set(pins(name)) - {"setuptools"} == set()
+
+
+def test_the_oldest_pins_are_the_floors(requirements):
+    """Of everything but the tools of developers and of the site, and Triton, which must be the one that PyTorch asks for."""
+    floors = {
+        name: without_zeros(re.search(r">=([\d.]+)", rest)[1])
+        for name, rest in requirements.items()
+        if not re.search(r'extra == "(dev|docs)"', rest)
+    }
+    assert {"torch", "transformers", "accelerate", "tyro", "lm-eval"} < set(floors)
+    oldest = pins("oldest")
+    assert {name: without_zeros(oldest[name]) for name in floors} == floors
+
+
+def test_the_core_needs_torch_alone(requirements):
+    """PyTorch's builds for GPUs bring Triton; on a CPU it would be a gigabyte that nothing imports."""
+    assert {name for name, rest in requirements.items() if "extra ==" not in rest} == {"torch"}
 
 
 def committed_files() -> list[Path]:
@@ -135,7 +168,7 @@ def committed_files() -> list[Path]:
         names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
         return [ROOT / name for name in names if name and (ROOT / name).is_file()]
     except (OSError, subprocess.CalledProcessError):
-        skip = {".venv", ".git", "out", "build", "dist", "__pycache__"}
+        skip = {".venv", ".venv-newest", ".venv-oldest", ".git", "out", "build", "dist", "__pycache__"}
         return [path for path in ROOT.rglob("*") if path.is_file() and not skip & set(path.relative_to(ROOT).parts)]
 
 

@@ -74,7 +74,7 @@ def _deciding(arguments: dict) -> dict:
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on, and the device."""
     packages = ("loglinear", "torch", "triton", "transformers", "accelerate", "tokenizers", "datasets")
-    found = {name: _version(name) for name in packages}
+    found = {name: _version(name) for name in packages} | {"torch": torch.__version__}  # which names its build too
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return {"python": platform.python_version(), **found, "device": device}
 

@@ -35,6 +35,9 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     for block in decoder.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if mesh.device_type == "cpu":
+        for module in (*decoder.layers, model):
+            module.set_force_sum_reduction_for_comms(True)  # asked for a mean, PyTorch 2.8's gloo gives the sum
     for name in marked:
         model.get_parameter(name)._no_weight_decay = True  # type: ignore[attr-defined]
 
@@ -75,9 +78,9 @@ class ShardedTrainer(LanguageModelTrainer):
         model: Any = self.model
         if not isinstance(model, FSDPModule):
             shard(model, init_device_mesh(self.args.device.type, (self.args.world_size,)))
-            # Autocast and nothing else: for accelerate this model is one that needs no DistributedDataParallel.
+            # Autocast and nothing else. The Trainer prepares the model once more, and accelerate would take it for a whole one.
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-            model._is_accelerate_prepared = True
+            self.accelerator.prepare_model = lambda model, **_: model  # type: ignore[method-assign]
         optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.register_state_dict_post_hook(self._whole_state)
         optimizer.register_load_state_dict_pre_hook(_sharded_state)
