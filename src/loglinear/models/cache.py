@@ -9,7 +9,6 @@ fed, padding included. ``length`` is known on the host and never less than a pos
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +36,7 @@ class MixerCacheLayer(CacheLayerMixin):
         super().__init__()
         self.max_cache_len = max_cache_len
         self._held: MixerState | None = None
+        self._padded: list[tuple[int, Tensor]] = []  # of calls with padding: first column, and which columns are real
         self.length = 0
 
     @property
@@ -69,8 +69,23 @@ class MixerCacheLayer(CacheLayerMixin):
         """
         self.reserve(layout.length)
         mixed, state = layout.run(mixer, hidden, self.state, output_state=True)
+        if layout.real is not None:
+            self._padded.append((self.length, layout.real))
         self.store(state, layout.length, entry_dtype)
         return mixed
+
+    def real_columns(self) -> Tensor | None:
+        """bool ``[B, length]``, the columns that were tokens; None if all were."""
+        if not self._padded:
+            return None
+        real = torch.ones(self.batch_size, self.length, dtype=torch.bool, device=self._padded[0][1].device)
+        for start, part in self._padded:
+            real[:, start : start + part.shape[1]] = part.to(real.device)
+        return real
+
+    def _padded_until(self, length: int) -> list[tuple[int, Tensor]]:
+        """Where the first ``length`` columns had padding."""
+        return [(start, real[:, : length - start]) for start, real in self._padded if start < length]
 
     def _room(self, tokens: int) -> int:
         """Tokens to have room for, when there are ``tokens`` of them."""
@@ -115,13 +130,14 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; a static layer keeps its buffers for the next text of as many rows."""
-        self.length = 0
+        self.length, self._padded = 0, []
         if self.max_cache_len is None:
             self._held = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.state is not None:
             self._keep(self.state.reorder(beam_idx.long()))  # beam search counts in int32
+        self._padded = [(start, real.index_select(0, beam_idx.long().to(real.device))) for start, real in self._padded]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
@@ -133,14 +149,14 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def snapshot(self) -> LayerSnapshot:
         """A copy of what the layer holds now, for ``restore``."""
-        return LayerSnapshot(None if self.state is None else self.state.clone(), self.length)
+        return LayerSnapshot(None if self.state is None else self.state.clone(), self.length, tuple(self._padded))
 
     def restore(self, snapshot: LayerSnapshot) -> None:
         """Return to ``snapshot``, which stays as it is; where buffers fit they stay where they are."""
         if snapshot.state is None:
             self.reset()
             return
-        self.length = snapshot.length
+        self.length, self._padded = snapshot.length, list(snapshot.padded)
         if self._held is not None and same_buffers(self._held, snapshot.state):
             self._held.restore_(snapshot.state)  # type: ignore[union-attr,arg-type]
         else:
@@ -155,11 +171,11 @@ class MixerCacheLayer(CacheLayerMixin):
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """What one cache layer held: its state (None at the start) and the columns it had seen."""
+    """What one cache layer held: its state (None at the start), the columns it had seen, and where these had padding."""
 
     state: MixerState | None
     length: int
-    padded: tuple[tuple[int, Tensor], ...] = ()  # softmax attention: where calls had padding
+    padded: tuple[tuple[int, Tensor], ...] = ()
 
 
 class RecurrentCacheLayer(MixerCacheLayer):
@@ -237,8 +253,9 @@ class RecurrentCacheLayer(MixerCacheLayer):
         assert call is not None
         with call.modes():
             marks = journal.until(self.length + tokens_to_remove)
-            super().restore(LayerSnapshot(marks[-1].state, marks[-1].length))
-            for columns in marks[-1].pieces:
+            mark = marks[-1]
+            super().restore(LayerSnapshot(mark.state, mark.length, tuple(self._padded_until(mark.length))))
+            for columns in mark.pieces:
                 self._feed_again(columns, call)
         journal.marks = marks
 
@@ -277,18 +294,8 @@ class KVCacheLayer(MixerCacheLayer):
     _layer_type = "loglinear_attention"
     is_croppable = True
 
-    def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
-        super().__init__(max_cache_len, **kwargs)
-        self._padded: list[tuple[int, Tensor]] = []  # of calls with padding: first column, and which columns are real
-
     def _room(self, tokens: int) -> int:
         return tokens + max(256, tokens // 4) if self.max_cache_len is None else self.max_cache_len  # each costs memory
-
-    def feed(self, mixer: nn.Module, hidden: Tensor, layout: TokenLayout, entry_dtype: torch.dtype) -> Tensor:
-        start, mixed = self.length, super().feed(mixer, hidden, layout, entry_dtype)
-        if layout.real is not None:
-            self._padded.append((start, layout.real))
-        return mixed
 
     def activate_past_recording(self) -> None:
         """Nothing to do."""
@@ -306,22 +313,15 @@ class KVCacheLayer(MixerCacheLayer):
             tokens = tokens - removed.sum(1)
         self._held = (state if writable(state) else state.clone()).crop(tokens)
         self.length = kept
-        self._padded = [(start, real[:, : kept - start]) for start, real in self._padded if start < kept]
+        self._padded = self._padded_until(kept)
 
-    def reset(self) -> None:
-        super().reset()
-        self._padded = []
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._padded = [(start, real.index_select(0, beam_idx.long().to(real.device))) for start, real in self._padded]
-
-    def snapshot(self) -> LayerSnapshot:
-        return dataclasses.replace(super().snapshot(), padded=tuple(self._padded))
-
-    def restore(self, snapshot: LayerSnapshot) -> None:
-        super().restore(snapshot)
-        self._padded = list(snapshot.padded)
+    def drop_tails(self, real: Tensor) -> None:
+        """From now on only ``real [B, length]`` of the columns were tokens; those left out are the last of their rows."""
+        state, seen = self.state, self.real_columns()
+        assert isinstance(state, KVState)
+        dropped = ~real if seen is None else seen.to(real.device) & ~real
+        self._held = (state if writable(state) else state.clone()).crop(dropped.sum(1).to(state.position.device))
+        self._padded = [(0, real)]
 
 
 # A dynamic layer registers itself by its _layer_type; the same classes serve StaticCache.
@@ -344,6 +344,35 @@ def check_cache(cache: Cache, layer_types: list[str], rows: int) -> None:
             f"past_key_values must have seen as many columns in every layer: got {lengths}; a call or a crop has failed on "
             "its way through the layers, so reset the cache or return to a snapshot_cache"
         )
+
+
+def check_past(cache: Cache, mask: Tensor, length: int) -> None:
+    """See to it that ``mask [B, past + length]`` says of past columns what the cache was told when it read them.
+
+    Softmax attention can still drop the last tokens of a row: nothing that it keeps has seen them. Waits for the device.
+
+    Raises:
+        ValueError: the mask says otherwise, naming the rows.
+    """
+    layers = mixer_layers(cache)
+    past = cache.get_seq_length()
+    if not past or mask.shape[1] != past + length:
+        return
+    told, seen = mask[:, :past] == 1, layers[0].real_columns()
+    seen = torch.ones_like(told) if seen is None else seen.to(told.device)
+    if bool((told == seen).all()):
+        return
+    after_a_gap = (seen & ~told).cumsum(1) > 0
+    tails = (told & (after_a_gap | ~seen)).any(1).logical_not()
+    if bool(tails.all()) and all(isinstance(layer, KVCacheLayer) for layer in layers):
+        for layer in layers:
+            layer.drop_tails(told)  # type: ignore[attr-defined]
+        return
+    rows = (told != seen).any(1).nonzero().flatten().tolist()
+    raise ValueError(
+        f"attention_mask must say of the {past} columns in the cache what it said when they were read: rows {rows} differ. "
+        "Tokens that a state has taken in stay there; to leave a row as it is, give 0 for its new columns when they are read"
+    )
 
 
 def mixer_layers(cache: Cache) -> list[MixerCacheLayer]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from loglinear.layers import MixerState, RecurrentMixerState
-from loglinear.models.cache import MixerCacheLayer, mixer_layers
+from loglinear.models.cache import MixerCacheLayer, check_past, mixer_layers
 from loglinear.models.outputs import FIELD, CausalOutput, one_cache
 from loglinear.ops import DecodingState
 from loglinear.ops.step import has_kernel
@@ -162,6 +162,8 @@ class GraphedCall:
             return self._eager(input_ids, cache, attention_mask, kwargs)
         if self.graph is None or self.graph.cache is not cache:
             self.graph = DecodingGraph(self.model, cache)
+            if attention_mask is not None:  # later ones only grow
+                check_past(cache, attention_mask, 1)
         return CausalOutput(logits=self.graph(input_ids).unsqueeze(1), **{FIELD: cache})  # type: ignore[arg-type]
 
     def _serves(self, input_ids: Tensor, cache: Cache, kwargs: dict[str, Any]) -> bool:

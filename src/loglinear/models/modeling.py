@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, RMSNorm, SoftmaxAttention, SumRMSNorm
 from loglinear.layers.initialization import StatedInit
-from loglinear.models.cache import MixerCacheLayer, check_cache
+from loglinear.models.cache import MixerCacheLayer, check_cache, check_past
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.layout import TokenLayout, plan_layout
 from loglinear.models.outputs import FIELD, NAMES, ModelOutput, one_cache
@@ -238,8 +238,8 @@ class LogLinearModel(LogLinearPreTrainedModel):
             return plan_layout(batch, length, **described)
         check_cache(cache, self.config.layer_types[: self.config.num_hidden_layers], batch)
         # What a state holds depends on positions: no single graph, so the compiler need not see this either.
-        plan = torch.compiler.disable(plan_layout) if torch.compiler.is_compiling() else plan_layout
-        return plan(batch, length, **described, past_length=cache.get_seq_length())
+        plan = torch.compiler.disable(plan_from) if torch.compiler.is_compiling() else plan_from
+        return plan(cache, batch, length, **described)
 
     def _choose_cache(
         self, cache: Cache | None, use_cache: bool | None, layout: TokenLayout, hidden: Tensor
@@ -260,6 +260,14 @@ class LogLinearModel(LogLinearPreTrainedModel):
             raise ValueError("use_cache must be false or None for tensors without values (meta, fake): got True")
         wanted = use_cache and not layout.documents and not checkpointing
         return DynamicCache(config=self.config) if wanted else None
+
+
+def plan_from(cache: Cache, batch: int, length: int, **described: Any) -> TokenLayout:
+    """The layout of new columns ``[B, T]`` behind those of ``cache``, of which the mask must say what the cache knows."""
+    layout = plan_layout(batch, length, **described, past_length=cache.get_seq_length())
+    if described.get("attention_mask") is not None:
+        check_past(cache, described["attention_mask"], length)
+    return layout
 
 
 def take_offsets(kwargs: dict[str, Any]) -> Tensor | None:
