@@ -1,4 +1,4 @@
-"""The part of a mask that speaks of the past: what a cache has read cannot be unsaid, but for the tails of softmax attention."""
+"""The part of a mask that speaks of the past: what was read cannot be unsaid, but for the tails of softmax attention."""
 
 import pytest
 import torch
