@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent / "on_device"
 NAMES = {path.stem.removeprefix("test_") for path in FOLDER.glob("test_*.py")}
 # Over 20 s on one core (2026-11-22); and memcheck, which looks into the interpreter.
 ALONE = (
+    "causality",
     "delta_rule",
     "delta_rule_grads",
     "delta_rule_kept",

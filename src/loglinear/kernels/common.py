@@ -165,20 +165,32 @@ def store_state(
 
 
 @triton.jit
-def gate_sums(g, stride, valid, HAS_GATE: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):
-    """Cumulative log2-decay of a chunk: (value, rounding error, decay to the end, total), after clamping the gate."""
+def at_most_zero(x):
+    """``min(x, 0)``, NaN where x is."""
+    return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_gates(g, stride, valid, HAS_GATE: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):
+    """Log2-decays of a chunk ``[C]``, clamped; NaN for NaN and for an infinite growth."""
     if EXACT:
         gate = tl.zeros([C], tl.float64)
     else:
         gate = tl.zeros([C], tl.float32)
     if HAS_GATE:
-        raw = tl.load(g + tl.arange(0, C) * stride, mask=valid, other=0.0)
-        gate += tl.maximum(raw.to(gate.dtype), GATE_FLOOR) * LOG2_E
+        raw = tl.load(g + tl.arange(0, C) * stride, mask=valid, other=0.0).to(gate.dtype)
+        gate += tl.where(raw < float("inf"), tl.maximum(raw, GATE_FLOOR), float("nan")) * LOG2_E
+    return gate
+
+
+@triton.jit
+def gate_sums(gate):
+    """Cumulative log2-decay of a chunk ``[C]``: (value, rounding error, decay to the end, total)."""
     sums = tl.cumsum(gate, axis=0)
     total = tl.sum(gate, axis=0)
     high = sums.to(tl.float32)
     low = (sums - high.to(sums.dtype)).to(tl.float32)
-    to_end = tl.exp2(tl.minimum((total - sums).to(tl.float32), 0.0))
+    to_end = tl.exp2(at_most_zero((total - sums).to(tl.float32)))
     return high, low, to_end, total.to(tl.float32)
 
 
@@ -196,7 +208,7 @@ def decay_between(late_high, late_low, early_high, early_low, EXACT: tl.constexp
     difference = late_high - early_high
     if EXACT:
         difference += late_low - early_low
-    return tl.exp2(tl.minimum(difference, 0.0))
+    return tl.exp2(at_most_zero(difference))
 
 
 @triton.jit

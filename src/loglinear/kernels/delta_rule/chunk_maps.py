@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import SUB, gate_sums, load_tile, locate, pair_decays
+from loglinear.kernels.common import SUB, gate_sums, load_gates, load_tile, locate, pair_decays
 
 
 @triton.jit
@@ -117,20 +117,27 @@ def chunk_maps_kernel(
     valid = in_chunk < length - local * C
     origin = (start + local * C).to(tl.int64)
     unit = row.to(tl.int64) * H + h
-    high, low, _, total = gate_sums(g + origin * stride_g + h, stride_g, valid, HAS_GATE, EXACT, C)
-    head_sums = sums + h.to(tl.int64) * sums_stride + origin + in_chunk
-    tl.store(head_sums, high, mask=valid)
-    if EXACT:
-        tl.store(head_sums + all_tokens, low, mask=valid)
-    tl.store(chunk_log + unit, total)
-
+    gate = load_gates(g + origin * stride_g + h, stride_g, valid, HAS_GATE, EXACT, C)
+    strength = tl.load(beta + origin * stride_b + h + in_chunk * stride_b, mask=valid, other=0.0).to(tl.float32)
     k_head = k + origin * stride_k + h // (H // G) * K
     products = tl.zeros([C, C], tl.float32)
     for first in tl.static_range(0, K, BK):
         k_tile = load_tile(k_head, stride_k, valid, C, K, BK, first)
         products = tl.dot(k_tile, tl.trans(k_tile), products, input_precision=PRECISION)
-    strength = tl.load(beta + origin * stride_b + h + in_chunk * stride_b, mask=valid, other=0.0).to(tl.float32)
-    earlier = in_chunk[:, None] > in_chunk[None, :]
+
+    # The sums are NaN from the first token on that is not finite. The matrices are those of the tokens before it.
+    squares = tl.sum(tl.where(in_chunk[:, None] == in_chunk[None, :], products, 0.0), axis=1)
+    finite = (squares < float("inf")) & (tl.abs(strength) < float("inf"))
+    high, low, _, total = gate_sums(tl.where(finite, gate, float("nan")))
+    head_sums = sums + h.to(tl.int64) * sums_stride + origin + in_chunk
+    tl.store(head_sums, high, mask=valid)
+    if EXACT:
+        tl.store(head_sums + all_tokens, low, mask=valid)
+    tl.store(chunk_log + unit, total)
+    valid = valid & (high == high)
+    strength = tl.where(valid, strength, 0.0)
+
+    earlier = (in_chunk[:, None] > in_chunk[None, :]) & valid[:, None]
     lower = tl.where(earlier, products * pair_decays(high, low, EXACT) * strength[:, None], 0.0)
     solved = triangular_inverse(lower, C, SOLVE) * strength[None, :]
 
@@ -138,7 +145,7 @@ def chunk_maps_kernel(
     square = in_chunk[:, None] * C + in_chunk[None, :]
     tl.store(solve + unit * (C * C) + square, solved.to(dtype))
     written = writes + unit * (C * (K + V))
-    erase = (solved * tl.exp2(high)[None, :]).to(dtype)
+    erase = (solved * tl.exp2(tl.where(valid, high, 0.0))[None, :]).to(dtype)
     for first in tl.static_range(0, K, BK):
         k_tile = load_tile(k_head, stride_k, valid, C, K, BK, first)
         erased = tl.dot(erase, k_tile, input_precision=PRECISION)

@@ -149,13 +149,23 @@ def output_kernel(
     erased = load_square(writes + unit * (C * (K + V)), K + V, C, K, C, BK)
     queries = start_queries(q_tile, products, erased, high, PRECISION)
 
+    columns = first_v + tl.arange(0, BK)
+    # A value that is not finite has spoilt its column of U, in every row.
+    first_of_U = tl.load(writes + (unit * (C * (K + V)) + K) + columns, mask=columns < V, other=0.0).to(tl.float32)
     solved = tl.load(solve + unit * (C * C) + in_chunk[:, None] * C + in_chunk[None, :])
     scores = tl.dot(products, solved, input_precision=PRECISION)
     scales = level_scales + origin * stride_s + h * L
     near, far = local_scales(scales, valid, stride_s, factor, L, C)
     mask = tl.reshape(assemble_mask(near, far, tl.full([C // SUB, SUB], 1.0, tl.float32), C), [C, C])
-    v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BK, first_v)
+    v_head = v + origin * stride_v + h * V
+    first_bad = C
+    if tl.sum(first_of_U * 0.0) != 0.0:
+        rows_of_v = tl.sum(load_tile(v_head, stride_v, valid, C, V, BK, first_v).to(tl.float32) * 0.0, axis=1)
+        first_bad = tl.min(tl.where(rows_of_v == 0.0, C, in_chunk), axis=0)
+    v_tile = load_tile(v_head, stride_v, in_chunk < tl.minimum(size, first_bad), C, V, BK, first_v)
     acc = tl.dot((scores * mask).to(v_tile.dtype), v_tile, input_precision=PRECISION)
+    if first_bad < C:
+        acc = tl.where((in_chunk >= first_bad)[:, None], float("nan"), acc)
 
     if n % 2 == 1:
         before_k = k + (origin - C) * stride_k + h // (H // G) * K

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import GROUP, gate_sums, load_tile, locate, store_state
+from loglinear.kernels.common import GROUP, gate_sums, load_gates, load_tile, locate, store_state
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
@@ -23,6 +23,7 @@ def chunk_states_kernel(
     group_log,  # [groups, H]
     entries,  # [rows, H, K, V]
     group_states,  # [groups, H, K, V] state of a whole group
+    checks,  # [groups, H, tiles] sum of each tile of the group's state: finite if all its tokens are
     group_sequence,
     sequences,
     T,
@@ -77,7 +78,8 @@ def chunk_states_kernel(
         origin = (start + local * C).to(tl.int64)
         k_tile = load_tile(k_head + origin * stride_k, stride_k, valid, C, K, BK, first_k)
         v_tile = load_tile(v_head + origin * stride_v, stride_v, valid, C, V, BV, first_v)
-        high, low, to_end, total = gate_sums(g + origin * stride_g + h, stride_g, valid, HAS_GATE, EXACT, C)
+        gate = load_gates(g + origin * stride_g + h, stride_g, valid, HAS_GATE, EXACT, C)
+        high, low, to_end, total = gate_sums(gate)
         weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(v_tile.dtype)
         leaf = tl.dot(tl.trans(k_tile), weighted, input_precision=PRECISION)
         decay = tl.exp2(total)
@@ -102,5 +104,6 @@ def chunk_states_kernel(
             tl.store(entry_log + row, tl.where(is_prefix, prefix_log, pair_log), mask=active & (not closes_group))
     whole = group.to(tl.int64) * H + h
     store_state(group_states + whole * (K * V), prefix, True, first_k, first_v, K, V, BK, BV)
+    tl.store(checks + whole * TILES + tile, tl.sum(prefix))
     if tile == 0:
         tl.store(group_log + whole, prefix_log)

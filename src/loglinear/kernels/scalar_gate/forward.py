@@ -24,6 +24,7 @@ class States(NamedTuple):
 
     sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[rows, H]`` float32.
     group_log: ``[groups, H]``. entries: ``[rows, H, K, V]``, the Fenwick array. group_states: ``[groups, H, K, V]``.
+    checks: ``[groups, H, tiles]`` float32, finite where the tokens of a group are.
     """
 
     sums: Tensor
@@ -32,6 +33,7 @@ class States(NamedTuple):
     group_log: Tensor
     entries: Tensor | None
     group_states: Tensor
+    checks: Tensor
 
 
 def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, leaves: bool) -> States:
@@ -41,10 +43,11 @@ def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None
     sums = common.scratch((H, 2 if exact else 1, problem.tokens), torch.float32, device)
     logs = [common.scratch((n, H), torch.float32, device) for n in (problem.rows, problem.rows, problem.row_groups)]
     matrices = [common.scratch((n, H, K, V), v.dtype, device) for n in (problem.rows, problem.row_groups)]
-    states = States(sums, *logs, *matrices)
     launch = problem.config.states
     tile_k, tile_v = min(problem.config.block_k, problem.tile(K)), min(launch.block_v, problem.tile(V))
-    grid = problem.row_groups * H * cdiv(K, tile_k) * cdiv(V, tile_v)
+    tiles = cdiv(K, tile_k) * cdiv(V, tile_v)
+    states = States(sums, *logs, *matrices, common.scratch((problem.row_groups, H, tiles), torch.float32, device))
+    grid = problem.row_groups * H * tiles
     gate = sums if g is None else g
     common.launch(
         chunk_states_kernel, grid,
@@ -85,10 +88,12 @@ def launch_output(
     grid = problem.rows * problem.heads * cdiv(problem.value_width, tile_v)
     common.launch(
         output_kernel, grid,
-        q, k, v, level_scales, states.sums, states.entries, states.entry_log, o, problem.row_sequence, *problem.table,
-        problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1), level_scales.stride(1), factor,
+        q, k, v, level_scales, states.sums, states.entries, states.entry_log, states.checks, o, problem.row_sequence,
+        *problem.table, problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1),
+        level_scales.stride(1), factor,
         problem.levels, **common_constants(problem, v.dtype), LOG_C=problem.config.chunk.bit_length() - 1,
-        TREE=padded(problem.tree_levels), BK=problem.tile(problem.key_width), BV=tile_v, **launch.options,
+        TREE=padded(problem.tree_levels), BK=problem.tile(problem.key_width), BV=tile_v,
+        TILES=states.checks.shape[2], **launch.options,
     )  # fmt: skip
     return o
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.common import (
+    GROUP,
     assemble_mask,
     column,
     load_state,
@@ -45,6 +46,28 @@ def walk(acc, q_tile, weights, entries, rows, n, n0, h, first_v, H: tl.constexpr
 
 
 @triton.jit
+def careful_product(weights, values, C: tl.constexpr, PRECISION: tl.constexpr):
+    """``weights [C, C]`` times ``values`` where tokens (columns) that are not finite count for no earlier one (row).
+
+    0 · NaN is NaN. So a row of values that is not finite becomes zero, and the weights of later tokens for it NaN.
+    """
+    t = tl.arange(0, C)
+    finite = tl.sum(values.to(tl.float32) * 0.0, axis=1) == 0.0
+    seen = tl.where(finite[None, :], weights, float("nan"))
+    weights = tl.where(t[:, None] >= t[None, :], seen, 0.0).to(weights.dtype)
+    return tl.dot(weights, tl.where(finite[:, None], values, 0.0).to(values.dtype), input_precision=PRECISION)
+
+
+@triton.jit
+def all_finite(checks, TILES: tl.constexpr):
+    """Whether the tokens of a group are, by the sums that ``chunk_states`` has left of its state."""
+    total = 0.0
+    for tile in range(TILES):
+        total += tl.load(checks + tile)
+    return tl.abs(total) < float("inf")
+
+
+@triton.jit
 def attend_to_previous(acc, q_tile, weight, k, v, sums, stride_k, stride_v, plane, first_v, C: tl.constexpr,
                        K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
                        PRECISION: tl.constexpr):  # fmt: skip
@@ -66,6 +89,7 @@ def output_kernel(
     sums,
     entries,
     entry_log,
+    checks,
     o,
     row_sequence,
     sequences,
@@ -89,6 +113,7 @@ def output_kernel(
     TREE: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    TILES: tl.constexpr,
     EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -103,7 +128,7 @@ def output_kernel(
     row = pid % rows
     h = pid // rows % H
     first_v = pid // (rows * H) * BV
-    start, length, row0, _, n0, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
+    start, length, row0, group0, n0, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
     if length < 0:
         return
     local = row - row0
@@ -117,6 +142,7 @@ def output_kernel(
     v_head = v + origin * stride_v + h * V
     k_tile = load_tile(k_head, stride_k, valid, C, K, BK, 0)
     v_tile = load_tile(v_head, stride_v, valid, C, V, BV, first_v)
+    sound = all_finite(checks + ((group0 + n // GROUP - n0 // GROUP).to(tl.int64) * H + h) * TILES, TILES)
     scales = level_scales + origin * stride_s + h * L
     head_sums = sums + h.to(tl.int64) * sums_stride + origin
     row_sums = tl.load(head_sums + in_chunk, mask=valid, other=0.0)
@@ -128,6 +154,9 @@ def output_kernel(
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     weighted = (scores * tl.reshape(mask, [C, C])).to(v_tile.dtype)
     acc = tl.dot(weighted, v_tile, input_precision=PRECISION)
+    if not sound:
+        v_tile = load_tile(v_head, stride_v, valid, C, V, BV, first_v)
+        acc = careful_product(weighted, v_tile, C, PRECISION)
     if (n % 2 == 1) & (local > 0):
         acc = attend_to_previous(acc, q_tile, column(weights, 0, TREE), k_head - C * stride_k, v_head - C * stride_v,
                                  head_sums - C, stride_k, stride_v, all_tokens, first_v, C, K, V, BK, BV, EXACT,

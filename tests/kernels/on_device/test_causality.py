@@ -1,0 +1,175 @@
+"""A token that is not finite changes no bit before it, none of its neighbours, and is not forgotten after it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import cases
+import cases_delta
+import pytest
+import torch
+from cases import BFLOAT16, INTERPRETED
+
+from loglinear import DecodingState, log_linear_attention, log_linear_delta_rule
+from loglinear.kernels import convolution, decoding, delta_rule, scalar_gate
+from loglinear.ops import registration
+from loglinear.reference.chunkwise import chunkwise
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(invalid value|overflow) encountered:RuntimeWarning"
+)  # of the interpreter
+C = 16 if INTERPRETED else 64
+HEAD = 1  # of two, on one q/k head
+RULES = ("scalar gate", "delta rule")
+ARGUMENTS = (("scalar gate", "k"), ("scalar gate", "v"), ("scalar gate", "g"),
+             ("delta rule", "k"), ("delta rule", "v"), ("delta rule", "g"), ("delta rule", "beta"))  # fmt: skip
+# The first, a middle and the last token of a chunk; the second chunk; the chunk that stays open. The middle one has them all.
+POSITIONS = (0, 5, C - 1, C, 2 * C + 1)
+BAD = (torch.nan, torch.inf, -torch.inf)
+
+
+def make(rule, device, T, dtype=torch.float32, linear=False, **sizes):
+    x = (cases if rule == "scalar gate" else cases_delta).make(device, T=T, H=2, dtype=dtype, **sizes)
+    return x | {"level_scales": registration.scales_of(x["v"], None)} if linear else x
+
+
+def forward(x, cu_seqlens=None):
+    module, kind = (delta_rule, cases_delta) if "beta" in x else (scalar_gate, cases)
+    config = kind.config_for(x["v"].dtype, x["q"].shape[3], x["v"].shape[3])
+    return module.forward(**x, config=config, cu_seqlens=cu_seqlens)
+
+
+def spoilt(x, name, value, s):
+    """x with one bad number in row 0; only a bad k belongs to both heads."""
+    x = {argument: None if tensor is None else tensor.clone() for argument, tensor in x.items()}
+    if x[name].dim() == 3:
+        x[name][0, s, HEAD] = value
+    else:
+        x[name][0, s, 0 if name == "k" else HEAD, 3] = value
+    return x
+
+
+def compare(x, clean, name, value, s, end=None, cu_seqlens=None, run=forward):
+    """``end``: of the token's sequence."""
+    o = run(spoilt(x, name, value, s), cu_seqlens)
+    told = (name, value, s)
+    assert torch.equal(o[:, :s], clean[:, :s]), told
+    assert torch.equal(o[1:], clean[1:]), told
+    if end is not None:
+        assert torch.equal(o[:, end:], clean[:, end:]), told
+    if name != "k":
+        assert torch.equal(o[:, :, 0], clean[:, :, 0]), told
+    columns = slice(3, 4) if name == "v" else slice(None)
+    assert not o[0, s:end, HEAD, columns].isfinite().any(), told
+
+
+@pytest.mark.parametrize(("rule", "name"), ARGUMENTS)
+def test_nothing_before_or_beside_a_bad_token_changes(device, rule, name):
+    x = make(rule, device, 2 * C + 5)
+    clean = forward(x)
+    for s in POSITIONS:
+        for value in BAD[: (2 if name == "g" else 3) if s == 5 else 1]:  # of a gate -inf is a reset
+            compare(x, clean, name, value, s)
+
+
+@pytest.mark.parametrize(("rule", "name"), ARGUMENTS)
+def test_in_16_bits_and_beside_another_row_of_the_linear_models(device, rule, name):
+    x = make(rule, device, C + 5, B=2, dtype=BFLOAT16, linear=True)
+    clean = forward(x)
+    for s, value in ((C - 3, torch.nan), (C + 1, torch.inf)):
+        compare(x, clean, name, value, s)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_groups_after_it_are_not_finite(device, rule):
+    """More than a group of chunks: the tree hands on what its entries hold."""
+    x = make(rule, device, 9 * C + 1)
+    clean = forward(x)
+    for name, s in (("k", 3 * C + 2), ("v", 7 * C + 9), ("g", 2 * C)):
+        compare(x, clean, name, torch.nan, s)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_packed_sequences_do_not_notice(device, rule):
+    bounds = [0, C + 3, C + 3, 3 * C]
+    offsets = torch.tensor(bounds, device=device)
+    x = make(rule, device, bounds[-1])
+    clean = forward(x, offsets)
+    for name, s in (("k", C + 2), ("v", C + 2), ("g", 2), ("v", C + 3), ("g", 2 * C + 3)):
+        end = next(bound for bound in bounds if bound > s)
+        compare(x, clean, name, torch.nan, s, end, offsets)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_widths_of_several_tiles(device, rule):
+    sizes = {"K": 40, "V": 72} if INTERPRETED else {"K": 256, "V": 384}
+    x = make(rule, device, C + 7, **sizes)
+    clean = forward(x)
+    for name in ("k", "v"):
+        for column in (0, x[name].shape[3] - 1):
+            bad = {n: tensor.clone() for n, tensor in x.items()}
+            bad[name][0, 9, 0, column] = torch.inf
+            o = forward(bad)
+            assert torch.equal(o[:, :9], clean[:, :9]), (name, column)
+            assert not o[0, 9:, 0, column if name == "v" else slice(None)].isfinite().any(), (name, column)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_of_several_tokens(device, rule):
+    """A call over the end of a chunk, and one in the next."""
+    bounds = (C - 2, C + 3, C + 5)
+    x = make(rule, device, bounds[-1], B=2)
+    step = decoding.delta_step if rule == "delta rule" else decoding.scalar_step
+
+    def part(x, start, end):
+        return {argument: tensor[:, start:end] for argument, tensor in x.items()}
+
+    def run(x, _):
+        q, k, v, g, beta, scales = (part(x, 0, C - 2).get(n) for n in ("q", "k", "v", "g", "beta", "level_scales"))
+        o, before = chunkwise(q, k, v, g, scales, beta, chunk_size=C)
+        state, outputs = DecodingState.from_state(before, 8 * C), [o]
+        for start, end in pairwise(bounds):
+            outputs.append(step(**part(x, start, end), state=state))
+            state.position += end - start
+        return torch.cat(outputs, 1)
+
+    clean = run(x, None)
+    for name, s in (("k", C - 1), ("v", C + 1), ("g", C - 1), ("beta", C), ("v", 3)):
+        if name in x:
+            compare(x, clean, name, torch.nan, s, run=run)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("linear", [False, True])
+def test_calls_that_go_on_from_a_state(monkeypatch, device, rule, linear):
+    if INTERPRETED:
+        monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
+    op = log_linear_delta_rule if rule == "delta rule" else log_linear_attention
+    lengths = (70, 80)
+    x = make(rule, device, sum(lengths))
+    x |= {"level_scales": None} if linear else {}
+
+    def run(x, _):
+        state, outputs, start = None, [], 0
+        for size in lengths:
+            part = {n: None if y is None else y[:, start : start + size] for n, y in x.items()}
+            o, state = op(**part, initial_state=state, output_final_state=True)
+            outputs.append(o)
+            start += size
+        return torch.cat(outputs, 1)
+
+    clean = run(x, None)
+    for name, s in (("k", 20), ("v", 66), ("g", 75), ("v", 140)):
+        compare(x, clean, name, torch.nan, s, run=run)
+
+
+def test_a_convolution_spoils_its_window_and_no_more(device):
+    x, weight = torch.randn(2, 30, 70, device=device), torch.randn(70, 4, device=device)
+    clean = convolution.forward(x, weight, None, None)
+    for s in (0, 7, 29):
+        bad = x.clone()
+        bad[0, s, 5] = torch.nan
+        wrong = convolution.forward(bad, weight, None, None) != clean  # NaN differs from all
+        reached = torch.zeros_like(wrong)
+        reached[0, s : s + 4, 5] = True
+        assert torch.equal(wrong, reached), s
