@@ -27,7 +27,7 @@ demo: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo 'The site is in out/site: open out/site/index.html.'
+	@echo 'The site is in out/site: open out/site/index.html. Search needs make docs-serve.'
 
 docs-serve: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
