@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses import FakeTensor
 
 CHUNK_SIZE = 64  # tokens per leaf of the tree in every state: K·V of a leaf state equals its raw keys at K = V = 64
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of inputs
@@ -39,10 +39,14 @@ def check_chunk_size(name: str, size: int) -> None:
         raise ValueError(f"{name} must be a power of two: got {size!r}")
 
 
-def has_values(*tensors: Tensor | None) -> bool:
-    """Whether the host can read the numbers: they are neither fake nor on the meta device, nor a ``torch.func`` wrapper's."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not any(x is not None and (x.is_meta or isinstance(x, FakeTensor) or wrapped(x)) for x in tensors)
+def values_are_known(x: Tensor) -> bool:
+    """Whether x has values that may be read: not under ``torch.compile`` and ``torch.export``, nor on meta or fake tensors."""
+    return not torch.compiler.is_compiling() and has_values(x)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether x is neither on the meta device nor fake."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
 
 
 class TensorState:

@@ -26,10 +26,10 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(kernels, "installed", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    fallback.warn_once.cache_clear()
+    fallback.said.clear()
     choose("H100")
     yield choose
-    fallback.warn_once.cache_clear()
+    fallback.said.clear()
 
 
 def on_gpu(*shape, dtype=torch.bfloat16):
@@ -119,7 +119,7 @@ def test_which_gpus_run_what(name, gpu):
             assert op(*given)
             continue
         needed = 160 if delta and K > 128 else 99
-        fallback.warn_once.cache_clear()
+        fallback.said.clear()
         with pytest.warns(UserWarning, match=f"{name} has {GPUS[name] // KB} KB of shared memory, .* need {needed} KB"):
             assert not op(*given)
 

@@ -19,12 +19,8 @@ from loglinear.decoding_state import DecodingState
 from loglinear.distributed import context_parallel_attention, context_parallel_delta_rule, previous_inputs
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.state import LinearDecodingState, RecurrentMixerState, copy_tensors_
-from loglinear.ops import (
-    log_linear_attention,
-    log_linear_attention_step,
-    log_linear_delta_rule,
-    log_linear_delta_rule_step,
-)
+from loglinear.ops import log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.ops.attention import attend
 from loglinear.state import LinearState, LogLinearState
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -96,11 +92,15 @@ def _mix_over_ranks(inputs, level_scales, state, output_state, group) -> Tensor:
 
 
 def _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu):
-    options = {"initial_state": memory, "output_final_state": output_state}
-    options |= {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": cu_seqlens_cpu}
-    if "beta" in inputs:
-        return log_linear_delta_rule(**inputs, level_scales=level_scales, **options, use_qk_l2norm_in_kernel=True)
-    return log_linear_attention(**inputs, level_scales=level_scales, **options)
+    return attend(
+        **{"beta": None, **inputs},
+        level_scales=level_scales,
+        initial_state=memory,
+        output_final_state=output_state,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        unit_length="beta" in inputs,
+    )
 
 
 def _mix_in_place(inputs, level_scales, memory, cu_seqlens, cu_seqlens_cpu) -> Tensor:

@@ -1,9 +1,9 @@
 """The public functions: log-linear attention with a scalar gate, and with the delta rule.
 
-Special about this file: it only checks, normalises and dispatches. The algorithm is ``reference/chunkwise.py``; eager CPU
-calls run it directly (differentiable twice, with gradients through states). On CUDA calls are the kernels where they fit, with
-states (``continued.py``, ``segments.py``) or without. Under ``torch.compile`` a call without states is one operator,
-``loglinear::attention``. Both stand in ``registration.py``.
+They check, normalise and dispatch. The algorithm is ``reference/chunkwise.py``; eager CPU calls run it directly (differentiable
+twice, with gradients through states). On CUDA calls are the kernels where they fit, with states (``continued.py``,
+``segments.py``) or without (``forward.py``). Under ``torch.compile``, on fake and on meta tensors a call without states is one
+operator, ``loglinear::attention``; under ``torch.vmap`` too (``transforms.py``).
 
 What a query sees, for 8 tokens (the number is the level, whose λ weights it; a bucket of equal numbers is one state):
 
@@ -24,8 +24,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from loglinear.ops import checks, continued, pointwise, registration, segments
+from loglinear.ops import checks, continued, fallback, pointwise, registration, segments, transforms
 from loglinear.ops.final_state import final_state
+from loglinear.ops.forward import forward
 from loglinear.state import LinearState, LogLinearState
 
 State = LogLinearState | LinearState
@@ -69,9 +70,8 @@ def log_linear_attention(
 
     Source: Guo et al. 2025, sections 3.1 to 3.3.
     """
-    return _attention(
-        q, k, v, g, None, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu
-    )
+    _warn_of_heads_first("log_linear_attention", q, initial_state)
+    return attend(q, k, v, g, None, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
 
 
 def log_linear_delta_rule(
@@ -102,11 +102,9 @@ def log_linear_delta_rule(
     """
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
-    if use_qk_l2norm_in_kernel:
-        q, k = units(q, k)
-    return _attention(
-        q, k, v, g, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu
-    )
+    _warn_of_heads_first("log_linear_delta_rule", q, initial_state)
+    states, packing = (initial_state, output_final_state), (cu_seqlens, cu_seqlens_cpu)
+    return attend(q, k, v, g, beta, level_scales, scale, *states, *packing, use_qk_l2norm_in_kernel)
 
 
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,34 +136,66 @@ def outside_autocast(*operands: Tensor) -> tuple[tuple[Tensor, ...], AbstractCon
     return given, torch.autocast(device, enabled=False)
 
 
-def _attention(q, k, v, g, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu):
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor | None,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    unit_length: bool = False,
+) -> tuple[Tensor, State | None]:
+    """Both public functions, as layers call them: the delta rule where there is a beta."""
+    if unit_length:
+        q, k = units(q, k)
     (q, k, v), without_autocast = outside_autocast(q, k, v)
     checks.check_inputs(q, k, v, g, beta, level_scales)
     scale = checks.check_scale(scale)
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
+    inputs = q, k, v, g, beta, level_scales
+    states = {"initial_state": initial_state, "output_final_state": output_final_state}
+    transforms.check(inputs, cu_seqlens=cu_seqlens, **states)
     with without_autocast:
-        compiling = not checks.values_are_known(q)  # or a tensor without any: the same operator says its shapes
-        if initial_state is None and not (compiling and output_final_state):
-            # A state beside the kernels: the scalar gate's only, and of the tree.
-            with_state = output_final_state and beta is None and level_scales is not None
-            usable = not output_final_state or with_state
-            if compiling or (usable and registration.has_kernel(q, v, beta)):
-                lengths: tuple[int, ...] = ()
-                if not compiling and (output_final_state or cu_seqlens_cpu is not None):  # a graph knows no values
-                    lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
-                op = registration.run_compiled if compiling else registration.run_eager
-                o = op(q, k, v, g, beta, level_scales, scale, cu_seqlens)
-                return o, final_state(k, v, g, lengths, cu_seqlens is not None) if with_state else None
-        lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
-        checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
-        packed = cu_seqlens is not None
-        if not compiling and registration.continues(q, v, beta, initial_state):
-            return continued.attend(q, k, v, g, level_scales, scale, lengths, packed, initial_state, output_final_state)
-        if not compiling and registration.takes_segments(q, v, beta, initial_state):
-            return segments.attend(
-                q, k, v, g, beta, level_scales, scale, lengths, packed, initial_state, output_final_state
-            )
-        # What a state holds depends on its positions: no single graph, and no recompilation at every token either.
-        run = torch.compiler.disable(registration.run) if compiling else registration.run
-        o, state = run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)
+        if initial_state is None and not output_final_state:
+            return forward(*inputs, scale, cu_seqlens, cu_seqlens_cpu), None
+        run = _with_states
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            # What a state holds depends on its positions: no single graph, and no recompilation at every token either.
+            run = torch.compiler.disable(_with_states)
+        return run(*inputs, scale, cu_seqlens, cu_seqlens_cpu, **states)
+
+
+def _with_states(
+    q, k, v, g, beta, level_scales, scale, cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state
+) -> tuple[Tensor, State | None]:
+    lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
+    checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
+    packed, known = cu_seqlens is not None, checks.values_are_known(q)
+    states = lengths, packed, initial_state, output_final_state
+    if registration.continues(q, v, beta, initial_state):
+        return continued.attend(q, k, v, g, level_scales, scale, *states)
+    tree = beta is None and level_scales is not None
+    if initial_state is None and tree and (not known or registration.has_kernel(q, v, beta)):
+        o = forward(q, k, v, g, beta, level_scales, scale, cu_seqlens)
+        return o, final_state(k, v, g, lengths, packed)
+    if not known or registration.takes_segments(q, v, beta, initial_state):
+        return segments.attend(q, k, v, g, beta, level_scales, scale, *states)
+    o, state = registration.run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)
     return o, state if output_final_state else None
+
+
+def _warn_of_heads_first(op: str, q: Tensor, state: State | None) -> None:
+    """Fewer tokens than heads are more often ``[B, H, T, K]`` than a short text. A state's shapes would not have fitted."""
+    if not isinstance(q, Tensor) or q.dim() != 4 or state is not None or torch.compiler.is_compiling():
+        return
+    if 0 < q.shape[1] < q.shape[2]:
+        fallback.warn_once(
+            f"q of {op} has shape {list(q.shape)}, fewer tokens (T={q.shape[1]}) than heads (G={q.shape[2]}): "
+            "all inputs must be [B, T, heads, ...], time before heads",
+            once=f"heads first: {op}",
+        )

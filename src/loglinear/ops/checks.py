@@ -11,16 +11,18 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from loglinear.state import FLOATS, LinearState, LogLinearState, check_chunk_size, check_dtype
+from loglinear.state import (
+    FLOATS,
+    LinearState,
+    LogLinearState,
+    check_chunk_size,
+    check_dtype,
+    has_values,
+    values_are_known,
+)
 
 _known: set[tuple] = set()  # kinds of inputs that have passed; a check of metadata costs more than a short kernel
-
-
-def values_are_known(x: Tensor) -> bool:
-    """Whether x has values that may be read: not under ``torch.compile`` and ``torch.export``, nor on meta or fake tensors."""
-    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 def _shape(name: str, tensor: Tensor, wanted: str, axes: Sequence[int | None]) -> None:
@@ -49,8 +51,20 @@ def check_inputs(
         if len(_known) > 4096:
             _known.clear()
         _known.add(kind)
-    if g is not None and g.device.type == "cpu" and bool((g.detach() > 0).any()):
-        raise ValueError(f"g must be a log decay, at most 0: got a maximum of {g.max().item():g}")
+    if g is not None and g.device.type == "cpu" and bool((unwrapped(g).detach() > 0).any()):
+        raise ValueError(f"g must be a log decay, at most 0: got a maximum of {unwrapped(g).max().item():g}")
+
+
+def transforming() -> bool:
+    """Whether eager code is inside of ``torch.func.vmap``, ``grad``, ``jvp`` or another; few of our functions can be."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """What ``torch.func`` has wrapped: the numbers of all that is vmapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def check_kinds(
@@ -127,7 +141,10 @@ def sequence_lengths(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tenso
     batch, length = q.shape[:2]
     if cu_seqlens is None:
         return (length,) * batch
-    ends = (cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist()
+    offsets = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+    if not has_values(offsets):
+        raise ValueError("cu_seqlens must have values where lengths are needed: got a meta or fake tensor")
+    ends = offsets.tolist()
     if ends[0] != 0 or ends[-1] != length:
         raise ValueError(f"cu_seqlens must run from 0 to T={length}: got {ends[0]} to {ends[-1]}")
     lengths = tuple(right - left for left, right in pairwise(ends))
@@ -147,6 +164,10 @@ def check_state(
     """The state's kind, shapes and device against the inputs; ``rows`` is the number of sequences."""
     if state is None:
         return
+    if isinstance(state, (LinearState, LogLinearState)) and not (has_values(state.position) and has_values(q)):
+        raise ValueError(
+            "initial_state must have values: got meta or fake tensors, and a result depends on its positions"
+        )
     wanted: type = LinearState if level_scales is None else LogLinearState
     if not isinstance(state, wanted):
         why = "without" if level_scales is None else "with"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.ops import fallback
+from loglinear.ops import checks, fallback
 from loglinear.ops.once import differentiable_once
 
 MAX_TAPS = 7
@@ -17,7 +17,7 @@ MAX_TAPS = 7
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels take these inputs: CUDA, at most 32 bits, at most 7 taps."""
     what, taps = "the short convolution", weight.shape[1]
-    if not fallback.on_kernels(what, x):
+    if checks.transforming() or not fallback.on_kernels(what, x):
         return False
     return taps <= MAX_TAPS or fallback.plain(what, f"{taps} taps, where the kernel takes up to {MAX_TAPS}")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from loglinear import kernels
+
+said: set[str] = set()
 
 
 def plain(what: str, reason: str) -> Literal[False]:
@@ -19,10 +20,12 @@ def plain(what: str, reason: str) -> Literal[False]:
     return False
 
 
-@lru_cache(maxsize=1024)
-def warn_once(message: str) -> None:
-    """A UserWarning, once in a process."""
-    warnings.warn(message, UserWarning, stacklevel=2)
+def warn_once(message: str, once: str | None = None) -> None:
+    """A UserWarning, once in a process for each ``once`` (None: each message)."""
+    key = message if once is None else once
+    if key not in said:
+        said.add(key)
+        warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def on_kernels(what: str, x: Tensor) -> bool:

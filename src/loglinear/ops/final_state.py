@@ -35,7 +35,7 @@ def final_state(
     """
     assert before is None or before.chunk_size == CHUNK_SIZE
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    gate = torch.zeros(v.shape[:3], dtype=dtype, device=v.device) if g is None else g.to(dtype)
+    gate = v.new_zeros(v.shape[:3], dtype=dtype) if g is None else g.to(dtype)
     firsts = [0] * len(lengths) if positions is None else [position // CHUNK_SIZE for position in positions]
     slots = max((first + n // CHUNK_SIZE for first, n in zip(firsts, lengths)), default=0).bit_length()
     if not packed:
@@ -97,7 +97,7 @@ def _state_of_rows(
                 state, since = entry, after + log
             else:
                 state = state + entry * (within + log).exp()[..., None, None]
-        slot = torch.tensor([m], device=v.device)
+        slot = v.new_full((1,), m, dtype=torch.int64)
         entries = entries.index_add(1, slot, state.unsqueeze(1))  # type: ignore[union-attr]
         decay = decay.index_add(1, slot, since.unsqueeze(1))
         after, end = after + within, begin
@@ -106,5 +106,5 @@ def _state_of_rows(
         tail = x[:, length - rest : length].to(dtype)
         return F.pad(tail, (*(0, 0) * (x.dim() - 2), 0, CHUNK_SIZE - rest))
 
-    position = torch.full((batch,), first * CHUNK_SIZE + length, dtype=torch.int64, device=v.device)
+    position = v.new_full((batch,), first * CHUNK_SIZE + length, dtype=torch.int64)
     return LogLinearState(position, entries, decay, opened(k), opened(v), opened(g))

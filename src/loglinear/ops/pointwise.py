@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear import kernels
-from loglinear.ops import fallback
+from loglinear.ops import checks, fallback
 from loglinear.ops.once import differentiable_once
 
 MAX_WIDTH = 8192  # of a row in registers
@@ -33,7 +33,9 @@ def on_device(x: Tensor) -> bool:
 
 
 def has_kernels(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these inputs: memory of one CUDA device, at most 32 bits."""
+    """Whether the kernels take these inputs: memory of one CUDA device, at most 32 bits, and no ``torch.func``."""
+    if checks.transforming():
+        return False
     given = [x for x in tensors if x is not None]
     alike = all(ordinary(x) and on_device(x) and x.dtype != torch.float64 for x in given)
     return alike and all(x.device == given[0].device for x in given[1:]) and kernels.installed()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loglinear.kernels.devices import why_unfit
 from loglinear.ops import fallback
-from loglinear.ops.checks import sequence_lengths
+from loglinear.ops.checks import sequence_lengths, transforming
 from loglinear.ops.once import differentiable_once
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
@@ -72,23 +72,21 @@ def fits_heads(what: str, q: Tensor, v: Tensor) -> bool:
     return fallback.plain(what, f"heads of K={int(key_width)} and V={int(value_width)}, where {limits}")
 
 
-def continues(
-    q: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    state: LogLinearState | LinearState | None,
-) -> bool:
+State = LogLinearState | LinearState
+
+
+def continues(q: Tensor, v: Tensor, beta: Tensor | None, state: State | None) -> bool:
     """Whether the kernels take these inputs from this state: the scalar gate's, from some number of tokens on."""
-    return isinstance(state, LogLinearState) and beta is None and takes_segments(q, v, beta, state)
+    tree = isinstance(state, LogLinearState) and beta is None
+    return tree and not transforming() and _worth_kernels(q, v, beta, state)
 
 
-def takes_segments(
-    q: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    state: LogLinearState | LinearState | None,
-) -> bool:
-    """Whether a call with states is worth the kernels: from some number of tokens on."""
+def takes_segments(q: Tensor, v: Tensor, beta: Tensor | None, state: State | None) -> bool:
+    """Whether the kernels take a call with states in blocks: from some number of tokens on."""
+    return _worth_kernels(q, v, beta, state)
+
+
+def _worth_kernels(q: Tensor, v: Tensor, beta: Tensor | None, state: State | None) -> bool:
     if q.shape[0] * q.shape[1] <= CHUNK_SIZE or not has_kernel(q, v, beta):
         return False
     if isinstance(state, LogLinearState) and state.chunk_size != CHUNK_SIZE:
@@ -166,8 +164,8 @@ def run(
     level_scales: Tensor | None,
     scale: float,
     lengths: tuple[int, ...],
-    state: LogLinearState | LinearState | None = None,
-) -> tuple[Tensor, LogLinearState | LinearState]:
+    state: State | None = None,
+) -> tuple[Tensor, State]:
     """``chunkwise`` in float32 (float64 for float64 inputs) with the output in v's dtype."""
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     gate = q.new_zeros(v.shape[:3], dtype=wide) if g is None else g.to(wide)

@@ -40,7 +40,7 @@ def attend(
     Waits for the device once, for the positions of a tree's state.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
-    gate = torch.zeros(v.shape[:3], dtype=wide, device=v.device) if g is None else g.to(wide)
+    gate = v.new_zeros(v.shape[:3], dtype=wide) if g is None else g.to(wide)
     whole = Inputs(q if scale == 1.0 else q * scale, k, v, gate, beta, level_scales)
     positions = state.position.tolist() if isinstance(state, LogLinearState) else [0] * len(lengths)
     if packed:
@@ -100,7 +100,7 @@ def _segment(inputs: Inputs, state: State | None, position: int, with_state: boo
     o = torch.cat(outputs, 1)[:, used:]
     if not with_state:
         return o, None
-    seen = state.position + length if state is not None else torch.full((batch,), length, device=o.device)
+    seen = state.position + length if state is not None else o.new_full((batch,), length, dtype=torch.int64)
     return o, _Final(seen, slots, inputs.part(slice(None), slice(closed * CHUNK_SIZE, total)))
 
 

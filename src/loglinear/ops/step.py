@@ -20,8 +20,9 @@ from loglinear.kernels.devices import why_unfit
 from loglinear.ops import checks, fallback
 from loglinear.ops.attention import unit
 from loglinear.ops.registration import fits_heads
+from loglinear.ops.transforms import vmapped
 from loglinear.reference.step import step
-from loglinear.state import CHUNK_SIZE, check_chunk_size
+from loglinear.state import CHUNK_SIZE, check_chunk_size, has_values
 
 CHUNK_SIZES = (16, 32, 64)  # that the kernels compile for; with longer chunks they spill
 NAMES = ("q", "k", "v", "g", "beta", "level_scales")
@@ -86,7 +87,9 @@ def log_linear_delta_rule_step(
 
 def _step(q, k, v, g, beta, level_scales, state, scale, normalize, advance) -> Tensor:
     device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):  # as the ordinary ops: matrix operands take autocast's dtype
+    if device != "meta" and torch.is_autocast_enabled(
+        device
+    ):  # as the ordinary ops: matrix operands take autocast's dtype
         low = torch.get_autocast_dtype(device)
         q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
         with torch.autocast(device, enabled=False):
@@ -137,6 +140,10 @@ def check_step(q, k, v, g, beta, level_scales, state) -> None:
     if not isinstance(state, DecodingState):
         raise TypeError(f"state must be a DecodingState: got {type(state).__name__}")
     given = (q, k, v, g, beta, level_scales)
+    if checks.transforming() and vmapped(*given, *state._tensors()):
+        raise ValueError("q must not come from torch.vmap, a step writes into its state: give rows of a batch")
+    if isinstance(q, Tensor) and not (has_values(q) and has_values(state.position)):
+        raise ValueError("q and state must have values: got meta or fake tensors, and a step depends on its positions")
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
         name = next(n for n, x in zip(NAMES, given) if isinstance(x, Tensor) and x.requires_grad)
         raise ValueError(
