@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
@@ -161,6 +163,14 @@ def test_speculation_in_a_conversation(speculative, tokens):
     text = torch.cat([text, tokens(1, 300)], dim=1)
     options["attention_mask"] = torch.ones_like(text)  # it may hold pad tokens
     fresh = model.generate(text, **options)
-    unread = text[:, cache.get_seq_length() :]  # transformers feeds assisted generation all it is given
+    with pytest.raises(
+        ValueError, match=r"input_ids must be what the cache has not read.*got 384 columns and a mask of 384"
+    ):
+        model.generate(text, past_key_values=cache, prompt_lookup_num_tokens=5, **options)
+    unread = text[:, cache.get_seq_length() :]
+    if Version(transformers.__version__) < Version("5.23"):
+        with pytest.raises(ValueError, match="attention_mask must have shape"):  # cut too short after the first draft
+            model.generate(unread, past_key_values=cache, prompt_lookup_num_tokens=5, **options)
+        return
     got = model.generate(unread, past_key_values=cache, prompt_lookup_num_tokens=5, **options)
     assert torch.equal(got[:, unread.shape[1] :], fresh[:, text.shape[1] :])

@@ -236,7 +236,7 @@ class RecurrentCacheLayer(MixerCacheLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` columns, as many as were recorded and kept (see ``journal.py``)."""
-        journal = self._journal
+        journal, tokens_to_remove = self._journal, int(tokens_to_remove)
         if tokens_to_remove == 0:
             return
         if journal is None:
@@ -302,6 +302,7 @@ class KVCacheLayer(MixerCacheLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` columns (at most 0, as in transformers' own layers), padding included."""
+        tokens_to_remove = int(tokens_to_remove)  # a tensor from the oldest transformers
         if not -self.length <= tokens_to_remove <= 0:
             raise ValueError(f"tokens_to_remove must be in [{-self.length}, 0]: got {tokens_to_remove}")
         state, kept = self.state, self.length + tokens_to_remove

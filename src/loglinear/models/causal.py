@@ -200,6 +200,19 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
+    @wraps(GenerationMixin._assisted_decoding)
+    def _assisted_decoding(self, input_ids: Any, *args: Any, generation_config: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As transformers', which would read a text from its start again that the cache has read in part."""
+        cache, mask = kwargs.get(FIELD), kwargs.get("attention_mask")
+        read, given = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
+        whole = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
+        if read and whole != read + given:
+            raise ValueError(
+                f"input_ids must be what the cache has not read, with the attention_mask of the whole text, in assisted "
+                f"generation: got {given} columns and a mask of {whole}, and the cache has read {read}"
+            )
+        return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
+
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Also called when the vocabulary is resized; a plain linear layer becomes an ``OutputLayer`` of the same weight."""
         plain = new_embeddings

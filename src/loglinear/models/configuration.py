@@ -121,7 +121,9 @@ class LogLinearConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Kind of cache that each layer needs (``DynamicCache(config=...)`` and ``StaticCache`` read it)."""
-        return [LAYER_TYPES[name] for name in self.layer_mixers]
+        return [
+            LAYER_TYPES[name] for name in self.layer_mixers[: self.num_hidden_layers]
+        ]  # assistant_early_exit: fewer
 
     @property
     def num_levels(self) -> int:

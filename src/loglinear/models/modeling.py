@@ -236,7 +236,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         batch, length = shape
         if cache is None:
             return plan_layout(batch, length, **described)
-        check_cache(cache, self.config.layer_types[: self.config.num_hidden_layers], batch)
+        check_cache(cache, self.config.layer_types, batch)
         # What a state holds depends on positions: no single graph, so the compiler need not see this either.
         plan = torch.compiler.disable(plan_from) if torch.compiler.is_compiling() else plan_from
         return plan(cache, batch, length, **described)
