@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
+VERSION = Version(transformers.__version__)
 PROMPT, NEW = 61, 8  # the fourth new token opens a second chunk of 64
 
 
@@ -131,6 +132,17 @@ def test_assistant_model(speculative, make_model, mixer, kind):
         assert len(calls) == 2, "right drafts were not accepted"
 
 
+@pytest.mark.skipif(
+    VERSION < Version("5.24"), reason="transformers allows static caches in assisted generation from 5.24"
+)
+def test_speculation_over_static_caches(speculative, make_model):
+    model, prompt, want, options = speculative
+    assistant = make_model("log_linear_mamba2", seed=1, num_hidden_layers=1)
+    assert torch.equal(model.generate(prompt, assistant_model=assistant, **STATIC, **options), want)
+    cache = StaticCache(config=model.config, max_cache_len=100)  # drafts may go beyond the last token
+    assert torch.equal(model.generate(prompt, past_key_values=cache, prompt_lookup_num_tokens=5, **options), want)
+
+
 def test_early_exit(speculative):
     """Drafts come from the first layers of the model itself."""
     model, prompt, want, options = speculative
@@ -168,7 +180,7 @@ def test_speculation_in_a_conversation(speculative, tokens):
     ):
         model.generate(text, past_key_values=cache, prompt_lookup_num_tokens=5, **options)
     unread = text[:, cache.get_seq_length() :]
-    if Version(transformers.__version__) < Version("5.23"):
+    if VERSION < Version("5.23"):
         with pytest.raises(ValueError, match="attention_mask must have shape"):  # cut too short after the first draft
             model.generate(unread, past_key_values=cache, prompt_lookup_num_tokens=5, **options)
         return
