@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
-VERSION = Version(transformers.__version__)
+running = Version(transformers.__version__)
 PROMPT, NEW = 61, 8  # the fourth new token opens a second chunk of 64
 
 
@@ -133,7 +133,7 @@ def test_assistant_model(speculative, make_model, mixer, kind):
 
 
 @pytest.mark.skipif(
-    VERSION < Version("5.24"), reason="transformers allows static caches in assisted generation from 5.24"
+    running < Version("5.24"), reason="transformers allows static caches in assisted generation from 5.24"
 )
 def test_speculation_over_static_caches(speculative, make_model):
     model, prompt, want, options = speculative
@@ -180,7 +180,7 @@ def test_speculation_in_a_conversation(speculative, tokens):
     ):
         model.generate(text, past_key_values=cache, prompt_lookup_num_tokens=5, **options)
     unread = text[:, cache.get_seq_length() :]
-    if VERSION < Version("5.23"):
+    if running < Version("5.23"):
         with pytest.raises(ValueError, match="attention_mask must have shape"):  # cut too short after the first draft
             model.generate(unread, past_key_values=cache, prompt_lookup_num_tokens=5, **options)
         return
