@@ -133,7 +133,7 @@ def operator_inputs(device):
     g = normal(device, 2, T, 2)
     parameters = gates["dt_bias"], gates["A_log"]
     mamba, delta = (gates["rate"], *parameters, low(x)), (low(gates["rate"]), *parameters, low(g))
-    scales = low(normal(device, 2, T, 10)), normal(device, 2, 5)
+    scales = low(normal(device, 2, T, 10)), normal(device, 2, 5), 0.5
     plain = norm["x"], norm["gate"], norm["weight"], 1e-3, False, None, None
     skip = low(norm["x"]), norm["gate"], norm["weight"], 1e-3, True, low(norm["skip"]), norm["skip_scale"]
     return {
