@@ -21,7 +21,7 @@ from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.state import LinearDecodingState, RecurrentMixerState, copy_tensors_
 from loglinear.ops import log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.ops.attention import attend
-from loglinear.state import LinearState, LogLinearState
+from loglinear.state import LinearState, LogLinearState, check_dtype
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -134,6 +134,7 @@ def linear_step(
     ``S ← e^g S + k vᵀ``, with the delta rule ``S ← e^g S + β k (v - e^g kᵀS)ᵀ`` and q, k of unit length; ``o = qᵀS``.
     """
     memory, groups = state.state, q.shape[2]
+    check_dtype("state.memory.state", memory.dtype, (torch.float64, torch.float32))
     with torch.autocast(q.device.type, enabled=False):  # products with the state are as precise as the state
         q, k = (x[:, 0].to(memory.dtype) for x in (q, k))
         if beta is not None:
