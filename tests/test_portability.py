@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loglinear.tasks.lm.documents import Source
 from loglinear.training import checkpoints
 
 SOURCES = sorted((Path(__file__).parents[1] / "src" / "loglinear").rglob("*.py"))
@@ -70,6 +71,11 @@ def test_folders_are_not_opened_on_windows(tmp_path, monkeypatch):
     checkpoints._flush(tmp_path)
     checkpoints._flush(tmp_path / "file")
     assert opened == [(tmp_path / "file", checkpoints.os.O_RDWR)], "Windows flushes what is open for writing"
+
+
+def test_a_path_of_windows_is_no_name_of_a_dataset():
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        list(Source("texts\\missing").documents())
 
 
 @pytest.mark.slow

@@ -382,12 +382,11 @@ def files_up_to(size: int) -> Iterator[None]:
     "write",
     [
         lambda path: torch.save(torch.zeros(10_000), path),
-        lambda path: torch.save([torch.zeros(100)] * 3, path),
         lambda path: save_file({"zeros": torch.zeros(10_000)}, path),
         lambda path: Tokenizer(models.BPE({str(i): i for i in range(1000)}, [])).save(str(path)),
         lambda path: path.write_bytes(b"0" * 10_000),
     ],
-    ids=["torch", "torch, at the end", "safetensors", "tokenizers", "Python"],
+    ids=["torch", "safetensors", "tokenizers", "Python"],
 )
 def test_a_full_disk_is_known_in_the_words_of_every_library(write, tmp_path):
     wanted = f"output: a file in {tmp_path} could not be written: (File too large|the disk may be full .*)"
@@ -416,6 +415,26 @@ def test_what_a_full_disk_stops_is_named_and_not_there(write, tmp_path):
     with pytest.raises(OSError, match=f"File too large: '{tmp_path / 'wanted'}'"), files_up_to(500):
         write(tmp_path / "wanted")
     assert not (tmp_path / "wanted").exists()
+
+
+def test_a_file_that_torch_cut_off_is_not_taken_for_a_checkpoint(train_options, tmp_path, monkeypatch, capsys):
+    own, run = Trainer._save_checkpoint, tmp_path / "run"
+
+    def save(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        os.truncate(run / "checkpoint-2" / "optimizer.pt", 3000)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    assert main([*train_options, "--steps", "2", "--output", str(run)]) == 1
+    assert "optimizer.pt was not written whole; the disk may be full" in capsys.readouterr().err
+    assert complete_checkpoints(run) == []
+
+
+def test_damaged_weights_are_named(run_of_twelve, data_options, tmp_path, capsys):
+    os.truncate(run_of_twelve / "model.safetensors", 3000)
+    for command in (["evaluate", str(run_of_twelve)], [*data_options, "--init", str(run_of_twelve), "--output", "x"]):
+        assert main(command) == 1
+        assert f"{run_of_twelve} holds weights that cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["model.safetensors", "optimizer.pt", "trainer_state.json"])

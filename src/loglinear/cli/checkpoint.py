@@ -15,7 +15,7 @@ import loglinear.models  # noqa: F401 - registers the model with the Auto classe
 from loglinear.tasks.lm.config import Data, DataConfig, names_of
 from loglinear.tasks.lm.documents import Source
 from loglinear.tasks.lm.tokenizer import check_fits, load_tokenizer
-from loglinear.training.checkpoints import model_folder
+from loglinear.training.checkpoints import model_folder, reading
 from loglinear.training.record import read_record
 
 
@@ -41,7 +41,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tokenizer = load_tokenizer(str(folder))
     check_fits(tokenizer, AutoConfig.from_pretrained(folder), (record or {}).get("data", {}).get("tokenizer_hash"))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with reading(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.to(device)  # type: ignore[arg-type]
     return Checkpoint(folder, model, tokenizer, record)
 

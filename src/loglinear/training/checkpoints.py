@@ -10,10 +10,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 MARK = "complete"
@@ -43,6 +46,15 @@ def model_folder(path: Path, name: str) -> Path:
     return complete[-1]
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Let an error of reading weights name ``folder``, whose files are damaged."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{folder} holds weights that cannot be read: {error}") from error
+
+
 def remove_incomplete_checkpoints(folder: Path) -> list[Path]:
     """Delete what a killed run left half-written, and return it."""
     unfinished = [path for path in _checkpoints(folder) if not (path / MARK).exists()]
@@ -67,6 +79,9 @@ class MarkComplete(TrainerCallback):
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for path in checkpoint.rglob("*"):
                 _flush(path)
+                # Early versions of torch.save lose the last bytes on a full disk without a word.
+                if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+                    raise OSError(f"output: {path} was not written whole; the disk may be full")
             (checkpoint / MARK).touch()
             _flush(checkpoint)
             self.then(state.log_history)

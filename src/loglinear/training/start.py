@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, lift
 from loglinear.tasks.lm.tokenizer import check_fits, load_tokenizer, tokenizer_hash
-from loglinear.training.checkpoints import checkpoint_step, complete_checkpoints, model_folder
+from loglinear.training.checkpoints import checkpoint_step, complete_checkpoints, model_folder, reading
 from loglinear.training.config import ModelConfig, TrainConfig
 from loglinear.training.model import build_model
 from loglinear.training.record import RECORD, check_same_run, read_record
@@ -52,7 +52,10 @@ class Start:
         set_seed(self.config.seed)
         if self.source is None:
             return build_model(self.config.model, tokenizer, self.config.data.context)
-        found: Any = LogLinearForCausalLM.from_pretrained(self.source, dtype=torch.float32, output_loading_info=True)
+        with reading(self.source):
+            found: Any = LogLinearForCausalLM.from_pretrained(
+                self.source, dtype=torch.float32, output_loading_info=True
+            )
         model, missing = found[0], found[1]["missing_keys"]
         if missing:
             raise ValueError(f"{self.source} has no weights for {sorted(missing)}")

@@ -118,7 +118,8 @@ class Source:
 
     def _looks_like_a_path(self, name: str) -> bool:
         """A dataset is called ``name`` or ``owner/name``; anything else that is not there is a missing file."""
-        return name.startswith((".", "/")) or name.endswith((*self.suffixes, ".gz", ".xz")) or name.count("/") > 1
+        marks = name.startswith((".", "/")) or "\\" in name or name.count("/") > 1
+        return marks or name.endswith((*self.suffixes, ".gz", ".xz"))
 
 
 def _digest(text: str) -> bytes:
