@@ -147,6 +147,8 @@ def test_a_linear_run_goes_on_log_linear(train_options, data_options, tmp_path):
     assert not torch.equal(weights(lifted)["model.embed_tokens.weight"], weights(plain)["model.embed_tokens.weight"])
     assert record(lifted)["arguments"]["lift"] is True
     assert "lift" not in record(plain)["arguments"]
+    assert main(["train", "--resume", str(lifted), "--steps", "3"]) == 0  # its own checkpoint is log-linear already
+    assert list(logs(lifted, "loss")) == [1, 2, 3]
 
 
 def test_lift_needs_a_linear_model(data_options, finished_run, tmp_path, capsys):
@@ -227,6 +229,18 @@ def test_what_resume_cannot_do_is_named(options, status, message, finished_run, 
     error = capsys.readouterr().err
     assert message.format(run=finished_run) in error
     assert error.count("\n") == 1
+
+
+def test_the_optimizer_of_another_model_is_refused(run_of_twelve, finished_options, capsys):
+    """Its states would be taken for those of other parameters, of other shapes, and written beyond their ends."""
+    shutil.rmtree(run_of_twelve / "checkpoint-12")
+    (run_of_twelve / "record.json").write_text(json.dumps({**record(run_of_twelve), "status": "running"}))
+    path = run_of_twelve / "checkpoint-8" / "optimizer.pt"
+    saved = torch.load(path)
+    saved["state"][0], saved["state"][1] = saved["state"][1], saved["state"][0]
+    torch.save(saved, path)
+    assert main([*finished_options, "--output", str(run_of_twelve)]) == 1
+    assert "checkpoint-8: exp_avg of its optimizer is of another model: needs shape" in capsys.readouterr().err
 
 
 def test_a_run_that_never_saved_a_checkpoint_does_not_block_its_folder(train_options, tmp_path, monkeypatch, capsys):

@@ -39,6 +39,13 @@ def test_logits_and_generation_are_those_of_the_linear_model(linear, tokens, tmp
     assert torch.equal(linear(ids).logits, loaded(ids).logits)
 
 
+def test_parameters_stand_in_the_order_of_a_log_linear_model(linear):
+    """A saved optimizer knows parameters by their places alone."""
+    loglinear.lift(linear)
+    names = [name for name, _ in linear.named_parameters()]
+    assert names == [name for name, _ in LogLinearForCausalLM(linear.config).named_parameters()]
+
+
 def test_it_learns_from_the_first_step(linear, tokens):
     loglinear.lift(linear)
     ids = tokens(2, 100)

@@ -7,6 +7,7 @@ typed, and what is typed takes their place.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -41,12 +42,17 @@ def train(args: TrainArgs) -> None:
     from loglinear.training.run import train as run
 
     config = TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)})
+    status: Any = None
     try:
         run(config, Console(soft_wrap=True))
-    except SystemExit:  # of all processes together
-        PartialState().destroy_process_group()
-        raise
+    except SystemExit as stop:  # of all processes together, after SIGTERM
+        status = stop.code
+    # DistributedDataParallel must go first: holding the last reference to its process group, it would wait for a thread of
+    # that group, and the thread for Python's lock.
+    gc.collect()
     PartialState().destroy_process_group()
+    if status is not None:
+        raise SystemExit(status)
 
 
 def parse(argv: Sequence[str], prog: str) -> TrainArgs:

@@ -66,6 +66,8 @@ def lift(model: PreTrainedModel, num_levels: int | None = None) -> LiftReport:
             report.left[path] = "log-linear already" if name in LIFTED.values() else f"{name} is no linear mixer"
             continue
         mixer.level_scale = _level_scale(mixer, config.hidden_size, levels)
+        for behind in ("norm", "out_proj"):  # as in a log-linear mixer: saved optimizers know parameters by their order
+            mixer._modules[behind] = mixer._modules.pop(behind)
         report.lifted.append(path)
         report.added += sum(parameter.numel() for parameter in mixer.level_scale.parameters())
     mixers = [LIFTED.get(name, name) for name in names]

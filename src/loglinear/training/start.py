@@ -44,7 +44,8 @@ class Start:
         """The tokenizer of ``init``; None for a run that starts with new weights. Raises ValueError if none fits."""
         if self.config.init is None or self.source is None:
             return None
-        check_model(self.config, self.source)
+        if self.checkpoint is None:  # otherwise the record tells what has changed
+            check_model(self.config, self.source)
         return initial_tokenizer(self.config, self.source)
 
     def model(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -39,6 +39,18 @@ class LanguageModelTrainer(Trainer):
             loss = model(**inputs, use_cache=False, skip_logits=True).loss
         return loss.detach(), None, None
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, which gives states to parameters by their order: those of another model would corrupt memory."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = self.optimizer
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if value.ndim and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{checkpoint}: {name} of its optimizer is of another model: needs shape {tuple(parameter.shape)}, "
+                        f"got {tuple(value.shape)}"
+                    )
+
     @property
     def share(self) -> tuple[int, int]:
         """Which of how many parts of the sequences this process has."""
