@@ -13,9 +13,13 @@ ROOT = Path(__file__).parents[1]
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M).group(1)
 
 # Run in the empty environment: hides every installed package but torch's own requirements, minus triton.
-USE_THE_WHEEL = """
+USE_THE_WHEEL = r"""
+import re
 import sys
+import traceback
+from contextlib import redirect_stderr
 from importlib import metadata
+from io import StringIO
 
 wheel = sys.argv[1]
 needed, pending = set(), ["torch"]
@@ -51,12 +55,24 @@ expected = torch.tril(q[0, :, 0] @ k[0, :, 0].T) @ v[0].transpose(0, 1)
 torch.testing.assert_close(o[0].transpose(0, 1), expected, rtol=1e-4, atol=1e-4)
 assert state.position.tolist() == [70]
 assert not {"triton", "transformers"} & set(sys.modules)
-try:
-    loglinear.LogLinearConfig
-except ModuleNotFoundError as error:
-    assert error.name == "transformers", error
-else:
-    raise AssertionError("the models need transformers")
+for name in loglinear._MODELS:
+    try:
+        getattr(loglinear, name)
+    except ModuleNotFoundError as error:
+        assert error.name == "transformers", error
+        needs = f"loglinear.{name} needs transformers, which is not installed: pip install 'loglinear[models]'"
+        assert str(error) == needs, error
+        shown = traceback.format_exception(error)
+        assert len("".join(shown).splitlines()) < 8, shown
+    else:
+        raise AssertionError("the models need transformers")
+from loglinear.cli import COMMANDS, PROGRAMS, main
+for name in COMMANDS:
+    with redirect_stderr(StringIO()) as printed:
+        assert main([name, "--help"]) == 1
+    extra = PROGRAMS.get(name, "cli")
+    line = rf"loglinear {name}: the command needs \w+, which is not installed: pip install 'loglinear\[{extra}\]'\n"
+    assert re.fullmatch(line, printed.getvalue()), printed.getvalue()
 print(loglinear.__version__)
 """
 
@@ -105,7 +121,7 @@ def test_wheel_works_in_an_empty_environment_without_triton(wheel, tmp_path):
         wheel,
     )
     script = tmp_path / "use.py"
-    script.write_text("import re\n" + USE_THE_WHEEL)
+    script.write_text(USE_THE_WHEEL)
     version = run(sys.executable, "-I", "-W", "error::FutureWarning", script, tmp_path / "site", cwd=tmp_path)
     assert version.strip() == VERSION
 

@@ -2,10 +2,14 @@
 
 The op is ``log_linear_attention`` (scalar gate) or ``log_linear_delta_rule``; ``loglinear.layers`` has the mixers and
 ``loglinear.models`` the Hugging Face model. Importing this package needs torch alone: no Triton, no GPU, no transformers.
+Where transformers is installed, its Auto classes know the model from then on.
 """
 
+from functools import partial
 from importlib import import_module
 
+from loglinear.auto_classes import register_with_auto_classes
+from loglinear.extras import explained
 from loglinear.ops import (
     DecodingState,
     LinearState,
@@ -34,5 +38,11 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in _MODELS:
-        return getattr(import_module("loglinear.models"), name)
+        try:
+            return getattr(import_module("loglinear.models"), name)
+        except ModuleNotFoundError as error:
+            raise explained(error, f"loglinear.{name}") from None
     raise AttributeError(f"module 'loglinear' has no attribute {name!r}")
+
+
+register_with_auto_classes(partial(import_module, "loglinear.models"))

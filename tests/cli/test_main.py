@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from loglinear.cli import COMMANDS, main
+import loglinear
+from loglinear.cli import COMMANDS, PROGRAMS, main
 from loglinear.cli.errors import as_typed
 
 
@@ -21,11 +22,17 @@ def test_help_lists_every_command(capsys):
     assert all(name in output and summary in output for name, summary in COMMANDS.items())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(PROGRAMS)))
 def test_every_command_explains_its_options(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
     assert f"loglinear {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["loglinear", "loglinear.cli"])
+def test_the_version_is_that_of_the_package(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"loglinear {loglinear.__version__}\n"
 
 
 def test_help_does_not_import_what_it_does_not_need():

@@ -1,4 +1,4 @@
-"""`python -m loglinear.cli.serve`: OpenAI-style requests to a checkpoint over loopback, several open at a time."""
+"""`loglinear serve`: OpenAI-style requests to a checkpoint over loopback, several open at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from loglinear.cli import main
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.tasks.lm.tokenizer import train_tokenizer
 
@@ -52,10 +53,15 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def server(checkpoint, start):
-    """(address, process) of a server on a port that was free. Asked for continuous batching it must do without."""
+def server(checkpoint, start, tmp_path, monkeypatch):
+    """(address, process) of a server on a port that was free. Asked for continuous batching it must do without.
+
+    Nothing was ever downloaded: there is no cache of the hub.
+    """
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "nothing"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     options = ["--device", "cpu", "--host", "127.0.0.1", "--port", "0", "--continuous-batching"]
-    process = start("loglinear.cli.serve", str(checkpoint[0]), *options)
+    process = start("loglinear", "serve", str(checkpoint[0]), *options)
     log = ""
     try:
         for line in process.stdout:
@@ -89,11 +95,45 @@ def test_streams_of_several_requests_at_a_time(checkpoint, server):
         streams = [client.completions.create(**request, prompt=prompt, stream=True) for prompt in PROMPTS]
         pieces = [[chunk.choices[0].text for chunk in stream] for stream in reversed(streams)][::-1]
         whole = client.completions.create(**request, prompt=PROMPTS[0])
+        served = [model.id for model in client.models.list()]
     assert ["".join(texts) for texts in pieces] == want
     assert all(len([text for text in texts if text]) > NEW_TOKENS // 2 for texts in pieces)
+    assert served == [str(checkpoint[0])]
     assert whole.choices[0].text == want[0]
     assert (whole.usage.completion_tokens, whole.choices[0].finish_reason) == (NEW_TOKENS, "length")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=20)
     assert "does not support continuous batching" in output
     assert "Application shutdown complete" in output
+    assert process.returncode == 0
+
+
+def test_models_are_listed_without_a_model_and_without_a_cache(tmp_path):
+    """Before transformers 5.24 this was an error of the server."""
+    import huggingface_hub
+
+    from loglinear.cli.serve import list_models
+
+    class Manager:
+        force_model = None
+
+    assert list_models(lambda folder: [{"id": folder}])(Manager(), "cache") == [{"id": "cache"}]
+    assert list_models(huggingface_hub.scan_cache_dir)(Manager(), str(tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "line"),
+    [
+        (["--prot", "3"], 2, "loglinear serve: No such option: --prot.*"),
+        (["./nowhere"], 1, "loglinear serve: .*'./nowhere'.*"),
+    ],
+)
+def test_errors_are_one_line(options, status, line, capsys):
+    assert main(["serve", *options]) == status
+    assert re.fullmatch(line, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_help_lists_the_options_of_transformers_and_offline(capsys):
+    assert main(["serve", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--port", "--compile", "--offline", "loglinear serve"))

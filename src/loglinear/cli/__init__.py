@@ -1,7 +1,8 @@
 """The command line: ``loglinear COMMAND``. Each command is a module here, imported only when it is asked for.
 
 A command's module holds ``<Command>Args``, a dataclass whose fields are the options, and a function of the command's
-name that takes it. Both are found by name, as is ``parse`` in a module that reads its options from elsewhere, too.
+name that takes it. Both are found by name, as is ``parse`` in a module that reads its options from elsewhere, too. A
+command of ``PROGRAMS`` is a program of another package: its function takes the words as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from functools import partial
 from importlib import import_module
 from typing import NoReturn
 
+from loglinear import __version__
 from loglinear.cli.errors import Parser, UsageError, as_typed, option_types, parse, say
+from loglinear.extras import explained
 
 COMMANDS = {
     "train": "train a language model on text, or go on with an interrupted run",
@@ -27,7 +30,10 @@ COMMANDS = {
     "demo": "train Log-Linear Mamba-2 and its linear twin on this Python's sources, and compare them",
     "mqar": "train small models on associative recall side by side, and compare how many pairs they recall",
     "masks": "draw the attention masks side by side",
+    "serve": "transformers serve: answer requests over HTTP with a checkpoint",
+    "harness": "lm_eval: run tasks of the evaluation harness on a checkpoint",
 }
+PROGRAMS = {"serve": "serve", "harness": "eval"}  # and the extra that brings them
 FAILURE, USAGE, INTERRUPTED, CLOSED, TERMINATED = 1, 2, 130, 141, 143
 
 
@@ -63,6 +69,9 @@ def _run(argv: Sequence[str]) -> int:
     try:
         name = _parser().parse_args(argv[:1]).command
         module = import_module(f"loglinear.cli.{name}")
+        if name in PROGRAMS:
+            getattr(module, name)(argv[1:], prog)
+            return 0
         kind = getattr(module, f"{name.capitalize()}Args")
         options = option_types(kind)
         read = getattr(module, "parse", partial(parse, kind))
@@ -74,6 +83,12 @@ def _run(argv: Sequence[str]) -> int:
             raise
         say(prog, as_typed(" ".join(str(error).split("\n")), options))
         return USAGE if isinstance(error, UsageError) else FAILURE
+    except ModuleNotFoundError as error:
+        missing = explained(error, "the command", PROGRAMS.get(prog.split()[-1], "cli"))
+        if missing is error or os.environ.get("LOGLINEAR_TRACEBACK"):
+            raise
+        say(prog, missing)
+        return FAILURE
     except KeyboardInterrupt:
         say(prog, "interrupted")
         return INTERRUPTED
@@ -116,5 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"commands:\n{summaries}\n\nloglinear COMMAND --help lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"loglinear {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     return parser

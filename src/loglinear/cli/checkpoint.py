@@ -48,7 +48,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_checkpoints(arguments: Sequence[str]) -> None:
-    """Exit with one line if ``arguments`` of another program name a checkpoint with a tokenizer that is not the model's.
+    """Raise ValueError if ``arguments`` of another program name a checkpoint with a tokenizer that is not the model's.
 
     They are looked for as FOLDER and as lm-eval's pretrained=FOLDER,tokenizer=FOLDER. What has no tokenizer that loads is
     left to the program.
@@ -66,7 +66,7 @@ def check_checkpoints(arguments: Sequence[str]) -> None:
         try:
             check_fits(tokenizer, AutoConfig.from_pretrained(folder), record.get("data", {}).get("tokenizer_hash"))
         except ValueError as error:
-            raise SystemExit(f"{folder}: {error}") from error
+            raise ValueError(f"{folder}: {error}") from error
 
 
 class TextOptions(Protocol):

@@ -1,32 +1,57 @@
-"""``transformers serve`` on checkpoints of this library: OpenAI-style requests, streamed.
+"""``loglinear serve``: ``transformers serve`` on checkpoints of this library, OpenAI-style requests, streamed.
 
-    python -m loglinear.cli.serve out/run --port 8000        # with --compile, answers decode in CUDA graphs
+    loglinear serve out/run --port 8000        # with --compile, answers decode in CUDA graphs
 
-Special about this file: all it adds to ``transformers serve`` is the model class, which the server looks up by name among
-transformers' own. Several requests may be open at a time; they are computed one after another. Needs
-``pip install '.[serve]'``.
+Several requests may be open at a time; they are computed one after another. Needs ``pip install 'loglinear[serve]'``.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
-from loglinear.cli.checkpoint import check_checkpoints
-from loglinear.models import LogLinearForCausalLM
+from loglinear.cli.errors import UsageError
+from loglinear.cli.offline import OFFLINE, offline
 
 
-def main() -> None:
-    """``transformers serve`` with its own options, from the command line."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # checkpoints are folders
-    check_checkpoints(sys.argv[1:])
+def serve(argv: Sequence[str], prog: str) -> None:
+    """``transformers serve`` with its own options, and ``--offline``."""
+    words = offline(argv)
+    for needed in ("typer", "fastapi", "uvicorn", "openai"):
+        import_module(needed)
     import typer
     from transformers.cli.serve import Serve
-    from transformers.cli.serving import model_manager
+    from transformers.cli.serving.model_manager import ModelManager
 
-    model_manager.transformers.LogLinearForCausalLM = LogLinearForCausalLM  # type: ignore[attr-defined]
-    typer.run(Serve)
+    import loglinear.models  # noqa: F401 - transformers knows the model from here on
+    from loglinear.cli.checkpoint import check_checkpoints
+
+    check_checkpoints(words)
+    if not hasattr(ModelManager, "list_models"):
+        ModelManager.get_gen_models = list_models(ModelManager.get_gen_models)  # type: ignore[method-assign]
+    app = typer.Typer(add_completion=False)
+    app.command(epilog=f"--offline: {OFFLINE}")(Serve)
+    wrong_options: Any = typer.BadParameter.__base__  # click's UsageError; typer brings its own click, or not
+    try:
+        app(args=words, prog_name=prog, standalone_mode=False)
+    except wrong_options as error:
+        raise UsageError(error.format_message()) from error
+    except typer.Abort:
+        raise KeyboardInterrupt from None
 
 
-if __name__ == "__main__":
-    main()
+def list_models(cached: Any) -> Any:
+    """What ``/v1/models`` answers, as from transformers 5.24 on: the model that is served, or those in the hub's cache."""
+
+    def listed(manager: Any, cache_dir: str | None = None) -> list[dict]:
+        from huggingface_hub import CacheNotFound
+
+        if manager.force_model is not None:
+            return [{"owned_by": "local", "id": manager.force_model, "object": "model", "created": 0}]
+        try:
+            return cached(cache_dir)
+        except CacheNotFound:  # nothing was downloaded yet
+            return []
+
+    return listed

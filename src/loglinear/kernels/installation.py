@@ -2,4 +2,7 @@
 
 from importlib.util import find_spec
 
+from loglinear.versions import warn_untested
+
 INSTALLED = find_spec("triton") is not None
+warn_untested()  # the first kernel is about to be asked for

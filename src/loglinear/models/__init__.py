@@ -1,5 +1,13 @@
 """MODELS: a Hugging Face causal language model over every mixer. Importing this package registers it with the Auto classes."""
 
+from typing import Any
+
+from loglinear.extras import explained
+
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    raise explained(error, "loglinear.models") from None
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from loglinear.models.cache import cache_nbytes, restore_cache, snapshot_cache
@@ -8,10 +16,14 @@ from loglinear.models.configuration import MIXERS, LogLinearConfig
 from loglinear.models.decoding import DecodingGraph
 from loglinear.models.lift import LiftReport, lift
 from loglinear.models.modeling import LogLinearModel
+from loglinear.versions import warn_untested
 
+warn_untested()
 AutoConfig.register(LogLinearConfig.model_type, LogLinearConfig, exist_ok=True)
 AutoModel.register(LogLinearConfig, LogLinearModel, exist_ok=True)
 AutoModelForCausalLM.register(LogLinearConfig, LogLinearForCausalLM, exist_ok=True)
+library: Any = transformers
+library.LogLinearForCausalLM = LogLinearForCausalLM  # where `transformers serve` looks for an architecture
 
 __all__ = [
     "MIXERS",

@@ -34,4 +34,4 @@ def on_kernels(what: str, x: Tensor) -> bool:
         return False
     if x.dtype == torch.float64:
         return plain(what, "float64 inputs, where kernels take float32, bfloat16 and float16")
-    return kernels.installed() or plain(what, "Triton is not installed")
+    return kernels.installed() or plain(what, "Triton is not installed (pip install triton)")

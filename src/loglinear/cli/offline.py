@@ -1,0 +1,15 @@
+"""OFFLINE: ``--offline``, which the programs of other packages have only as variables of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+OFFLINE = "ask no server for models and data sets (HF_HUB_OFFLINE=1, HF_DATASETS_OFFLINE=1)"
+
+
+def offline(words: Sequence[str]) -> list[str]:
+    """``words`` without ``--offline``, which is done. Call it before a library of Hugging Face is imported."""
+    if "--offline" in words:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    return [word for word in words if word != "--offline"]
