@@ -1,6 +1,7 @@
 """What a call may hold: both names of the cache, documents by every name, masks, and errors for everything else."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -187,6 +188,14 @@ def test_skipped_logits_say_so(make_model, tokens):
     assert "logits" not in out
     assert "loss" in repr(out)
     assert out.to_tuple()[0] is out["loss"] is out.loss
+
+
+def test_an_output_without_logits_has_only_fields_that_can_be_read(make_model, tokens):
+    """FSDP reads them all."""
+    output = make_model("mamba2").train()(input_ids=tokens(1, 8), labels=tokens(1, 8))
+    read = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    assert read["loss"] is output.loss
+    assert "logits" not in read
 
 
 def test_labels_make_no_cache(make_model, tokens):

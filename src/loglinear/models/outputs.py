@@ -7,6 +7,7 @@ field that its version knows; these classes have that field and answer to the ot
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -32,23 +33,18 @@ class CausalOutput(CausalLMOutputWithPast):
 class LossOutput(CausalOutput):
     """A loss without logits. Whoever reads ``logits`` is told how to get them."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.__dict__["complete"] = True
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
 
     def __reduce__(self) -> tuple:
-        return type(self), tuple(self.get(field.name) for field in fields(self))
+        return partial(type(self), **self), ()
 
 
 def _no_logits(output: LossOutput) -> None:
-    if "complete" in output.__dict__:  # not while the dataclass looks at its fields
-        raise AttributeError(
-            "logits were not computed: with labels a model in training mode returns the loss alone; call it with "
-            "skip_logits=False"
-        )
+    raise AttributeError(
+        "logits were not computed: with labels a model in training mode returns the loss alone; call it with "
+        "skip_logits=False"
+    )
 
 
 def _keep_no_logits(output: LossOutput, logits: Tensor | None) -> None:
@@ -62,6 +58,10 @@ def _by_the_other_name(output: Any) -> Cache | None:
 
 # Set here, since a dataclass would take a property in its body for a field's default.
 LossOutput.logits = property(_no_logits, _keep_no_logits)  # type: ignore[assignment]
+# No field either: FSDP looks at every field of an output.
+LossOutput.__dataclass_fields__ = {
+    name: field for name, field in LossOutput.__dataclass_fields__.items() if name != "logits"
+}
 for _kind in (ModelOutput, CausalOutput):
     setattr(_kind, OTHER, property(_by_the_other_name))
 
