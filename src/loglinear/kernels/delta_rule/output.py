@@ -159,7 +159,7 @@ def output_kernel(
     mask = tl.reshape(assemble_mask(near, far, tl.full([C // SUB, SUB], 1.0, tl.float32), C), [C, C])
     v_head = v + origin * stride_v + h * V
     first_bad = C
-    if tl.sum(first_of_U * 0.0) != 0.0:  # hardly ever
+    if tl.sum(first_of_U * 0.0) != 0.0:
         rows_of_v = tl.sum(load_tile(v_head, stride_v, valid, C, V, BK, first_v).to(tl.float32) * 0.0, axis=1)
         first_bad = tl.min(tl.where(rows_of_v == 0.0, C, in_chunk), axis=0)
     v_tile = load_tile(v_head, stride_v, in_chunk < tl.minimum(size, first_bad), C, V, BK, first_v)

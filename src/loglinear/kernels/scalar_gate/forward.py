@@ -90,9 +90,10 @@ def launch_output(
         output_kernel, grid,
         q, k, v, level_scales, states.sums, states.entries, states.entry_log, states.checks, o, problem.row_sequence,
         *problem.table, problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1),
-        level_scales.stride(1), factor, problem.levels, **common_constants(problem, v.dtype),
-        LOG_C=problem.config.chunk.bit_length() - 1, TREE=padded(problem.tree_levels),
-        BK=problem.tile(problem.key_width), BV=tile_v, TILES=states.checks.shape[2], **launch.options,
+        level_scales.stride(1), factor,
+        problem.levels, **common_constants(problem, v.dtype), LOG_C=problem.config.chunk.bit_length() - 1,
+        TREE=padded(problem.tree_levels), BK=problem.tile(problem.key_width), BV=tile_v,
+        TILES=states.checks.shape[2], **launch.options,
     )  # fmt: skip
     return o
 

@@ -46,25 +46,25 @@ def walk(acc, q_tile, weights, entries, rows, n, n0, h, first_v, H: tl.constexpr
 
 
 @triton.jit
+def careful_product(weights, values, C: tl.constexpr, PRECISION: tl.constexpr):
+    """``weights [C, C]`` times ``values`` where tokens (columns) that are not finite count for no earlier one (row).
+
+    0 · NaN is NaN. So a row of values that is not finite becomes zero, and the weights of later tokens for it NaN.
+    """
+    t = tl.arange(0, C)
+    finite = tl.sum(values.to(tl.float32) * 0.0, axis=1) == 0.0
+    seen = tl.where(finite[None, :], weights, float("nan"))
+    weights = tl.where(t[:, None] >= t[None, :], seen, 0.0).to(weights.dtype)
+    return tl.dot(weights, tl.where(finite[:, None], values, 0.0).to(values.dtype), input_precision=PRECISION)
+
+
+@triton.jit
 def all_finite(checks, TILES: tl.constexpr):
     """Whether the tokens of a group are, by the sums that ``chunk_states`` has left of its state."""
     total = 0.0
     for tile in range(TILES):
         total += tl.load(checks + tile)
     return tl.abs(total) < float("inf")
-
-
-@triton.jit
-def causal_product(weights, values, C: tl.constexpr, PRECISION: tl.constexpr):
-    """``weights [C, C]`` times ``values``, of which no row that is not finite counts for an earlier token.
-
-    0 · NaN is NaN. So such a row of values becomes zero, and what later tokens weigh it with NaN.
-    """
-    t = tl.arange(0, C)
-    spoilt = tl.sum(values * 0.0, axis=1)
-    weights = tl.where(t[:, None] >= t[None, :], weights + spoilt[None, :], 0.0).to(weights.dtype)
-    values = tl.where((spoilt == 0.0)[:, None], values, 0.0).to(values.dtype)
-    return tl.dot(weights, values, input_precision=PRECISION)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def output_kernel(
     v_head = v + origin * stride_v + h * V
     k_tile = load_tile(k_head, stride_k, valid, C, K, BK, 0)
     v_tile = load_tile(v_head, stride_v, valid, C, V, BV, first_v)
-    sound = all_finite(checks + ((group0 + n // GROUP - n0 // GROUP) * H + h) * TILES, TILES)
+    sound = all_finite(checks + ((group0 + n // GROUP - n0 // GROUP).to(tl.int64) * H + h) * TILES, TILES)
     scales = level_scales + origin * stride_s + h * L
     head_sums = sums + h.to(tl.int64) * sums_stride + origin
     row_sums = tl.load(head_sums + in_chunk, mask=valid, other=0.0)
@@ -154,9 +154,9 @@ def output_kernel(
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     weighted = (scores * tl.reshape(mask, [C, C])).to(v_tile.dtype)
     acc = tl.dot(weighted, v_tile, input_precision=PRECISION)
-    if not sound:  # hardly ever
+    if not sound:
         v_tile = load_tile(v_head, stride_v, valid, C, V, BV, first_v)
-        acc = causal_product(weighted, v_tile, C, PRECISION)
+        acc = careful_product(weighted, v_tile, C, PRECISION)
     if (n % 2 == 1) & (local > 0):
         acc = attend_to_previous(acc, q_tile, column(weights, 0, TREE), k_head - C * stride_k, v_head - C * stride_v,
                                  head_sums - C, stride_k, stride_v, all_tokens, first_v, C, K, V, BK, BV, EXACT,
