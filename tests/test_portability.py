@@ -93,4 +93,4 @@ def test_commands_run_where_processes_are_spawned(tmp_path):
         )
         assert process.returncode == 0, process.stderr
     assert (tmp_path / "run" / "model.safetensors").exists()
-    assert len((tmp_path / "recall" / "rows.jsonl").read_bytes().splitlines()) == 2
+    assert len((tmp_path / "recall" / "rows.jsonl").read_bytes().splitlines()) >= 2
