@@ -1,9 +1,9 @@
-"""DECODING STATE: what decoding keeps of the past, in buffers of fixed size that every step updates in place.
+"""DECODING STATE: the past of a sequence for decoding, in buffers of fixed size that every step updates in place.
 
-Special about this file: what the programs of one launch share is kept twice, for chunks of even and of odd number. A step
-reads one half and, when the chunk closes, writes the other, so that no program writes what another may still have to read;
-a call of at most C tokens closes at most one chunk. The gates are kept raw and summed over the range that is needed: after a
-reset nothing cancels, and -inf needs no clamp.
+The programs of one launch share some buffers, and these exist twice: one half for even chunks, one half for odd chunks. A step
+reads one half. When the chunk closes, the step writes the other half, so no program overwrites a value that another program
+may still read. A call of at most C tokens closes at most one chunk. The state keeps raw gates, and a step sums them over the
+range that it needs: nothing cancels after a reset, and -inf needs no clamp.
 
 Legend: B rows, M slots, H value heads, G q/k groups, K, V widths, C chunk size.
 """

@@ -1,7 +1,7 @@
 """The partition: which past tokens share a state, in integers only.
 
-Special about this file: no tables and no tensors. Everything log-linear attention knows about positions follows from
-the bits of an integer, and every other file (reference, kernels, decoding) uses the functions below by name.
+The module has no tables and no tensors. The position of a token in log-linear attention follows from the bits of an
+integer, and every other part (reference, kernels, decoding) calls the functions below by name.
 
 Two views of the same tree. *Tokens* are 0-based. Token ``t`` sees token ``s <= t`` at ``level(t, s)``: level 0 is the
 token itself, and level ``l >= 1`` is a bucket of ``2**(l-1)`` earlier tokens, present when bit ``l-1`` of ``t`` is set.

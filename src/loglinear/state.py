@@ -1,7 +1,7 @@
-"""STATE: what decoding keeps of the past, as plain dataclasses of tensors.
+"""STATE: the past of a sequence for decoding, as plain dataclasses of tensors.
 
-Special about this file: a state carries a *position per row*. Log-linear attention is not shift-invariant, so rows of one
-batch may stand at different positions and every operation keeps position and buckets together.
+A state carries a *position per row*. Log-linear attention is not shift-invariant. The rows of one batch may therefore
+stand at different positions, and every operation keeps position and buckets together.
 
 Legend: B rows, M slots, H value heads, G q/k groups, K, V widths, C chunk size.
 """

@@ -1,6 +1,6 @@
-"""What every kernel shares: where a chunk lies, bit arithmetic, decays, and the λ mask inside a chunk.
+"""Functions that every kernel shares: the place of a chunk, bit arithmetic, decays, and the λ mask inside a chunk.
 
-Special about this file: a level is computed from the bits of two positions, in registers. There is no table of levels.
+A kernel computes a level from the bits of two positions, in registers. There is no table of levels.
 
 Legend of all kernels: B batch, T tokens, C chunk, N chunks, H value heads, G q/k groups, K, V widths, L levels. A *row* is
 one chunk of one sequence, numbered through the batch; a *group* is ``GROUP`` consecutive chunks, aligned in the sequence.

@@ -1,8 +1,8 @@
 """SHORT CONVOLUTION: causal, depthwise, a few taps, then SiLU; forward, and the backward in one pass over memory.
 
-Special about this file: a program owns some channels of a span of tokens and takes the tokens one after the other. What a token
-shares with those before it stays in registers: the W - 1 inputs before it, and on the way back the W - 1 gradients that are not
-complete yet. So every number is read once, but for the few where two spans meet, and nothing is kept but the inputs.
+A program owns some channels of a span of tokens and takes the tokens one after the other. Neighbouring tokens share values, and
+registers hold them: the W - 1 inputs before a token, and in the backward pass the W - 1 gradients that are not complete yet.
+A kernel therefore reads every number once, except the few numbers where two spans meet. Only the inputs are saved for backward.
 
 Legend: rows are the tokens of all sequences, one behind the other; ``here`` is how many tokens of its sequence stand before a
 token, from the table ``place`` if sequences are packed; lag j is the tap that reads j tokens back, weight column W - 1 - j.

@@ -1,8 +1,8 @@
 """LINEAR CROSS-ENTROPY: the loss of an output layer and its gradients, a block of tokens at a time.
 
-Special about this file: the logits of all tokens are never in memory. Those of a block are made by a matrix product, turned in
-place into the loss's gradient by one kernel, and used at once for the gradients of the hidden states and of the weight; a
-backward pass has only to multiply these by the gradient that comes in.
+The logits of all tokens are never in memory together. A matrix product makes the logits of one block. One kernel turns them in
+place into the gradient of the loss. Two more products use this gradient at once, for the gradients of the hidden states and of
+the weight. The backward pass only multiplies these gradients by the incoming gradient.
 
 Legend: N tokens, D width of the hidden states; a row is the logits of one token, padded in memory to a multiple of 16.
 float32: everything inside the kernel, the losses, and the sum over blocks of the weight's gradient.

@@ -1,7 +1,7 @@
-"""GATED NORM: root-mean-square norm, a SiLU gate before or after it or none, and what is added first; one kernel each way.
+"""GATED NORM: a root-mean-square norm, an addition before it, and a SiLU gate before or after it, or none. One kernel each way.
 
-Special about this file: nothing is kept but the inputs. A program holds whole rows in registers, so that a backward pass makes
-the norm's sums again without a second pass over memory. Gradients of the weights are partial sums of a program's rows.
+Only the inputs are saved for backward. A program holds whole rows in registers, so the backward pass computes the sums of the
+norm again without a second pass over memory. A program writes gradients of the weights as partial sums over its rows.
 
 Legend: a row is what one mean is taken of: ``heads`` rows of ``width`` to a token. float32: everything inside.
 """

@@ -1,7 +1,7 @@
-"""GATES: what a mixer makes of its small projections: decay, time step and writing strength, and λ; one kernel each way.
+"""GATES: decay, time step, writing strength and λ of a mixer, from its small projections. One kernel each way.
 
-Special about this file: nothing is kept but the inputs. A program of the gates has one head, and multiplies its values with the
-time step while it has it. Gradients of what all tokens share are partial sums of a program's tokens.
+Only the inputs are saved for backward. A program of the gates has one head, and it also multiplies the values of this head by
+the time step. A program writes gradients of shared parameters as partial sums over its tokens.
 
 Legend: rows are the tokens of all sequences, one behind the other; W the width of a value head. float32: everything inside.
 """

@@ -1,7 +1,7 @@
-"""What the host knows before it launches: sizes, strides and, for packed sequences, the table of chunks.
+"""The sizes, the strides and, for packed sequences, the table of chunks that the host works out before a launch.
 
-Special about this file: nothing here waits for the device. For packed sequences the number of chunks is only bounded
-(``T // C + sequences``); programs past the last chunk see a sequence of -1 tokens and return.
+Nothing here waits for the device. For packed sequences the host knows only a bound on the number of chunks
+(``T // C + sequences``). Programs past the last chunk see a sequence of -1 tokens and return.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""REPLAY: the first call of a kind is written down while it runs; later ones repeat its launches from one allocation.
+"""REPLAY: the first call of a kind is recorded while it runs, and later calls repeat its launches from one allocation.
 
-Special about this file: below some thousand tokens the host is slower than the GPU. Working out sizes, allocating thirty
-tensors and Triton's look at every argument of every launch take ten times as long as the launches themselves, and depend on
-dtypes, shapes, strides and alignments alone: they are done once for each kind of call. Scratch that is never alive at the
-same time shares memory. The kernels of a call run one after the other, or in two lanes side by side (``two_lanes``).
+Below some thousand tokens the host is slower than the GPU. The host works out sizes, allocates thirty tensors, and Triton
+checks every argument of every launch. This work takes ten times as long as the launches themselves and depends on dtypes,
+shapes, strides and alignments alone. It is therefore done once for each kind of call. Scratch tensors that are never alive
+at the same time share memory. The kernels of a call run one after the other, or in two lanes side by side (``two_lanes``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which tiles each kernel uses: a table, not a search. Chosen by dtype and widths alone, never by T or B.
+"""The tiles of each kernel: a table, not a search. Dtype and widths alone choose the tiles, never T or B.
 
-Special about this file: results must not depend on batch neighbours, so nothing here may look at the number of tokens or
-sequences: another chunk size is another order of summation.
+Results must not depend on batch neighbours, and another chunk size is another order of summation. Nothing here may
+therefore look at the number of tokens or sequences.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SoftmaxAttention: causal attention with rotary positions, the baseline and the other half of hybrids.
 
-Special about this file: like the recurrent mixers it keeps a position per row and takes packed sequences. Where it needs rows
-of one length it pads them on the *right*, where causality alone hides the padding: no mask is ever built for a first pass.
+Like the recurrent mixers it keeps a position per row and takes packed sequences. Where it needs rows of one length it pads
+them on the *right*. Causality alone hides this padding, so a first pass never builds a mask.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """ShortConvolution: a causal depthwise convolution over the last few tokens of each sequence.
 
-Special about this file: whole batches, packed sequences and continued sequences are one computation. Every sequence is
-extended on the left by its *tail*, the inputs just before it (zeros at its start), and the last inputs of the extended
-sequence are its next tail. On CUDA a call from the start of its sequences is one kernel instead (``ops/convolution.py``).
+Whole batches, packed sequences and continued sequences are one computation. Every sequence is extended on the left by its
+*tail*, the inputs just before it (zeros at its start). The last inputs of the extended sequence are its next tail. On CUDA
+one kernel does a call that starts at the beginning of its sequences (``ops/convolution.py``).
 """
 
 from __future__ import annotations

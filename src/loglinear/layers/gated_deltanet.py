@@ -1,7 +1,7 @@
 """LogLinearGatedDeltaNet: a Gated DeltaNet block that reads O(log T) states; with ``log_linear=False`` it is Gated DeltaNet.
 
-Special about this file: one call of ``log_linear_delta_rule`` is the whole sequence mixing, on keys of unit length. The two
-models differ by ``level_scale`` alone. The query scale 1/sqrt(K) and λ would cancel, so there is none.
+One call of ``log_linear_delta_rule`` is the whole sequence mixing, on keys of unit length. The two models differ by
+``level_scale`` alone. λ would cancel a query scale 1/sqrt(K), so there is none.
 """
 
 from __future__ import annotations

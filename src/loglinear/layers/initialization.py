@@ -1,7 +1,7 @@
-"""How a mixer's raw parameters start, and which of them weight decay must leave alone.
+"""The initial values of a mixer's raw parameters, and the list of parameters without weight decay.
 
-Special about this file: a module *states* the initial values of the parameters it owns, instead of writing them. The same
-statement then serves ``reset_parameters``, Hugging Face's loader (which fills only what a checkpoint did not bring) and tests.
+A module *states* the initial values of the parameters that it owns, instead of writing them. ``reset_parameters``, tests and
+Hugging Face's loader (which fills only the parameters that a checkpoint lacks) all use the same statement.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LogLinearMamba2: the Mamba-2 block whose scan reads O(log T) states; with ``log_linear=False`` it is Mamba-2.
 
-Special about this file: in attention's terms C is the query, B the key and ``x · dt`` the value, and one call of
-``log_linear_attention`` is the whole sequence mixing. The two models differ by ``level_scale`` alone.
+In attention's terms C is the query, B the key and ``x · dt`` the value. One call of ``log_linear_attention`` is the whole
+sequence mixing. The two models differ by ``level_scale`` alone.
 """
 
 from __future__ import annotations

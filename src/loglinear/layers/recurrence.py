@@ -1,9 +1,9 @@
 """RECURRENCE: the sequence mixing of both recurrent mixers, ordinary or in place.
 
-Special about this file: a state for decoding takes short calls through the step ops, which wait for nothing and allocate only
-their result; whatever they do not take (long or packed calls) goes through the ordinary op and back into the same buffers.
-Under autograd every call is functional. With a context group the tokens are this rank's span of one sequence over all ranks of
-the group: whatever belongs to a whole sequence (states, packing) is refused.
+With a state for decoding, short calls go through the step ops. These ops wait for nothing and allocate only their result.
+Long and packed calls go through the ordinary op, and their result is copied back into the same buffers. Under autograd every
+call is functional. With a context group the tokens are this rank's span of one sequence over all ranks of the group. Such a
+call refuses every argument that belongs to a whole sequence (states, packing).
 
 Legend: B rows, T tokens, H value heads, G q/k groups, K, V widths.
 """

@@ -1,7 +1,7 @@
-"""STEP: a token or a few through a recurrent mixer between its projections, in three launches; state and positions in place.
+"""STEP: one token, or a few, through a recurrent mixer between its projections: three launches, state and positions in place.
 
-Special about this file: it is a mixer's ``forward`` once more for CUDA and for states for decoding, in kernels that each do
-several of its lines. ``takes`` says where; everything else goes through the plain lines, which define what comes out.
+The module repeats a mixer's ``forward`` for CUDA and for states for decoding, in kernels that each do several of its lines.
+``takes`` says which calls it accepts. All other calls go through the plain lines, and the plain lines define the result.
 
 Legend: B rows, T tokens, H value heads, G q/k groups, K, V widths, L levels.
 """

@@ -1,10 +1,10 @@
-"""Cache layers: how ``generate`` holds on to the mixers' states.
+"""Cache layers: the states of the mixers, as ``generate`` keeps them.
 
-Special about this file: outside of autograd a layer keeps one state for decoding, which its mixer updates in place;
-transformers' ``DynamicCache(config=...)`` and ``StaticCache`` build these layers from ``config.layer_types``. A dynamic one
-makes room as it goes; a static one has room for ``max_cache_len`` tokens and its buffers stay where they are. Two counts live
-side by side: a state's ``position`` is the real tokens of each row, a layer's ``length`` the columns that ``generate`` has
-fed, padding included. ``length`` is known on the host and never less than a position: room is made without asking the device.
+Outside of autograd a layer keeps one state for decoding, and its mixer updates this state in place. transformers'
+``DynamicCache(config=...)`` and ``StaticCache`` build these layers from ``config.layer_types``. A dynamic layer makes room as
+it goes. A static layer has room for ``max_cache_len`` tokens, and its buffers never move. There are two counts: ``position`` of
+a state counts the real tokens of each row, and ``length`` of a layer counts the columns that ``generate`` has fed, with
+padding. The host knows ``length``, and it is never less than a position, so the layer makes room without asking the device.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """LogLinearConfig: one decoder, whose sequence mixers are a field.
 
-Special about this file: Transformer, linear and log-linear models differ by one word, ``mixer``; a hybrid is a list of such
-words, one per layer. Widths that are left out follow from ``hidden_size`` in the proportions of the paper's models, so one
-small config serves every mixer.
+Transformer, linear and log-linear models differ by one word, ``mixer``. A hybrid is a list of such words, one per layer.
+Missing widths follow from ``hidden_size`` in the proportions of the paper's models, so one small config serves every mixer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""DECODING in a CUDA graph: one replay a token instead of the thousands of launches that a model's layers need.
+"""DECODING in a CUDA graph: one replay per token instead of the thousands of launches that the layers of a model need.
 
-Special about this file: nothing is computed only to warm up. The first token runs eagerly on a side stream, which compiles
-kernels and fills torch's workspaces; the second is recorded and replayed, every further one replayed. What the graph reads
-and writes stands still: the buffers of a static cache, the ids, the logits. Off CUDA, and for widths that the step kernels do
-not take, the model is simply called.
+No step runs only to warm up. The first token runs eagerly on a side stream, which compiles kernels and fills torch's
+workspaces. The second token is recorded and replayed, and every further token is replayed. The graph reads and writes
+buffers that never move: the static cache, the ids, the logits. Off CUDA, and for widths that the step kernels do not take,
+the model is called eagerly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What log-linear attention costs in parameters, counted on the models themselves. Run: ``python -m loglinear.models.sizes``.
+"""The parameters of log-linear attention, counted on the models themselves. Run: ``python -m loglinear.models.sizes``.
 
-Special about this file: models are built on the meta device, so the paper's 800M-parameter sizes are counted in a second and
-without memory.
+Models are built on the meta device, so the paper's 800M-parameter sizes are counted in a second and without memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,17 @@
-"""BLOCKS: the op on spans of a longer sequence, with what stands before them kept apart. Plain torch around the op.
+"""BLOCKS: the op on spans of a longer sequence, with the earlier tokens kept apart. Plain torch around the op.
 
-Special about this file: it knows no kernel. A linear recurrence superposes, and its state can be read by queries. A *block* is
-a node of the whole sequence's tree, so that all levels in it are those of a sequence that begins there:
+The module knows no kernel. A linear recurrence superposes, and queries can read its state. A *block* is a node of the whole
+sequence's tree, so the levels inside a block are the levels of a sequence that begins there:
+
+1. The op runs on the block as if nothing stood before it. K more queries behind its last token, the unit vectors, at λ = 1,
+   read the final state S of the block, row by row.
+2. The effect of the block on an earlier state is a log decay (scalar gate) or a matrix A (delta rule). To find A, the call
+   writes the K rows of the unit matrix before the first token and reads them after the last. The same call, which is linear
+   and has no other values, carries the queries to the start of the block.
+3. The earlier tokens lie in the slots of a Fenwick counter, and each slot has one level for a whole block:
+   ``o += λ[level] ∘ (q̃ S)``, q̃ the queries at the start of the block.
+
+All three steps are differentiable. In 16 bits S and A are as exact as outputs are.
 
 1. the op runs on the block as if nothing stood before it. K more queries behind its last token, the unit vectors, at λ = 1,
    read the state S that the block leaves, row by row;

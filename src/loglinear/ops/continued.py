@@ -1,8 +1,8 @@
 """CONTINUED: the scalar gate's kernels for sequences that go on from a state: chunked prefill, training over segments.
 
-Special about this file: a linear recurrence superposes. The kernels see the tokens since the last closed chunk, in the chunks
-and levels of the whole sequence, and nothing before; what the queries read of the state's slots is added here, one matrix
-product a slot. Plain torch around the kernels, differentiable through both states.
+A linear recurrence superposes. The kernels see only the tokens since the last closed chunk, in the chunks and levels of the
+whole sequence. This module adds the reads of the queries from the state's slots, with one matrix product per slot. It is
+plain torch around the kernels, differentiable through both states.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``linear_cross_entropy``: the loss of an output layer without the logits of all tokens in memory.
 
-Special about this file: on CUDA the forward pass works out the gradients too (``kernels/cross_entropy.py``), so that no logit
-is computed twice; the backward only scales them. Elsewhere, and in float64, it is plain torch, logits and all.
+On CUDA the forward pass computes the gradients too (``kernels/cross_entropy.py``), so no logit is computed twice. The
+backward pass only scales these gradients. Elsewhere, and in float64, the op is plain torch and holds all logits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""FINAL STATE of the scalar gate from its inputs alone, for calls whose output the kernels compute: prefill.
+"""FINAL STATE of the scalar gate from its inputs alone, for prefill calls, whose output the kernels compute.
 
-Special about this file: the slots of a state are consecutive blocks of tokens, each a product of keys and decayed values, so
-together they cost what one linear pass does; of an earlier state, whole slots go into a block. Plain torch, differentiable.
+The slots of a state are consecutive blocks of tokens, and each slot is a product of keys and decayed values. All slots
+together cost as much as one linear pass. Whole slots of an earlier state go into a block. Plain torch, differentiable.
 """
 
 from __future__ import annotations

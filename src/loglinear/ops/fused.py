@@ -1,7 +1,7 @@
-"""FUSED: what stands beside the recurrence and the matrix products when nothing is recorded, one kernel each.
+"""FUSED: the operations beside the recurrence and the matrix products, one kernel each, for calls without autograd.
 
-Special about this file: a decoding step of one row is as long as its list of launches. Where ``fits`` says no, layers run
-their plain code, which is the definition; both round at the same places, but for sums of the convolution's taps.
+The number of launches decides the time of a decoding step of one row. If ``fits`` is false, layers run their plain code,
+which is the definition. Both round at the same places, except in sums of the convolution's taps.
 """
 
 from __future__ import annotations

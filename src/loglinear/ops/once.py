@@ -1,7 +1,7 @@
-"""ONCE: the backward pass of an ``autograd.Function`` over kernels, which nothing can differentiate again.
+"""ONCE: the backward pass of an ``autograd.Function`` over kernels, which cannot be differentiated a second time.
 
-Special about this file: ``torch.autograd.function.once_differentiable`` refuses a second derivative only where the gradients
-that come in depend on something. Behind a plain ``sum`` they do not, and its derivative would be missing without a word.
+``torch.autograd.function.once_differentiable`` refuses a second derivative only if the incoming gradients require grad. Behind
+a plain ``sum`` they do not, and the second derivative would be missing without an error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""POINTWISE: what surrounds the attention op and an MLP's products, as autograd sees its kernels: gates, λ, norm, unit length.
+"""POINTWISE: autograd for the kernels around the attention op and the products of an MLP: gates, λ, norm, unit length.
 
-Special about this file: eager calls on CUDA run all kernels. ``torch.compile`` gets those as operators whose gradients are
-sums over tokens or rows, for which its own code would pass over large tensors once more; of the others the plain forms, which
-stand where they are used and which it fuses with their neighbours. The CPU and float64 get these for everything.
+Eager calls on CUDA run all kernels. Under ``torch.compile`` some functions are operators: their gradients are sums over
+tokens or rows, and the compiler's own code would pass over large tensors once more. The other functions are plain PyTorch
+under ``torch.compile``, and the compiler fuses them with their neighbours. The CPU and float64 use plain PyTorch everywhere.
 """
 
 from __future__ import annotations

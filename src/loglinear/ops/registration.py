@@ -1,9 +1,9 @@
 """``loglinear::attention``: the op as PyTorch's compiler, checkpointing and FSDP2 see it, with fake and backward.
 
-Special about this file: the backward operator recomputes the states, so that nothing but the inputs is kept, and the delta
-rule's maps where they fit: the operator returns them beside o, if it is asked to. On CUDA it is the Triton kernels where they
-fit. Eager code on the CPU, and every call with a state, does not come through here: it differentiates ``chunkwise`` directly,
-which can be done twice and through states.
+The backward operator computes the states again, so only the inputs are saved. The delta rule also saves its maps if they fit:
+on request the operator returns them beside o. On CUDA the operators run the Triton kernels for sizes that the kernels take.
+Eager code on the CPU, and every call with a state, does not use the operators. It differentiates ``chunkwise`` directly,
+which works twice and through states.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SEGMENTS: the delta rule and the linear models from a state, to a state, or both, on the kernels: whole prefill or parts.
 
-Special about this file: a segment is cut into blocks of its sequence's tree (``blocks.py``). The state before it gives the
-first slots of the Fenwick counter, and what the counter holds at the end is the state after it. The tokens of an open chunk are
-seen again as the first of the next segment. Differentiable through both states. The scalar gate's tree has a shorter way
+A segment is cut into blocks of its sequence's tree (``blocks.py``). The state before it gives the first slots of the Fenwick
+counter, and the counter at the end gives the state after it. The next segment sees the tokens of an open chunk again as its
+first tokens. Differentiable through both states. The scalar gate's tree has a shorter way
 (``continued.py``, ``final_state.py``).
 """
 

@@ -1,8 +1,8 @@
 """The public steps: one token, or a few, against a ``DecodingState`` that is updated in place.
 
-Special about this file: it only checks and dispatches. On CUDA a call is one launch (``kernels/decoding``; three with the delta
-rule) and one addition to the positions, waits for nothing and may be captured in a CUDA graph; elsewhere it is
-``reference/step.py``. No autograd.
+The module only checks and dispatches. On CUDA a call is one launch (``kernels/decoding``; three with the delta rule) and one
+addition to the positions. It waits for nothing, and a CUDA graph may capture it. Elsewhere a call is
+``reference/step.py``. There is no autograd.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""PARTITION, in tensors: where every token, chunk and entry of a batch of sequences lies.
+"""PARTITION, in tensors: the place of every token, chunk and entry of a batch of sequences.
 
-Special about this file: one table serves whole batches, packed sequences of any length and rows that continue from any
-position, because chunks are aligned to each sequence's *absolute* position. Integers only, vectorised, no loop over tokens
-or chunks. All sequences' chunks stand in one list of N chunks; their entries stand in one list of N local entries
-followed by S·M slots of the states that the sequences continue from.
+Chunks are aligned to each sequence's *absolute* position. One table therefore serves whole batches, packed sequences of any
+length and rows that continue from any position. The module uses integers only, vectorised, without a loop over tokens or
+chunks. The chunks of all sequences stand in one list of N chunks. Their entries stand in one list: N local entries, then
+S·M slots of the states that the sequences continue from.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """UNIFIED VIEW: six sequence models as one formula, ``O = (A ∘ M) V``, and two ways to make A.
 
-Special about this file: it is a table. A says how much token t wants of token s, from contents alone; M says what the
-model's memory lets through, from positions and gates alone. A row names both, and the structure of M decides how fast
-the row can be computed:
+The module is a table. A says how much token t wants of token s, from contents alone. M says how much the memory of the
+model lets through, from positions and gates alone. A row names both, and the structure of M decides how fast the row can be
+computed:
 
     model               A           M[t, s] for s <= t               structure of M
     softmax attention   softmax     1                                (A has full rank)          O(T²)

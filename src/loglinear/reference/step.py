@@ -1,8 +1,8 @@
-"""STEP: one token, or a few, against a ``DecodingState``, in place: what runs wherever the step kernels do not.
+"""STEP: one token, or a few, against a ``DecodingState``, in place, for all calls that the step kernels do not take.
 
-Special about this file: only live entries are read, one level at a time over the rows that have it, and none is written but
-where a chunk closes. Each row's numbers come from operations of the same shape whatever its neighbours. Positions are read
-on the host. Runs in float64 for float64 inputs, else in float32.
+A step reads live entries only, one level at a time over the rows that have it. It writes an entry only where a chunk closes.
+The operations for a row have the same shape whatever its neighbours are. The host reads the positions. Runs in float64 for
+float64 inputs, else in float32.
 """
 
 from __future__ import annotations

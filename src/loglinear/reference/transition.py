@@ -1,7 +1,7 @@
-"""Four transitions, one idea: what a token does to the state before it writes.
+"""Four transitions of one form: the change that a token makes to the state before it writes.
 
-Special about this file: it is the only place that knows how transitions differ. A transition answers the same questions
-over any span of tokens (a chunk, or a whole sequence), as torch code that runs in float64 and differentiates:
+Only this module knows how transitions differ. A transition answers the same questions over any span of tokens (a chunk, or
+a whole sequence), as torch code that runs in float64 and differentiates:
 
     scores(q, k)      A[t, s] = q_tᵀ Φ(t, s) k̃_s for s <= t, zero above the diagonal      (the dense form)
     span(q, k, v)     the same scores, the queries seen from the start of the span, and the affine map S -> A S + S_c

@@ -1,7 +1,7 @@
-"""DECODING: one token, or a few, against a state in fixed buffers; one launch a layer, three with the delta rule.
+"""DECODING: one token, or a few, against a state in fixed buffers. A layer takes one launch, or three with the delta rule.
 
-Special about this package: every program owns (row, head, block of columns of V) and loops over the tokens, so that no
-program waits for another. What they share is read from one half of the state and written to the other (decoding_state.py).
+Every program owns (row, head, block of columns of V) and loops over the tokens, so no program waits for another. Programs
+read shared values from one half of the state and write them to the other half (decoding_state.py).
 """
 
 from loglinear.kernels.decoding.host import delta_step, scalar_step

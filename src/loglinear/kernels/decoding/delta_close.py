@@ -1,9 +1,8 @@
-"""CLOSE of the delta rule: chunks that a step has filled become entries, and older entries are carried over them.
+"""CLOSE of the delta rule: full chunks become entries, and older entries are carried over these chunks.
 
-Special about this file: each entry of each row that closes is a piece of work of its own, so that one row in a batch does not
-keep the others waiting while its entries come one after the other. Every program finds its pieces from the positions
-alone; where nothing closes, it reads them and ends. No K x K matrix is made: ``X <- γ X - K_endᵀ (T diag(γ_j) K) X`` is taken
-from the right.
+Each entry of each closing row is a separate piece of work. One row of a batch therefore does not keep the others waiting
+through a chain of its entries. Every program finds its pieces from the positions alone. A program without a piece reads the
+positions and ends. No K x K matrix is made: ``X <- γ X - K_endᵀ (T diag(γ_j) K) X`` is computed from right to left.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""STEP of the delta rule: entries and open values summed with the weights that ``delta_token.py`` has made.
+"""STEP of the delta rule: the weighted sum of entries and open values, with the weights from ``delta_token.py``.
 
-Special about this file: it is all of a step's bytes and next to none of its arithmetic, so that few registers are held and
-many loads are under way. Chunks that it fills are closed by ``delta_close.py``.
+The kernel moves nearly all bytes of a step and does little arithmetic. It therefore holds few registers and has many loads
+under way. ``delta_close.py`` closes the chunks that the step fills.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""TOKEN of the delta rule: what a step's query reads of the open chunk and of the past, before any entry is loaded.
+"""TOKEN of the delta rule: the weights of a query on the open chunk and on the past, before any entry is loaded.
 
-Special about this file: the inverse grows by a row a token, ``T_i = β_i (e_i - Σ_{j<i} z_j T_j)``, so that no step solves
-anything. It is one chain of small reductions; in a kernel of its own it is walked once for all columns of V, and its
-registers are no cost to the programs that read the entries.
+The inverse grows by one row per token, ``T_i = β_i (e_i - Σ_{j<i} z_j T_j)``, so no step solves a system. This is one chain
+of small reductions. A separate kernel walks the chain once for all columns of V, and the programs that read the entries
+do not pay for its registers.
 """
 
 from __future__ import annotations

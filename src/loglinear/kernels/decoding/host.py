@@ -1,7 +1,7 @@
-"""HOST of the step kernels: launches repeated from a tape, nothing kept but ``o``, nothing waited for.
+"""HOST of the step kernels: a tape repeats the launches, ``o`` is the only new tensor, and nothing waits for the device.
 
-Special about this file: tiles follow from widths alone, never from B, so that a row's bits do not depend on its neighbours.
-(They do depend on where inputs lie: Triton compiles anew for strides and addresses that are no multiples of 16.)
+Tiles follow from widths alone, never from B, so the bits of a row do not depend on its neighbours. The bits do depend on
+the addresses of the inputs: Triton compiles a second kernel for strides and addresses that are not multiples of 16.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """INPUTS of a mixer's step: the short convolution against its state, the gates and λ, in one launch.
 
-Special about this file: it takes the rows of the projections as they lie and gives what the step kernels read. Programs of one
-row share nothing that is written: each owns some channels of the convolution (and their places in its state), some heads, or
-some λ. Everything is float32 and rounded where the mixers' plain code rounds, but within the convolution, as in its own kernel.
+The kernel reads the rows of the projections where they lie and writes the inputs of the step kernels. The programs of one row
+share no output: each owns some channels of the convolution (with their places in its state), some heads, or some λ. All
+arithmetic is float32. It rounds where the plain code of the mixers rounds, except inside the convolution, which rounds
+like its own kernel.
 
 Legend: N channels of the convolution, of which the first SCALED are v still to be multiplied by the time step.
 """

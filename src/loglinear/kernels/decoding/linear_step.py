@@ -1,7 +1,7 @@
 """LINEAR STEP: one token of the linear models against their state, which is read once and written once.
 
-Special about this file: a program owns columns of one head's state, in registers from the load to the store; both rules are
-sums over its rows.
+A program owns columns of one head's state and holds them in registers from the load to the store. Both rules are sums over
+the rows of the state.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""OPEN CHUNK: what both step kernels read of it, and of the entries before it.
+"""OPEN CHUNK: the loads from the open chunk and from the earlier entries that both step kernels share.
 
-Special about this file: a token of the running call is read from the call's inputs and an earlier one from the state, so a
-program never reads what another program of the same launch writes. Logs of decays are sums over the range that is needed,
-in natural units: nothing is subtracted, so -inf stands for itself.
+Tokens of the running call come from the inputs of the call, and earlier tokens come from the state. A program therefore never
+reads a value that another program of the same launch writes. Logs of decays are sums over the range that is needed, in
+natural units. No sum is subtracted from another, so -inf needs no special case.
 
 ``first`` is the place in the open chunk of the call's first token, negative once a chunk has closed within the call.
 """

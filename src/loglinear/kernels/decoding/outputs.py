@@ -1,7 +1,7 @@
-"""OUTPUTS of a mixer's step: the skip, the gate and the norm in one launch, which also moves the rows' positions on.
+"""OUTPUTS of a mixer's step: the skip, the gate and the norm in one launch, which also advances the positions of the rows.
 
-Special about this file: a position may change only when no program of the step reads it any more. This launch comes after, so
-one of its programs for each row adds the tokens, which spares a launch of its own.
+A position may change only after the last program of the step has read it. This launch is the last one of the step, so one of
+its programs for each row adds the tokens to the position. This saves a separate launch.
 """
 
 from __future__ import annotations

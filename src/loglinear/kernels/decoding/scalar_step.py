@@ -1,6 +1,6 @@
-"""STEP of the scalar gate: read the open chunk and the live entries, write one token, and once in C tokens close the chunk.
+"""STEP of the scalar gate: read the open chunk and the live entries, write one token, and close the chunk once in C tokens.
 
-Special about this file: a step writes no entry but the one that a closing chunk makes; the others age by their log alone.
+A step writes an entry only when a chunk closes. For all other entries it updates the log of the decay alone.
 """
 
 from __future__ import annotations

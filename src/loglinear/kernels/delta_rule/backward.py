@@ -1,7 +1,7 @@
 """BACKWARD of the delta rule: its launches, in the order in which the gradients flow, for some heads at a time.
 
-Special about this file: slices of heads come in pairs, one on each of two streams. A kernel of few heads leaves the GPU half
-empty while its last programs end; the other slice's fills it.
+Slices of heads come in pairs, and each slice of a pair runs on its own stream. A kernel of few heads leaves half of the GPU
+empty while its last programs end. The kernel of the other slice fills this half.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""CHUNK MAPS: the triangular inverse of every chunk, and what the chunk writes and erases, ``[W | U]``.
+"""CHUNK MAPS: the triangular inverse of every chunk, and the writes and erasures of the chunk, ``[W | U]``.
 
-Special about this file: the inverse of ``I + N``, N strictly lower triangular, is by substitution in diagonal blocks of 16
-and by ``X <- X - X N₂₁ X`` from one size of blocks to the next. A product of powers of N needs no substitution, but its
-terms grow like binomials where keys repeat and β is near 2, while the inverse itself stays small.
+The kernel inverts ``I + N``, N strictly lower triangular. It uses substitution in diagonal blocks of 16, and then
+``X <- X - X N₂₁ X`` from one size of blocks to the next. A product of powers of N needs no substitution. But its terms grow
+like binomials where keys repeat and β is near 2, while the inverse itself stays small.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""MEMORY: what the forward pass leaves for the backward, and how many heads the backward takes at a time.
+"""MEMORY: the tensors that the forward pass keeps for the backward, and the number of heads in a slice of the backward pass.
 
-Special about this file: arithmetic on the host, before anything is allocated. Maps that the backward need not make again and
-slices of many heads both make it faster, and both cost memory: the bytes of inputs, outputs and their gradients bound them.
+The module is arithmetic on the host, before any allocation. Kept maps and slices of many heads both make the backward pass
+faster, and both cost memory. The bytes of inputs, outputs and their gradients set the bound on this memory.
 """
 
 from __future__ import annotations

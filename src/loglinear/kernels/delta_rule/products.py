@@ -1,7 +1,7 @@
-"""PRODUCTS with one operand in memory, whole on tensor cores and in slices on the ordinary units.
+"""PRODUCTS with one operand in memory: whole on tensor cores, in slices on the ordinary units.
 
-Special about this file: an IEEE product holds both of its operands in registers over the whole inner size, so float32 takes
-it SLICE rows and columns at a time.
+An IEEE product holds both operands in registers over the whole inner size. For float32 the product therefore takes SLICE
+rows and columns at a time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SCALAR GATE: log-linear attention whose transition is ``exp(g)``, forward and backward, as Triton kernels.
 
-Special about this package: no autograd and no argument checks; ``loglinear.ops`` has both. Stages, in order:
+The package has no autograd and no argument checks: ``loglinear.ops`` has both. Stages, in order:
 chunk_states, node_states, output. Backward: the states again, local_grads, query_grads, node_grads, chunk_grads, value_grads,
 key_grads, gate_grads.
 """

@@ -1,7 +1,7 @@
-"""NODE STATES: the entries of more than one group, each summed from the states of its groups, all in parallel.
+"""NODE STATES: the entries of more than one group, all in parallel, each as a sum of the states of its groups.
 
-Special about this file: an entry of 2^m groups reads 2^m group states instead of m children, so that one launch builds
-every level; only one chunk in sixteen ends such an entry, and its sum is carried in float32 from end to end.
+An entry of 2^m groups reads 2^m group states instead of m children, so one launch builds every level. Only one chunk in
+sixteen ends such an entry. A float32 accumulator carries the sum from end to end.
 """
 
 from __future__ import annotations

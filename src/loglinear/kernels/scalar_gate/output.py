@@ -1,7 +1,7 @@
 """OUTPUT: each chunk attends to itself under the λ mask, then walks the entries that cover everything before it.
 
-Special about this file: where the first entry of the path is a single chunk, the queries attend to that chunk itself. One
-level covers it, so this takes no mask; and half of all entries need neither be written nor read.
+If the first entry of the path is a single chunk, the queries attend to this chunk directly. One level covers it, so no mask
+is needed. Half of all entries are therefore neither written nor read.
 """
 
 from __future__ import annotations
