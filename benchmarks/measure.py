@@ -1,7 +1,7 @@
 """Timing on a CUDA device, and rows of results as data.
 
-Special about this file: a time is the median of ``triton.testing.do_bench``, which clears L2 before every repetition, so
-that all times are cold; the spread is the 20th and 80th percentile. A row carries all that is needed to read it alone.
+A time is the median of ``triton.testing.do_bench``, which clears L2 before every repetition. All times are therefore cold. The
+spread is the 20th and 80th percentile. Each row can be read without any other row or file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The ops that ours are timed against, each behind one signature; those that are not installed are left out.
+"""The ops that ours are timed against, each behind one signature. Peers that are not installed are left out.
 
-Special about this file: a peer is built only when it is asked for, and a failure to import it is a reason, not an error.
+A peer is built only on request. A failed import is reported as a reason, not raised as an error.
 """
 
 from __future__ import annotations

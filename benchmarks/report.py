@@ -1,8 +1,8 @@
 """docs/results.md and its figures from committed rows alone: ``python benchmarks/report.py``.
 
-Special about this file: every number and every sentence about a number comes from the rows, and a test compares the
-committed page with what the committed rows give. What the numbers mean is written by hand, in docs/results_notes.md, and is
-put at the end of its section.
+Every number and every sentence about a number comes from the rows. A test compares the committed page with the page that the
+committed rows give. The meaning of the numbers is written by hand in docs/results_notes.md, and each note goes to the end of
+its section.
 """
 
 from __future__ import annotations

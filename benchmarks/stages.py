@@ -1,7 +1,7 @@
-"""Times of single kernels, as they are launched by a forward and backward pass, under one configuration or many.
+"""Times of the single kernels of a forward and backward pass, under one configuration or many.
 
-Special about this file: the launches are those of the host code, caught on their way, so that what is timed is what runs. A
-sweep first compiles all candidates side by side, one process each: compiling takes far longer than timing.
+The launches are recorded from the host code, so the timed launches are the real ones. A sweep first compiles all candidates
+side by side, one process each, because compiling takes far longer than timing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The columns of the training benchmark: the paper's models and their peers, built alike; and the FLOPs that a step needs.
+"""The columns of the training benchmark: the paper's models and their peers, built alike, and the FLOPs of a step.
 
-Special about this file: model FLOPs do not depend on who computes them. A parameter of a matrix costs 6 a token; sequence
-mixing is counted in the chunkwise form with chunks of 64 tokens, causal products by their triangle, three times its forward.
-What is computed twice counts once.
+Model FLOPs do not depend on the implementation. A parameter of a matrix costs 6 FLOPs per token. Sequence mixing is counted in
+the chunkwise form with chunks of 64 tokens, with causal products by their triangle, as three times its forward pass.
+Recomputed work counts once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tables of docs/training.md from committed rows alone: ``python benchmarks/training_page.py``.
 
-Special about this file: what stands between the marks is made here, and a test compares it with what the committed rows give;
-the rest of the page is written by hand. A ratio is of rows of one commit, the newest that has both.
+The command writes the text between the marks, and a test compares this text with the text that the committed rows give. The
+rest of the page is written by hand. A ratio compares rows of one commit, the newest commit that has both.
 """
 
 from __future__ import annotations

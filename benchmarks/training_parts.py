@@ -1,9 +1,9 @@
-"""Where the time of a training step goes: the kernels of a profiled step, each counted to one part.
+"""The parts of a training step's time: each kernel of a profiled step is counted to one part.
 
-Special about this file: the same rules hold for compiled and eager steps, forward and backward, and for all models. A kernel
-belongs to the operator that launched it, if that is an op of sequence mixing, a convolution, a norm, the loss, a matrix product
-or something that the optimiser does; which weight a product is of follows from its sizes. What the compiler has fused has no
-operator of its own and goes by its place:
+The same rules hold for compiled and eager steps, forward and backward, and for all models. A kernel belongs to the operator
+that launched it, if this operator is an op of sequence mixing, a convolution, a norm, the loss, a matrix product or a part of
+the optimiser. The sizes of a product say which weight it belongs to. A kernel that the compiler has fused has no operator of
+its own, and its place decides:
 
 * loss: between the first and the last product with the vocabulary, which stand in the middle of a step;
 * norms: its name says so, whatever else is fused into it (the residual sum, a gate, a cast);

@@ -1,8 +1,8 @@
 """Mixers that differ from ours in the op alone: Mamba-2's own SSD kernels, flash-linear-attention's gated delta rule.
 
-Special about this file: the kernels of others are operators here, as ours are, so that a compiled block has neither a break
-nor a copy more with theirs; projections, convolution and norms are inherited. Their op takes what it can do itself: SSD the
-softplus of the time step, ``x · dt`` and the skip, the gated delta rule the norms of queries and keys.
+The kernels of other libraries are operators here, like ours, so they add neither a break nor a copy to a compiled block.
+Projections, convolution and norms are inherited. Each op takes the work that it can do itself: SSD the softplus of the time
+step, ``x · dt`` and the skip, the gated delta rule the norms of queries and keys.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Are the kernels right on this device? Forward and all gradients against float64, at the shape that is about to be timed.
 
-Special about this file: the oracle is the dense form, one head at a time, so that 16K tokens fit; o, dv, dg and dλ are
-compared on a few heads, dq and dk, which sum over heads, on the heads of one group.
+The oracle is the dense form, one head at a time, so 16K tokens fit into memory. o, dv, dg and dλ are compared on a few heads.
+dq and dk sum over heads, so they are compared on the heads of one group.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The definition once more, by hand, in float64: explicit products of token transitions.
 
-Special about this file: it imports nothing from the library and takes no shortcut, not even the formula for the level,
-so that agreement with it means something. ``literal`` is the page of the paper; ``oracle`` is the same, fast enough for
-some hundreds of tokens with gradients.
+The module imports nothing from the library and takes no shortcut, not even the formula for the level. Agreement with it is
+therefore independent evidence. ``literal`` follows the page of the paper. ``oracle`` is the same, fast enough for some
+hundreds of tokens with gradients.
 """
 
 from __future__ import annotations

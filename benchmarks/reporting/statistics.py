@@ -1,7 +1,7 @@
 """Differences between models on the same sequences, and when one of them counts.
 
-Special about this file: two models read the same validation sequences, and sequences differ far more than models do. A
-difference is therefore taken sequence by sequence; its standard error is that of the mean of these differences. It counts
+Two models read the same validation sequences, and sequences differ far more than models do. Differences are therefore taken
+sequence by sequence. The standard error of a difference is the standard error of the mean over sequences. A difference counts
 if it is further from 0 than two standard errors.
 """
 

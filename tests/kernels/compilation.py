@@ -1,7 +1,7 @@
-"""Compile the launches of a host function for a GPU that is not there, and read what the compiler says of each.
+"""Compile the launches of a host function for a GPU that is not there, and read the compiler's report on each.
 
-Special about this file: the launches are recorded from the real host code on meta tensors, so that a signature here can
-not differ from one on a device.
+The launches are recorded from the real host code on meta tensors, so a signature here cannot differ from a signature on a
+device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The kernels compile for GPUs that are not there, within their shared memory and with few spills.
 
-Special about this file: the numbers are recorded as properties of the test (``pytest --junitxml``), and printed by
-``python tests/kernels/test_compilation.py``, which is where the table of docs/kernels.md comes from.
+The test records its numbers as properties (``pytest --junitxml``). ``python tests/kernels/test_compilation.py`` prints them
+as the table of docs/kernels.md.
 """
 
 from __future__ import annotations

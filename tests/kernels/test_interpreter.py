@@ -1,7 +1,7 @@
 """Runs tests/kernels/on_device in Triton's interpreter, where there is no CUDA device.
 
-Special about this file: files that take long have a process each, so that they run side by side. The others share one: a
-process takes 4 s to import all, which is more than some of them run.
+Each slow file has its own process, so slow files run side by side. The other files share one process: the imports of a
+process take 4 s, longer than some of these files run.
 """
 
 from __future__ import annotations

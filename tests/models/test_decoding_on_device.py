@@ -1,7 +1,7 @@
 """Decoding on a GPU: replays of one recording give the bits of eager steps, and ``generate`` the same text from both caches.
 
-Special about this file: every model is compared with itself in float64 on the CPU, or with the same kernels launched one by
-one, so that nothing here depends on which text an untrained model makes.
+Every model is compared with itself in float64 on the CPU, or with the same kernels launched one by one. No test here
+depends on the text that an untrained model makes.
 """
 
 import copy

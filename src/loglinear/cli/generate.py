@@ -1,6 +1,6 @@
-"""``loglinear generate``: a prompt in, the continuation streamed out, and what the past costs to remember.
+"""``loglinear generate``: stream the continuation of a prompt, and print how much memory the past takes.
 
-Special about this file: the cache is static, so on CUDA ``generate`` decodes in a CUDA graph (``models/decoding.py``).
+The cache is static, so on CUDA ``generate`` decodes in a CUDA graph (``models/decoding.py``).
 """
 
 from __future__ import annotations

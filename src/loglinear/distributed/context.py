@@ -1,9 +1,9 @@
 """CONTEXT: the ops on one sequence whose tokens lie on several ranks, as plain torch around the ops and one all-gather.
 
-Special about this file: a rank cuts its span into blocks of the whole sequence's tree (``ops/blocks.py``), and takes of each o,
-the map (A, S) and the queries at its start. The maps of all blocks are gathered, each rank folds those before its own into the
-slots of a Fenwick counter, and its queries read them. A span of 2^n chunks is one block. Nothing waits for another rank but
-that. Source: Guo et al. 2025, section 3; the exchange is worked out here (docs/context_parallel.md).
+A rank cuts its span into blocks of the whole sequence's tree (``ops/blocks.py``). For each block it computes o, the map (A, S)
+and the queries at the start of the block. The all-gather collects the maps of all blocks. Each rank folds the earlier maps into
+the slots of a Fenwick counter, and its queries read these slots. A span of 2^n chunks is one block. Ranks wait for each other
+only in the all-gather. Source: Guo et al. 2025, section 3; the exchange is worked out here (docs/context_parallel.md).
 
 Legend: B batch, T tokens of this rank, G q/k groups, H value heads, K, V widths, L levels, R ranks.
 """

@@ -1,8 +1,8 @@
-"""EXCHANGE: an all-gather that autograd goes back through, and what the convolution needs of it.
+"""EXCHANGE: an all-gather with a backward pass, and the tokens that the convolution needs from other ranks.
 
-Special about this file: the backward pass of an all-gather is a collective too, so that every rank must take it, also one that
-has no use for what it received. The gather therefore stands *on the way of* a tensor that the result depends on in any case.
-That also orders the collectives of the backward pass, on every rank alike.
+The backward pass of an all-gather is a collective too. Every rank must therefore take part in it, even a rank that does not use
+the received tensors. For this reason the gather stands *on the way of* a tensor that the result depends on in any case.
+This also gives the collectives of the backward pass the same order on every rank.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Log-linear models for torchtitan, PyTorch's pretraining stack: ``--module loglinear.integrations.torchtitan``.
 
-Special about this file: the model is ``LogLinearForCausalLM`` as it is. Around it stands what torchtitan 0.3 asks of a model:
-a config, an initialisation of shards, FSDP2 with activation checkpointing and compilation, names for Hugging Face, and one
-configuration for each ``--config``. Sharding is that of ``loglinear train``: float32 shards, mixed precision by autocast.
-Documents packed into a row stay apart; tensor, context and pipeline parallelism are refused.
+The model is ``LogLinearForCausalLM`` without changes. The module adds the parts that torchtitan 0.3 asks of a model: a config,
+an initialisation of shards, FSDP2 with activation checkpointing and compilation, names for Hugging Face, and one
+configuration for each ``--config``. Sharding works as in ``loglinear train``: float32 shards, mixed precision by autocast.
+Documents packed into a row stay apart. The module refuses tensor, context and pipeline parallelism.
 """
 
 from __future__ import annotations

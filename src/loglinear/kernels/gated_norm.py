@@ -42,7 +42,7 @@ def _tile(
 ):  # fmt: skip
     """Rows from ``first`` on: (their tokens, offsets in these, mask, the skip's input, x with its skip, gate, its sigmoid).
 
-    What there is none of is x instead.
+    Absent inputs are replaced by x.
     """
     row = first + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)

@@ -12,16 +12,6 @@ sequence's tree, so the levels inside a block are the levels of a sequence that 
    ``o += λ[level] ∘ (q̃ S)``, q̃ the queries at the start of the block.
 
 All three steps are differentiable. In 16 bits S and A are as exact as outputs are.
-
-1. the op runs on the block as if nothing stood before it. K more queries behind its last token, the unit vectors, at λ = 1,
-   read the state S that the block leaves, row by row;
-2. what the block does to an earlier state is a log decay (scalar gate), or a matrix A (delta rule): that is what K writes of
-   the unit matrix before the first token become. The same call, linear and with no other values, carries the queries to the
-   start of the block;
-3. what comes before lies in the slots of a Fenwick counter, each at one level for a whole block:
-   ``o += λ[level] ∘ (q̃ S)``, q̃ the queries at the start of the block.
-
-Differentiable through all of it. In 16 bits S and A are as exact as outputs are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Context parallelism in training: N consecutive processes share every sequence, and are one for the data.
+"""Context parallelism in training: N consecutive processes share every sequence, and count as one process for the data.
 
-Special about this file: a process reads whole sequences and keeps its span of them, with the targets already shifted, so that
-the first token of a span is predicted by the process before. All processes count targets together, so losses and gradients are
-those of one process for every N: a gradient that crosses to another span has that span's share of the mean in it.
+A process reads whole sequences and keeps its span of them. The targets are already shifted, so the process before predicts the
+first token of a span. All processes count targets together, so losses and gradients equal those of one process for every N: a
+gradient that crosses to another span contains that span's share of the mean.
 """
 
 from __future__ import annotations

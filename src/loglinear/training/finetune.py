@@ -1,8 +1,8 @@
-"""Fine-tuning on needles: a short loop in one process, equal for every model that is given the same settings.
+"""Fine-tuning on needles: a short loop in one process, equal for all models with the same settings.
 
-Special about this file: every forward pass holds samples of one length and about as many tokens as any other, so short
-samples come in larger batches. The loss is that of the answers alone. What pass number n holds depends on the seed and
-on n, not on the model.
+Every forward pass holds samples of one length, and all passes hold about the same number of tokens. Short samples therefore
+come in larger batches. The loss covers the answers alone. The content of pass number n depends on the seed and on n, not on
+the model.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """FSDP2: parameters, gradients and the optimizer's state in shards, one on each process.
 
-Special about this file: only where tensors lie differs from one process. Shards are gathered and gradients are reduced in
-the parameters' own dtype, autocast works inside as it does on one process, and a checkpoint holds whole tensors in the same
-files. So a run may go on with more processes, with fewer, or with one and no FSDP at all. Blocks are sharded one by one and
-gathered as they are reached; embeddings, the last norm and the output layer (one matrix if tied) form the root's own shard
-and stay whole from the beginning of a forward pass to the end of its backward pass.
+A sharded run differs from one process only in the place of its tensors. Shards are gathered and gradients are reduced in the
+parameters' own dtype, autocast works inside as it does on one process, and a checkpoint holds whole tensors in the same files.
+A run may therefore go on with more processes, with fewer, or with one and no FSDP at all. Blocks are sharded one by one and
+gathered when the pass reaches them. Embeddings, the last norm and the output layer (one matrix if tied) form the root's own
+shard and stay whole from the beginning of a forward pass to the end of its backward pass.
 
 Accelerate's own FSDP2 is not used: it leaves sharding out on CPUs without a word,
 and under bfloat16 it rounds every parameter, the decays' among them, where autocast keeps them in float32.

@@ -1,7 +1,7 @@
-"""The Trainer of transformers with our arguments: which parameters decay, and what a log line holds.
+"""The Trainer of transformers with our arguments: the choice of parameters that decay, and the content of a log line.
 
-Special about this file: between two logs nothing waits for the device. Batches are copied from pinned memory when their turn
-comes, so the host works ahead, and what the Trainer does between the model's calls costs no device time.
+Between two logs nothing waits for the device. Batches are copied from pinned memory when their turn comes, so the host works
+ahead. The Trainer's own work between the calls of the model costs no device time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kernels against float64: on a CUDA device where there is one, otherwise in Triton's interpreter.
 
-Special about this folder: the interpreter must be chosen before triton is imported, and cannot be left again, so without
-a GPU these files are collected only by tests/kernels/test_interpreter.py, which runs them in processes of their own.
+The interpreter must be chosen before triton is imported, and the choice is final. Without a GPU, only
+tests/kernels/test_interpreter.py collects the files of this folder, and runs them in processes of their own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """MEMCHECK: every load and store of every kernel, in Triton's interpreter, against the tensors that its launch was given.
 
-Special about this file: an access is right if it meets an element of one of the launch's tensors, not merely its storage,
-so what lies between the heads of a slice, or behind a part of a larger buffer, is out of bounds. Which programs run is a
-sample: addresses follow from program numbers, strides and tables of the host, never from what a kernel has computed, so a
-program may be left out without changing those of the others. Accesses out of bounds are noted and not made.
+An access is right if it meets an element of one of the launch's tensors. Their storage alone is not enough: the gaps between
+the heads of a slice, and the rest of a larger buffer, are out of bounds. The check runs a sample of the programs. Addresses
+follow from program numbers, strides and tables of the host, never from the results of a kernel, so a program may be left out
+without a change of the other programs' addresses. Accesses out of bounds are noted and not made.
 """
 
 from __future__ import annotations

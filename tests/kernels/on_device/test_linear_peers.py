@@ -1,6 +1,7 @@
-"""λ = 1 is the linear model: against the ops of flash-linear-attention, where it is installed.
+"""With λ = 1 the log-linear op is the linear model: compared with the ops of flash-linear-attention, where it is installed.
 
-Special about this file: forward only, as the peer's backward refuses to run on Hopper with the Tritons that miscompile it.
+The test covers the forward pass only. The backward pass of the peer refuses to run on Hopper with the Tritons that
+miscompile it.
 """
 
 from __future__ import annotations

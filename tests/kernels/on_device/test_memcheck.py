@@ -1,6 +1,6 @@
-"""No kernel reads or writes anything but elements of its tensors, at shapes where the last tile, chunk or group is partial.
+"""No kernel reads or writes outside the elements of its tensors, at shapes where the last tile, chunk or group is partial.
 
-Special about this file: it runs in Triton's interpreter alone, see memcheck.py. Numbers are checked by the other files.
+The test runs in Triton's interpreter alone (memcheck.py). The other files check the numbers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Exact retrieval from real files: a definition asked for again, so many tokens later.
+"""Exact retrieval from real files: a definition is asked for again after a given number of tokens.
 
     #define BITMASK_SIZE 32 ... the file goes on for `distance` tokens ... #define BITMASK_SIZE| 32
 
-Special about this file: question and answer are the very tokens of the definition, and the text in between is that of the
-file, then of the files after it. The same sequence without the definition ("without") tells what a model guesses.
+Question and answer are the exact tokens of the definition. The text in between comes from the rest of the file, and then from
+the files after it. The same sequence without the definition ("without") shows how much a model guesses.
 """
 
 from __future__ import annotations

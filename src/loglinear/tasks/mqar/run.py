@@ -1,7 +1,7 @@
-"""A grid from its first cell to its last, by worker processes that train several models each; interrupted, it goes on.
+"""A grid of cells, run by worker processes that train several models each. An interrupted grid continues where it stopped.
 
-Special about this file: the rows file is the only memory. A row is appended when its cell is done, and a cell whose row is
-there is skipped, so any part of a grid can be run at any time, in any order, by any number of workers.
+The rows file is the only memory. A worker appends a row when a cell is done, and a cell with a row is skipped. Any part of a
+grid can therefore run at any time, in any order, with any number of workers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Cells that train side by side in one process, a turn of each at a time, and worker processes that do so.
+"""Cells that train side by side in one process, one turn each at a time, and the worker processes around them.
 
-Special about this file: a turn only launches work, on a stream of its cell, so small kernels of different cells overlap on the
-GPU. A worker takes a cell from the queue when one of its own is done, so that all workers end at about the same time.
+A turn only launches work, on a stream of its cell, so small kernels of different cells overlap on the GPU. A worker takes a new
+cell from the queue when one of its own is done, so all workers end at about the same time.
 """
 
 from __future__ import annotations

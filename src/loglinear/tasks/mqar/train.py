@@ -1,8 +1,8 @@
-"""Training of one cell, a turn at a time. On CUDA a step is the replay of one graph, on a stream of the cell's own.
+"""Training of one cell, one turn at a time. On CUDA a step is the replay of one graph, on a stream of the cell's own.
 
-Special about this file: tiny models fill no GPU and wait for launches, not for arithmetic, so the host only says "one more
-step": batches, learning rates and losses lie in buffers that the recorded step indexes by its own count. The steps that warm
-up are real steps of the run. Where recording fails, all steps are launched one kernel at a time.
+Tiny models do not fill a GPU: they wait for launches, not for arithmetic. The host therefore only says "one more step".
+Batches, learning rates and losses lie in buffers, and the recorded step indexes these buffers by its own count. The steps that
+warm up are real steps of the run. If recording fails, each step launches its kernels one at a time.
 """
 
 from __future__ import annotations

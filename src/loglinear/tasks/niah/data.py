@@ -2,9 +2,9 @@
 
     text ... \\nThe magic number of quiet-harbour is 4018263.\\n ... text \\nThe magic number of quiet-harbour is| 4018263
 
-Special about this file: a sample is put together from token ids, not from text. The ids of a key and of a value are the
-same in the needle and in the question whatever the tokenizer, and every sample has exactly the length asked for. Training
-and test draw from different keys and values: a hash of the text decides on which side it is.
+A sample is put together from token ids, not from text. The ids of a key and of a value are therefore the same in the needle and
+in the question for every tokenizer, and every sample has exactly the requested length. Training and test draw from different
+keys and values: a hash of the text decides the side.
 """
 
 from __future__ import annotations

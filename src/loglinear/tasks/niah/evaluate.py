@@ -1,8 +1,8 @@
 """Scoring: exact match by the likeliest token at every place of the answer, given the answer's earlier tokens.
 
-Special about this file: it needs one forward pass a sample and says what greedy decoding would do. Greedy decoding writes
-the answer if and only if the answer's first token is the likeliest after the question, its second the likeliest after
-the first, and so on: the teacher-forced tokens are wrong inputs only behind a token that has failed already.
+One forward pass per sample gives the result of greedy decoding. Greedy decoding writes the answer if and only if the
+answer's first token is the likeliest after the question, its second the likeliest after the first, and so on. The
+teacher-forced tokens differ from greedy ones only behind a token that has failed already.
 """
 
 from __future__ import annotations
