@@ -104,7 +104,9 @@ def chunk_maps_kernel(
 ):
     """Grid: rows x H, heads fastest. float32: sums, decays, the matrix and its inverse, accumulators.
 
-    Tokens past the end have β = 0 and k = v = 0: their rows and columns of ``solve`` and their ``writes`` are zero.
+    Tokens past the end have β = 0 and k = v = 0: their rows and columns of ``solve`` and their ``writes`` are zero. So are
+    those of a token whose k, g or β is not finite, or 0 · NaN would reach earlier ones. Its sum is NaN: no later token
+    and no later state goes without it. A bad v spoils its column of U.
     """
     pid = tl.program_id(0)
     h = pid % H
@@ -118,26 +120,26 @@ def chunk_maps_kernel(
     origin = (start + local * C).to(tl.int64)
     unit = row.to(tl.int64) * H + h
     gate = load_gates(g + origin * stride_g + h, stride_g, valid, HAS_GATE, EXACT, C)
-    strength = tl.load(beta + origin * stride_b + h + in_chunk * stride_b, mask=valid, other=0.0).to(tl.float32)
+    high, low, _, total = gate_sums(gate)
     k_head = k + origin * stride_k + h // (H // G) * K
     products = tl.zeros([C, C], tl.float32)
     for first in tl.static_range(0, K, BK):
         k_tile = load_tile(k_head, stride_k, valid, C, K, BK, first)
         products = tl.dot(k_tile, tl.trans(k_tile), products, input_precision=PRECISION)
+    strength = tl.load(beta + origin * stride_b + h + in_chunk * stride_b, mask=valid, other=0.0).to(tl.float32)
 
-    # The sums are NaN from the first token on that is not finite. The matrices are those of the tokens before it.
     squares = tl.sum(tl.where(in_chunk[:, None] == in_chunk[None, :], products, 0.0), axis=1)
-    finite = (squares < float("inf")) & (tl.abs(strength) < float("inf"))
-    high, low, _, total = gate_sums(tl.where(finite, gate, float("nan")))
+    finite = (squares < float("inf")) & (tl.abs(strength) < float("inf")) & (high == high)
+    high = tl.where(finite, high, float("nan"))
     head_sums = sums + h.to(tl.int64) * sums_stride + origin + in_chunk
     tl.store(head_sums, high, mask=valid)
     if EXACT:
         tl.store(head_sums + all_tokens, low, mask=valid)
     tl.store(chunk_log + unit, total)
-    valid = valid & (high == high)
+    valid = valid & finite
     strength = tl.where(valid, strength, 0.0)
 
-    earlier = (in_chunk[:, None] > in_chunk[None, :]) & valid[:, None]
+    earlier = tl.where(valid, in_chunk, 0)[:, None] > tl.where(valid, in_chunk, C)[None, :]
     lower = tl.where(earlier, products * pair_decays(high, low, EXACT) * strength[:, None], 0.0)
     solved = triangular_inverse(lower, C, SOLVE) * strength[None, :]
 

@@ -27,7 +27,7 @@ class Maps(NamedTuple):
     A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X that comes before the span leaves it as ``A X + S``.
 
     sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk; two planes, value and rounding error, for
-        float32 inputs. chunk_log: ``[rows, H]`` float32.
+        float32 inputs; NaN for a token that is not finite. chunk_log: ``[rows, H]`` float32.
     solve: ``[rows, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
     writes: ``[rows, H, C, K+V]`` low, ``[W | U]``.
     entries: ``[rows, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at row0 + e - 1. The entry of all chunks of
