@@ -40,7 +40,7 @@ class DecodingState(TensorState):
 
     With n = position // C the number of the open chunk, its tokens stand at places ``(n % 2) * C + i`` of the axes of
     length 2C, live when ``i < position % C``. Slot m holds the bucket of ``2**m`` closed chunks and is live exactly when bit m
-    of n is set. What is not live is never read.
+    of n is set. A step never reads an entry that is not live.
 
     Attributes:
         position: int64 ``[B]``, tokens seen by each row. Layers that advance together may share one tensor.

@@ -50,8 +50,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def check_checkpoints(arguments: Sequence[str]) -> None:
     """Raise ValueError if ``arguments`` of another program name a checkpoint with a tokenizer that is not the model's.
 
-    They are looked for as FOLDER and as lm-eval's pretrained=FOLDER,tokenizer=FOLDER. What has no tokenizer that loads is
-    left to the program.
+    They are looked for as FOLDER and as lm-eval's pretrained=FOLDER,tokenizer=FOLDER. The other program
+    handles folders without a tokenizer that loads.
     """
     for word in arguments:
         settings = dict(part.partition("=")[::2] for part in word.removeprefix("--model_args=").split(","))

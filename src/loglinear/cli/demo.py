@@ -125,7 +125,7 @@ def compare(losses: dict[str, np.ndarray]) -> dict:
 
 
 def verdict(difference: float, standard_error: float) -> str:
-    """What the numbers allow to say: a difference within two standard errors is none."""
+    """The conclusion from the numbers: a difference within two standard errors counts as none."""
     size = f"{abs(difference):.4f} ± {standard_error:.4f} nats per token"
     if abs(difference) <= 2 * standard_error:
         return f"The difference, {size}, is within two standard errors: no winner at this size."

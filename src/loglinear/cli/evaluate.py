@@ -175,7 +175,7 @@ def sequences(args: EvaluateArgs, checkpoint: Checkpoint) -> tuple[Windows, dict
 
 
 def _source(args: EvaluateArgs, record: dict | None) -> tuple[Source, Side]:
-    """What to read and which side of it, so that a model is never evaluated on its own training text by default."""
+    """The text to read and its side (training or validation). By default a model never reads its own training text."""
     from loglinear.cli.checkpoint import open_text
 
     trained = record["arguments"] if record else {}

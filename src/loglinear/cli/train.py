@@ -73,7 +73,7 @@ def parse(argv: Sequence[str], prog: str) -> TrainArgs:
 
 
 def _paths(argv: Sequence[str], prog: str) -> argparse.Namespace:
-    """Those of the typed options that decide what the others are."""
+    """The typed options that decide the defaults of the others."""
     parser = errors.Parser(prog=prog, add_help=False, allow_abbrev=False)
     for name in ("config", "resume", "init", "output"):
         parser.add_argument(f"--{name}", type=Path)

@@ -168,7 +168,7 @@ def _check_lengths(q: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def slots_before(plan: list[list[range]], maps: list[list[Map]], rank: int, linear: bool) -> list[list[Slot]]:
-    """What each block of ``rank`` finds before it: a Fenwick counter of blocks, or of the linear model one state."""
+    """The states before each block of ``rank``: a Fenwick counter of blocks, or one state for the linear model."""
     slots: list[Slot] = []
     found = []
     for i, (blocks, block_maps) in enumerate(zip(plan[: rank + 1], maps)):

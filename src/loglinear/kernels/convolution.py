@@ -78,7 +78,7 @@ def _past(x, token, here, stride, channels, width, W: tl.constexpr):
 
 @triton.jit
 def _sum(taps, constant, window, W: tl.constexpr):
-    """What goes into the SiLU."""
+    """The sum over the taps, the argument of the SiLU."""
     total = constant
     for lag in tl.static_range(W):
         total += taps[lag] * window[lag]

@@ -170,7 +170,7 @@ class Problem:
 
 
 def common_constants(problem: Problem, dtype: torch.dtype, without: tuple[str, ...] = ()) -> dict:
-    """Compile-time arguments that all kernels over tokens share, but for those that a kernel does not take."""
+    """Compile-time arguments that all kernels over tokens share, without the arguments that a kernel does not take."""
     constants = dict(
         H=problem.heads,
         G=problem.groups,
@@ -280,7 +280,7 @@ def kernel_chunks(chunk: int) -> int:
 
 
 def sizes_of_tables(cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-    """What stands for ``packed_tables`` in a ``Problem`` of which only sizes are asked: as many sequences, and no work."""
+    """A stand-in for ``packed_tables`` in a ``Problem`` that gives only sizes: as many sequences, and no work."""
     return () if cu_seqlens is None else (cu_seqlens, cu_seqlens[1:])
 
 

@@ -61,7 +61,7 @@ class Launch:
 
 @dataclass
 class Recording:
-    """What a call does, while it does it. Inputs are known by identity, or their parts by address; scratch by address."""
+    """The record of a running call. Inputs are known by identity, or their parts by address; scratch by address."""
 
     inputs: list[Tensor | None]
     buffers: list[Buffer] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Recording:
         return next((b for b in reversed(self.buffers) if b.holds(tensor.data_ptr())), None)
 
     def place(self, tensor: Tensor) -> tuple[int | Buffer, int] | None:
-        """(number of the input or buffer that the tensor is a part of, bytes before it); None if there is none."""
+        """(number of the input or buffer that the tensor is a part of, bytes before it); None if not exactly one fits."""
         given = next((i for i, x in enumerate(self.inputs) if x is tensor), None)
         if given is not None:
             return given, 0
@@ -230,7 +230,7 @@ def second_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def two_lanes() -> Iterator[Callable[[int], None]]:
-    """Within, launches belong to the lane, 0 or 1, that was last chosen by a call of what is yielded.
+    """Yields a function ``choose(lane)``. Within the block, launches belong to the lane, 0 or 1, that it chose last.
 
     The lanes are repeated on two streams, so that while one's kernel runs out of programs, or waits for memory, the other's
     has some: no launch of one may need what one of the other writes. Each takes scratch of its own. Once in a call.

@@ -138,7 +138,7 @@ class SoftmaxAttention(nn.Module):
     ) -> Tensor:
         """Rows ``[n, T, heads, W]`` at ``place [n, T]``, written into the buffers of ``state``.
 
-        On CUDA a call of a few tokens waits for nothing and reads the whole buffer; others read what is used of it.
+        On CUDA a call of a few tokens waits for nothing and reads the whole buffer. Other calls read the used part.
         """
         (rows, length), keys, values = q.shape[:2], state.keys, state.values
         row = torch.arange(rows, device=q.device).unsqueeze(-1)

@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
 
 
 class SumRMSNorm(RMSNorm):
-    """RMSNorm of a residual stream and what is added to it, which is one kernel on CUDA when nothing is recorded."""
+    """RMSNorm of the sum of a residual stream and an update. It is one kernel on CUDA when nothing is recorded."""
 
     def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """``x + added`` and its norm, both ``[..., width]``."""

@@ -23,7 +23,7 @@ from loglinear.state import FLOATS, LinearState, LogLinearState, TensorState, ch
 class LinearDecodingState(LinearState):
     """The state of the plain linear model, updated in place. It holds any number of tokens.
 
-    Every token is added to it, so it is float32 or float64: of a dtype with fewer bits it would stop to grow.
+    Every token is added to it, so it is float32 or float64: in a dtype with fewer bits it would stop growing.
     """
 
     _wide = frozenset({"position", "state"})
@@ -170,7 +170,7 @@ class KVState(TensorState):
         return KVDecodingState(self.position.clone(), keys, values)
 
     def crop(self, tokens: Tensor | int) -> KVState:
-        """The state ``tokens`` tokens (an int, or ``[B]``) earlier: what was guessed wrongly is taken back."""
+        """The state ``tokens`` tokens (an int, or ``[B]``) earlier, without the tokens that were guessed wrongly."""
         position = self.position - tokens
         used = max(position.tolist(), default=0)
         return KVState(position, self.keys[:, :used], self.values[:, :used])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # not in every build of torch
 
 
 class RecurrentMixer(Protocol):
-    """What both mixers have."""
+    """The attributes that both mixers have."""
 
     conv: ShortConvolution
     dt_bias: nn.Parameter
@@ -69,7 +69,7 @@ def convolve_and_gate(
 
 
 def recur(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], state: RecurrentMixerState) -> Tensor:
-    """o ``[B, T, H, V]`` of q, k ``[B, T, G, K]``, v ``[B, T, H, V]``; ``state`` takes them in, but for its position."""
+    """o ``[B, T, H, V]`` of q, k ``[B, T, G, K]``, v ``[B, T, H, V]``; they are added to ``state``, except to its position."""
     memory = state.memory
     if isinstance(memory, LinearDecodingState):
         return fused.linear_step(q, k, v, gates["g"], gates["beta"], memory.state)
@@ -86,7 +86,7 @@ def gate_and_norm(
     state: RecurrentMixerState,
     skip: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """What goes into the output projection, ``[B, T, H·V]``; every row's position moves on by T.
+    """The input of the output projection, ``[B, T, H·V]``. The position of every row moves on by T.
 
     Args:
         gate: ``[B, T, H·V]``. skip: x ``[B, T, H·V]`` and its weight D ``[H]``, added to o before the gate.

@@ -41,7 +41,7 @@ class MixerCacheLayer(CacheLayerMixin):
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
-        """Whether ``generate`` should ask the model for ``get_compiled_call``; what is recorded passes by no CUDA graph."""
+        """Whether ``generate`` should ask the model for ``get_compiled_call``. A recording call uses no CUDA graph."""
         return self.max_cache_len is not None and not self.record_past
 
     @property
@@ -171,7 +171,7 @@ class MixerCacheLayer(CacheLayerMixin):
 
 @dataclass(frozen=True)
 class LayerSnapshot:
-    """What one cache layer held: its state (None at the start), the columns it had seen, and where these had padding."""
+    """The content of one cache layer: its state (None at the start), the columns it had seen, and their padding."""
 
     state: MixerState | None
     length: int
@@ -348,7 +348,7 @@ def check_cache(cache: Cache, layer_types: list[str], rows: int) -> None:
 
 
 def check_past(cache: Cache, mask: Tensor, length: int) -> None:
-    """See to it that ``mask [B, past + length]`` says of past columns what the cache was told when it read them.
+    """Check that ``mask [B, past + length]`` agrees on past columns with the mask that the cache got when it read them.
 
     Softmax attention can still drop the last tokens of a row: nothing that it keeps has seen them. Waits for the device.
 

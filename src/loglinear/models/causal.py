@@ -132,7 +132,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         return kind(loss=loss, logits=logits, **results)
 
     def _take_loss_options(self, kwargs: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
-        """What is for the loss, out of ``kwargs``."""
+        """Take the options of the loss out of ``kwargs``."""
         names = {"num_items_in_batch", "ignore_index", "shift_labels"}
         if self.loss_function is not ForCausalLMLoss:
             names |= inspect.signature(self.loss_function).parameters.keys() - {
@@ -223,7 +223,10 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
 
     @property
     def init_continuous_batching(self) -> Any:  # type: ignore[override]
-        """Not there: continuous batching pages keys and values. A server that asks (``hasattr``) then answers in turn."""
+        """Always raises AttributeError, because continuous batching pages keys and values.
+
+        A server that checks with ``hasattr`` then answers one request after the other.
+        """
         raise AttributeError("init_continuous_batching: log-linear and linear states have no pages of keys and values")
 
     @staticmethod
@@ -232,5 +235,5 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         return attention_mask
 
     def get_compiled_call(self, compile_config) -> Callable[..., CausalOutput]:
-        """What ``generate`` calls for single tokens over a static cache on CUDA: a CUDA graph instead of a compiled model."""
+        """The call of ``generate`` for single tokens over a static cache on CUDA: a CUDA graph, not a compiled model."""
         return GraphedCall(self)

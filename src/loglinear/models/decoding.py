@@ -24,7 +24,7 @@ from loglinear.ops.step import has_kernel
 
 
 def on_side_stream(work: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """``work()`` on another stream than the current one, which waits for it; what a capture needs to have run before."""
+    """``work()`` on another stream; the current stream waits for it. A capture needs such a run before it."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -1,4 +1,4 @@
-"""JOURNAL: what a cache layer keeps while it records, so that the last columns can be taken back.
+"""JOURNAL: the record that a cache layer keeps, so that the last columns can be taken back.
 
 Log-linear and linear states merge tokens for good. A journal therefore holds copies of the state at earlier columns (marks) and
 the inputs of the mixer since. To take columns back, the layer returns to the last mark before the cut and feeds again what
@@ -120,7 +120,7 @@ class Journal:
         return not self.marks or length - self.marks[-1].length >= SPACING
 
     def append(self, columns: Columns, length: int) -> None:
-        """Keep columns that were fed, of which there are ``length`` now. What lies further back than needed is dropped."""
+        """Keep columns that were fed, of which there are ``length`` now. Older records than needed are dropped."""
         self.marks[-1].pieces.append(columns)
         while len(self.marks) > 1 and self.marks[1].length <= length - REACH:
             self.marks.pop(0)

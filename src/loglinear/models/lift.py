@@ -17,7 +17,7 @@ from loglinear.models.configuration import LIFTED, LogLinearConfig
 
 @dataclass
 class LiftReport:
-    """What ``lift`` has done to a model.
+    """A report on the changes that ``lift`` has made to a model.
 
     Attributes:
         lifted: names of the mixers that are log-linear now.

@@ -121,7 +121,7 @@ class LogLinearPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
         """As transformers'. Raises ValueError for a checkpoint without one of the weights that only training can give.
 
-        What a mixer states a start for may be missing: λ of a log-linear model that starts from its linear twin, or D.
+        A parameter with a stated start may be missing: λ of a log-linear model that starts from its linear twin, or D.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -263,7 +263,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
 
 
 def plan_from(cache: Cache, batch: int, length: int, **described: Any) -> TokenLayout:
-    """The layout of new columns ``[B, T]`` behind those of ``cache``, of which the mask must say what the cache knows."""
+    """The layout of new columns ``[B, T]`` behind the columns of ``cache``. The mask must agree with the cache on these."""
     layout = plan_layout(batch, length, **described, past_length=cache.get_seq_length())
     if described.get("attention_mask") is not None:
         check_past(cache, described["attention_mask"], length)

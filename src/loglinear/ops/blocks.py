@@ -27,7 +27,7 @@ from loglinear.state import CHUNK_SIZE
 
 
 class Inputs(NamedTuple):
-    """What the ops take of a block, with all gates there: g is zeros where it was None."""
+    """The arguments of the ops for a block, with all gates: g is zeros where it was None."""
 
     q: Tensor
     k: Tensor
@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
         return Inputs(*(None if x is None else x[rows, tokens] for x in self))  # type: ignore[arg-type]
 
     def extended(self, before: int, after: int, **given: Tensor) -> Inputs:
-        """With zeros for that many tokens before and after: they write nothing, forget nothing, ask nothing. λ is 1 there."""
+        """With ``before`` and ``after`` tokens of zeros: they write, forget and ask nothing. λ is 1 there."""
 
         def padded(name: str, x: Tensor | None) -> Tensor | None:
             if x is None or name in given:
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
 
 
 class Map(NamedTuple):
-    """What a block does: ``S -> A S + S_c``. A is a log decay ``[B, H]`` or matrices ``[B, H, K, K]``, S_c ``[B, H, K, V]``."""
+    """A block's effect: ``S -> A S + S_c``. A is a log decay ``[B, H]`` or matrices ``[B, H, K, K]``, S_c ``[B, H, K, V]``."""
 
     transition: Any
     state: Any
@@ -96,7 +96,7 @@ def from_nothing(inputs: Inputs, with_state: bool) -> tuple[Tensor, Tensor | Non
 
 
 def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
-    """The queries as seen from the start of the block, and its transition; what a block with nothing before it needs not.
+    """The queries as seen from the start of the block, and its transition. A block with nothing before it needs neither.
 
     Scalar gate: log weights ``[B, T, H]`` of the queries, log decay ``[B, H]``. Delta rule: ``[B, T, H, K]``, ``[B, H, K, K]``.
     """
@@ -139,7 +139,7 @@ def append(slots: list[Slot], map_: Map, chunks: int, linear: bool) -> list[Slot
 
 
 def read(o: Tensor, query: Tensor, inputs: Inputs, slots: list[Slot]) -> Tensor:
-    """o and what the queries read of the slots; ``query`` as ``carried`` has it."""
+    """The sum of o and the reads of the queries from the slots; ``query`` is the first result of ``carried``."""
     for slot in slots:
         state = slot.state.to(o.dtype)
         if inputs.beta is None:

@@ -90,10 +90,10 @@ class _Stream:
 def _read_slots(
     q: Tensor, g: Tensor, level_scales: Tensor, state: LogLinearState, positions: list[int], scale: float
 ) -> Tensor:
-    """What queries ``[B, T, G, K]`` that follow on a state read of its slots ``[B, T, H, V]``, float32.
+    """The reads ``[B, T, H, V]``, float32, of queries ``[B, T, G, K]`` from the slots of the state before them.
 
-    A slot is whole for them at every position: all its tokens are on one level, that of the highest bit in which the query's
-    chunk differs from the slot's.
+    All tokens of a slot are on one level for a query: the level of the highest bit in which the query's chunk differs from
+    the slot's chunks.
     """
     (batch, length, groups, _), heads = q.shape, g.shape[2]
     shift, levels = state.chunk_size.bit_length() - 1, level_scales.shape[3]

@@ -134,7 +134,7 @@ class Kernel:
 
     name, arguments: of the operators ``loglinear::name`` and ``loglinear::name_backward``, as in a schema. results: how many.
     forward: of these arguments. backward: of the gradients of all results and the arguments, to those of the tensors among
-    them. fake: as forward, for sizes and dtypes. What is None among their results is left out.
+    them. fake: as forward, for sizes and dtypes. Results that are None are left out.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ def attend(
 
 @dataclass(frozen=True)
 class _Final:
-    """What rows that stand at one position leave: ``position [B]``, slots, and of a tree the tokens of the open chunk."""
+    """The final state of rows at one position: ``position [B]``, slots, and for a tree the tokens of the open chunk."""
 
     position: Tensor
     slots: list[Slot]
@@ -72,7 +72,7 @@ class _Final:
 
 
 def _segment(inputs: Inputs, state: State | None, position: int, with_state: bool) -> tuple[Tensor, _Final | None]:
-    """o of the tokens of ``inputs``, all rows after ``position`` tokens of ``state``, and what is known after the last."""
+    """o of the tokens of ``inputs``, all rows after ``position`` tokens of ``state``, and the final state."""
     assert not isinstance(state, LogLinearState) or state.chunk_size == CHUNK_SIZE
     batch, length = inputs.q.shape[:2]
     linear = inputs.level_scales is None

@@ -54,7 +54,7 @@ CLOSE = Close(block_v=32, warps=4, programs=256)
 
 @lru_cache(maxsize=4096)
 def row_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
-    """The s for which token t of row b begins at (b*T + t) * s and is contiguous; None if there is none."""
+    """The s for which token t of row b begins at (b*T + t) * s and is contiguous; None if no such s exists."""
     batch, length, *inner = shape
     stride = strides[0] if length == 1 else strides[1]
     if batch == length == 1:  # says nothing, and must not choose another kernel than a batch gets
@@ -65,7 +65,7 @@ def row_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
 
 
 def rows_of(x: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
-    """x, copied if it must be, and its ``row_stride``; ``like`` stands for what is not there."""
+    """x, copied if necessary, and its ``row_stride``. ``like`` replaces an absent x."""
     if x is None:
         return like, 0
     stride = row_stride(x.shape, x.stride())
@@ -101,7 +101,7 @@ def float32_products(dtype: torch.dtype) -> str:
 def scalar_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, level_scales: Tensor, state, scale: float = 1.0
 ) -> Tensor:
-    """o ``[B, T, H, V]`` of T <= C tokens; ``state`` (``loglinear.DecodingState``) takes them in, but for its position.
+    """o ``[B, T, H, V]`` of T <= C tokens; they are added to ``state`` (``loglinear.DecodingState``), except to its position.
 
     q, k ``[B, T, G, K]`` and v ``[B, T, H, V]`` of the dtype of ``state.open_k``, 32 or 16 bits; g, level_scales any float.
     """

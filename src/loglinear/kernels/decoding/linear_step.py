@@ -65,7 +65,7 @@ def linear_step_kernel(
 
 
 def linear_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor) -> Tensor:
-    """o ``[B, 1, H, V]``, as ``layers.recurrence.linear_step``, but for the position; ``state`` takes the token in.
+    """o ``[B, 1, H, V]``, as ``layers.recurrence.linear_step`` without the position. The token is added to ``state``.
 
     Args:
         q, k: ``[B, 1, G, K]``, v: ``[B, 1, H, V]``: heads side by side, at most 32 bits. g, beta: float32 ``[B, 1, H]``,

@@ -38,7 +38,7 @@ from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a forward pass was given, laid out by ``token_rows``, and the gradient of its output."""
+    """The inputs of a forward pass, laid out by ``token_rows``, and the gradient of its output."""
 
     q: Tensor
     k: Tensor
@@ -50,7 +50,7 @@ class Inputs:
     factor: float
 
     def heads(self, first: int, count: int, per_group: int) -> Inputs:
-        """Those of ``count`` heads."""
+        """The inputs of ``count`` heads."""
         groups = slice(first // per_group, cdiv(first + count, per_group))
         heads = slice(first, first + count)
         rest = (None if x is None else x[:, :, heads] for x in (self.v, self.g, self.beta, self.level_scales, self.do))
@@ -59,7 +59,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What the backward computes. dq and dk are ``[H/G, B*T, G, K]``: float32 partial sums, or the result if H == G."""
+    """The results of the backward pass. dq and dk are ``[H/G, B*T, G, K]``: float32 partial sums, or the result if H == G."""
 
     dq: Tensor
     dk: Tensor
@@ -69,7 +69,7 @@ class Gradients:
     dlevel_scales: Tensor
 
     def heads(self, first: int, count: int, per_group: int) -> Gradients:
-        """Those of ``count`` heads: of whole groups, or of some heads of one group."""
+        """The gradients of ``count`` heads: of whole groups, or of some heads of one group."""
         groups = slice(first // per_group, cdiv(first + count, per_group))
         parts = slice(first % per_group, first % per_group + min(count, per_group))
         heads = slice(first, first + count)

@@ -44,7 +44,7 @@ def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, 
 
 
 def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, prefixes: bool = False) -> Maps:
-    """All maps: of the chunks, the Fenwick array, and what the backward needs to go down the tree again."""
+    """All maps: of the chunks, of the Fenwick array and, with ``prefixes``, those for the way down the tree in the backward."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     sums, chunk_log, solve, writes = launch_chunk_maps(problem, k, v, g, beta)
     tiers = problem.tiers
@@ -172,9 +172,9 @@ def forward_keeping(
 def kept_shapes(
     q: Tensor, v: Tensor, level_scales: Tensor, cu_seqlens: Tensor | None = None, config: DeltaRuleConfig | None = None
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """(shape, dtype) of what ``forward_keeping`` returns after o. Nothing is computed: the tensors may be fake.
+    """(shape, dtype) of the tensors that ``forward_keeping`` returns after o. Nothing is computed: the tensors may be fake.
 
-    Sizes may be symbolic, but for the widths of heads; how many there are is then a guard on the others.
+    Sizes may be symbolic, except the widths of heads. The number of tensors is then a guard on these sizes.
     """
     config = delta_rule_config(v.dtype, int(q.shape[3]), int(v.shape[3])) if config is None else config
     problem = describe(q, v, level_scales, sizes_of_tables(cu_seqlens), config)

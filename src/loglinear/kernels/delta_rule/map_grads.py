@@ -1,4 +1,4 @@
-"""MAP GRADIENTS: what the keys, the values and the triangular inverse of a chunk get from the gradient of its map.
+"""MAP GRADIENTS: gradients of the keys, the values and the triangular inverse of a chunk from the gradient of its map.
 
 The chunk takes a map Y before it to ``γ_C Y + K_endᵀ D`` with ``D = [0 | U] - W Y``, and X is the gradient of that. Two thin
 products, ``K_end X`` and D, then give everything: the first is the gradient of D, so that of U in the columns of S and, times

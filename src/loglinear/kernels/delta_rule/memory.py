@@ -22,7 +22,7 @@ UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
 
 
 class Maps(NamedTuple):
-    """What is known of the chunks before any query is read. ``low`` is v's dtype; logs are in base 2.
+    """All facts about the chunks that need no query. ``low`` is v's dtype; logs are in base 2.
 
     A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X that comes before the span leaves it as ``A X + S``.
 
@@ -31,8 +31,8 @@ class Maps(NamedTuple):
     solve: ``[rows, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
     writes: ``[rows, H, C, K+V]`` low, ``[W | U]``.
     entries: ``[rows, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at row0 + e - 1. The entry of all chunks of
-        the highest tier's group is there too, if the group is whole; no query reads it. Those of single chunks are undefined
-        (see leaf.py), except, beside prefixes, that of a group's unit 0 and, before a unit 5, of unit 4.
+        the highest tier's group is there too, if the group is whole; no query reads it. Entries of single chunks are
+        undefined (see leaf.py), except, beside prefixes, those of a group's unit 0 and, before a unit 5, of unit 4.
     groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
     prefixes: one ``[4 groups, H, K, K+V]`` low per tier: the map of the units of a group before each unit, where it is
         neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``). None where they were not asked for.
@@ -64,7 +64,7 @@ class Maps(NamedTuple):
         return self.chunk_log.stride(0)
 
     def part(self, first: int, count: int) -> Maps:
-        """Those of ``count`` heads, where they lie."""
+        """The maps of ``count`` heads, as views."""
         heads = slice(first, first + count)
         own = (x[:, heads] for x in self[1:5])
         rest = (tuple(x[:, heads] for x in maps) for maps in (self.groups, self.prefixes))

@@ -2,7 +2,7 @@
 
 The states before the group, as seen from its start, give ``O += λ ∘ (Q S)`` each, so ``dO Sᵀ`` gives dλ and their sum dQ. An
 entry (A, S) within the group gives ``Q' = Q A`` besides: with dQ' known, ``dQ' Aᵀ`` is the other part of dQ, which is dQ' of
-the entry before. The last may be a leaf (see leaf.py). What is left at the end is the gradient of the queries as seen from the
+the entry before. The last may be a leaf (see leaf.py). The remainder at the end is the gradient of the queries as seen from the
 start of their chunk. Every dQ' is kept for the gradients of the entries.
 """
 

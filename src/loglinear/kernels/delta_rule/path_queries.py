@@ -1,4 +1,4 @@
-"""PATH QUERIES: what the queries of a chunk are before each entry of their path within the group, and at the group's start.
+"""PATH QUERIES: the queries of a chunk as seen before each entry of their path within the group, and at the group's start.
 
 For the backward, which walks the path back. The entries before the group are met by states that are carried to its start.
 """

@@ -25,7 +25,7 @@ from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_confi
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a forward pass was given, laid out by ``token_rows``, and the gradient of its output."""
+    """The inputs of a forward pass, laid out by ``token_rows``, and the gradient of its output."""
 
     q: Tensor
     k: Tensor

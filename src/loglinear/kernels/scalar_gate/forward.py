@@ -18,7 +18,7 @@ from loglinear.kernels.tuning import ScalarGateConfig, scalar_gate_config
 
 
 class States(NamedTuple):
-    """What is known of the chunks before any query is read. A *row* is a chunk of a sequence of the batch; logs in base 2.
+    """All facts about the chunks that need no query. A *row* is a chunk of a sequence of the batch; logs in base 2.
 
     The backward builds it anew: that costs less than a tenth of it, and a model keeps no states of any layer meanwhile.
 

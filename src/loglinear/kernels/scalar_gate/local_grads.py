@@ -1,4 +1,4 @@
-"""LOCAL GRADIENTS: what the scores inside a chunk get and give: their own gradient, and dλ of the levels inside a chunk.
+"""LOCAL GRADIENTS: the gradient of the scores inside a chunk, and dλ of the levels inside a chunk.
 
 One pass serves all heads of a program: the gradient of the scores is summed over them (``dS``), and the query and key
 sides multiply that sum by K and by Q once. The diagonal is kept out of the products: it is no part of the gate's
