@@ -225,7 +225,11 @@ BAD_LINE = b'{"text": "fine"}\n{"text": "\xff"}\n'
         ("xz.jsonl", lzma.compress(LINES), r"FILE, line 1 is not UTF-8 text: byte .* its name must end in \.xz"),
         ("cut.jsonl.xz", lzma.compress(LINES)[:-5000], r"data: FILE is not a whole \.xz file: "),
         ("cut.jsonl.gz", gzip.compress(LINES, mtime=0)[:-5000], r"data: FILE is not a whole \.gz file: "),
-        ("damaged.txt.gz", gzip.compress(LINES, mtime=0)[:5000] + bytes(5000), r"data: FILE is not a whole \.gz file: "),
+        (
+            "damaged.txt.gz",
+            gzip.compress(LINES, mtime=0)[:5000] + bytes(5000),
+            r"data: FILE is not a whole \.gz file: ",
+        ),
         ("not.txt.xz", b"text", r"data: FILE is not a whole \.xz file: "),
         ("not.txt.gz", b"text", r"data: FILE is not a whole \.gz file: "),
         ("empty.txt.gz", b"", r"data: FILE is not a whole \.gz file: it is empty"),
