@@ -211,6 +211,8 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
                 f"input_ids must be what the cache has not read, with the attention_mask of the whole text, in assisted "
                 f"generation: got {given} columns and a mask of {whole}, and the cache has read {read}"
             )
+        if mask is None and not read:  # an assistant would take pad tokens that it has drafted for padding
+            kwargs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], whole)
         return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
