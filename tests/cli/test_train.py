@@ -256,6 +256,7 @@ def test_options_of_a_model_reach_it():
     config = parse(TrainArgs, ["--output", "run", *words], "loglinear train").model
     tokenizer = MagicMock(spec=PreTrainedTokenizerFast, pad_token_id=1, eos_token_id=0, bos_token_id=None)
     tokenizer.__len__.return_value = 20
+    tokenizer.get_vocab.return_value = {str(i): i for i in range(20)}
     model = build_model(config, tokenizer, 64)
     assert {name: getattr(model.config, name) for name in options} == options
     mixer = model.model.layers[0].mixer

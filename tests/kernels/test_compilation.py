@@ -225,7 +225,7 @@ def pointwise_resources(target: str) -> list[Resources]:
         gated_norm.backward(hidden, hidden, None, weight, 1e-6, False, None, None)
         gates.backward(meta(2, T, 16, kind=wide), v, v, None, rate, D, D, v, None)
         scales = meta(2, T, 16 * levels), meta(16, levels, kind=wide)
-        gates.level_scales_backward(meta(2, T, 16, levels), *scales)
+        gates.level_scales_backward(meta(2, T, 16, levels), *scales, 0.0)
         unit_length.backward(o, o, o, o)
         elementwise.silu_product_backward(y, y, y)
         elementwise.wide_sum(y, y)

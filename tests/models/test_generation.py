@@ -106,7 +106,8 @@ def test_decoded_logits_equal_one_pass(make_model, tokens, mixer):
 @pytest.fixture
 def speculative(make_model, tokens, mixer):
     """A model, a prompt that repeats itself, its greedy continuation across the end of a chunk, and options."""
-    model, prompt = make_model(mixer), tokens(1, 10).repeat(1, 6)
+    # Without a padding token: generate would take a generated one for padding.
+    model, prompt = make_model(mixer, pad_token_id=None), tokens(1, 10).repeat(1, 6)
     options = {"max_new_tokens": 24, "do_sample": False}
     return model, prompt, model.generate(prompt, use_cache=False, **options), options
 
@@ -122,7 +123,8 @@ def test_prompt_lookup(speculative, drafted):
 def test_assistant_model(speculative, make_model, mixer, kind):
     """Drafts of another model and of the model itself, whose drafts are all right. Both models take tokens back."""
     model, prompt, want, options = speculative
-    assistant = make_model(mixer) if kind == "itself" else make_model(kind, seed=1, num_hidden_layers=1)
+    plain = {"pad_token_id": None}
+    assistant = make_model(mixer, **plain) if kind == "itself" else make_model(kind, 1, num_hidden_layers=1, **plain)
     if kind == "itself":
         assistant.generation_config.assistant_confidence_threshold = 0  # no draft ends early
     calls = []

@@ -164,7 +164,8 @@ def check_state(
     """The state's kind, shapes and device against the inputs; ``rows`` is the number of sequences."""
     if state is None:
         return
-    if isinstance(state, (LinearState, LogLinearState)) and not (has_values(state.position) and has_values(q)):
+    known = isinstance(state, (LinearState, LogLinearState)) and state.device == q.device
+    if known and not (has_values(state.position) and has_values(q)):
         raise ValueError(
             "initial_state must have values: got meta or fake tensors, and a result depends on its positions"
         )

@@ -173,12 +173,14 @@ def test_levels_past_the_last_share_it(device, delta, L):
 @pytest.mark.parametrize("delta", RULES)
 @pytest.mark.parametrize("low_entries", [False, True])
 def test_low_precision_is_within_twice_of_plain_torch(device, delta, low_entries):
+    if low_entries and INTERPRETED:
+        pytest.skip("entries of 16 bits are bfloat16, which the interpreter does not have")
     T = 6 * C + 1
     x = make(device, delta, T=T, dtype=BFLOAT16)
     length = T - 4 if INTERPRETED else 0
     plain = (cases_delta.plain if delta else cases.oracle)(**x, scale=0.7)[:, length:]
     bar = LOW_PRECISION_FACTOR * relative(plain, full(x, 0.7)[0][:, length:])
-    check(x, length, bar=bar, entry_dtype=BFLOAT16 if low_entries else torch.float32)
+    check(x, length, bar=bar, entry_dtype=torch.bfloat16 if low_entries else torch.float32)
 
 
 @pytest.mark.parametrize("delta", RULES)
