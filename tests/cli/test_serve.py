@@ -124,7 +124,7 @@ def test_models_are_listed_without_a_model_and_without_a_cache(tmp_path):
 @pytest.mark.parametrize(
     ("options", "status", "line"),
     [
-        (["--prot", "3"], 2, "loglinear serve: No such option: --prot.*"),
+        (["--prot", "3"], 2, "loglinear serve: No such option:? '?--prot.*"),
         (["./nowhere"], 1, "loglinear serve: .*'./nowhere'.*"),
     ],
 )

@@ -57,7 +57,9 @@ def draw_masks(tokens: int, seed: int) -> Figure:
     figure.text(0.045, 0.985, title, va="top", fontsize=12, fontweight="bold")
     grid = figure.subplots(2, 3, gridspec_kw={"wspace": 0.08, "hspace": 0.42})
     figure.subplots_adjust(left=0.045, right=0.93, top=0.89, bottom=0.1)
-    colors = LinearSegmentedColormap.from_list("mask", MASK_COLORS)
+    colors = LinearSegmentedColormap.from_list(
+        "mask", list(MASK_COLORS)
+    )  # matplotlib 3.8: a tuple of two is one color and its alpha
     x = example_inputs(tokens, seed)
     future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1).numpy()
     for axes, row in zip(grid.flat, TABLE):
