@@ -2,7 +2,7 @@
 
 
 def installed() -> bool:
-    """Whether Triton is there to be imported. Importing loglinear does not look for it."""
+    """Whether Triton can be imported. Importing loglinear does not look for it."""
     from loglinear.kernels.installation import INSTALLED
 
     return INSTALLED

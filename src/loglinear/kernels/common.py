@@ -166,7 +166,7 @@ def store_state(
 
 @triton.jit
 def at_most_zero(x):
-    """``min(x, 0)``, NaN where x is."""
+    """``min(x, 0)``; NaN where x is NaN."""
     return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -285,11 +285,11 @@ def path_weights(scales, stride_s, valid, row_sums, entry_log, rows, n, n0, h, L
                  LOG_C: tl.constexpr, TREE: tl.constexpr):  # fmt: skip
     """``λ exp2(log-decay)`` ``[C, TREE]`` of each row towards the entry of every tree level on the path of chunk n.
 
-    Loads all that a walk needs but the states, at once: inside the walk no product waits for a load of its weight.
+    Everything that a walk needs, except the states, is loaded at once. No product of the walk waits for its weight.
     """
     m = tl.arange(0, TREE)
     on_path = ((n >> m) & 1 == 1) & ((n >> m << m) > n0)
-    # Logs of the entries before: a cumulative sum less the entry's own log would lose what a reset hides.
+    # The logs of the entries before: a cumulative sum minus the entry's own log would lose the logs behind a reset.
     below = tl.maximum(m - 1, 0)
     before = (m > 0) & ((n >> below) & 1 == 1) & ((n >> below << below) > n0)
     unit = (rows + (n >> below << below) - 1).to(tl.int64) * H + h
@@ -328,7 +328,7 @@ def set_bits_before(n):
 
 @triton.jit
 def set_bits(x):
-    """Number of bits set in 0 <= x < 2^24. Without a loop, which would keep the loop around it from being pipelined."""
+    """Number of bits set in 0 <= x < 2^24. A loop here would keep the loop around it from being pipelined."""
     x = x - (x >> 1 & 0x555555)
     x = (x & 0x333333) + (x >> 2 & 0x333333)
     x = x + (x >> 4) & 0x0F0F0F
@@ -337,7 +337,7 @@ def set_bits(x):
 
 @triton.jit
 def softplus(x):
-    """``log(1 + e^x)``, float32 and exact to it on either side of zero.
+    """``log(1 + e^x)``, in float32, exact to float32 on either side of zero.
 
     ``log(1 + e) = 2 artanh(s)`` with ``s = e / (2 + e) <= 1/3``: the ninth term of the series is below 2^-28 of the sum.
     """
@@ -358,5 +358,5 @@ def silu_slope(x, opening):
 
 @triton.jit
 def inverse_length(rows, axis: tl.constexpr):
-    """``1 / sqrt(Σ x² + 1e-6)`` along an axis: what queries and keys of the delta rule are multiplied by."""
+    """``1 / sqrt(Σ x² + 1e-6)`` along an axis: the factor of queries and keys of the delta rule."""
     return tl.rsqrt(tl.sum(rows * rows, axis=axis) + 1e-6)

@@ -126,7 +126,7 @@ def convolution_grads_kernel(
     W: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
     SPAN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx ``[rows, width]``, and of a span the sums ``partial [spans, W + 1, width]`` (taps by lag, bias).
+    """dx ``[rows, width]``, and the sums over a span, ``partial [spans, W + 1, width]`` (taps by lag, bias).
 
     The gradient of an input is complete W - 1 tokens later, so a program goes on for AHEAD tokens after its span.
     """
@@ -139,7 +139,7 @@ def convolution_grads_kernel(
     here = _place(place, start, T, rows, PACKED)
     past = _past(x, start, here, stride, channels, width, W)
     zero = tl.zeros([CHANNELS], tl.float32)
-    grads, sums = (), (zero,)  # of the W - 1 tokens before this one, the nearest first; of bias and taps
+    grads, sums = (), (zero,)  # for the W - 1 tokens before this one, the nearest first; for bias and taps
     for _ in tl.static_range(1, W):
         grads = grads + (zero,)
     for _ in tl.static_range(W):
@@ -175,7 +175,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
 
     Args:
         x: ``[B, T, channels]``, at most 32 bits. weight: ``[channels, W]``, W <= 7. bias: ``[channels]`` or None.
-        place: int32 ``[T]`` of packed sequences (B = 1): tokens of its sequence before each; None: B sequences of T.
+        place: int32 ``[T]``, for packed sequences (B = 1): how many tokens of its sequence come before each token. None
+        stands for B sequences of T tokens.
     """
     x = token_rows(x)
     (batch, length, width), taps = x.shape, weight.shape[1]

@@ -75,7 +75,7 @@ def loss_and_gradients(
     Args:
         hidden: ``[N, D]`` and weight ``[vocab, D]``: contiguous, of one dtype of at most 32 bits, which the logits take too.
         targets: int64 ``[N]``, columns of the logits or ``ignore_index``; the loss is NaN if one is neither.
-        hidden_grad, weight_grad: which gradients are wanted; None stands for the other.
+        hidden_grad, weight_grad: which gradients are wanted; a gradient that is not wanted is None.
     """
     (count, width), vocab = hidden.shape, weight.shape[0]
     device = hidden.device
@@ -110,7 +110,7 @@ def block_rows(count: int, row_bytes: int) -> int:
 
 
 def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, not rounded to the operands' 16 bits, which a sum over blocks would show."""
+    """``a @ b``, not rounded to the operands' 16 bits: a sum over blocks would show the rounding."""
     if a.dtype == torch.float32:
         return torch.mm(a, b)
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())

@@ -1,4 +1,4 @@
-"""DEVICES: which kernels fit into the shared memory of which GPU, by what the compiler says (test_compilation.py)."""
+"""DEVICES: which kernels fit into the shared memory of which GPU, as the compiler states it (test_compilation.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 AMPLE = 160 << 10  # bytes that data-centre GPUs from 2020 on have: A100, H100, H200, B200
-LEAST = 99 << 10  # what other GPUs from 2020 on have: compute capabilities 8.6, 8.9 and 12.0
+LEAST = 99 << 10  # bytes that other GPUs from 2020 on have: compute capabilities 8.6, 8.9 and 12.0
 LEAST_KEYS = 128  # widest keys with which the delta rule fits into LEAST
 
 
@@ -20,7 +20,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def why_unfit(device: torch.device, delta: bool, key_width: int) -> str | None:
-    """Why one rule's kernels do not run on a GPU; None where they do."""
+    """The reason why the kernels of one rule do not run on a GPU; None if they run."""
     if torch.version.hip is not None and not delta:  # compiled for gfx942 alone, never run
         return None
     rule, needed = "scalar gate", LEAST

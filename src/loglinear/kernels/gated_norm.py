@@ -3,7 +3,7 @@
 Only the inputs are saved for backward. A program holds whole rows in registers, so the backward pass computes the sums of the
 norm again without a second pass over memory. A program writes gradients of the weights as partial sums over its rows.
 
-Legend: a row is what one mean is taken of: ``heads`` rows of ``width`` to a token. float32: everything inside.
+Legend: a row holds the numbers of one mean; a token has ``heads`` rows of ``width`` numbers. float32: everything inside.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def gated_norm_grads_kernel(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, SKIP: tl.constexpr, GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dx, dgate, dskip ``[rows, WIDTH]``, and of ``tiles`` blocks of rows ``partial [programs, 1 or 2, WIDTH]``: the sums of
+    """dx, dgate, dskip ``[rows, WIDTH]``, and sums over ``tiles`` blocks of rows, ``partial [programs, 1 or 2, WIDTH]``: of
     dweight, and of dskip_scale before it is summed over the columns of a head. Grid: parts of the blocks of rows.
     """
     columns = tl.arange(0, COLUMNS)
@@ -125,7 +125,7 @@ def gated_norm_grads_kernel(
         if gate is not None:
             silu = z * opening
             slope = common.silu_slope(z, opening)
-            if GATE_FIRST:  # of what is normalised
+            if GATE_FIRST:  # the gate belongs to the numbers that are normalised
                 dz = value * slope
                 value *= silu
             else:

@@ -59,8 +59,8 @@ def gates_grads_kernel(
     stride_dg, stride_dv, stride_dskip, stride_dbeta, stride_rate, stride_x, stride_strength, rows,
     H: tl.constexpr, W: tl.constexpr, BETA: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """drate, dstrength ``[rows, H]``, ``dx [rows, H, W] = dv · step + dskip``, and of a program's tokens the sums
-    ``partial [blocks, 2, H]`` of ddt_bias and dA_log. Grid: blocks of rows x heads, heads fastest.
+    """drate, dstrength ``[rows, H]``, ``dx [rows, H, W] = dv · step + dskip``, and the sums over a program's
+    tokens, ``partial [blocks, 2, H]``, of ddt_bias and dA_log. Grid: blocks of rows x heads, heads fastest.
     """
     head = tl.program_id(0) % H
     block = (tl.program_id(0) // H).to(tl.int64)
@@ -113,7 +113,7 @@ def level_scales_grads_kernel(
     dscales, dl, L, ddl, partial, stride_dscales, stride, rows, width, tiles,
     OFFSET: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ddl ``[rows, width]``, and of ``tiles`` blocks of rows the sums ``partial [programs, width]`` of dL."""
+    """ddl ``[rows, width]``, and the sums of dL over ``tiles`` blocks of rows, ``partial [programs, width]``."""
     blocks = tl.cdiv(width, COLUMNS)
     part = tl.program_id(0) // blocks
     columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -187,8 +187,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of rate, dt_bias, A_log, x and strength in their dtypes, None where there is no input.
 
-    dskip ``[B, T, H, W]`` or None is what x gets from elsewhere, and is added. The others as in ``forward``.
-    The same bits on every run.
+    dskip ``[B, T, H, W]`` or None is the gradient of x from elsewhere; it is added. The other arguments are as in
+    ``forward``. The same bits on every run.
     """
     grads = [None if y is None else token_rows(y) for y in (dg, dv, dskip, dbeta)]
     rate, x, strength = (None if y is None else token_rows(y) for y in (rate, x, strength))

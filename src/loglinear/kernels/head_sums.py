@@ -1,4 +1,4 @@
-"""HEAD SUMS: gradients of q and k are shared by the heads of a group; programs leave partial sums, this adds them in order."""
+"""HEAD SUMS: a group's heads share the gradients of q and k. Programs leave partial sums; this kernel adds them in order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def head_sums_kernel(partial, total, size, PARTS: tl.constexpr, BLOCK: tl.conste
 
 
 def sum_heads(partial: Tensor, like: Tensor) -> Tensor:
-    """The gradient itself, of like's shape and dtype, from ``partial [parts, …]``; that memory where there is one part."""
+    """The gradient itself, of like's shape and dtype, from ``partial [parts, …]``; the same memory if there is one part."""
     if partial.shape[0] == 1:
         return partial.view(like.shape)
     total = common.scratch(tuple(like.shape), like.dtype, like.device)

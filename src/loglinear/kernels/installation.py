@@ -1,4 +1,4 @@
-"""Whether Triton is there to be imported: a constant, found when this module is, for the compiler can not follow the search."""
+"""Whether Triton can be imported. A constant that this module finds on import: the compiler cannot follow the search."""
 
 from importlib.util import find_spec
 

@@ -39,12 +39,12 @@ def token_rows(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tier:
-    """Groups of ``GROUP`` units in a row. Units are the chunks in tier 0, the groups of the tier below in every other.
-
-    Unit i (1-based) of a sequence in tier t ends where entry ``i << 3 t`` of its Fenwick array does; in tiers above 0 only
-    whole units have maps, ``chunks >> 3 t`` of them. ``units`` and ``groups`` count those of the whole batch (at most, if
-    packed), ``sequence_units`` and ``sequence_groups`` those of one sequence. ``table`` is for ``common.locate``: that of
-    the problem in tier 0; above, its first token is a first unit, and its tokens are chunks if packed.
+    """Groups of ``GROUP`` units in a row. The units of tier 0 are the chunks, of a higher tier the groups of the tier below.
+    Unit i (1-based) of a sequence in tier t ends where entry ``i << 3 t`` of its Fenwick array does; in tiers above 0
+    only whole units have maps, ``chunks >> 3 t`` of them. ``units`` and ``groups`` count those of the whole batch (at
+    most, if packed), ``sequence_units`` and ``sequence_groups`` those of one sequence. ``table`` is for
+    ``common.locate``: in tier 0 the table of the problem; above, its first token is a first unit, and its tokens are
+    chunks if packed.
     """
 
     units: int
@@ -98,7 +98,7 @@ class Problem:
 
     @property
     def high_levels(self) -> int:
-        """Levels of the tree over groups: those of ``tree_levels`` above a group."""
+        """Levels of the tree over groups: the levels of ``tree_levels`` above a group."""
         return (self.chunk_groups - 1).bit_length()
 
     @property
@@ -124,7 +124,7 @@ class Problem:
 
     @property
     def tier_groups(self) -> tuple[tuple[int, int], ...]:
-        """(groups of the whole batch, of one sequence) in each of the ``tiers``. If packed, bounds: no table is read."""
+        """(groups of the whole batch, of one sequence) in each of the ``tiers``. Bounds if packed: no table is read."""
         sizes = [(self.row_groups, self.chunk_groups)]
         while sizes[-1][1] > 1:
             below, longest = sizes[-1]
@@ -198,7 +198,7 @@ def describe(
     config: ScalarGateConfig | DeltaRuleConfig,
     reach: int = 0,
 ) -> Problem:
-    """The problem of one call. Shapes are the caller's business.
+    """The problem of one call. The caller checks the shapes.
 
     reach: if the sequences go on from earlier tokens, a bound on the tokens that each has then seen; 0 if they begin here.
     """
@@ -227,7 +227,7 @@ def describe(
 def packed_units(length: int, sequences: int, chunk: int, continued: bool = False) -> tuple[int, int]:
     """Bounds on the rows and groups of ``sequences`` sequences of ``length`` tokens together.
 
-    One that is continued begins anywhere in a group.
+    A continued sequence begins anywhere in a group.
     """
     rows = length // chunk + sequences
     return rows, rows // GROUP.value + sequences * (2 if continued else 1)
@@ -293,6 +293,6 @@ def path_starts(groups: Tensor, longest: int) -> Tensor:
 
 
 def places(end: Tensor, count: int) -> Tensor:
-    """The sequence of each of ``count`` units, -1 past the last; those of sequence i end before ``end[i]``."""
+    """The sequence of each of ``count`` units, -1 past the last; the units of sequence i end before ``end[i]``."""
     index = torch.searchsorted(end, torch.arange(count, device=end.device), right=True)
     return torch.where(index < end.numel(), index, -1)

@@ -26,7 +26,7 @@ _local = threading.local()
 class Buffer:
     """Scratch of a recorded call, alive from launch ``first`` to launch ``last``. Sizes and addresses in bytes.
 
-    lanes: of the launches that use it. beside: whether one of them may run beside those of the other lane.
+    lanes: the lanes of the launches that use it. beside: whether one of these may run beside launches of the other lane.
     """
 
     address: int
@@ -41,7 +41,7 @@ class Buffer:
         return self.address <= address < self.address + max(self.size, 1)
 
     def meets(self, other: Buffer) -> bool:
-        """Whether both may be alive at the same time."""
+        """Whether both buffers may be alive at the same time."""
         if self.last < 0 or other.last < 0:
             return False
         together = self.first <= other.last and other.first <= self.last
@@ -76,7 +76,7 @@ class Recording:
         self.buffers.append(Buffer(tensor.data_ptr(), size, len(self.launches)))
 
     def find(self, tensor: Tensor) -> Buffer | None:
-        """The newest buffer that holds the tensor: memory of an older one may have been given out again."""
+        """The newest buffer that holds the tensor: memory of an older buffer may have been given out again."""
         return next((b for b in reversed(self.buffers) if b.holds(tensor.data_ptr())), None)
 
     def place(self, tensor: Tensor) -> tuple[int | Buffer, int] | None:
@@ -87,7 +87,7 @@ class Recording:
         buffer = self.find(tensor)
         if buffer is not None:
             return buffer, tensor.data_ptr() - buffer.address
-        # Part of an input: of one only, as the next call's inputs may share no memory where this one's do.
+        # A part of exactly one input: inputs of the next call may share no memory where inputs of this call do.
         owners = [i for i, x in enumerate(self.inputs) if x is not None and spans(x, tensor.data_ptr())]
         if len(owners) != 1:
             return None
@@ -211,7 +211,7 @@ class Tape:
 
 @lru_cache(maxsize=512)
 def tape_of(*kind) -> list[Tape | None]:
-    """The tape of one kind of call: an empty list until there is one, ``[None]`` where there can be none."""
+    """The tape of one kind of call, in a list: empty until there is a tape, ``[None]`` if the call cannot be repeated."""
     return []
 
 
@@ -232,8 +232,9 @@ def second_stream(device: torch.device) -> torch.cuda.Stream:
 def two_lanes() -> Iterator[Callable[[int], None]]:
     """Yields a function ``choose(lane)``. Within the block, launches belong to the lane, 0 or 1, that it chose last.
 
-    The lanes are repeated on two streams, so that while one's kernel runs out of programs, or waits for memory, the other's
-    has some: no launch of one may need what one of the other writes. Each takes scratch of its own. Once in a call.
+    The lanes are repeated on two streams: while a kernel of one lane runs out of programs or waits for memory, a kernel of
+    the other lane has work. No launch of one lane may therefore read memory that a launch of the other lane writes. Each
+    lane takes its own scratch. A call may use this once.
     """
     note = recording() or Recording([])
     assert note.fork < 0

@@ -79,7 +79,7 @@ def scalar_gate_config(
         config = low_precision_config(chunk=64, warps=warps)
         if value_width <= 128:
             return config
-        # These unroll their tiles of V: each loaded ahead, they would be more than the shared memory (Triton 3.6).
+        # These kernels unroll their tiles of V: loaded ahead, these would not fit into shared memory (Triton 3.6).
         one_by_one = Launch(warps=warps, stages=1)
         return dataclasses.replace(config, local=one_by_one, value=one_by_one)
     # Depths measured one kernel at a time: H200, Triton 3.6, bf16, B=2, T=16,384, H=48, G=1, K=128, V=64, 2026-11-22.

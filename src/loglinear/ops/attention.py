@@ -1,7 +1,7 @@
 """The public functions: log-linear attention with a scalar gate, and with the delta rule.
 
 They check, normalise and dispatch. The algorithm is ``reference/chunkwise.py``; eager CPU calls run it directly (differentiable
-twice, with gradients through states). On CUDA calls are the kernels where they fit, with states (``continued.py``,
+twice, with gradients through states). On CUDA a call runs the kernels where they fit, with states (``continued.py``,
 ``segments.py``) or without (``forward.py``). Under ``torch.compile``, on fake and on meta tensors a call without states is one
 operator, ``loglinear::attention``; under ``torch.vmap`` too (``transforms.py``).
 
@@ -60,7 +60,7 @@ def log_linear_attention(
         cu_seqlens: int32 or int64 ``[n + 1]``, offsets of n sequences packed along T in a batch of one; each has a tree of
             its own. Empty sequences are allowed.
         cu_seqlens_cpu: the same on the CPU. Where kernels run, offsets are checked only if they are given here too, so that
-            nothing waits for the device (and not in compiled code); elsewhere it spares that wait.
+            nothing waits for the device; compiled code does not check them. Elsewhere this argument saves the wait.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of v, and the final state (None unless asked for), with gradients through both.
@@ -96,7 +96,7 @@ def log_linear_delta_rule(
     Args:
         beta: β ``[B, T, H]``, writing strength, in [0, 2] for a stable recurrence with keys of unit length.
         use_qk_l2norm_in_kernel: divide q and k by their lengths first, ``x / sqrt(Σ x² + 1e-6)``.
-        The others: as in ``log_linear_attention``.
+        The other arguments: as in ``log_linear_attention``.
 
     Returns, raises: as ``log_linear_attention``. Source: Guo et al. 2025, section 3.4; Yang et al. 2024.
     """
@@ -123,9 +123,9 @@ def unit(x: Tensor, name: str) -> Tensor:
 
 
 def outside_autocast(*operands: Tensor) -> tuple[tuple[Tensor, ...], AbstractContextManager]:
-    """Matrix operands as autocast, where it is on, would have them, and the context in which it is off.
+    """Matrix operands in the dtype of autocast, if it is on, and a context in which it is off.
 
-    As in the field's ops: gates keep their dtype.
+    Gates keep their dtype, as in other libraries' ops.
     """
     first = operands[0]
     device = first.device.type if isinstance(first, Tensor) else "cpu"
@@ -165,7 +165,7 @@ def attend(
             return forward(*inputs, scale, cu_seqlens, cu_seqlens_cpu), None
         run = _with_states
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            # What a state holds depends on its positions: no single graph, and no recompilation at every token either.
+            # The contents of a state depend on its positions: no single graph fits, and every token would compile another one.
             run = torch.compiler.disable(_with_states)
         return run(*inputs, scale, cu_seqlens, cu_seqlens_cpu, **states)
 

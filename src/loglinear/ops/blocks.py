@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
         return forward(*self, scale=1.0)
 
     def part(self, rows: slice, tokens: slice) -> Inputs:
-        """Some rows and tokens of all."""
+        """Some rows and some tokens of all arguments."""
         return Inputs(*(None if x is None else x[rows, tokens] for x in self))  # type: ignore[arg-type]
 
     def extended(self, before: int, after: int, **given: Tensor) -> Inputs:

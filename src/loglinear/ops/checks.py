@@ -109,7 +109,7 @@ def check_scale(scale: float | None) -> float:
 
 
 def check_packing(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None, name_of_q: str = "q") -> None:
-    """Types, shapes and devices of the offsets; their values are ``sequence_lengths``'s to check."""
+    """Types, shapes and devices of the offsets; ``sequence_lengths`` checks their values."""
     if cu_seqlens is None:
         if cu_seqlens_cpu is not None:
             raise ValueError("cu_seqlens_cpu needs cu_seqlens: got cu_seqlens=None")

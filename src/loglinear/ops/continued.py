@@ -80,7 +80,7 @@ class _Stream:
         return torch.cat(parts, 1)
 
     def new_tokens(self, joined: Tensor) -> Tensor:
-        """``[1, T, ...]`` without what ``join`` put before."""
+        """``[1, T, ...]`` without the tokens that ``join`` put before the new ones."""
         if not any(self.used):
             return joined
         sizes = [size for pair in zip(self.used, self.lengths) for size in pair]

@@ -48,7 +48,7 @@ def _(x, weight, bias, place):
 def convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
 ) -> list[Tensor]:
-    """Gradients of x and weight, then of bias where there is one."""
+    """Gradients of x and weight, then of bias if there is one."""
     return [y for y in _kernels().backward(dy, x, weight, bias, place) if y is not None]
 
 
@@ -67,7 +67,7 @@ convolution.register_autograd(_backward, setup_context=lambda ctx, inputs, outpu
 
 
 class Convolution(torch.autograd.Function):
-    """The same kernels for eager calls, which an operator would cost more than it costs the GPU."""
+    """The same kernels for eager calls: an operator would cost the host more than the kernel costs the GPU."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, place):

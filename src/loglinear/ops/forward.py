@@ -1,4 +1,4 @@
-"""FORWARD: o of either op without states, by whatever computes it: kernels, an operator for a graph, or plain PyTorch."""
+"""FORWARD: o of either op without states, by kernels, by an operator for a graph, or by plain PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def forward(
 ) -> Tensor:
     """o ``[B, T, H, V]``; arguments as those of the public functions, checked."""
     inputs = q, k, v, g, beta, level_scales
-    if not checks.values_are_known(q):  # a graph, or tensors without values, of which the operator says the shapes
+    if not checks.values_are_known(q):  # a graph, or tensors without values: the operator gives their shapes
         return registration.run_compiled(*inputs, scale, cu_seqlens)
     kernel = registration.has_kernel(q, v, beta)
     if cu_seqlens_cpu is not None or not kernel:

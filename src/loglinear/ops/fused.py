@@ -21,10 +21,10 @@ MAX_WIDTH = 16_384  # of a norm: one program holds it
 
 
 class Columns(NamedTuple):
-    """Where a mixer's projection holds what.
+    """The columns of a mixer's projection.
 
     conv, rate, beta: first columns of the convolution's inputs, of the time steps and of β (-1: none).
-    scaled: how many of the convolution's outputs, from the first on, are v still to be multiplied by the time step.
+    scaled: how many of the convolution's outputs, from the first on, are v that the time step must still multiply.
     """
 
     conv: int
@@ -34,7 +34,7 @@ class Columns(NamedTuple):
 
 
 def fits(x: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels take x: contiguous on CUDA, at most 32 bits, as ``others`` lie; no gradients and no compiler."""
+    """Whether the kernels take x: contiguous on CUDA beside ``others``, at most 32 bits, no gradients, no compiler."""
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not kernels.installed():
         return False
     given = (x, *others)

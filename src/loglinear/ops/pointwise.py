@@ -69,9 +69,9 @@ def takes_norm(
 def discretise(x: Tensor, rate: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(v, g, x): ``v = x · step`` and the decay of ``kernels.gates.forward``.
 
-    Whoever uses x too, beside v, should use the x that comes out: both gradients are then added where they are made.
+    A caller that uses x beside v should use the x that is returned: both gradients are then added where they are made.
     """
-    if torch.compiler.is_compiling():  # which adds them where it makes the gradient of all that the convolution gives
+    if torch.compiler.is_compiling():  # the compiler adds them in the gradient of the convolution's output
         g, v = discretise_kernel(rate, dt_bias, A_log, x)
     else:
         g, v, x = Discretise.apply(rate, dt_bias, A_log, x)
@@ -132,9 +132,9 @@ def _kernels(name: str) -> Any:
 class Kernel:
     """One kernel each way, as autograd sees it.
 
-    name, arguments: of the operators ``loglinear::name`` and ``loglinear::name_backward``, as in a schema. results: how many.
-    forward: of these arguments. backward: of the gradients of all results and the arguments, to those of the tensors among
-    them. fake: as forward, for sizes and dtypes. Results that are None are left out.
+    name, arguments: of the operators ``loglinear::name`` and ``loglinear::name_backward``, as in a schema. results: their
+    number. forward: a function of the arguments. backward: a function of the gradients of all results and of the arguments,
+    to the gradients of the tensors among the arguments. fake: as forward, for sizes and dtypes. None is left out of results.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ def _keep(ctx: Any, inputs: tuple, output: Any = None) -> None:
 def _gradients_by(backward: Callable) -> Callable:
     def gradients(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
         inputs = [constant if x is None else x for x, constant in zip(ctx.saved_tensors, ctx.constants)]
-        results = given[0] if isinstance(given[0], list) else given  # an operator's are in one list
+        results = given[0] if isinstance(given[0], list) else given  # an operator returns one list
         found = (y for y in backward(*results, *inputs) if y is not None)
         return tuple(next(found) if isinstance(x, Tensor) else None for x in inputs)
 
@@ -273,7 +273,7 @@ class SiluProduct(torch.autograd.Function):
 
 
 class Twice(torch.autograd.Function):
-    """x in fewer bits, two times over."""
+    """x in fewer bits, as two results."""
 
     @staticmethod
     def forward(ctx, x, dtype):

@@ -33,10 +33,10 @@ def digest(*files: str) -> str:
     return sha256(b"".join((folder / name).read_bytes() for name in files)).hexdigest()[:16]
 
 
-# A mark of the code that decides what the delta rule keeps, as an argument of the operator, hence in the text of every graph: a
-# compiled graph has the number and sizes of what is kept built in, PyTorch files it on disk by its text, and must not find one
-# that other code has left. Computed here (0.1 ms) since the compiler can neither trace the computation nor be told to call it
-# but by a decorator that imports the compiler.
+# A digest of the code that decides which maps the delta rule keeps. It is an argument of the operator, hence in the
+# text of every graph: a compiled graph has the number and sizes of the kept maps built in, and PyTorch files graphs on
+# disk by their text, so a graph of other code must not be found. It is computed here (0.1 ms): the compiler can neither
+# trace the computation nor be told to call it, except by a decorator that imports the compiler.
 KEPT_BY = digest(
     "kernels/problem.py",
     "kernels/tuning.py",
@@ -122,7 +122,7 @@ def run_kernels_keeping(
     scale: float,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """(o, what spares the delta rule's backward some of its work)."""
+    """(o, the tensors that save the delta rule's backward some work)."""
     scales = scales_of(v, level_scales)
     return kernels_of(True).forward_keeping(q, k, v, g, beta, scales, scale, cu_seqlens)
 
@@ -180,7 +180,7 @@ def mostly_empty(cu_seqlens: Tensor | None, tokens: int) -> bool:
 
 
 def without_empty(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
-    """Offsets without empty sequences where most are, which would cost as much as full ones. Waits for the device then."""
+    """Offsets without empty sequences if most are empty: these cost as much as full ones. Then this waits for the device."""
     return torch.unique_consecutive(cu_seqlens) if mostly_empty(cu_seqlens, tokens) else cu_seqlens
 
 
@@ -196,9 +196,9 @@ def attention(
     cu_seqlens: Tensor | None,
     keep: str,
 ) -> list[Tensor]:
-    """o of either public op, without states, shapes as there; with ``keep`` then what spares its backward some work, if any.
+    """o of either public op, without states; with ``keep`` then the tensors that save its backward some work, if any.
 
-    keep: empty, or ``KEPT_BY``, on which no number depends.
+    Shapes as in the public op. keep: empty, or ``KEPT_BY``; no number depends on it.
     """
     cu_seqlens = without_empty(cu_seqlens, q.shape[1])
     inputs = q, k, v, g, beta, level_scales
@@ -261,7 +261,7 @@ def _save(ctx, inputs, output):
     *tensors, ctx.scale, cu_seqlens, _ = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as it
+    ctx.set_materialize_grads(False)  # zeros for the kept tensors would be as large as these
     ctx.save_for_backward(*tensors, cu_seqlens, *kept)
 
 

@@ -105,7 +105,7 @@ def _segment(inputs: Inputs, state: State | None, position: int, with_state: boo
 
 
 def _after_open_tokens(inputs: Inputs, state: LogLinearState, used: int) -> Inputs:
-    """The tokens of the open chunk, which ask nothing, and those of ``inputs`` behind them."""
+    """The tokens of the open chunk, which ask nothing, and behind them the tokens of ``inputs``."""
     old = {"k": state.open_k, "v": state.open_v, "g": state.open_g, "beta": state.open_beta}
 
     def joined(name: str, x: Tensor | None) -> Tensor | None:

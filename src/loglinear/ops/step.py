@@ -45,8 +45,8 @@ def log_linear_attention_step(
         q, k: ``[B, T, G, K]``, 1 <= T <= C, in the dtype of the state. v: ``[B, T, H, V]``. g: ``[B, T, H]`` or None.
         level_scales: λ ``[B, T, H, L]``.
         state: one row per row of the batch, each at its own position; takes in the tokens, in place. A row must not go beyond
-            ``state.max_context``: on the CPU that raises, on CUDA it is the caller's to see to, since a check would wait for
-            the device. Past it entries are lost, and outputs wrong.
+            ``state.max_context``: on the CPU that raises. On CUDA the caller must see to it, since a check would wait for the
+            device. Past it entries are lost and outputs are wrong.
         scale: factor of q; None means 1.
         advance: whether to add T to ``state.position``. With False the caller does it once, after all the layers whose states
             share one tensor of positions; until then every further call would take the same places.
@@ -78,7 +78,7 @@ def log_linear_delta_rule_step(
 
     Args:
         beta: β ``[B, T, H]``. use_qk_l2norm_in_kernel: divide q and k by their lengths first, ``x / sqrt(Σ x² + 1e-6)``.
-        The others, returns, raises: as ``log_linear_attention_step``.
+        The other arguments, returns, raises: as ``log_linear_attention_step``.
     """
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")

@@ -1,7 +1,7 @@
-"""TRANSFORMS: the op under ``torch.func``. A vmap is more rows of the batch: its axis goes there and comes back.
+"""TRANSFORMS: the op under ``torch.func``. The axis of a vmap becomes rows of the batch and comes back afterwards.
 
-Both operators have that rule, so that compiled code has it too. ``Transformed`` makes them differentiable under ``torch.func``,
-which an operator that returns a list is not. Plain PyTorch needs none of this where nothing is vmapped.
+Both operators have this rule, so compiled code has it too. An operator that returns a list is not differentiable under
+``torch.func``; ``Transformed`` makes it so. Plain PyTorch needs none of this where nothing is vmapped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loglinear.ops.registration import attention, attention_backward
 
 
 def vmapped(*tensors: Any) -> bool:
-    """Whether one of them has a hidden axis of some vmap."""
+    """Whether one of the tensors has a hidden axis of some vmap."""
     functorch = torch._C._functorch
     for x in tensors:
         while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
@@ -27,7 +27,7 @@ def vmapped(*tensors: Any) -> bool:
 
 
 def check(tensors: tuple, **absent: Any) -> None:
-    """Raise if one of the tensors is vmapped and something is given that then has no meaning."""
+    """Raise if one of the tensors is vmapped and an argument is given that has no meaning under vmap."""
     given = [name for name, value in absent.items() if value is not None and value is not False]
     if given and transforming() and vmapped(*tensors):
         raise ValueError(

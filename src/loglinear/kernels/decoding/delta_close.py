@@ -69,7 +69,7 @@ def carry(entries, keys, values, gates, solve, n, M, index, first_v, C: tl.const
         seen += tl.dot(block, state, input_precision=PRECISION)
     live = columns < tl.where(made, V, 0)
     wanted = tl.load(values + place[:, None] * V + columns[None, :], mask=live[None, :], other=0.0)
-    # Of a row of the inverse nothing after the diagonal is kept.
+    # A row of the inverse is kept up to the diagonal.
     triangle = place[None, :] <= place[:, None]
     inverse = tl.load(solve + place[:, None] * C + place[None, :], mask=triangle, other=0.0)
     wrong = wanted.to(tl.float32) - tl.exp(through)[:, None] * seen

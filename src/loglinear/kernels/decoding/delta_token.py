@@ -75,7 +75,7 @@ def delta_token_kernel(
     place = tl.arange(0, C)
     rows_k = tl.arange(0, BK)
     square = place[:, None] * C + place[None, :]
-    # Row j has no element after j, and of rows not written yet nothing is known.
+    # Row j has no element after j. Rows that are not written yet hold any numbers.
     known = (place[:, None] < seen - n * C) & (place[None, :] <= place[:, None])
     solve = tl.load(open_solve + n % 2 * (C * C) + square, mask=known, other=0.0)
     for t in range(T):
@@ -96,7 +96,7 @@ def delta_token_kernel(
         keys = given_keys.to(tl.float32)
         query = given_query.to(tl.float32)
         key = given_key.to(tl.float32)
-        if NORM:  # keys of the state are as the step that took them in left them
+        if NORM:  # the keys of the state have the dtype in which an earlier step left them
             units = tl.where(place >= first, inverse_length(keys, 1), 1.0)
             keys = rounded(keys * units[:, None], given_keys)
             query = rounded(query * inverse_length(query, 0), given_query)

@@ -44,11 +44,11 @@ class Close:
 # Measured on an H200 (Triton 3.6, 2026-11-22): B = 64 at 16K tokens, B = 16 at 131K, B = 1 at a million. Few columns a program
 # keep all multiprocessors busy at B = 1; two warps leave room for more programs at B = 64; deep pipelines serve both.
 SCALAR_GATE = Launch(block_v=32, warps=2, stages=6, wide_stages=4)
-# The delta rule's are by registers and shared memory: 4 programs of 4 warps that sum entries, 2 of 8 that weigh tokens.
+# Registers and shared memory set the delta rule's numbers: 4 programs of 4 warps that sum entries, 2 of 8 that weigh tokens.
 DELTA_RULE = Launch(block_v=32, warps=4, stages=5, wide_stages=4)
 MANY_KEYS = Launch(block_v=32, warps=8, stages=3, wide_stages=2)  # K > 128
 TOKEN_WARPS = 8
-TOKEN_REGISTERS = 128  # left alone the compiler takes 165; it spills nothing at 128
+TOKEN_REGISTERS = 128  # without this bound the compiler takes 165; at 128 it spills nothing
 CLOSE = Close(block_v=32, warps=4, programs=256)
 
 
@@ -57,7 +57,7 @@ def row_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
     """The s for which token t of row b begins at (b*T + t) * s and is contiguous; None if no such s exists."""
     batch, length, *inner = shape
     stride = strides[0] if length == 1 else strides[1]
-    if batch == length == 1:  # says nothing, and must not choose another kernel than a batch gets
+    if batch == length == 1:  # the stride is arbitrary here, and must choose the kernel of a batch
         stride = max(stride, math.prod(inner))
     whole = batch == 1 or length == 1 or strides[0] == length * stride
     packed = all(strides[i + 2] == math.prod(inner[i + 1 :]) or inner[i] == 1 for i in range(len(inner)))
@@ -93,7 +93,7 @@ def constants(q: torch.Size, v: torch.Size, gated: bool, chunk: int, wide: bool,
 def float32_products(dtype: torch.dtype) -> str:
     """How products of float32 numbers are taken where the inputs have ``dtype``.
 
-    tf32x3 is three products on tensor cores, exact to 2^-21 or so: enough beside inputs of 16 bits. AMD has none.
+    tf32x3 is three products on tensor cores, exact to 2^-21 or so: enough beside inputs of 16 bits. AMD GPUs do not have it.
     """
     return "ieee" if dtype == torch.float32 or torch.version.hip is not None else "tf32x3"
 

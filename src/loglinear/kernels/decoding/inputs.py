@@ -60,7 +60,7 @@ def convolve(x, stride, rates, tail, weight, bias, dt_bias, mixed, v, channels, 
         from_tail = tail + ((rows + T)[:, None] * N + channels[None, :])
         valid = (rows < W - 1)[:, None] & inside[None, :]
         kept = tl.load(tl.where((token >= 0)[:, None], from_call, from_tail), mask=valid, other=0.0)
-        tl.debug_barrier()  # another thread may still have to read what is overwritten
+        tl.debug_barrier()  # another thread may still have to read the numbers that are overwritten
         tl.store(tail + (rows[:, None] * N + channels[None, :]), kept, mask=valid)
 
 
@@ -152,8 +152,8 @@ def step_inputs(
         projected: ``[B, T, ...]``, contiguous, at most 32 bits. dl: ``[B, T, H·L]``, rows any one distance apart, or None.
         tail: ``[B, W - 1, N]``, contiguous, dtype of projected. weight: ``[N, W]``. bias: ``[N]`` or None.
         dt_bias, A_log: ``[H]``. level_weights: ``[H, L]``, None as dl.
-        columns: of ``projected``, the first of the convolution's inputs, of the time steps' and of β's (-1: there is no β);
-            and how many of the convolution's outputs, from the first on, are v to be multiplied by the time step.
+        columns: the first column in ``projected`` of the convolution's inputs, of the time steps and of β (-1: there is no
+            β); then how many outputs of the convolution, from the first on, are v to be multiplied by the time step.
         offset: of λ, ``softplus(level_weights · dl + offset)``.
 
     Returns:

@@ -37,7 +37,7 @@ def open_tile(stored, given, stride, first, last, C: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def open_gates(place, stored, given, stride, first, last, HAS_GATE: tl.constexpr):
-    """Log decays at ``place`` (a tensor), zero beyond ``last``: that token decays nothing yet."""
+    """Log decays at ``place`` (a tensor), zero beyond ``last``: later tokens decay nothing yet."""
     gates = tl.load(stored + place, mask=(place < first) & (place <= last), other=0.0)
     if HAS_GATE:
         inside = (place >= first) & (place <= last)
@@ -72,7 +72,7 @@ def entry_scales(scales, n, L, LOG_C: tl.constexpr):
 
 @triton.jit
 def held_slots(n, M):
-    """The bits of n that have one of M slots: those of a row past the state's context are read as little as written."""
+    """The bits of n that have one of M slots. Later bits, of a row past the context, are neither read nor written."""
     return n & ((1 << M) - 1)
 
 

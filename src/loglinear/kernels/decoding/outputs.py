@@ -79,8 +79,8 @@ def step_outputs(
     """``norm(o + D x, gate)`` ``[B, T, H·V]`` as ``GatedRMSNorm`` has it; T is added to ``position``, int64 ``[B]``.
 
     Args:
-        o: ``[B, T, H, V]``, contiguous. x, D: the skip, ``[B, T, H·V]`` and ``[H]``, or None. gate: ``[B, T, H·V]``. Of x and
-            gate rows of neighbouring tokens may be any one distance apart.
+        o: ``[B, T, H, V]``, contiguous. x, D: the skip, ``[B, T, H·V]`` and ``[H]``, or None. gate: ``[B, T, H·V]``. The
+            rows of x, and the rows of gate, may be any one distance apart.
         weight: of the norm, ``[H·V]`` or ``[V]``. gate_first: whether the gate comes before the norm.
     """
     return replay(run_step_outputs, [o, x, D, gate, weight, position], eps, gate_first)[0]  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""RESIDUAL: what stands between a decoder's matrix products, one launch each: a sum and its norm, and SwiGLU's gate."""
+"""RESIDUAL: two operations between a decoder's matrix products, one launch each: a sum with its norm, and SwiGLU's gate."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from loglinear.kernels.decoding.open_chunk import (
 @triton.jit
 def close_chunk(entries, stored, given, stride, first, v_tile, after, logs, n, M, first_v, C: tl.constexpr,
                 K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Turn chunk n into an entry and merge it with those of its size; returns the slot that now holds it.
+    """Turn chunk n into an entry and merge it with the entries of its size; returns the slot that now holds it.
 
     logs ``[SLOTS]``: log decay from every entry to the end of chunk n. Keys and entries come in blocks of BLOCK rows, which
     leaves registers and shared memory for other programs. A slot past the buffers is neither read nor written.

@@ -118,7 +118,7 @@ def launch_entry_grads(problem: Problem, x: Inputs, inner_queries: Tensor, inner
 
 
 def launch_transport_grads(problem: Problem, x: Inputs, maps: Maps, group_queries: Tensor) -> Tensor:
-    """``[slots, H, K, K+V]``: what T_j made of ``[A_j | S_j]``, for entry j of every group's path; no dA for the last."""
+    """Gradients of ``T_j [A_j | S_j]``, ``[slots, H, K, K+V]``, for entry j of every group's path; no dA for the last."""
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     path_grads = common.scratch((problem.path_slots, H, K, K + V), x.v.dtype, x.v.device)
     constants = common_constants(problem, x.v.dtype, without=("G", "EXACT"))
@@ -149,7 +149,7 @@ def launch_wide_entry_grads(problem: Problem, maps: Maps, states: Tensor, path_g
     H, K, V, dtype = problem.heads, problem.key_width, problem.value_width, states.dtype
     launch, segment = problem.config.wide_entry_grads, problem.config.segment
     block = min(launch.block_v, problem.tile(max(K, V)))
-    # Those whose entries are longer than a segment, with the one that ends with the last group, which nothing reads.
+    # Levels of entries longer than a segment. They include the entry that ends with the last group; nothing reads it.
     levels = max(problem.chunk_groups.bit_length() - segment.bit_length(), 0)
     sequences = problem.batch if problem.sequences is None else problem.sequences.shape[0]
     slots = problem.row_groups // segment + 1 + sequences
@@ -174,7 +174,7 @@ def launch_wide_entry_grads(problem: Problem, maps: Maps, states: Tensor, path_g
 
 
 def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) -> None:
-    """Turns ``grads`` of the entries into those of the maps after each chunk. From the top of the tree down."""
+    """Turns ``grads`` of the entries into gradients of the maps after each chunk, from the top of the tree down."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     walk, outer = problem.config.group_grads, problem.config.unit_grads
     block, blocks = tiles(problem, walk, K + V)

@@ -104,9 +104,9 @@ def chunk_maps_kernel(
 ):
     """Grid: rows x H, heads fastest. float32: sums, decays, the matrix and its inverse, accumulators.
 
-    Tokens past the end have β = 0 and k = v = 0: their rows and columns of ``solve`` and their ``writes`` are zero. So are
-    those of a token whose k, g or β is not finite, or 0 · NaN would reach earlier ones. Its sum is NaN: no later token
-    and no later state goes without it. A bad v spoils its column of U.
+    Tokens past the end have β = 0 and k = v = 0: their rows and columns of ``solve`` and their ``writes`` are zero. A token
+    whose k, g or β is not finite gets zeros too: 0 · NaN would reach earlier tokens. Its sum of logs is NaN, and every later
+    token and state reads this sum. A bad v spoils its column of U.
     """
     pid = tl.program_id(0)
     h = pid % H

@@ -162,7 +162,7 @@ def forward_keeping(
     config: DeltaRuleConfig | None = None,
     keep: bool = True,
 ) -> tuple[Tensor, ...]:
-    """(o, what spares ``backward`` some of its work: nothing where that takes too much memory, or without ``keep``)."""
+    """(o, tensors that save ``backward`` some work: none if they take too much memory, or without ``keep``)."""
     config = delta_rule_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
     inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, beta, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=True)

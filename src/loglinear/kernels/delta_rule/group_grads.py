@@ -1,12 +1,13 @@
-"""GROUP GRADIENTS: from the gradient of a group's whole map and of its entries down to one gradient after each of its units.
+"""GROUP GRADIENTS: the gradient of the map after each unit of a group, from the gradients of its whole map and its entries.
 
-If X is the gradient of a map after a unit (A, S), ``Aᵀ X`` is its gradient before the unit. So a program walks the units of its
-group backwards, as group_maps walks them forwards, and adds an entry's own gradient where the map before it is an entry: that
-is the *prefix*. The entries of the last one or two units, the *pairs*, come apart: only that of units 4 and 5 has a step.
+If X is the gradient of a map after a unit (A, S), ``Aᵀ X`` is its gradient before the unit. So a program walks the
+units of its group backwards, as group_maps walks them forwards, and adds an entry's own gradient where the map before
+it is an entry: this is the *prefix*. The entries of the last one or two units, the *pairs*, are separate: only the pair
+of units 4 and 5 has a step.
 
 Where the gradients stand (``grads``, a row for each entry, then SPARE more for each group). The row of the entry that ends with
-unit c of a group holds X of the prefix after c where that is an entry (c = 0, 1, 3, 7); else of the pair (2, 4, 5, 6), and the
-prefix's X is in one of the group's own rows.
+unit c of a group holds X of the prefix after c if this prefix is an entry (c = 0, 1, 3, 7). Otherwise it holds X of the pair
+(c = 2, 4, 5, 6), and X of the prefix is in one of the group's own rows.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """GROUP MAPS: the entries inside every group of units, and the map of the whole group, one tier of the tree at a time.
 
-A map ``[A | S]`` is applied to another as to any state, ``X <- A X + [0 | S]``, and columns of X do not meet: a program owns
-a block of columns of one group's maps and walks the group's units. Some programs keep the *prefix* of the group, which is the
-entry after 1, 2, 4 and 8 units; the others the *pair* of units 4 and 5, which is the entry after 6. The units of tier 0 are
-chunks, whose map is applied as two thin products and never formed, and whose own entries are written only for the backward,
-which needs those of units 0 and 4; the units of a higher tier are the groups of the tier below. So the longest chain has eight
-units a tier, and no program walks a sequence.
+A map ``[A | S]`` is applied to another as to any state, ``X <- A X + [0 | S]``, and columns of X do not meet: a program
+owns a block of columns of one group's maps and walks the group's units. Some programs keep the *prefix* of the group,
+which is the entry after 1, 2, 4 and 8 units. The other programs keep the *pair* of units 4 and 5, which is the entry
+after 6. The units of tier 0 are chunks. The map of a chunk is applied as two thin products and never formed. The entry
+of a single chunk is written only for the backward, which needs the entries of units 0 and 4. The units of a higher tier
+are the groups of the tier below. So the longest chain has eight units a tier, and no program walks a sequence.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton.language as tl
 from loglinear.kernels.common import GROUP, LOG_GROUP, decay_between, load_sum, load_tile, locate
 from loglinear.kernels.delta_rule.products import memory_times
 
-FIRST_PAIRED = tl.constexpr(4)  # units 4 and 5 are a pair that is an entry; 0 and 1, 2 and 3 are the prefix's
-PREFIXES = tl.constexpr(4)  # of a group that are neither ``[I | 0]`` nor an entry: those before units 3, 5, 6 and 7
+FIRST_PAIRED = tl.constexpr(4)  # units 4 and 5 are a pair that is an entry; 0 to 3 belong to the prefix
+PREFIXES = tl.constexpr(4)  # prefixes of a group that are neither ``[I | 0]`` nor an entry: before units 3, 5, 6, 7
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def locate_group(group, group_sequence, sequences, T, N, NG, C: tl.constexpr, TI
 
 @triton.jit
 def prefix_slot(c, group):
-    """Where the prefix before unit c of a group is, if it is one of the PREFIXES."""
+    """The index of the prefix before unit c of a group, if it is one of the PREFIXES."""
     return group * PREFIXES + tl.maximum(c - 4, 0)
 
 
@@ -153,7 +153,7 @@ def group_maps_kernel(
         local = first_unit + c
         unit = (unit0 + local).to(tl.int64) * H + h
         if STORE_PREFIXES:
-            inside = (paired == 0) & (c > 2) & (c != 4)  # the others are [I | 0] or an entry
+            inside = (paired == 0) & (c > 2) & (c != 4)  # the other prefixes are [I | 0] or an entry
             place = prefix_slot(c, group).to(tl.int64) * H + h
             store_map(prefixes + place * (K * WIDTH), x, inside, first, K, WIDTH, BK, BN)
         low = x.to(units_in.dtype.element_ty)
@@ -178,7 +178,7 @@ def group_maps_kernel(
         # An entry of one unit has been written by the tier below, if it is one that a query reads as it is (see leaf.py).
         if TIER > 0 or not STORE_PREFIXES:
             is_entry = is_entry & (c % 2 == 1)
-        # An entry of this group and others is the next tier's to write.
+        # The next tier writes an entry of this group and others.
         closes_group = (c + 1 == GROUP) & ((group - group0) % 2 == 1)
         row = (row0 + ((local + 1) << (LOG_GROUP * TIER)) - 1).to(tl.int64) * H + h
         store_map(entries + row * (K * WIDTH), x, is_entry & (not closes_group), first, K, WIDTH, BK, BN)

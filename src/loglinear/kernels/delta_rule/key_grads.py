@@ -3,9 +3,9 @@
 With ``X = (I + diag(β) Z)⁻¹ = I - T Z`` and ``E = Xᵀ dT`` the chain through the inverse is three small products:
 ``dN = -tril(E Tᵀ, -1)``, ``dZ = diag(β) dN``, ``dβ = diag(E) + rowsum(dN ∘ Z)``.
 
-The gate: a token's decay lies between the pairs of tokens on either side of it, between every earlier token and the chunk's
-end, and between its beginning and every later token. Pairs enter with the later token and leave with the earlier, as sums of
-the same float32 products; the ends are summed from the start, so nothing there is subtracted.
+The gate: a token's decay lies between the pairs of tokens on either side of it, between every earlier token and the
+chunk's end, and between its beginning and every later token. Pairs enter with the later token and leave with the
+earlier, as sums of the same float32 products; the sums for the ends run from the start, so nothing is subtracted there.
 """
 
 from __future__ import annotations

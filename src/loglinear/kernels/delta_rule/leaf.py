@@ -1,7 +1,7 @@
-"""LEAF: the entry of a single chunk, which is met as two thin products and never made.
+"""LEAF: the entry of a single chunk, applied as two thin products and never formed.
 
-Every odd chunk reads the one before it as the nearest entry of its path, so these are half of all entries. With
-``G = Q K_endᵀ`` over that chunk's keys, ``Q S = G U`` and ``Q A = γ_C Q - G W``: what it left as T, W and U is enough.
+Every odd chunk reads the chunk before it as the nearest entry of its path, so leaves are half of all entries. With
+``G = Q K_endᵀ`` over the keys of the leaf, ``Q S = G U`` and ``Q A = γ_C Q - G W``. The leaf's W and U are therefore enough.
 """
 
 from __future__ import annotations

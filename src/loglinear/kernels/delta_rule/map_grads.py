@@ -1,10 +1,11 @@
 """MAP GRADIENTS: gradients of the keys, the values and the triangular inverse of a chunk from the gradient of its map.
 
-The chunk takes a map Y before it to ``γ_C Y + K_endᵀ D`` with ``D = [0 | U] - W Y``, and X is the gradient of that. Two thin
-products, ``K_end X`` and D, then give everything: the first is the gradient of D, so that of U in the columns of S and, times
-Y, that of -W; and ``D Xᵀ`` is the gradient of K_end. Each X is read a block of columns at a time, beside the same block of Y;
-the gradient ``X Yᵀ`` of the chunk's transition, a matrix ``[K, K]``, is never formed. U alone is met a second time, in the
-columns of S, where the gradients of all maps that the chunk closes are added up first.
+The chunk takes a map Y before it to ``γ_C Y + K_endᵀ D`` with ``D = [0 | U] - W Y``, and X is the gradient of this
+result. Two thin products, ``K_end X`` and D, then give everything. ``K_end X`` is the gradient of D: its columns of S
+are the gradient of U, and its product with Y is the gradient of -W. ``D Xᵀ`` is the gradient of K_end. Each X is read a
+block of columns at a time, beside the same block of Y. The gradient ``X Yᵀ`` of the chunk's transition, a matrix
+``[K, K]``, is never formed. Only the columns of S are read a second time, for U: there the gradients of all maps that
+the chunk closes are added up first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from loglinear.kernels.delta_rule.unit_grads import state_grads
 
 @triton.jit
 def inner_product(left, right, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """``<X, Y>`` of two tiles with BN columns: on tensor cores, that the tiles need not pass through registers."""
+    """``<X, Y>`` of two tiles with BN columns: on tensor cores, so that the tiles do not pass through registers."""
     if PRECISION == "ieee":
         product = tl.sum(left * right)
     else:
@@ -80,7 +81,7 @@ def after_identity(acc, dw, trace, grads, c, row, h, k_tile, erased, k_head, str
         diagonal = tl.arange(0, BK)
         inside = diagonal < tl.where(c % 2 == 0, K, 0)
         trace += tl.sum(tl.load(x + diagonal * (WIDTH + 1), mask=inside, other=0.0).to(tl.float32))
-    if PRECISION == "ieee" or BK > 128:  # no room for A whole
+    if PRECISION == "ieee" or BK > 128:  # no room for the whole of A
         for first in range(0, K, BN):
             left = load_part_if(c % 2 == 0, x, 0, first, K, K, WIDTH, BK, BN)
             identity = identity_columns(first, BK, BN).to(left.dtype)
@@ -112,7 +113,7 @@ def map_grads_kernel(
     key_grads,  # [rows, H, 2, C, K]: the gradients of W and of K through K_end
     dv,
     end_gains,  # [H, B*T] K_end · dK_end
-    chunk_gains,  # [rows, H] what the chunk's decay adds to dG
+    chunk_gains,  # [rows, H] the share of the chunk's decay in dG
     row_sequence,
     sequences,
     T,
@@ -187,7 +188,7 @@ def map_grads_kernel(
 
     masked = tl.load(square(planes + MASKED * C * C, C))
     solved = tl.load(square(solve + kept * (C * C), C))
-    # Not pipelined: its buffers would leave room for one program on a multiprocessor and not two.
+    # Not pipelined: the buffers would leave room for one program on a multiprocessor and not two.
     for first in tl.range(0, V, BV, num_stages=1):
         values = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first)
         outputs = load_tile(do + origin * stride_do + h * V, stride_do, valid, C, V, BV, first)
@@ -209,6 +210,6 @@ def map_grads_kernel(
     acc = acc * to_end[:, None]
     store_part(targets + C * K, acc, 0, 0, K, C, K, C, BK)
     if HAS_GATE:
-        keys = load_tile(k_head, stride_k, valid, C, K, BK, 0)  # again, that registers need not hold them till here
+        keys = load_tile(k_head, stride_k, valid, C, K, BK, 0)  # loaded again: registers need not hold them until here
         ends = tl.sum(acc * keys.to(tl.float32), axis=1)
         tl.store(end_gains + h.to(tl.int64) * all_tokens + origin + in_chunk, ends, mask=valid)

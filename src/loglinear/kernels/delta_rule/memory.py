@@ -16,13 +16,13 @@ from loglinear.kernels.delta_rule.group_maps import PREFIXES
 from loglinear.kernels.delta_rule.score_grads import PLANES
 from loglinear.kernels.problem import Problem, cdiv
 
-SHARE = 2.0  # bytes of maps and intermediates together, at most, in those of inputs, output and their gradients
-KEPT_SHARE = 1.25  # of maps that are kept from the forward pass
+SHARE = 2.0  # most bytes of maps and intermediates together, per byte of inputs, output and their gradients
+KEPT_SHARE = 1.25  # the same of maps that are kept from the forward pass
 UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
 
 
 class Maps(NamedTuple):
-    """All facts about the chunks that need no query. ``low`` is v's dtype; logs are in base 2.
+    """The facts about the chunks that depend on no query. ``low`` is v's dtype; logs are in base 2.
 
     A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X that comes before the span leaves it as ``A X + S``.
 
@@ -35,7 +35,7 @@ class Maps(NamedTuple):
         undefined (see leaf.py), except, beside prefixes, those of a group's unit 0 and, before a unit 5, of unit 4.
     groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
     prefixes: one ``[4 groups, H, K, K+V]`` low per tier: the map of the units of a group before each unit, where it is
-        neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``). None where they were not asked for.
+        neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``). None if they were not asked for.
     """
 
     sums: Tensor
@@ -48,7 +48,7 @@ class Maps(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All in a row. ``Maps.of`` undoes it."""
+        """All tensors in one tuple. ``Maps.of`` undoes this."""
         return *self[:5], *self.groups, *self.prefixes
 
     @staticmethod
@@ -60,7 +60,7 @@ class Maps(NamedTuple):
 
     @property
     def heads(self) -> int:
-        """Heads side by side in memory: more than there are here, where these are some of them."""
+        """Heads side by side in memory: more than the heads of these maps, if the maps are a slice."""
         return self.chunk_log.stride(0)
 
     def part(self, first: int, count: int) -> Maps:
@@ -106,7 +106,7 @@ def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
     """
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     maps = map_elements(problem)
-    # What belongs to the paths is gone when the scores and the shares of dk come.
+    # The tensors of the paths are freed before the scores and the shares of dk are allocated.
     paths = problem.rows * 3 * C * K + 2 * problem.path_slots * K * (K + V)
     later = problem.rows * C * (2 * K + PLANES.value * C)
     elements = cdiv(problem.rows * 3, 2) * K * (K + V) + problem.rows * C * K + max(paths, later)

@@ -1,8 +1,8 @@
 """OUTPUT: each chunk attends to itself under the λ mask, then its queries read the entries that cover everything before it.
 
-An entry says what to add, ``λ ∘ (Q S)``, and how to jump over it, ``Q <- Q A``: decay is part of A. So the queries walk the
-entries within their group, the first of which may be the chunk before itself (see leaf.py); the states of the others have been
-carried to the start of the group.
+For an entry the queries add ``λ ∘ (Q S)`` and then jump over it, ``Q <- Q A``. The decay is part of A. The queries walk
+the entries within their group; the first of these may be the chunk before (see leaf.py). The states of all other
+entries have been carried to the start of the group.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def start_queries(q_tile, products, erased, high, PRECISION: tl.constexpr):
 def walk(acc, queries, entries, states, rows, n, slot, scales, stride, valid, factor, L, h, first_v, H: tl.constexpr,
          K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr,
          PRECISION: tl.constexpr):  # fmt: skip
-    """Add ``λ ∘ (Q S)`` for every entry on the query path of chunk n but a leaf; a jump ``Q <- Q A`` follows its group's.
+    """Add ``λ ∘ (Q S)`` for every entry on the query path of chunk n except a leaf; then ``Q <- Q A`` if it is in the group.
 
-    Those before the group have states as seen from its start, all but the nearest from ``states`` (see path_states.py);
-    ``slot`` is the first of the group's, ``rows`` row 0 of the sequence. A tile of S is as wide as A, so that all take
-    turns in one loop: one of them arrives while the other is multiplied, in the memory of two tiles and not of four.
+    Entries before the group have states as seen from its start; all but the nearest are in ``states`` (see path_states.py).
+    ``slot`` is the first slot of the group, ``rows`` row 0 of the sequence. A tile of S is as wide as A, so A and S take
+    turns in one loop: one tile arrives while the other is multiplied, in the memory of two tiles and not of four.
     """
     MASKED: tl.constexpr = (K % BK != 0) or (V % BK != 0)
     own = 2 * set_bits(n % GROUP // 2)
     before = set_bits(n // GROUP)
     e = n // 2 * 2
-    for step in range(own + before - (before == 0).to(tl.int32)):  # no jump past the last entry of all
+    for step in range(own + before - (before == 0).to(tl.int32)):  # the last entry of all needs no jump
         j = step - own
         jump = (j < 0) & (step % 2 == 1)
         source = entries + (((rows + e - 1).to(tl.int64) * H + h) * (K * (K + V)) + tl.where(jump, 0, K))

@@ -1,9 +1,10 @@
-"""PATH GRADIENTS: every chunk's way over its query path backwards, from the oldest entry to the nearest.
+"""PATH GRADIENTS: the walk of every chunk back over its query path, from the oldest entry to the nearest.
 
-The states before the group, as seen from its start, give ``O += λ ∘ (Q S)`` each, so ``dO Sᵀ`` gives dλ and their sum dQ. An
-entry (A, S) within the group gives ``Q' = Q A`` besides: with dQ' known, ``dQ' Aᵀ`` is the other part of dQ, which is dQ' of
-the entry before. The last may be a leaf (see leaf.py). The remainder at the end is the gradient of the queries as seen from the
-start of their chunk. Every dQ' is kept for the gradients of the entries.
+Each state before the group, as seen from its start, gave ``O += λ ∘ (Q S)``, so ``dO Sᵀ`` gives dλ, and its sum over
+the states gives dQ. An entry (A, S) within the group also gave ``Q' = Q A``: with dQ' known, ``dQ' Aᵀ`` is the other
+part of dQ, and this dQ is dQ' of the entry before. The last entry may be a leaf (see leaf.py). The remainder at the end
+is the gradient of the queries as seen from the start of their chunk. Every dQ' is kept for the gradients of the
+entries.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def leaf_gradient(acc, queries, grads, followed, do_head, stride_do, valid, keys
                   PRECISION: tl.constexpr):  # fmt: skip
     """(dQ, dλ) past the entry of one chunk, whose keys, sums and ``[W | U]`` are given; acc is the gradient after it.
 
-    With ``G = Q K_endᵀ``, of which ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` is the gradient.
+    ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` is the gradient of ``G = Q K_endᵀ``.
     """
     after = acc.to(grads.dtype.element_ty)
-    if followed:  # by another entry
+    if followed:  # another entry follows
         store_part(grads, after, 0, 0, K, C, K, C, BK)
     everywhere = tl.arange(0, C) >= 0
     outer = tl.zeros([C, C], tl.float32)
@@ -142,7 +143,7 @@ def path_grads_kernel(
     nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
     queries = load_part_if(m > 0, group_queries + unit * (C * K), 0, 0, K, C, K, C, BK)
     rest = n - n % GROUP
-    # One state arrives while the one before is multiplied. Two maps of the next loop would not leave room for that.
+    # One state arrives while the state before is multiplied. Two maps of the next loop would leave no room for this.
     for j in tl.range(set_bits(m), num_stages=2):
         source = tl.where(j > 0, states + ((slot + j).to(tl.int64) * H + h) * SIZE, nearest)
         product = entry_product(do_head, stride_do, valid, source, C, K, V, BK, BV, PRECISION)

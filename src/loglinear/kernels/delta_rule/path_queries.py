@@ -1,6 +1,6 @@
 """PATH QUERIES: the queries of a chunk as seen before each entry of their path within the group, and at the group's start.
 
-For the backward, which walks the path back. The entries before the group are met by states that are carried to its start.
+The backward walks the path back and needs them. The entries before the group are read as states carried to its start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IN_GROUP = tl.constexpr(12)  # entries that lie within a group on the paths of i
 def inner_start(n, row0):
     """Slot of the first entry on the path of chunk n in an array of all that lie within their group.
 
-    The first N chunks of a sequence have at most 1.5 N, so that each sequence has room from 1.5 times its first row on.
+    The first N chunks of a sequence have at most 1.5 N of these entries, so a sequence begins at 1.5 times its first row.
     """
     return row0 + row0 // 2 + n // GROUP * IN_GROUP + set_bits_before(n % GROUP)
 

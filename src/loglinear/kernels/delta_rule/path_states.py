@@ -1,9 +1,9 @@
 """PATH STATES: the states of the entries before a group, carried to its start, where the queries of all its chunks read them.
 
-The *path* of group m are the entries ``e_0 > e_1 > …`` that cover all chunks before it, one for each bit of m; they end the
-query path of each of its chunks. With ``T_0 = I`` and ``T_{j+1} = T_j A_j``, entry j gives a query Q at the start of the
-group ``λ ∘ (Q T_j S_j)``. So ``T_j S_j`` is made once for the group, and its chunks meet neither A nor each other's order.
-``T_0 S_0`` and ``T_1`` are entry e_0 as it is, and are not stored again.
+The *path* of group m is the list of entries ``e_0 > e_1 > …`` that cover all chunks before it, one for each bit of m.
+They end the query path of each chunk of the group. With ``T_0 = I`` and ``T_{j+1} = T_j A_j``, entry j gives a query Q
+at the start of the group ``λ ∘ (Q T_j S_j)``. So ``T_j S_j`` is computed once for the group, and its chunks read these
+states in any order, without A. ``T_0 S_0`` and ``T_1`` are entry e_0 as it is, and are not stored again.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def path_states_kernel(
     WIDTH: tl.constexpr = K + V
     STRIDE: tl.constexpr = WIDTH if MAPS else V
     BLOCKS: tl.constexpr = (K + BM - 1) // BM
-    TILES: tl.constexpr = (V + BK - 1) // BK  # of S, each as wide as A, with which they take turns
+    TILES: tl.constexpr = (V + BK - 1) // BK  # tiles of S, each as wide as A; A and these tiles take turns
     pid = tl.program_id(0)
     first_k = pid % BLOCKS * BM
     h = pid // BLOCKS % H
@@ -88,7 +88,7 @@ def path_states_kernel(
         result = times_memory(x, source, first, 0, end, WIDTH, K, BM, BK, BK, MASKED, PRECISION).to(x.dtype)
         target = states + ((slot + j + jump.to(tl.int32)).to(tl.int64) * H + h) * (K * STRIDE)
         first = tl.where(jump, 0, STRIDE - V + tile * BK)
-        end = tl.where(jump, STRIDE - V, STRIDE)  # without MAPS a jump leaves nothing
+        end = tl.where(jump, STRIDE - V, STRIDE)  # without MAPS a jump stores nothing
         store_columns(target, result, first_k, first, end, K, STRIDE, BM, BK)
         x = tl.where(jump, result, x)
         f = tl.where(jump, f & (f - 1), f)

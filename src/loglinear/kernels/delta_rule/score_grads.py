@@ -1,7 +1,8 @@
-"""SCORE GRADIENTS: what the scores inside a chunk, ``R = P T`` with ``P = tril(Q Kᵀ ∘ Γ)``, get and give.
+"""SCORE GRADIENTS: gradients of the scores inside a chunk, ``R = P T`` with ``P = tril(Q Kᵀ ∘ Γ)``, and of P and T.
 
-One pass makes the four ``[C, C]`` matrices that the other kernels of a chunk multiply by, and dλ of the levels inside the
-chunk. The diagonal is no part of the gate's gradient, where it would cancel with its rounding error left behind.
+One pass computes the four ``[C, C]`` matrices that the other kernels of a chunk multiply by, and dλ of the levels
+inside the chunk. The gate's gradient leaves the diagonal out: it would cancel there and leave its rounding error
+behind.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def score_grads_kernel(
     query_grads,
     scores,  # [rows, H, PLANES, C, C]
     dlevel_scales,
-    gains,  # [H, B*T] what a row's queries add to dG
+    gains,  # [H, B*T] the share of a row's queries in dG
     row_sequence,
     sequences,
     T,

@@ -1,8 +1,8 @@
-"""TRANSPORT GRADIENTS: of the states that were carried to the start of a group, and of the transitions that carried them.
+"""TRANSPORT GRADIENTS: gradients of the states carried to the start of a group, and of the transitions that carried them.
 
 Every chunk of a group reads the state ``T_j S_j`` of entry j on the group's path with its queries Q at the start of the
 group: its gradient is the sum of ``Qᵀ (λ ∘ dO)``. From the oldest entry to the nearest, ``dT_j = d(T_j S_j) S_jᵀ +
-dT_{j+1} A_jᵀ``. They stand side by side, ``[dT_{j+1} | d(T_j S_j)]``, as gradients of what T_j made of ``[A_j | S_j]``.
+dT_{j+1} A_jᵀ``. Both stand side by side, ``[dT_{j+1} | d(T_j S_j)]``, as the gradient of ``T_j [A_j | S_j]``.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def transport_grads_kernel(
         return
     slot = path_start(m, sequence, path_starts, paths, PACKED) + count - 1
     target = path_grads + (slot.to(tl.int64) * H + h) * SIZE
-    rest = m - (1 << (bit_length(m) - 1))  # the bits of the entries after the one that is next, which has the others
+    rest = m - (1 << (bit_length(m) - 1))  # the bits of the entries after the next one, which has the other bits
     entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
     acc = tl.zeros([BM, BK], tl.float32)
     acc = state_product(acc, target, entry, first_k, K, V, BM, BK, BV, PRECISION)

@@ -1,8 +1,9 @@
 """UNIT GRADIENTS: the gradient ``[dA | dS]`` of every unit's own map, from the gradients X of the maps that it closes.
 
-The prefix after a unit (A, S) is ``A Y + [0 | S]`` with Y the prefix before it, so ``dA = X Yᵀ`` over all K + V columns, and dS
-is X's last V columns. Units 2, 4, 5 and 6 of a group close a pair too: alone, where Y is ``[I | 0]``, or unit 5 after unit 4.
-The kernel is for units that are groups. Of those of tier 0, the chunks, map_grads needs no dA.
+The prefix after a unit (A, S) is ``A Y + [0 | S]`` with Y the prefix before it, so ``dA = X Yᵀ`` over all K + V
+columns, and dS is X's last V columns. Units 2, 4, 5 and 6 of a group close a pair too: alone, where Y is ``[I | 0]``,
+or unit 5 after unit 4. The kernel is for units that are groups. The units of tier 0 are chunks, and map_grads needs no
+dA of a chunk.
 """
 
 from __future__ import annotations

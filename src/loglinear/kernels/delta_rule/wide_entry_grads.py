@@ -1,9 +1,9 @@
 """WIDE ENTRY GRADIENTS: the gradient ``[dA | dS]`` of every entry of whole groups, from the groups whose path it is on.
 
-Entry ``GROUP * f`` is on the paths of the ``lowbit(f)`` groups from group f on, its *window*: as the nearest on that of f, and
-after the ``j = set_bits(m - f)`` entries that T_j stands for on that of m. So its gradient is the sum over the window of
-``T_jᵀ [dT_{j+1} | d(T_j S)]``. A program sums at most SEGMENT groups; the segments of a longer window are added by a second
-kernel in a fixed order.
+Entry ``GROUP * f`` is on the paths of the ``lowbit(f)`` groups from group f on, its *window*. It is the nearest entry
+on the path of f. On the path of m it follows the ``j = set_bits(m - f)`` entries of T_j. So its gradient is the sum
+over the window of ``T_jᵀ [dT_{j+1} | d(T_j S)]``. A program sums at most SEGMENT groups; the segments of a longer
+window are added by a second kernel in a fixed order.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def wide_entry_grads_kernel(
 ):
     """Grid: [levels above SEGMENT, widest first] x groups x H x tiles, tiles fastest. float32: accumulator.
 
-    The entry that ends with each group, if its window is one segment. If LONG the segments that begin at a group, one for
-    each level of the tree whose windows are longer. Programs without one return at once.
+    A program takes the entry that ends with a group, if the window of this entry is one segment. If LONG, a program takes a
+    segment that begins at a group, for one level of the tree with longer windows. Programs without work return at once.
     """
     TILES_A: tl.constexpr = (K + BN - 1) // BN
     TILES_N: tl.constexpr = TILES_A + (V + BN - 1) // BN

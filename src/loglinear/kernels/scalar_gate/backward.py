@@ -245,7 +245,7 @@ def run_backward(inputs: list, scale: float, config: ScalarGateConfig, reach: in
     dq = launch_query_grads(problem, x, states, score_grads, dscales, gains)
     node_grads = launch_node_grads(problem, x, states)
     chunk_grads = launch_chunk_grads(problem, x, states, node_grads, gains)
-    # The entries go before the results of the key side come: they are a third of the memory.
+    # The entries are a third of the memory. They are freed before the results of the key side are allocated.
     states = states._replace(entries=None)
     del node_grads
     dv = launch_value_grads(problem, x, states, chunk_grads, gains)

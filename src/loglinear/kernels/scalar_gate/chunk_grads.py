@@ -58,7 +58,7 @@ def store_beyond(beyond, gradient, entries, chunk_log, group_log, row, group, b,
     """Share of the gate's gradient that flows from each entry whose window ends with chunk b - 1 past that end.
 
     ``gradient`` is D at the end of that chunk, which stands at ``row``; the entries are b - 2, b - 4, … while the step divides
-    b. Their inner product with D, over the decay of the window, is what all their keys pass to queries after it.
+    b. Their inner product with D, over the decay of the window, is the share of all their keys in queries after it.
     """
     inside = tl.arange(0, GROUP)
     span = tl.cast(2, tl.int32)
@@ -77,7 +77,7 @@ def store_beyond(beyond, gradient, entries, chunk_log, group_log, row, group, b,
 @triton.jit
 def step_weight(i, first, chunks, start, length, row0, h, level_scales, sums, chunk_log, stride_s, factor, L,
                 H: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """(weight ``[C]`` of the chunk that step i of the schedule reads, its log-decay); what comes after the last is unused."""
+    """(weight ``[C]`` of the chunk that step i of the schedule reads, its log-decay); after the last step it is unused."""
     c = tl.cast((tl.cast(CHUNKS, tl.int64) >> (4 * i)) & 15, tl.int32)
     level = tl.cast((tl.cast(LEVELS, tl.int64) >> (4 * i)) & 15, tl.int32)
     local = first + c

@@ -49,7 +49,7 @@ def chunk_states_kernel(
 ):
     """Grid: groups x H x tiles of [K, V], tiles fastest. float32: accumulators, logs.
 
-    LEAVES: whether entries of a single chunk, every other one, are stored; their logs are in any case.
+    LEAVES: whether entries of a single chunk, every other one, are stored; their logs are stored in any case.
     """
     TILES_V: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = (K + BK - 1) // BK * TILES_V
@@ -90,7 +90,7 @@ def chunk_states_kernel(
         pair_log = pair_log * keep + total
         is_prefix = (c & (c + 1)) == 0
         row = (row0 + local).to(tl.int64) * H + h
-        # The entry that closes a group of a longer entry is node_states' to write.
+        # node_states writes the entry that closes a group of a longer entry.
         closes_group = (c + 1 == GROUP) & ((first_chunk // GROUP) % 2 == 1)
         entry = tl.where(is_prefix, prefix, pair)
         stored = active & (not closes_group) & (LEAVES | (c % 2 == 1))

@@ -18,9 +18,9 @@ from loglinear.kernels.tuning import ScalarGateConfig, scalar_gate_config
 
 
 class States(NamedTuple):
-    """All facts about the chunks that need no query. A *row* is a chunk of a sequence of the batch; logs in base 2.
+    """The facts about the chunks that depend on no query. A *row* is a chunk of a sequence of the batch; logs in base 2.
 
-    The backward builds it anew: that costs less than a tenth of it, and a model keeps no states of any layer meanwhile.
+    The backward builds it again. This costs less than a tenth of the backward, and a model keeps no states of its layers.
 
     sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[rows, H]`` float32.
     group_log: ``[groups, H]``. entries: ``[rows, H, K, V]``, the Fenwick array. group_states: ``[groups, H, K, V]``.
@@ -118,7 +118,7 @@ def forward(
         level_scales: λ ``[B, T, H, L]``, any floating dtype. scale: factor of o.
         cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
         first_chunks: ``[n]`` integers, with cu_seqlens: how many chunks of ``CHUNK_SIZE`` tokens stand before each sequence in
-            a longer one. Its chunks and levels are those of the longer one, of which nothing before is seen.
+            a longer one. It has the chunks and levels of the longer one, and sees nothing before itself.
         reach: with first_chunks, a bound on the positions of all tokens; results do not depend on it.
 
     Returns:

@@ -1,9 +1,10 @@
-"""GATE GRADIENTS: dg of a token is the sum over all pairs (query, key) that its decay lies between, and a sum only.
+"""GATE GRADIENTS: dg of a token is the sum over all pairs (query, key) that have the decay of this token between them.
 
-For a token of chunk n these are pairs within the chunk (the only difference: sums of the same float32 products), pairs of
-its later queries with earlier chunks, of its earlier keys with later chunks, and pairs that skip the chunk. Keys before it are
-the entries on its query path; what an entry passes to queries after chunk n is what it passes to the rest of its window, level
-gain by level gain, and beyond the window, which chunk_grads has computed. So no error is carried from chunk to chunk.
+For a token of chunk n these are pairs within the chunk, pairs of its later queries with earlier chunks, pairs of its
+earlier keys with later chunks, and pairs that skip the chunk. Only the pairs within the chunk take a difference, of two
+sums of the same float32 products. The keys before the chunk are the entries on its query path. An entry passes a share
+to the queries after chunk n in the rest of its window, level gain by level gain, and a share beyond the window, which
+chunk_grads has computed. So no error is carried from chunk to chunk.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def gate_grads_kernel(
     chunks = (length + C - 1) // C
     in_chunk = tl.arange(0, C)
     m = tl.arange(0, 32)
-    # Per tree level: what queries after the chunk, in the window that it lies in, get from the entry before that window.
+    # Per tree level: the gain of the queries after the chunk, within the chunk's window, from the entry before this window.
     later = tl.zeros([32], tl.float32)
     for i in range(high_levels):
         level = LOG_GROUP + i
@@ -84,7 +85,7 @@ def gate_grads_kernel(
             place = (m * H + h).to(tl.int64) * rows + row0 + local
             own = tl.load(level_gain + place, mask=reads, other=0.0)
             passes = reads & (entry + (tl.cast(1, tl.int32) << m) < n0 + chunks)
-            # What a single chunk passes on is all that it passes less what this chunk takes: one difference is harmless.
+            # A single chunk passes on its whole gain minus the gain that this chunk takes: one difference is harmless.
             unit = (row0 + local).to(tl.int64) * H + h
             skips = tl.where(reads, later, 0.0)
             skips += tl.load(chunk_gain + unit - H + 0 * m, mask=passes & (m == 0), other=0.0)

@@ -1,8 +1,8 @@
 """LOCAL GRADIENTS: the gradient of the scores inside a chunk, and dλ of the levels inside a chunk.
 
 One pass serves all heads of a program: the gradient of the scores is summed over them (``dS``), and the query and key
-sides multiply that sum by K and by Q once. The diagonal is kept out of the products: it is no part of the gate's
-gradient, where it would cancel with its rounding error left behind.
+sides multiply that sum by K and by Q once. The diagonal is kept out of the products: in the gate's gradient it would
+cancel and leave its rounding error behind.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def level_gradients(pairs, near, far, near_decay, far_decay, column, diagonal, f
                     LEVELS: tl.constexpr, LOG_C: tl.constexpr):  # fmt: skip
     """(dλ ``[C, LEVELS]`` of levels 0 .. log2(C), the row's q·dq without the diagonal ``[C]``).
 
-    ``pairs [C, C/SUB, SUB]`` is scores ∘ dP with a zero diagonal, ``diagonal [C]`` what was there.
+    ``pairs [C, C/SUB, SUB]`` is scores ∘ dP with a zero diagonal, ``diagonal [C]`` is that diagonal.
     """
     own, other = local_levels(C)
     is_own = (tl.arange(0, C) // SUB)[:, None] == tl.arange(0, C // SUB)[None, :]

@@ -1,8 +1,8 @@
 """NODE GRADIENTS: the gradient of every entry of a whole group or more, the mirror image of node_states.
 
-Entry e is read by the chunks of its *window*, the ``lowbit(e)`` chunks after it, so its gradient is the sum over those
-of ``(λ exp2(log-decay since e) ∘ Q)ᵀ dO``. A program sums at most SEGMENT groups of a window; the segments of a longer
-window are added by a second kernel in a fixed order. An entry's gradient stands at the slot of its last group.
+Entry e is read by the chunks of its *window*, the ``lowbit(e)`` chunks after it, so its gradient is the sum over these
+chunks of ``(λ exp2(log-decay since e) ∘ Q)ᵀ dO``. A program sums at most SEGMENT groups of a window; the segments of a
+longer window are added by a second kernel in a fixed order. An entry's gradient stands at the slot of its last group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loglinear.kernels.common import GROUP, load_tile, locate, log2_of_power, st
 def chunk_weight(level_scales, sums, origin, valid, stride_s, factor, C: tl.constexpr):
     """``λ exp2(log-decay since the chunk began)`` of a chunk's tokens ``[C]``, ``level_scales`` pointing at the entry's level.
 
-    Loaded one step ahead of its use: as one number a token it can not be copied to shared memory in the background.
+    Loaded one step ahead of its use: as one number a token it cannot be copied to shared memory in the background.
     """
     in_chunk = tl.arange(0, C)
     scale = tl.load(level_scales + origin * stride_s + in_chunk * stride_s, mask=valid, other=0.0).to(tl.float32)

@@ -49,7 +49,7 @@ def walk(acc, q_tile, weights, entries, rows, n, n0, h, first_v, H: tl.constexpr
 def careful_product(weights, values, C: tl.constexpr, PRECISION: tl.constexpr):
     """``weights [C, C]`` times ``values`` where tokens (columns) that are not finite count for no earlier one (row).
 
-    0 · NaN is NaN. So a row of values that is not finite becomes zero, and the weights of later tokens for it NaN.
+    0 · NaN is NaN. So a row of values that is not finite becomes zero, and the weights of later tokens for it become NaN.
     """
     t = tl.arange(0, C)
     finite = tl.sum(values.to(tl.float32) * 0.0, axis=1) == 0.0
@@ -60,7 +60,7 @@ def careful_product(weights, values, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def all_finite(checks, TILES: tl.constexpr):
-    """Whether the tokens of a group are, by the sums that ``chunk_states`` has left of its state."""
+    """Whether the tokens of a group are finite, by the sums that ``chunk_states`` has left of its state."""
     total = 0.0
     for tile in range(TILES):
         total += tl.load(checks + tile)
