@@ -65,7 +65,8 @@ class TokenLayout:
         # Layers may lie on different devices (device_map="auto").
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(hidden.device)
         packing = {"cu_seqlens": cu_seqlens, "cu_seqlens_cpu": self.cu_seqlens_cpu}
-        return mixer(hidden, state=state, output_state=output_state, **packing)
+        call = getattr(mixer, "mix", mixer)  # the forward of a lifted mixer is that of the model around it
+        return call(hidden, state=state, output_state=output_state, **packing)
 
     def unpredicted(self) -> Tensor | None:
         """bool ``[B, T]``: tokens behind padding, or behind another document. The column before knows nothing of them.

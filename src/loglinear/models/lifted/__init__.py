@@ -1,0 +1,1 @@
+"""LIFTED: log-linear mixers inside the models of other packages."""

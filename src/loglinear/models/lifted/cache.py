@@ -1,0 +1,185 @@
+"""The states of lifted mixers, inside the cache objects of transformers.
+
+A cache of transformers has one layer for each layer of the model. The layer of a linear mixer holds two tensors, and it may
+hold keys and values of softmax attention beside them. A lifted mixer takes over the linear half on its first call: a
+``RecurrentCacheLayer`` stands in place of the two tensors. The attention half, masks and lengths stay those of transformers.
+"""
+
+from __future__ import annotations
+
+from functools import cache as once
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from loglinear.models.cache import RecurrentCacheLayer
+from loglinear.models.layout import TokenLayout, plan_layout
+from loglinear.models.modeling import take_offsets
+
+
+class LiftedCacheLayer(LinearAttentionCacheLayerMixin):
+    """Mixed into a cache layer of transformers: its linear half is ``states``, the state of one lifted mixer."""
+
+    states: RecurrentCacheLayer
+
+    @property
+    def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
+        """Whether the mixer has read columns, by the number of the state. A lifted mixer has one state."""
+        return {0: self.states.length > 0}
+
+    @property
+    def record_past(self) -> bool:  # type: ignore[override]
+        """Whether columns can be taken back."""
+        return self.states.record_past
+
+    @record_past.setter
+    def record_past(self, wanted: bool) -> None:
+        self.states.record_past = wanted
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        attention = self._attention()
+        return self.states.is_croppable and (attention is None or attention.is_croppable)
+
+    def activate_past_recording(self) -> None:
+        """Keep from now on what ``crop`` needs."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` columns, which must have been recorded."""
+        attention = self._attention()
+        crop = None if attention is None else attention.crop  # a static layer has none, and says so before any change
+        self.states.crop(tokens_to_remove)
+        if crop is not None:
+            crop(self, int(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[safe-super]
+        self.states.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[safe-super,arg-type]
+        self.states.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep rows ``indices``."""
+        attention = self._attention()
+        if attention is not None:
+            attention.batch_select_indices(self, indices)
+        self.states.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        attention = self._attention()
+        if attention is not None:
+            attention.batch_repeat_interleave(self, repeats)
+        self.states.batch_repeat_interleave(repeats)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise TypeError(f"{type(self).__name__} holds the state of a lifted mixer: another model cannot go on from it")
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise TypeError(f"{type(self).__name__} holds the state of a lifted mixer: another model cannot go on from it")
+
+    def _attention(self) -> Any:
+        """The class of the attention half; None where there is none."""
+        for kind in type(self).__mro__:
+            if issubclass(kind, CacheLayerMixin) and not issubclass(kind, LinearAttentionCacheLayerMixin):
+                return kind
+        return None
+
+
+@once
+def _lifted_kind(kind: type[LinearAttentionCacheLayerMixin]) -> type[LiftedCacheLayer]:
+    """``kind`` with the linear half of a ``LiftedCacheLayer``."""
+    return type(f"Lifted{kind.__name__}", (LiftedCacheLayer, kind), {})
+
+
+def states_of(cache: Cache, layer_idx: int) -> RecurrentCacheLayer:
+    """The states of the lifted mixer of layer ``layer_idx``, in ``cache.layers``. The first call takes the layer over.
+
+    Raises:
+        TypeError: the cache has no linear half there.
+        ValueError: the linear half was filled by a model that is not lifted.
+    """
+    layer = cache.layers[layer_idx] if layer_idx < len(getattr(cache, "layers", ())) else None
+    if isinstance(layer, LiftedCacheLayer):
+        return layer.states
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        raise TypeError(
+            f"cache must have a linear layer at {layer_idx}, as DynamicCache(config=model.config) has: got {cache!r}"
+        )
+    if any(layer.has_previous_state.values()):
+        raise ValueError(
+            f"cache must be empty or filled by a lifted model: layer {layer_idx} holds the tensors of another one"
+        )
+    states = RecurrentCacheLayer()
+    states.record_past = layer.__dict__.pop("record_past")
+    layer.__dict__.pop("has_previous_state")
+    layer.__class__ = _lifted_kind(type(layer))  # whoever holds the layer sees the change
+    layer.states = states  # type: ignore[attr-defined]
+    return states
+
+
+class StatefulMixer(Protocol):
+    """What ``run`` needs of a lifted mixer, an ``nn.Module`` with the forward of the model that it is in."""
+
+    layer_idx: int
+
+    def mix(
+        self,
+        hidden: Tensor,
+        state: Any = None,
+        output_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
+        ...
+
+
+def run(
+    mixer: nn.Module,
+    hidden: Tensor,
+    cache: Cache | None = None,
+    attention_mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    entry_dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> Tensor:
+    """The outputs of a lifted mixer; its state in ``cache`` takes the columns in.
+
+    Args:
+        mixer: a ``StatefulMixer``. hidden: ``[B, T, hidden_size]``, with padding.
+        cache: of the model, ``DynamicCache(config=...)`` or ``StaticCache``; None keeps nothing.
+        attention_mask: ``[B, T]`` or ``[B, past + T]``, 1 for tokens and 0 for padding; None is no padding.
+        seq_idx: integer ``[B, T]``, the number of each token's document.
+        entry_dtype: of log-linear entries in decoding, float32 or bfloat16.
+        kwargs: what the layers of a model hand on. Offsets of packed documents (``cu_seq_lens_q``) are taken from it; the
+            rest is for attention layers.
+    """
+    batch, length, _ = hidden.shape
+    mask = None if attention_mask is None else attention_mask[:, -length:]
+    offsets = take_offsets(kwargs)
+    plan, feed = plan_layout, _feed
+    if cache is not None and torch.compiler.is_compiling():
+        # What a state holds depends on positions: no single graph, so the compiler need not see this.
+        plan, feed = torch.compiler.disable(plan_layout), torch.compiler.disable(_feed)
+    layout = plan(batch, length, mask, cu_seqlens=offsets, seq_idx=seq_idx)
+    packed = layout.pack(hidden)
+    if cache is None:
+        mixed, _ = layout.run(mixer, packed)
+    else:
+        if layout.documents:
+            raise ValueError("cache must be None for packed documents: a cache holds one sequence per row")
+        mixed = feed(mixer, packed, layout, cache, entry_dtype)
+    return layout.unpack(mixed)
+
+
+def _feed(mixer: nn.Module, packed: Tensor, layout: TokenLayout, cache: Cache, entry_dtype: torch.dtype) -> Tensor:
+    layer_idx = mixer.layer_idx
+    assert isinstance(layer_idx, int)
+    return states_of(cache, layer_idx).feed(mixer, packed, layout, entry_dtype)
