@@ -19,7 +19,8 @@ from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.gated_deltanet import LogLinearGatedDeltaNet
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.mamba2 import LogLinearMamba2
-from loglinear.layers.norm import GatedRMSNorm, RMSNorm, SumRMSNorm
+from loglinear.layers.mixer import RecurrentMixer, Streams
+from loglinear.layers.norm import GatedRMSNorm, OutputGate, RMSNorm, SumRMSNorm
 from loglinear.layers.state import KVDecodingState, KVState, LinearDecodingState, MixerState, RecurrentMixerState
 
 __all__ = [
@@ -31,10 +32,13 @@ __all__ = [
     "LogLinearGatedDeltaNet",
     "LogLinearMamba2",
     "MixerState",
+    "OutputGate",
     "RMSNorm",
+    "RecurrentMixer",
     "RecurrentMixerState",
     "ShortConvolution",
     "SoftmaxAttention",
+    "Streams",
     "SumRMSNorm",
     "set_context_group",
 ]

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loglinear.layers.activations import ACTIVATIONS, check_activation
 from loglinear.layers.initialization import StatedInit
 from loglinear.layers.packing import check_packed, locate_tokens
-from loglinear.ops import convolution
+from loglinear.ops import convolution, fallback
 
 
 class ShortConvolution(StatedInit):
@@ -23,16 +24,27 @@ class ShortConvolution(StatedInit):
 
     Args:
         channels: width of input and output. width: W >= 1, taps; a state keeps W - 1 inputs. bias: whether to add one.
+        activation: in place of SiLU, one of ``activations.ACTIVATIONS``; the kernels know SiLU alone.
     """
 
-    def __init__(self, channels: int, width: int = 4, bias: bool = True) -> None:
+    def __init__(self, channels: int, width: int = 4, bias: bool = True, activation: str = "silu") -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be at least 1: got {width}")
         self.channels, self.width = channels, width
+        self.activation = check_activation(activation, "activation")
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
+
+    @property
+    def taps(self) -> Tensor:
+        """The weight as ``[channels, W]``."""
+        return self.weight
+
+    def unfused(self) -> str | None:
+        """The field that kernels do not know; None if they know all."""
+        return None if self.activation == "silu" else f"the activation {self.activation}"
 
     def initial_values(self) -> dict[str, Tensor]:
         """Uniform in ±1/sqrt(W) as torch's Conv1d (fan-in W: depthwise), and a bias of zero."""
@@ -64,9 +76,9 @@ class ShortConvolution(StatedInit):
             check_packed(x, "x", cu_seqlens)
         keep = self.width - 1
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if tail is None and not in_place and convolution.has_kernel(x, self.weight):
+        if tail is None and not in_place and self._has_kernel(x):
             place = None if cu_seqlens is None else locate_tokens(cu_seqlens, x.shape[1])[1].int()
-            return convolution.convolve(x, self.weight, self.bias, place), self._last_inputs(x, cu_seqlens)
+            return convolution.convolve(x, self.taps, self.bias, place), self._last_inputs(x, cu_seqlens)
         if tail is None:
             tail = x.new_zeros(rows, keep, self.channels)
         elif tail.shape != (rows, keep, self.channels):
@@ -81,6 +93,12 @@ class ShortConvolution(StatedInit):
         if in_place:
             return y, buffer.copy_(new_tail)
         return y, new_tail.clone() if cu_seqlens is None else new_tail  # a view would keep the input alive in a cache
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        if not convolution.has_kernel(x, self.taps):
+            return False
+        field = self.unfused()
+        return field is None or fallback.plain("the short convolution", field)
 
     def _packed(self, x: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """The packed inputs with every tail before its sequence: token t of sequence s stands at ``t + (s + 1)(W - 1)``."""
@@ -109,12 +127,12 @@ class ShortConvolution(StatedInit):
         return padded[place + keep].masked_fill((place < offset[:-1, None]).unsqueeze(-1), 0)
 
     def _taps(self, shifted: list[Tensor]) -> Tensor:
-        """Weighted sum of the W shifted inputs, then SiLU. A sum of shifts (not a conv call) works for T = 0 and fuses."""
-        weight = self.weight.to(shifted[0].dtype)
+        """Weighted sum of the W shifted inputs, then the activation. A sum of shifts works for T = 0 and fuses."""
+        weight = self.taps.to(shifted[0].dtype)
         y = shifted[0] * weight[:, 0]
         for i in range(1, self.width):
             y = torch.addcmul(y, shifted[i], weight[:, i])
-        return F.silu(y if self.bias is None else y + self.bias.to(y.dtype))
+        return ACTIVATIONS[self.activation](y if self.bias is None else y + self.bias.to(y.dtype))
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, width={self.width}, bias={self.bias is not None}"
+        return f"{self.channels}, width={self.width}, bias={self.bias is not None}, activation={self.activation!r}"

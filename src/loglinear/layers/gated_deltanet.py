@@ -6,28 +6,22 @@ One call of ``log_linear_delta_rule`` is the whole sequence mixing, on keys of u
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
-from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
+from loglinear.layers.initialization import initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale, Start
-from loglinear.layers.linear import projections
+from loglinear.layers.mixer import RecurrentMixer, Streams
 from loglinear.layers.norm import GatedRMSNorm
-from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
 from loglinear.ops import pointwise
 from loglinear.ops.fused import Columns
 
-if TYPE_CHECKING:  # not in every build of torch
-    from torch.distributed import ProcessGroup
 
-
-class LogLinearGatedDeltaNet(StatedInit):
+class LogLinearGatedDeltaNet(RecurrentMixer):
     """Log-Linear Gated DeltaNet mixer.
 
     Args:
@@ -72,7 +66,6 @@ class LogLinearGatedDeltaNet(StatedInit):
         self.level_scale = LevelScale(hidden_size, num_heads, num_levels, level_scale_start) if log_linear else None
         self.norm = GatedRMSNorm(value_dim, norm_eps)
         self.out_proj = nn.Linear(values, hidden_size, bias=False)
-        self.context_group: ProcessGroup | None = None  # set_context_group
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
@@ -80,24 +73,15 @@ class LogLinearGatedDeltaNet(StatedInit):
         heads, device = self.num_heads, self.A_log.device
         return {"dt_bias": initial_dt_bias(heads, device), "A_log": initial_A_log(heads, device, 1e-2, 16.0)}
 
-    def forward(
-        self,
-        hidden: Tensor,
-        state: RecurrentMixerState | None = None,
-        output_state: bool = False,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_cpu: Tensor | None = None,
-    ) -> tuple[Tensor, RecurrentMixerState | None]:
-        """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
-        levels = self.level_scale
-        projected, dl = projections(hidden, self.in_proj, None if levels is None else levels.dl_proj)
-        if state is not None and step.takes(self, projected, state, cu_seqlens):
-            return self.out_proj(self._step(dl, projected, state)), state if output_state else None
-        qkv, gate, a, b = projected.split(self.in_widths, dim=-1)
-        qkv, conv_tail = convolve(self.conv, qkv, state, cu_seqlens, self.context_group)
-        q, k, v = qkv.split(self.conv_widths, dim=-1)
+    def project(self, hidden: Tensor) -> Streams:
+        joined, dl = self.joint(hidden)
+        qkv, gate, a, b = joined.split(self.in_widths, dim=-1)
+        return Streams(conv=qkv, gate=gate, rate=a, strength=b, dl=dl, joined=joined)
 
-        g, beta = self._gates(a, b)
+    def inputs(self, mixed: Tensor, streams: Streams) -> tuple[dict[str, Tensor], Tensor | None]:
+        q, k, v = mixed.split(self.conv_widths, dim=-1)
+        assert streams.strength is not None
+        g, beta = self._gates(streams.rate, streams.strength)
         inputs = {
             "q": q.unflatten(-1, (self.num_key_heads, -1)),
             "k": k.unflatten(-1, (self.num_key_heads, -1)),
@@ -105,12 +89,10 @@ class LogLinearGatedDeltaNet(StatedInit):
             "g": g,
             "beta": beta,
         }
-        scales = None if levels is None else levels(hidden, dl)
-        o, new_state = mix(
-            inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
-        )
-        o = self.norm(o, gate.unflatten(-1, (self.num_heads, -1)))
-        return self.out_proj(o.flatten(-2)), new_state
+        return inputs, None
+
+    def outputs(self, o: Tensor, gate: Tensor, skip: Tensor | None) -> Tensor:
+        return self.out_proj(self.norm(o, gate.unflatten(-1, (self.num_heads, -1))).flatten(-2))
 
     def _gates(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """g and β ``[B, T, H]`` of the projections a and b."""
@@ -118,12 +100,11 @@ class LogLinearGatedDeltaNet(StatedInit):
             return pointwise.gates(a, b, self.dt_bias, self.A_log)
         return -torch.exp(wide(self.A_log)) * F.softplus(wide(a) + wide(self.dt_bias)), torch.sigmoid(wide(b))
 
-    def _step(self, dl: Tensor | None, projected: Tensor, state: RecurrentMixerState) -> Tensor:
-        """``forward`` from the input to the output projection where ``step.takes`` it."""
+    def fused_step(self, streams: Streams, state: RecurrentMixerState) -> Tensor:
         channels, values, heads, _ = self.in_widths
         columns = Columns(conv=0, rate=channels + values, beta=channels + values + heads)
-        mixed, _, gates = step.convolve_and_gate(self, dl, projected, state, columns)
+        mixed, _, gates = step.convolve_and_gate(self, streams, state, columns)
         q, k, v = mixed.split(self.conv_widths, dim=-1)
         q, k = (x.unflatten(-1, (self.num_key_heads, -1)) for x in (q, k))
         o = step.recur(q, k, v.unflatten(-1, (self.num_heads, -1)), gates, state)
-        return step.gate_and_norm(self, o, projected[..., channels : channels + values], state)
+        return step.gate_and_norm(self, o, streams.gate, state)

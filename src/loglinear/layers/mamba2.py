@@ -6,7 +6,8 @@ sequence mixing. The two models differ by ``level_scale`` alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +15,18 @@ from torch import Tensor, nn
 
 from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
-from loglinear.layers.initialization import StatedInit, initial_A_log, initial_dt_bias, wide
+from loglinear.layers.initialization import initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale, Start
-from loglinear.layers.linear import projections
-from loglinear.layers.norm import GatedRMSNorm
-from loglinear.layers.recurrence import convolve, mix
+from loglinear.layers.mixer import RecurrentMixer, Streams
+from loglinear.layers.norm import GatedRMSNorm, OutputGate
 from loglinear.layers.state import RecurrentMixerState
-from loglinear.ops import pointwise
+from loglinear.ops import fallback, pointwise
 from loglinear.ops.fused import Columns
 
-if TYPE_CHECKING:  # not in every build of torch
-    from torch.distributed import ProcessGroup
+NO_LIMIT = (0.0, math.inf)  # of a time step, which is positive
 
 
-class LogLinearMamba2(StatedInit):
+class LogLinearMamba2(RecurrentMixer):
     """Log-Linear Mamba-2 mixer.
 
     Args:
@@ -38,11 +37,20 @@ class LogLinearMamba2(StatedInit):
         conv_width: taps of the short convolution over (x, B, C). norm_eps: of the gated norm.
         log_linear: whether to read the buckets of every level; False is the linear model.
         level_scale_start: where λ starts; see ``LevelScale``.
+        use_bias, conv_bias: of both projections, and of the convolution. conv_activation: behind it.
+        norm: whether the output is normalised; False leaves the gate alone. norm_groups: equal parts of the inner width,
+            each normalised by itself. norm_before_gate: whether the norm comes before the gate.
+        dt_limit: least and greatest time step; a step is clamped after its softplus.
+        in_multiplier: of the input of ``in_proj``. in_multipliers: of its outputs z, x, B, C and dt; None is 1.
+
+    The fields from use_bias on are what published Mamba-2 models differ in. On CUDA the fields of the norm, conv_activation
+    and dt_limit run in plain PyTorch where they are not the defaults.
 
     Source: Dao & Gu 2024, section 7 (block); Guo et al. 2025, section 3.4 (levels).
     """
 
     no_weight_decay = frozenset({"A_log", "dt_bias", "D"})
+    in_scale: Tensor | None
 
     def __init__(
         self,
@@ -56,24 +64,48 @@ class LogLinearMamba2(StatedInit):
         norm_eps: float = 1e-6,
         log_linear: bool = True,
         level_scale_start: Start = "paper",
+        *,
+        use_bias: bool = False,
+        conv_bias: bool = True,
+        conv_activation: str = "silu",
+        norm: bool = True,
+        norm_groups: int = 1,
+        norm_before_gate: bool = False,
+        dt_limit: tuple[float, float] = NO_LIMIT,
+        in_multiplier: float = 1.0,
+        in_multipliers: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if min(num_heads, num_groups) < 1 or num_heads % num_groups:
             raise ValueError(f"num_heads must be a positive multiple of num_groups={num_groups}: got {num_heads}")
+        if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+            raise ValueError(
+                f"dt_limit must be a least and a greatest time step, 0 <= least <= greatest: got {dt_limit}"
+            )
         self.num_heads, self.num_groups = num_heads, num_groups
+        self.dt_limit, self.in_multiplier = (float(dt_limit[0]), float(dt_limit[1])), in_multiplier
         inner, keys = num_heads * head_dim, num_groups * state_size
         self.conv_widths = [inner, keys, keys]  # x, B, C
         self.in_widths = [inner, sum(self.conv_widths), num_heads]  # z, (x, B, C), dt
-        self.in_proj = nn.Linear(hidden_size, sum(self.in_widths), bias=False)
-        self.conv = ShortConvolution(sum(self.conv_widths), conv_width)
+        self.in_proj = nn.Linear(hidden_size, sum(self.in_widths), bias=use_bias)
+        self.register_buffer("in_scale", self._in_scale(in_multipliers), persistent=False)
+        self.conv = ShortConvolution(sum(self.conv_widths), conv_width, conv_bias, conv_activation)
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.D = nn.Parameter(torch.empty(num_heads))
         self.level_scale = LevelScale(hidden_size, num_heads, num_levels, level_scale_start) if log_linear else None
-        self.norm = GatedRMSNorm(inner, norm_eps, gate_first=True)
-        self.out_proj = nn.Linear(inner, hidden_size, bias=False)
-        self.context_group: ProcessGroup | None = None  # set_context_group
+        self.norm = GatedRMSNorm(inner, norm_eps, not norm_before_gate, norm_groups) if norm else OutputGate()
+        self.out_proj = nn.Linear(inner, hidden_size, bias=use_bias)
         self.reset_parameters()
+
+    def _in_scale(self, multipliers: Sequence[float] | None) -> Tensor | None:
+        """``[columns]``, the factor of each column of the input projection; None where all are 1."""
+        if multipliers is None:
+            return None
+        if len(multipliers) != 5:
+            raise ValueError(f"in_multipliers must have five factors, of z, x, B, C and dt: got {list(multipliers)}")
+        widths = torch.tensor([self.in_widths[0], *self.conv_widths, self.num_heads])
+        return torch.tensor(list(multipliers), dtype=torch.get_default_dtype()).repeat_interleave(widths)
 
     def initial_values(self) -> dict[str, Tensor]:
         """Time steps log-uniform in [1e-3, 1e-1], rates A uniform in [1, 16], a skip of 1 (Dao & Gu 2024)."""
@@ -84,52 +116,49 @@ class LogLinearMamba2(StatedInit):
             "D": torch.ones(heads, device=device),
         }
 
-    def forward(
-        self,
-        hidden: Tensor,
-        state: RecurrentMixerState | None = None,
-        output_state: bool = False,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_cpu: Tensor | None = None,
-    ) -> tuple[Tensor, RecurrentMixerState | None]:
-        """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
-        levels = self.level_scale
-        projected, dl = projections(hidden, self.in_proj, None if levels is None else levels.dl_proj)
-        if state is not None and step.takes(self, projected, state, cu_seqlens):
-            return self.out_proj(self._step(dl, projected, state)), state if output_state else None
-        z, xBC, dt = projected.split(self.in_widths, dim=-1)
-        xBC, conv_tail = convolve(self.conv, xBC, state, cu_seqlens, self.context_group)
-        x, B, C = xBC.split(self.conv_widths, dim=-1)
-        x = x.unflatten(-1, (self.num_heads, -1))
+    def project(self, hidden: Tensor) -> Streams:
+        scaled = None if self.in_multiplier == 1 else hidden * self.in_multiplier
+        joined, dl = self.joint(hidden, scaled)
+        if self.in_scale is not None:
+            joined = joined * self.in_scale.to(joined.dtype)
+        z, xBC, dt = joined.split(self.in_widths, dim=-1)
+        return Streams(conv=xBC, gate=z, rate=dt, dl=dl, joined=joined)
 
-        v, g, x = self._discretise(x, dt)
+    def inputs(self, mixed: Tensor, streams: Streams) -> tuple[dict[str, Tensor], Tensor | None]:
+        x, B, C = mixed.split(self.conv_widths, dim=-1)
+        v, g, x = self._discretise(x.unflatten(-1, (self.num_heads, -1)), streams.rate)
         inputs = {
             "q": C.unflatten(-1, (self.num_groups, -1)),
             "k": B.unflatten(-1, (self.num_groups, -1)),
             "v": v,
             "g": g,
         }
-        scales = None if levels is None else levels(hidden, dl)
-        y, new_state = mix(
-            inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
-        )
-        # The skip takes x as it is, not x·dt.
-        return self.out_proj(self.norm(y.flatten(-2), z, x.flatten(-2), self.D)), new_state
+        return inputs, x  # the skip takes x as it is, not x·dt
+
+    def outputs(self, o: Tensor, gate: Tensor, skip: Tensor | None) -> Tensor:
+        assert skip is not None
+        return self.out_proj(self.norm(o.flatten(-2), gate, skip.flatten(-2), self.D))
+
+    def unfused(self) -> str | None:
+        return super().unfused() or (None if self.dt_limit == NO_LIMIT else "a dt_limit")
 
     def _discretise(self, x: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """v = x·dt and x ``[B, T, H, V]``, and g ``[B, T, H]``, after the softplus of dt ``[B, T, H]``."""
         if pointwise.has_kernels(x, dt, self.dt_bias, self.A_log):
-            return pointwise.discretise(x, dt, self.dt_bias, self.A_log)
+            if self.dt_limit == NO_LIMIT:
+                return pointwise.discretise(x, dt, self.dt_bias, self.A_log)
+            fallback.plain("a time step", "a dt_limit")
         dt = F.softplus(wide(dt) + wide(self.dt_bias))
+        if self.dt_limit != NO_LIMIT:
+            dt = dt.clamp(*self.dt_limit)
         return (x * dt.unsqueeze(-1)).to(x.dtype), -torch.exp(wide(self.A_log)) * dt, x
 
-    def _step(self, dl: Tensor | None, projected: Tensor, state: RecurrentMixerState) -> Tensor:
-        """``forward`` from the input to the output projection where ``step.takes`` it."""
+    def fused_step(self, streams: Streams, state: RecurrentMixerState) -> Tensor:
         inner, channels, _ = self.in_widths
         columns = Columns(conv=inner, rate=inner + channels, scaled=inner)
-        mixed, v, gates = step.convolve_and_gate(self, dl, projected, state, columns)
+        mixed, v, gates = step.convolve_and_gate(self, streams, state, columns)
         assert v is not None
         x, B, C = mixed.split(self.conv_widths, dim=-1)
         q, k = (y.unflatten(-1, (self.num_groups, -1)) for y in (C, B))
         y = step.recur(q, k, v.unflatten(-1, (self.num_heads, -1)), gates, state)
-        return step.gate_and_norm(self, y, projected[..., :inner], state, skip=(x, self.D))
+        return step.gate_and_norm(self, y, streams.gate, state, skip=(x, self.D))

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loglinear.layers.activations import ACTIVATIONS, check_activation
 from loglinear.layers.initialization import wide
-from loglinear.ops import fused, pointwise
+from loglinear.ops import fallback, fused, pointwise
 
 
 class RMSNorm(nn.Module):
@@ -47,12 +48,53 @@ class SumRMSNorm(RMSNorm):
         return both
 
 
-class GatedRMSNorm(RMSNorm):
-    """RMSNorm with a SiLU gate, before the norm (Mamba-2: ``norm(x · silu(z))``) or after it (Gated DeltaNet)."""
+class OutputGate(nn.Module):
+    """``(x + skip) · act(gate)``: an output gate without a norm (Falcon-H1).
 
-    def __init__(self, width: int, eps: float = 1e-6, gate_first: bool = False) -> None:
+    Args:
+        activation: one of ``activations.ACTIVATIONS``.
+    """
+
+    def __init__(self, activation: str = "silu") -> None:
+        super().__init__()
+        self.activation = check_activation(activation, "activation")
+
+    def unfused(self) -> str | None:
+        """The field that kernels do not know."""
+        return "an output gate without a norm"
+
+    def forward(self, x: Tensor, gate: Tensor, skip: Tensor | None = None, skip_scale: Tensor | None = None) -> Tensor:
+        """As ``GatedRMSNorm``'s."""
+        x = _add_skip(x, skip, skip_scale)
+        return (wide(x) * ACTIVATIONS[self.activation](wide(gate))).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm with a gate, before the norm (Mamba-2: ``norm(x · silu(z))``) or after it (Gated DeltaNet).
+
+    Args:
+        width: of x. gate_first: whether the gate stands before the norm.
+        groups: equal parts of the width, each with a mean of its own. activation: of the gate, one of
+            ``activations.ACTIVATIONS``. The kernels know one group and SiLU.
+    """
+
+    def __init__(
+        self, width: int, eps: float = 1e-6, gate_first: bool = False, groups: int = 1, activation: str = "silu"
+    ) -> None:
         super().__init__(width, eps)
-        self.gate_first = gate_first
+        if groups < 1 or width % groups:
+            raise ValueError(f"groups must divide the width, {width}: got {groups}")
+        self.gate_first, self.groups = gate_first, groups
+        self.activation = check_activation(activation, "activation")
+
+    def unfused(self) -> str | None:
+        """The field that kernels do not know; None if they know all."""
+        if self.groups > 1:
+            return f"{self.groups} groups"
+        return None if self.activation == "silu" else f"the activation {self.activation}"
 
     def forward(  # type: ignore[override]
         self, x: Tensor, gate: Tensor, skip: Tensor | None = None, skip_scale: Tensor | None = None
@@ -62,13 +104,29 @@ class GatedRMSNorm(RMSNorm):
         skip: ``[..., width]``, added to x first, its columns in n equal parts that are multiplied by skip_scale ``[n]``.
         """
         if pointwise.takes_norm(x, gate, self.weight, skip, skip_scale):
-            return pointwise.gated_norm(x, gate, self.weight, self.eps, self.gate_first, skip, skip_scale)
-        if skip is not None and skip_scale is not None:
-            parts = skip.unflatten(-1, (skip_scale.shape[0], -1))
-            x = x + (parts * skip_scale.to(skip.dtype).unsqueeze(-1)).flatten(-2)
-        wide_x, opening = wide(x), F.silu(wide(gate))
+            field = self.unfused()
+            if field is None:
+                return pointwise.gated_norm(x, gate, self.weight, self.eps, self.gate_first, skip, skip_scale)
+            fallback.plain("a gated norm", field)
+        x = _add_skip(x, skip, skip_scale)
+        wide_x, opening = wide(x), ACTIVATIONS[self.activation](wide(gate))
         out = self._normalise(wide_x * opening) if self.gate_first else self._normalise(wide_x) * opening
         return out.to(x.dtype)
 
+    def _normalise(self, x: Tensor) -> Tensor:
+        if self.groups == 1:
+            return super()._normalise(x)
+        parts = x.unflatten(-1, (self.groups, -1))
+        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight.to(x.dtype)
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, gate_first={self.gate_first}"
+        fields = f"gate_first={self.gate_first}, groups={self.groups}, activation={self.activation!r}"
+        return f"{super().extra_repr()}, {fields}"
+
+
+def _add_skip(x: Tensor, skip: Tensor | None, skip_scale: Tensor | None) -> Tensor:
+    """x plus the scaled skip; see ``GatedRMSNorm.forward``."""
+    if skip is None or skip_scale is None:
+        return x
+    parts = skip.unflatten(-1, (skip_scale.shape[0], -1))
+    return x + (parts * skip_scale.to(skip.dtype).unsqueeze(-1)).flatten(-2)

@@ -8,41 +8,33 @@ Legend: B rows, T tokens, H value heads, G q/k groups, K, V widths, L levels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from loglinear.decoding_state import DecodingState
-from loglinear.layers.conv import ShortConvolution
-from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import writes_into
 from loglinear.layers.state import LinearDecodingState, RecurrentMixerState
-from loglinear.ops import convolution, fused, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.ops import convolution, fallback, fused, log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.ops.step import has_kernel
 
-if TYPE_CHECKING:  # not in every build of torch
-    from torch.distributed import ProcessGroup
-
-
-class RecurrentMixer(Protocol):
-    """The attributes that both mixers have."""
-
-    conv: ShortConvolution
-    dt_bias: nn.Parameter
-    A_log: nn.Parameter
-    level_scale: LevelScale | None
-    norm: GatedRMSNorm
-    context_group: ProcessGroup | None
+if TYPE_CHECKING:
+    from loglinear.layers.mixer import RecurrentMixer, Streams
 
 
 def takes(
-    mixer: RecurrentMixer, projected: Tensor, state: RecurrentMixerState | None, cu_seqlens: Tensor | None
+    mixer: RecurrentMixer, projected: Tensor | None, state: RecurrentMixerState | None, cu_seqlens: Tensor | None
 ) -> bool:
     """Whether ``projected`` ``[B, T, ...]`` from ``state`` goes through the kernels of a step. Never waits for the device."""
     if state is None or not writes_into(state) or cu_seqlens is not None or mixer.context_group is not None:
         return False
-    weights = (mixer.conv.weight, mixer.norm.weight)  # on another device when they are offloaded
+    field = mixer.unfused()
+    if projected is None or field is not None:
+        on_gpu = state.conv.is_cuda
+        return on_gpu and fallback.plain("a step", field or "projections that are not one")
+    assert isinstance(mixer.norm, GatedRMSNorm)  # others are unfused
+    weights = (mixer.conv.taps, mixer.norm.weight)  # on another device when they are offloaded
     if not fused.fits(projected, state.conv, *weights) or state.conv.dtype != projected.dtype:
         return False
     (batch, length, _), memory = projected.shape, state.memory
@@ -57,13 +49,14 @@ def takes(
 
 
 def convolve_and_gate(
-    mixer: RecurrentMixer, dl: Tensor | None, projected: Tensor, state: RecurrentMixerState, columns: fused.Columns
+    mixer: RecurrentMixer, streams: Streams, state: RecurrentMixerState, columns: fused.Columns
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """The convolution's outputs ``[B, T, channels]``, v if it is scaled ``[B, T, H·V]``, and g, beta and level_scales."""
-    conv, levels = mixer.conv, mixer.level_scale
+    conv, levels, projected, dl = mixer.conv, mixer.level_scale, streams.joined, streams.dl
+    assert projected is not None
     L, offset = (None, 0.0) if levels is None else (levels.L, levels.offset)
     mixed, v, g, beta, scales = fused.step_inputs(
-        projected, dl, state.conv, conv.weight, conv.bias, mixer.dt_bias, mixer.A_log, L, tuple(columns), offset
+        projected, dl, state.conv, conv.taps, conv.bias, mixer.dt_bias, mixer.A_log, L, tuple(columns), offset
     )
     return mixed, v, {"g": g, "beta": beta, "level_scales": scales}
 
@@ -93,4 +86,5 @@ def gate_and_norm(
     """
     x, D = skip or (None, None)
     norm = mixer.norm
+    assert isinstance(norm, GatedRMSNorm)
     return fused.step_outputs(o, x, D, gate, norm.weight, state.position, norm.eps, norm.gate_first)

@@ -1,0 +1,23 @@
+"""The activations that published mixers put behind a convolution or on an output gate, by their names in configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+}
+
+
+def check_activation(name: str, argument: str) -> str:
+    """``name``, of silu and swish the former. Raises ValueError, which names ``argument``, for an unknown one."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{argument} must be one of {list(ACTIVATIONS)}: got {name!r}")
+    return "silu" if name == "swish" else name
