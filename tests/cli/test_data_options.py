@@ -76,7 +76,7 @@ def test_a_streamed_run_is_found_again(texts, train_options, tmp_path, monkeypat
     again(run, cache, tmp_path / "again")
     assert not list((tmp_path / "arrow").rglob("*.arrow"))
     capsys.readouterr()
-    assert main(["evaluate", str(run), "--cache", str(cache), "--max-documents", "3"]) == 1
+    assert main(["evaluate", str(run), "--cache", str(cache), "--max-documents", "3"]) == 2
     assert "--data: needed with streaming or --max-documents" in capsys.readouterr().err
 
 

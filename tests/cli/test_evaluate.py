@@ -86,7 +86,7 @@ def test_a_model_without_a_record_needs_data(finished_run, tmp_path, capsys):
     import shutil
 
     shutil.copytree(finished_run / "checkpoint-12", tmp_path / "alone")
-    assert main(["evaluate", str(tmp_path / "alone")]) == 1
+    assert main(["evaluate", str(tmp_path / "alone")]) == 2
     assert "data: needed, because no record" in capsys.readouterr().err
 
 

@@ -87,7 +87,7 @@ def test_two_processes_are_one_and_go_on_as_one_and_back(train_options, tmp_path
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
     # Other batches are another run.
-    assert main([*options, "--batch-size", "3", "--output", str(second)]) == 1
+    assert main([*options, "--batch-size", "3", "--output", str(second)]) == 2
     assert "--batch-size x accumulate x processes was 4 and is now 3" in capsys.readouterr().err
 
 

@@ -61,7 +61,7 @@ def test_without_a_record_the_text_must_be_given(finished_run, texts, cache, tmp
 
     shutil.copytree(finished_run / "checkpoint-12", tmp_path / "alone")
     command = ["niah", "evaluate", str(tmp_path / "alone"), "--contexts", "400", "--depths", "2", "--samples", "1"]
-    assert main([*command, *cache]) == 1
+    assert main([*command, *cache]) == 2
     assert "data: needed, because no record" in capsys.readouterr().err
     assert main([*command, *cache, "--data", str(texts), "--kinds", "word"]) == 0
 
@@ -93,6 +93,7 @@ def test_text_that_the_model_may_have_seen_is_refused(changed, finished_run, tex
     else:
         record["arguments"]["validation_fraction"] = 0.0
     (run / "record.json").write_text(json.dumps(record))
-    assert main(["niah", "evaluate", str(run), "--cache", str(tmp_path / "cache"), *GRID]) == 1
+    status = {"data": 1, "fraction": 2}[changed]
+    assert main(["niah", "evaluate", str(run), "--cache", str(tmp_path / "cache"), *GRID]) == status
     wanted = {"data": "no longer what the model was trained on", "fraction": "trained on all of its text"}
     assert wanted[changed] in capsys.readouterr().err

@@ -69,7 +69,7 @@ def test_a_new_run_starts_from_the_weights_of_any_of_our_checkpoints(
     if part == "saved":  # by itself, in bfloat16, its tokenizer elsewhere
         source = tmp_path / "saved"
         LogLinearForCausalLM.from_pretrained(finished_run).bfloat16().save_pretrained(source)
-        assert main([*options, "--init", str(source), "--output", str(tmp_path / "run")]) == 1
+        assert main([*options, "--init", str(source), "--output", str(tmp_path / "run")]) == 2
         assert "--tokenizer: needed, because" in capsys.readouterr().err
         load_tokenizer(str(finished_run)).save_pretrained(tmp_path / "tokenizer")
         options += ["--tokenizer", str(tmp_path / "tokenizer")]
@@ -106,17 +106,23 @@ def test_a_run_from_a_checkpoint_goes_on_like_any_other(finished_run, data_optio
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "status", "message"),
     [
-        (["--hidden-size", "32"], "--hidden-size must be 16, as the model of --init={run} has it: got 32"),
-        (["--mixer", "mamba2"], "--mixer must be log_linear_mamba2, as the model of --init={run} has it: got mamba2"),
-        (["--vocab-size", "400"], "--vocab-size must be 295, as the model of --init={run} has it: got 400"),
-        (["--tokenizer", "{other}"], "--tokenizer must be that of --init={run}: got '{other}', another one"),
-        (["--init", "{folder}"], "--init: {folder} holds no model (config.json) and no complete checkpoint"),
-        (["--init", "{other}"], "--init: {other} holds a model of type 'llama': needs 'loglinear'"),
+        (["--hidden-size", "32"], 2, "--hidden-size must be 16, as the model of --init={run} has it: got 32"),
+        (
+            ["--mixer", "mamba2"],
+            2,
+            "--mixer must be log_linear_mamba2, as the model of --init={run} has it: got mamba2",
+        ),
+        (["--vocab-size", "400"], 2, "--vocab-size must be 295, as the model of --init={run} has it: got 400"),
+        (["--tokenizer", "{other}"], 2, "--tokenizer must be that of --init={run}: got '{other}', another one"),
+        (["--init", "{folder}"], 1, "--init: {folder} holds no model (config.json) and no complete checkpoint"),
+        (["--init", "{other}"], 1, "--init: {other} holds a model of type 'llama': needs 'loglinear'"),
     ],
 )
-def test_what_contradicts_the_checkpoint_is_named(options, message, finished_run, data_options, tmp_path, capsys):
+def test_what_contradicts_the_checkpoint_is_named(
+    options, status, message, finished_run, data_options, tmp_path, capsys
+):
     places = {"run": finished_run, "folder": tmp_path, "other": tmp_path / "other"}
     shutil.copytree(finished_run, places["other"], ignore=shutil.ignore_patterns("checkpoint-*"))
     (places["other"] / "config.json").write_text('{"model_type": "llama"}')
@@ -124,7 +130,7 @@ def test_what_contradicts_the_checkpoint_is_named(options, message, finished_run
     (places["other"] / "tokenizer.json").write_text(spelling.replace('"ignore_merges": false', '"ignore_merges": true'))
     options = [option.format(**places) for option in options]
     command = [*data_options, "--init", str(finished_run), "--output", str(tmp_path / "run"), "--steps", "1", *options]
-    assert main(command) == 1
+    assert main(command) == status
     assert capsys.readouterr().err == f"loglinear train: {message.format(**places)}\n"
 
 
@@ -155,8 +161,8 @@ def test_lift_needs_a_linear_model(data_options, finished_run, tmp_path, capsys)
     start = [*data_options, "--lift", "--steps", "1", "--output", str(tmp_path / "run")]
     assert main(start) == 2
     assert "--lift: needs --init" in capsys.readouterr().err
-    assert main([*start, "--init", str(finished_run)]) == 1
-    assert "model must have a linear mixer" in capsys.readouterr().err
+    assert main([*start, "--init", str(finished_run)]) == 2
+    assert "--lift: model must have a linear mixer" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- the same run: --steps, --resume
@@ -183,7 +189,7 @@ def test_a_finished_run_takes_more_steps(run_of_twelve, finished_options, tmp_pa
     assert LogLinearForCausalLM.from_pretrained(run_of_twelve)
 
     # The command of the shorter run is another run now.
-    assert main([*finished_options, "--output", str(run_of_twelve)]) == 1
+    assert main([*finished_options, "--output", str(run_of_twelve)]) == 2
     assert "--steps was 20 and is now 12, and a run may be given more steps but not fewer" in capsys.readouterr().err
 
 
@@ -192,7 +198,7 @@ def test_more_steps_need_a_checkpoint(run_of_twelve, finished_options, capsys):
         shutil.rmtree(checkpoint)
     assert main([*finished_options, "--output", str(run_of_twelve)]) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert main([*finished_options, "--output", str(run_of_twelve), "--steps", "20"]) == 1
+    assert main([*finished_options, "--output", str(run_of_twelve), "--steps", "20"]) == 2
     assert f"--steps: {run_of_twelve} has no checkpoint left to go on from after step 12" in capsys.readouterr().err
 
 
@@ -215,9 +221,9 @@ def test_resume_takes_everything_from_the_record(run_of_twelve, finished_run, te
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--resume", "{run}", "--learning-rate", "0.5"], 1, "--learning-rate was 0.001 and is now 0.5"),
-        (["--resume", "{run}", "--batch-size", "4"], 1, "accumulate x processes was 2 and is now 4"),
-        (["--resume", "{run}", "--steps", "4"], 1, "--steps was 12 and is now 4, and a run may be given more"),
+        (["--resume", "{run}", "--learning-rate", "0.5"], 2, "--learning-rate was 0.001 and is now 0.5"),
+        (["--resume", "{run}", "--batch-size", "4"], 2, "accumulate x processes was 2 and is now 4"),
+        (["--resume", "{run}", "--steps", "4"], 2, "--steps was 12 and is now 4, and a run may be given more"),
         (["--resume", "{run}", "--output", "{run}"], 2, "--output: not beside --resume"),
         (["--resume", "{run}", "--config", "x"], 2, "--config: not beside --resume"),
         (["--resume", "{run}/checkpoint-8"], 2, "--resume: {run}/checkpoint-8 holds no record.json"),
@@ -260,7 +266,7 @@ def test_a_run_that_never_saved_a_checkpoint_does_not_block_its_folder(train_opt
     assert record(run)["arguments"]["learning_rate"] == 0.5
     assert "new run" in capsys.readouterr().out
     # It has a model now.
-    assert main(options) == 1
+    assert main(options) == 2
     assert "records another run" in capsys.readouterr().err
 
 
@@ -283,7 +289,7 @@ def test_the_file_beside_a_run_repeats_it(finished_run, tmp_path, capsys):
     assert (run / "config.yaml").read_text() == file.read_text()
     # What is typed takes the place of what the file says.
     capsys.readouterr()
-    assert main(["train", "--config", str(file), "--output", str(run), "--seed=4", "--no-tie-word-embeddings"]) == 1
+    assert main(["train", "--config", str(file), "--output", str(run), "--seed=4", "--no-tie-word-embeddings"]) == 2
     error = capsys.readouterr().err
     assert "--seed was 0 and is now 4" in error
     assert "--tie-word-embeddings was True and is now False" in error

@@ -119,7 +119,7 @@ def test_a_complete_run_is_left_alone(finished_run, finished_options, capsys):
 
 def test_other_arguments_are_named(finished_run, finished_options, capsys):
     changed = [*finished_options, "--output", str(finished_run), "--learning-rate", "0.5", "--seed", "3"]
-    assert main(changed) == 1
+    assert main(changed) == 2
     error = capsys.readouterr().err
     for change in ("--learning-rate was 0.001 and is now 0.5", "--seed was 0 and is now 3"):
         assert change in error

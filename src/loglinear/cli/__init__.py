@@ -21,6 +21,7 @@ from typing import NoReturn
 from loglinear import __version__
 from loglinear.cli.errors import Parser, UsageError, as_typed, option_types, parse, say
 from loglinear.extras import explained
+from loglinear.training.config import Contradiction
 
 COMMANDS = {
     "train": "train a language model on text, or go on with an interrupted run",
@@ -40,10 +41,10 @@ FAILURE, USAGE, INTERRUPTED, CLOSED, TERMINATED = 1, 2, 130, 141, 143
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status.
 
-    0; 1 for a failure, of which the user learns in one line; 2 for options that cannot be used; 130 when interrupted, 143
-    at SIGTERM; 141 when nobody reads the output any more. A ValueError or a file that cannot be read or written is the
-    user's to mend and prints as one line; with LOGLINEAR_TRACEBACK=1 in the environment it keeps its traceback, as every
-    other error does.
+    0; 1 for a failure, of which the user learns in one line; 2 for options that cannot be used, also because a record or a
+    checkpoint says otherwise; 130 when interrupted, 143 at SIGTERM; 141 when nobody reads the output any more. A ValueError
+    or a file that cannot be read or written is the user's to mend and prints as one line; with LOGLINEAR_TRACEBACK=1 in the
+    environment it keeps its traceback, as every other error does.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -82,7 +83,7 @@ def _run(argv: Sequence[str]) -> int:
         if os.environ.get("LOGLINEAR_TRACEBACK"):
             raise
         say(prog, as_typed(" ".join(str(error).split("\n")), options))
-        return USAGE if isinstance(error, UsageError) else FAILURE
+        return USAGE if isinstance(error, (UsageError, Contradiction)) else FAILURE
     except ModuleNotFoundError as error:
         missing = explained(error, "the command", PROGRAMS.get(prog.split()[-1], "cli"))
         if missing is error or os.environ.get("LOGLINEAR_TRACEBACK"):

@@ -16,6 +16,7 @@ from loglinear.tasks.lm.config import Data, DataConfig, names_of
 from loglinear.tasks.lm.documents import Source
 from loglinear.tasks.lm.tokenizer import check_fits, load_tokenizer
 from loglinear.training.checkpoints import model_folder, reading
+from loglinear.training.config import Contradiction
 from loglinear.training.record import read_record
 
 
@@ -89,14 +90,16 @@ class TextOptions(Protocol):
 def open_text(options: TextOptions, trained: dict, of_run: Data | None, validation_fraction: float) -> Source:
     """The text that ``options`` name, otherwise ``of_run``, read as the run's arguments ``trained`` tell.
 
-    Raises ValueError if neither names one, or if the run's own text is asked for in another way than it was read.
+    Raises Contradiction if neither names one, or if the run's own text is asked for in another way than it was read.
     """
     own = options.data is None
     data = of_run if options.data is None else options.data
     if data is None:
-        raise ValueError("data: needed, because no record beside the checkpoint tells what it was trained on")
+        raise Contradiction("data: needed, because no record beside the checkpoint tells what it was trained on")
     if own and (options.streaming or options.max_documents is not None):
-        raise ValueError("data: needed with streaming or max_documents; for the text of the run its record tells both")
+        raise Contradiction(
+            "data: needed with streaming or max_documents; for the text of the run its record tells both"
+        )
     streaming = trained.get("streaming", False) if own else options.streaming
     return Source(
         names_of(data),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 import tyro
 
 from loglinear.tasks.niah.config import GridConfig, TaskConfig, TuneConfig
-from loglinear.training.config import Precision
+from loglinear.training.config import Contradiction, Precision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -217,7 +217,7 @@ def open_samples(
     if task.data and not fraction:
         fraction = DataConfig.validation_fraction  # of other text
     if side == "test" and not other and not fraction:
-        raise ValueError("data: needed, because the run trained on all of its text: validation_fraction was 0")
+        raise Contradiction("data: needed, because the run trained on all of its text: validation_fraction was 0")
     source = open_text(task, trained, other if other and side == "test" else trained.get("data"), fraction)
     hashes = (record or {}).get("data", {})
     if task.data is None and source.hash not in (hashes.get("hash"), hashes.get("validation_hash")):

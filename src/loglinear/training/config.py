@@ -13,6 +13,10 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Mixer = Literal["log_linear_mamba2", "mamba2", "log_linear_gated_deltanet", "gated_deltanet", "attention"]
 
 
+class Contradiction(ValueError):
+    """Options that contradict a record or the model they start from; for the command line, options that cannot be used."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The decoder: fields of `LogLinearConfig` by the same names. Models of different kinds differ in the mixer alone.

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from loglinear.tasks.lm.atomic import write_atomically
+from loglinear.training.config import Contradiction
 
 RECORD = "record.json"
 OPTIONS = "config.yaml"
@@ -45,7 +46,10 @@ def write_options(folder: Path, options: dict) -> None:
 
 
 def check_same_run(folder: Path, old: dict, new: dict) -> None:
-    """Raise ValueError naming every argument, or the data, in which ``new`` cannot go on with the record in ``folder``."""
+    """Raise Contradiction naming every argument in which ``new`` cannot go on with the record in ``folder``.
+
+    Raise ValueError if the arguments agree and the data behind them does not.
+    """
     before, now = _deciding(old["arguments"]), _deciding(new["arguments"])
     differing = [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
@@ -55,13 +59,12 @@ def check_same_run(folder: Path, old: dict, new: dict) -> None:
     if new["arguments"]["steps"] < old["arguments"]["steps"]:
         steps = f"{old['arguments']['steps']} and is now {new['arguments']['steps']}"
         differing.append(f"steps was {steps}, and a run may be given more steps but not fewer")
-    if not differing and old["data"] != new["data"]:
-        differing = ["the text behind data or validation_data, or the tokenizer, has changed"]
+    way_out = "Give the recorded arguments to go on with that run, or another --output to start a new one."
     if differing:
-        raise ValueError(
-            f"{folder / RECORD} records another run: {'; '.join(differing)}. "
-            "Give the recorded arguments to go on with that run, or another --output to start a new one."
-        )
+        raise Contradiction(f"{folder / RECORD} records another run: {'; '.join(differing)}. {way_out}")
+    if old["data"] != new["data"]:
+        changed = "the text behind data or validation_data, or the tokenizer, has changed"
+        raise ValueError(f"{folder / RECORD} records another run: {changed}. {way_out}")
 
 
 def _deciding(arguments: dict) -> dict:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, lift
 from loglinear.tasks.lm.tokenizer import check_fits, load_tokenizer, tokenizer_hash
 from loglinear.training.checkpoints import checkpoint_step, complete_checkpoints, model_folder, reading
-from loglinear.training.config import ModelConfig, TrainConfig
+from loglinear.training.config import Contradiction, ModelConfig, TrainConfig
 from loglinear.training.model import build_model
 from loglinear.training.record import RECORD, check_same_run, read_record
 
@@ -61,11 +61,14 @@ class Start:
         if missing:
             raise ValueError(f"{self.source} has no weights for {sorted(missing)}")
         if self.config.lift and self.checkpoint is None:
-            lift(model)
+            try:
+                lift(model)
+            except (TypeError, ValueError) as error:
+                raise Contradiction(f"lift: {error}") from error
         return model
 
     def continued(self, record: dict) -> dict:
-        """``record`` of this call with what the run's own record tells of its past. Raises ValueError if it is another run."""
+        """``record`` of this call with the past from the run's own record. Raises ValueError if it is another run."""
         if self.record is None:
             if self.config.init is not None and self.source is not None:
                 record = {**record, "init": {"checkpoint": str(self.source), "weights": weights_hash(self.source)}}
@@ -76,7 +79,7 @@ class Start:
         if steps > planned:
             if self.checkpoint is None and self.record["status"] == "complete":
                 output = self.config.output
-                raise ValueError(
+                raise Contradiction(
                     f"steps: {output} has no checkpoint left to go on from after step {planned}; start a new run from its "
                     f"model: --init {output}, and another --output"
                 )
@@ -117,12 +120,12 @@ def model_options(folder: Path) -> dict[str, Any]:
 
 
 def check_model(config: TrainConfig, folder: Path) -> None:
-    """Raise ValueError for an option of ``config`` that contradicts the model in ``folder``."""
+    """Raise Contradiction for an option of ``config`` that contradicts the model in ``folder``."""
     for name, have in model_options(folder).items():
         asked = getattr(config.data if name == "vocab_size" else config.model, name)
         if asked is not None and asked != have:
             asked, have = (" ".join(value) if isinstance(value, tuple) else value for value in (asked, have))
-            raise ValueError(f"{name} must be {have}, as the model of init={config.init} has it: got {asked}")
+            raise Contradiction(f"{name} must be {have}, as the model of init={config.init} has it: got {asked}")
 
 
 def initial_tokenizer(config: TrainConfig, folder: Path) -> PreTrainedTokenizerFast:
@@ -130,14 +133,17 @@ def initial_tokenizer(config: TrainConfig, folder: Path) -> PreTrainedTokenizerF
     own = load_tokenizer(str(folder)) if (folder / "tokenizer.json").exists() else None
     named = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     if own is not None and named is not None and tokenizer_hash(own) != tokenizer_hash(named):
-        raise ValueError(f"tokenizer must be that of init={config.init}: got {config.data.tokenizer!r}, another one")
+        raise Contradiction(f"tokenizer must be that of init={config.init}: got {config.data.tokenizer!r}, another one")
     tokenizer = named if own is None else own
     if tokenizer is None:
-        raise ValueError(
+        raise Contradiction(
             f"tokenizer: needed, because {folder} (init) holds none; name the one that it was trained with"
         )
     record = read_record(folder) or read_record(folder.parent) or {}
-    check_fits(tokenizer, LogLinearConfig.from_pretrained(folder), record.get("data", {}).get("tokenizer_hash"))
+    try:
+        check_fits(tokenizer, LogLinearConfig.from_pretrained(folder), record.get("data", {}).get("tokenizer_hash"))
+    except ValueError as error:
+        raise Contradiction(str(error)) from error
     return tokenizer
 
 
