@@ -21,7 +21,8 @@ THIRD_PARTY = {
     **{"auto_classes": set(), "extras": set(), "versions": set(), "__main__": set()},
     **{"fenwick": set(), "state": {"torch"}, "decoding_state": {"torch"}},
     **{"reference": {"torch"}, "kernels": {"torch", "triton"}},
-    **{"ops": {"torch"}, "": set(), "distributed": {"torch"}, "layers": {"torch"}, "models": {"torch", "transformers"}},
+    **{"ops": {"torch"}, "": set(), "distributed": {"torch"}, "layers": {"torch"}},
+    "models": {"torch", "transformers", "safetensors"},
 }
 
 

@@ -23,7 +23,15 @@ from loglinear.ops import (
 __version__ = "0.1.0"
 
 # These import transformers, when asked for.
-_MODELS = ("LiftReport", "LogLinearConfig", "LogLinearForCausalLM", "LogLinearModel", "lift")
+_MODELS = (
+    "LiftReport",
+    "LogLinearConfig",
+    "LogLinearForCausalLM",
+    "LogLinearModel",
+    "lift",
+    "load_levels",
+    "save_levels",
+)
 
 __all__ = [
     "DecodingState",

@@ -99,3 +99,12 @@ def test_what_cannot_be_lifted_is_as_it_was(make_model):
         loglinear.lift(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="num_levels must be at least 1: got 0"):
         loglinear.lift(make_model("mamba2"), num_levels=0)
+
+
+def test_levels_are_those_of_the_log_linear_layers_there(make_model):
+    mixed = make_model(["mamba2", "attention", "log_linear_mamba2"], level_scale_start="one")
+    with pytest.raises(
+        ValueError, match="num_levels must be 7 or None, as the log-linear layers of the model have it: got 9"
+    ):
+        loglinear.lift(mixed, num_levels=9)
+    assert loglinear.lift(mixed, num_levels=7).lifted

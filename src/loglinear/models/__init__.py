@@ -14,6 +14,7 @@ from loglinear.models.cache import cache_nbytes, restore_cache, snapshot_cache
 from loglinear.models.causal import LogLinearForCausalLM
 from loglinear.models.configuration import MIXERS, LogLinearConfig
 from loglinear.models.decoding import DecodingGraph
+from loglinear.models.levels_file import load_levels, save_levels
 from loglinear.models.lift import LiftReport, lift
 from loglinear.models.modeling import LogLinearModel
 from loglinear.versions import warn_untested
@@ -34,6 +35,8 @@ __all__ = [
     "LogLinearModel",
     "cache_nbytes",
     "lift",
+    "load_levels",
     "restore_cache",
+    "save_levels",
     "snapshot_cache",
 ]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from loglinear.layers import LevelScale
 from loglinear.models.configuration import LIFTED, LogLinearConfig
+from loglinear.models.levels import FIELD, Trained, check_trained, describe_base, train_only
 
 
 @dataclass
@@ -36,13 +37,15 @@ class LiftReport:
         return "; ".join([text, *(f"{name} left: {reason}" for name, reason in self.left.items())])
 
 
-def lift(model: PreTrainedModel, num_levels: int | None = None) -> LiftReport:
+def lift(model: PreTrainedModel, num_levels: int | None = None, train: Trained = "all") -> LiftReport:
     """Turn the linear mixers of ``model`` into their log-linear forms, in place. Its outputs stay what they are.
 
     Args:
         model: a ``LogLinearForCausalLM`` or ``LogLinearModel`` with linear mixers. Softmax attention stays as it is.
         num_levels: levels with a λ of their own; the config's ``max_position_embeddings`` becomes the longest context that
             they cover. None keeps that of the config.
+        train: what an optimizer may change then: "all", what it might before and the levels, or "levels", the new parameters
+            alone; all others are frozen.
 
     Raises:
         TypeError, ValueError: the model is of another kind or has no linear mixer. It is then as it was.
@@ -52,6 +55,7 @@ def lift(model: PreTrainedModel, num_levels: int | None = None) -> LiftReport:
         raise TypeError(f"model must be one of LogLinearConfig: got {type(model).__name__}")
     if num_levels is not None and num_levels < 1:
         raise ValueError(f"num_levels must be at least 1: got {num_levels}")
+    check_trained(train)
     names = config.layer_mixers
     if not any(name in LIFTED for name in names):
         raise ValueError(f"model must have a linear mixer, one of {list(LIFTED)}: got {sorted(set(names))}")
@@ -59,8 +63,12 @@ def lift(model: PreTrainedModel, num_levels: int | None = None) -> LiftReport:
         raise ValueError(
             "model must have λ that start at 1 where it is log-linear already: got level_scale_start='paper'"
         )
-    report = LiftReport(before=model.num_parameters())
     levels = config.num_levels if num_levels is None else num_levels
+    if any(name in LIFTED.values() for name in names) and levels != config.num_levels:
+        raise ValueError(
+            f"num_levels must be {config.num_levels} or None, as the log-linear layers of the model have it: got {levels}"
+        )
+    report = LiftReport(before=model.num_parameters())
     for name, (path, mixer) in zip(names, _mixers(model).items(), strict=True):
         if name not in LIFTED:
             report.left[path] = "log-linear already" if name in LIFTED.values() else f"{name} is no linear mixer"
@@ -75,6 +83,8 @@ def lift(model: PreTrainedModel, num_levels: int | None = None) -> LiftReport:
     config.level_scale_start = "one"
     if num_levels is not None:
         config.max_position_embeddings = 1 << (num_levels - 1)
+    setattr(config, FIELD, describe_base(config, levels))
+    train_only(model, train)
     return report
 
 
