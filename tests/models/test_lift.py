@@ -95,8 +95,10 @@ def test_what_cannot_be_lifted_is_as_it_was(make_model):
         assert dict(model.named_parameters()).keys() == before.keys()
     with pytest.raises(ValueError, match="got level_scale_start='paper'"):
         loglinear.lift(make_model(["mamba2", "attention", "log_linear_mamba2"]))
-    with pytest.raises(TypeError, match="model must be one of LogLinearConfig: got Linear"):
+    with pytest.raises(ValueError, match=r"model must have a linear mixer, .*: got Linear with no mixer"):
         loglinear.lift(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model must be a module: got dict"):
+        loglinear.lift({})
     with pytest.raises(ValueError, match="num_levels must be at least 1: got 0"):
         loglinear.lift(make_model("mamba2"), num_levels=0)
 

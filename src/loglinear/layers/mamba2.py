@@ -99,7 +99,7 @@ class LogLinearMamba2(RecurrentMixer):
         self.reset_parameters()
 
     def _in_scale(self, multipliers: Sequence[float] | None) -> Tensor | None:
-        """``[columns]``, the factor of each column of the input projection; None where all are 1."""
+        """The five factors, each for its columns."""
         if multipliers is None:
             return None
         if len(multipliers) != 5:
@@ -119,10 +119,15 @@ class LogLinearMamba2(RecurrentMixer):
     def project(self, hidden: Tensor) -> Streams:
         scaled = None if self.in_multiplier == 1 else hidden * self.in_multiplier
         joined, dl = self.joint(hidden, scaled)
-        if self.in_scale is not None:
-            joined = joined * self.in_scale.to(joined.dtype)
+        column_scale = self.column_scale()
+        if column_scale is not None:
+            joined = joined * column_scale.to(joined.dtype)
         z, xBC, dt = joined.split(self.in_widths, dim=-1)
         return Streams(conv=xBC, gate=z, rate=dt, dl=dl, joined=joined)
+
+    def column_scale(self) -> Tensor | None:
+        """``[columns]``, the factor of each column of the input projection; None where all are 1."""
+        return self.in_scale
 
     def inputs(self, mixed: Tensor, streams: Streams) -> tuple[dict[str, Tensor], Tensor | None]:
         x, B, C = mixed.split(self.conv_widths, dim=-1)

@@ -1,0 +1,45 @@
+"""KINDS: which linear mixers can be lifted, and how one is recognised."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from loglinear.models.lifted.mamba2 import LiftedMamba2
+from loglinear.models.lifted.mixer import LiftedMixer
+
+# By the class of the original, in transformers.
+KINDS: dict[str, type[LiftedMixer]] = {
+    "Mamba2Mixer": LiftedMamba2,
+    "BambaMixer": LiftedMamba2,
+    "GraniteMoeHybridMambaLayer": LiftedMamba2,
+    "NemotronHMamba2Mixer": LiftedMamba2,
+    "Zamba2MambaMixer": LiftedMamba2,
+    "FalconH1Mixer": LiftedMamba2,
+}
+
+_LINEAR = re.compile(
+    r"(Mamba\w*(Mixer|Layer)|DeltaNet|DeltaAttention|Linear\w*Attention|LightningAttention|RecurrentBlock|Retention"
+    r"|(Rwkv|RWKV)\w*(Attention|SelfAttention)|MambaMixer)$"
+)
+
+
+def kind_of(original: nn.Module) -> type[LiftedMixer] | None:
+    """The lifted form of a module; None for a module that is no linear mixer.
+
+    Raises ValueError for a linear mixer without one.
+    """
+    kind, origin = type(original).__name__, type(original).__module__
+    if kind in KINDS:
+        if not origin.startswith("transformers."):
+            raise ValueError(f"its class must be that of transformers: got one of {origin}")
+        return KINDS[kind]
+    if "A_log" in original._parameters or (_LINEAR.search(kind) and "DecoderLayer" not in kind):
+        raise ValueError(f"linear mixer must be one of {list(KINDS)}: got {kind}")
+    return None
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the module is softmax attention, by its name."""
+    return type(module).__name__.endswith("Attention")
