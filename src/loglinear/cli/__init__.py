@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "perplexity and loss by position of a checkpoint",
     "niah": "needle in a haystack: samples, a short fine-tune, and the heatmap of length and depth",
     "generate": "continue a prompt and show the size of the state",
+    "convert": "write a checkpoint of another library as one of ours",
     "demo": "train Log-Linear Mamba-2 and its linear twin on this Python's sources, and compare them",
     "mqar": "train small models on associative recall side by side, and compare how many pairs they recall",
     "masks": "draw the attention masks side by side",

@@ -8,12 +8,14 @@ try:
     import transformers
 except ModuleNotFoundError as error:
     raise explained(error, "loglinear.models") from None
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from loglinear.models.cache import cache_nbytes, restore_cache, snapshot_cache
 from loglinear.models.causal import LogLinearForCausalLM
-from loglinear.models.configuration import MIXERS, LogLinearConfig
+from loglinear.models.configuration import MIXERS, LogLinearConfig, opened_as_ours
 from loglinear.models.decoding import DecodingGraph
+from loglinear.models.foreign.conversion import ConversionReport, convert
+from loglinear.models.foreign.options import TRANSLATIONS
 from loglinear.models.levels_file import load_levels, save_levels
 from loglinear.models.lift import LiftReport, lift
 from loglinear.models.modeling import LogLinearModel
@@ -23,17 +25,22 @@ warn_untested()
 AutoConfig.register(LogLinearConfig.model_type, LogLinearConfig, exist_ok=True)
 AutoModel.register(LogLinearConfig, LogLinearModel, exist_ok=True)
 AutoModelForCausalLM.register(LogLinearConfig, LogLinearForCausalLM, exist_ok=True)
+for kind in TRANSLATIONS:
+    if kind not in CONFIG_MAPPING:  # transformers' own models, and those of a library that is imported, stay theirs
+        AutoConfig.register(kind, opened_as_ours(kind))
 library: Any = transformers
 library.LogLinearForCausalLM = LogLinearForCausalLM  # where `transformers serve` looks for an architecture
 
 __all__ = [
     "MIXERS",
+    "ConversionReport",
     "DecodingGraph",
     "LiftReport",
     "LogLinearConfig",
     "LogLinearForCausalLM",
     "LogLinearModel",
     "cache_nbytes",
+    "convert",
     "lift",
     "load_levels",
     "restore_cache",

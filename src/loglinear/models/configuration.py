@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from loglinear.fenwick import num_levels
 from loglinear.layers.level_scale import OFFSETS
+from loglinear.models.foreign.options import translated
 
 _MULTIPLES = {
     "mamba_num_heads": "mamba_num_groups",
@@ -104,13 +105,23 @@ class LogLinearConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'. Raises ValueError for the configuration of another architecture."""
+        """As transformers', also for a layout of another library that ``loglinear convert`` takes.
+
+        Raises ValueError for the configuration of another architecture.
+        """
+        config_dict = translated(config_dict)
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(
                 f"config.json must be of model_type {cls.model_type!r}: got {kind!r}, a model of another architecture"
             )
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers', in our fields."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        return translated(config_dict), kwargs
 
     @property
     def layer_mixers(self) -> list[str]:
@@ -188,3 +199,12 @@ class LogLinearConfig(PreTrainedConfig):
         default("num_attention_heads", max(1, hidden // 64))
         default("num_key_value_heads", self.num_attention_heads)
         default("head_dim", hidden // self.num_attention_heads)
+
+
+def opened_as_ours(kind: str) -> type[PreTrainedConfig]:
+    """A class of configurations for the Auto classes, by which a ``model_type`` of another library is opened as ours."""
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return LogLinearConfig.from_dict(config_dict, **kwargs)
+
+    return type("ForeignConfig", (PreTrainedConfig,), {"model_type": kind, "from_dict": classmethod(from_dict)})

@@ -23,6 +23,7 @@ from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, RMSNorm, S
 from loglinear.layers.initialization import StatedInit
 from loglinear.models.cache import MixerCacheLayer, check_cache, check_past
 from loglinear.models.configuration import LogLinearConfig
+from loglinear.models.foreign.loading import from_foreign
 from loglinear.models.layout import TokenLayout, plan_layout
 from loglinear.models.outputs import FIELD, NAMES, ModelOutput, one_cache
 from loglinear.ops import pointwise
@@ -119,11 +120,14 @@ class LogLinearPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
-        """As transformers'. Raises ValueError for a checkpoint without one of the weights that only training can give.
+        """As transformers', also for checkpoints of other libraries that ``loglinear convert`` takes.
 
         A parameter with a stated start may be missing: λ of a log-linear model that starts from its linear twin, or D.
+        Raises ValueError for a checkpoint without one of the weights that only training can give, and, for one of
+        another library, with a tensor that has no place here.
         """
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        load = super().from_pretrained
+        loaded: Any = from_foreign(load, *args, **kwargs) or load(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         stated = {
             f"{prefix}.{name}"

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, lift
+from loglinear.models.foreign.options import is_foreign
 from loglinear.tasks.lm.tokenizer import check_fits, load_tokenizer, tokenizer_hash
 from loglinear.training.checkpoints import checkpoint_step, complete_checkpoints, model_folder, reading
 from loglinear.training.config import Contradiction, ModelConfig, TrainConfig
@@ -110,8 +111,9 @@ def find_start(config: TrainConfig) -> Start:
 
 def model_options(folder: Path) -> dict[str, Any]:
     """The options of ``ModelConfig``, and ``vocab_size``, of the model in ``folder``."""
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != LogLinearConfig.model_type:
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = content.get("model_type")
+    if kind != LogLinearConfig.model_type and not is_foreign(content):
         raise ValueError(f"init: {folder} holds a model of type {kind!r}: needs {LogLinearConfig.model_type!r}")
     config = LogLinearConfig.from_pretrained(folder)
     options = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
