@@ -89,8 +89,8 @@ def test_the_tail_does_not_keep_the_input_alive():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="width must be at least 1: got 0"):
-        ShortConvolution(CHANNELS, width=0)
+    with pytest.raises(ValueError, match="width must be at least 0: got -1"):
+        ShortConvolution(CHANNELS, width=-1)
     with pytest.raises(ValueError, match=r"tail must have shape \[1, 3, 5\]: got \[2, 3, 5\]"):
         ShortConvolution(CHANNELS)(torch.randn(1, 4, CHANNELS), torch.randn(2, 3, CHANNELS))
     with pytest.raises(ValueError, match="x must have a batch of 1 when cu_seqlens packs sequences: got B=2"):

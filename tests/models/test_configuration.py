@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from loglinear.models import LogLinearConfig
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 
 
 def test_widths_follow_the_hidden_size():
@@ -93,3 +93,47 @@ def test_where_level_scales_start_is_saved(make_model, tokens, tmp_path):
         torch.nn.init.zeros_(layer.mixer.level_scale.dl_proj.weight)
     ids = tokens(2, 100)
     torch.testing.assert_close(model(ids).logits, linear(ids).logits, rtol=0, atol=1e-9)
+
+
+VARIANTS = {
+    "mamba_use_bias": ("mamba2", True),
+    "mamba_conv_bias": ("mamba2", False),
+    "mamba_norm": ("mamba2", False),
+    "mamba_norm_groups": ("mamba2", 2),
+    "mamba_norm_before_gate": ("mamba2", True),
+    "mamba_dt_limit": ("mamba2", [0.5, float("inf")]),
+    "mamba_skip_per_channel": ("mamba2", True),
+    "level_scale_bias": ("log_linear_mamba2", True),
+    "delta_conv_bias": ("gated_deltanet", True),
+    "delta_gate_activation": ("gated_deltanet", None),
+    "delta_decay": ("gated_deltanet", False),
+    "delta_use_beta": ("gated_deltanet", False),
+    "delta_neg_eigval": ("gated_deltanet", True),
+    "delta_qk_activation": ("gated_deltanet", "elu"),
+    "delta_qk_norm": ("gated_deltanet", "sum"),
+    "conv_size": ("gated_deltanet", 0),
+    "mixer_norm_eps": ("mamba2", 1.0),
+}
+
+
+@pytest.mark.parametrize("field", VARIANTS)
+@torch.no_grad()
+def test_variants_of_mixers_reach_the_model_and_are_saved(field, make_model, tokens, tmp_path):
+    """Every field changes the logits or the tensors, a saved model has it again, and decoding goes on with it."""
+    mixer, value = VARIANTS[field]
+    model, plain, ids = make_model(mixer, **{field: value}), make_model(mixer), tokens(1, 30)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.uniform_(0.1, 1)  # away from starts that hide a bias
+    shapes = [{name: x.shape for name, x in m.state_dict().items()} for m in (model, plain)]
+    logits = model(ids).logits
+    if shapes[0] == shapes[1]:
+        plain.load_state_dict(model.state_dict())
+        assert (plain(ids).logits - logits).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    again = LogLinearForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert getattr(again.config, field) == value
+    torch.testing.assert_close(again(ids).logits, logits, rtol=0, atol=1e-12)
+    cache = again(ids[:, :20]).past_key_values
+    pieces = [again(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 30)]
+    torch.testing.assert_close(torch.cat(pieces, 1), logits[:, 20:], rtol=0, atol=1e-9)

@@ -12,6 +12,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "sigmoid": torch.sigmoid,
+    "relu": F.relu,
+    "elu": lambda x: F.elu(x) + 1,  # positive, as linear attention's features
     "identity": lambda x: x,
 }
 

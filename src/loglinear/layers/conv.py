@@ -23,18 +23,21 @@ class ShortConvolution(StatedInit):
     """``y_t = silu(bias + Σ_i weight[:, i] · x_{t-W+1+i})`` per channel, with W taps; nothing crosses a sequence's start.
 
     Args:
-        channels: width of input and output. width: W >= 1, taps; a state keeps W - 1 inputs. bias: whether to add one.
+        channels: width of input and output. width: W, taps; a state keeps W - 1 inputs. 0 leaves the activation alone.
+        bias: whether to add one.
         activation: in place of SiLU, one of ``activations.ACTIVATIONS``; the kernels know SiLU alone.
     """
 
+    weight: nn.Parameter  # None where the width is 0
+
     def __init__(self, channels: int, width: int = 4, bias: bool = True, activation: str = "silu") -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1: got {width}")
+        if width < 0:
+            raise ValueError(f"width must be at least 0: got {width}")
         self.channels, self.width = channels, width
         self.activation = check_activation(activation, "activation")
-        self.weight = nn.Parameter(torch.empty(channels, width))
-        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.weight = nn.Parameter(torch.empty(channels, width)) if width else None  # type: ignore[assignment]
+        self.bias = nn.Parameter(torch.empty(channels)) if bias and width else None
         self.reset_parameters()
 
     @property
@@ -42,12 +45,21 @@ class ShortConvolution(StatedInit):
         """The weight as ``[channels, W]``."""
         return self.weight
 
+    @property
+    def keep(self) -> int:
+        """Inputs in a tail."""
+        return max(self.width - 1, 0)
+
     def unfused(self) -> str | None:
         """The field that kernels do not know; None if they know all."""
+        if self.width == 0:
+            return "no taps"
         return None if self.activation == "silu" else f"the activation {self.activation}"
 
     def initial_values(self) -> dict[str, Tensor]:
         """Uniform in ±1/sqrt(W) as torch's Conv1d (fan-in W: depthwise), and a bias of zero."""
+        if self.weight is None:
+            return {}
         bound = 1 / math.sqrt(self.width)
         values = {"weight": torch.empty_like(self.weight).uniform_(-bound, bound)}
         if self.bias is not None:
@@ -74,7 +86,7 @@ class ShortConvolution(StatedInit):
         """
         if cu_seqlens is not None:
             check_packed(x, "x", cu_seqlens)
-        keep = self.width - 1
+        keep = self.keep
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if tail is None and not in_place and self._has_kernel(x):
             place = None if cu_seqlens is None else locate_tokens(cu_seqlens, x.shape[1])[1].int()
@@ -86,7 +98,7 @@ class ShortConvolution(StatedInit):
         buffer, tail = tail, tail.to(x.dtype)
         if cu_seqlens is None:
             extended, length = torch.cat([tail, x], dim=1), x.shape[1]
-            y = self._taps([extended[:, i : i + length] for i in range(self.width)])
+            y = self._taps([extended[:, i : i + length] for i in range(keep + 1)])
             new_tail = extended[:, length:]
         else:
             y, new_tail = self._packed(x, tail, cu_seqlens)
@@ -95,7 +107,7 @@ class ShortConvolution(StatedInit):
         return y, new_tail.clone() if cu_seqlens is None else new_tail  # a view would keep the input alive in a cache
 
     def _has_kernel(self, x: Tensor) -> bool:
-        if not convolution.has_kernel(x, self.taps):
+        if self.weight is None or not convolution.has_kernel(x, self.taps):
             return False
         field = self.unfused()
         return field is None or fallback.plain("the short convolution", field)
@@ -111,13 +123,13 @@ class ShortConvolution(StatedInit):
         tail_place = (offset[:-1] + row * keep)[:, None] + steps  # [n, W-1]
         extended = x.new_zeros(length + rows * keep, self.channels)
         extended = extended.index_put((tail_place,), tail).index_put((place,), x[0])
-        y = self._taps([extended[place - keep + i] for i in range(self.width)])
+        y = self._taps([extended[place - keep + i] for i in range(keep + 1)])
         new_tail = extended[(offset[1:] + row * keep)[:, None] + steps]  # the last W - 1 of each extended sequence
         return y.unsqueeze(0), new_tail
 
     def _last_inputs(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """The tail after x ``[B, T, channels]`` that had none before it: zeros stand where a sequence is too short."""
-        keep = self.width - 1
+        keep = self.keep
         if cu_seqlens is None:
             last = x[:, max(0, x.shape[1] - keep) :]
             return F.pad(last, (0, 0, keep - last.shape[1], 0))  # a copy: a view would keep x alive in a cache
@@ -128,6 +140,8 @@ class ShortConvolution(StatedInit):
 
     def _taps(self, shifted: list[Tensor]) -> Tensor:
         """Weighted sum of the W shifted inputs, then the activation. A sum of shifts works for T = 0 and fuses."""
+        if self.weight is None:
+            return ACTIVATIONS[self.activation](shifted[0])
         weight = self.taps.to(shifted[0].dtype)
         y = shifted[0] * weight[:, 0]
         for i in range(1, self.width):

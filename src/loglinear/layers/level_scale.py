@@ -29,6 +29,7 @@ class LevelScale(StatedInit):
     Args:
         hidden_size: width of the input. num_heads: H, value heads. num_levels: levels with a λ of their own; tokens
             further apart share the last one's.
+        bias: whether the projection has one, which starts at 0.
         start: "paper", c = 0: λ starts near ln 2 on every level. "one", c = ln(e - 1): λ starts near 1, and is 1 where dl
             is 0, which is the linear model.
 
@@ -37,14 +38,18 @@ class LevelScale(StatedInit):
 
     no_weight_decay = frozenset({"L"})
 
-    def __init__(self, hidden_size: int, num_heads: int, num_levels: int, start: Start = "paper") -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_levels: int, start: Start = "paper", bias: bool = False
+    ) -> None:
         super().__init__()
         if start not in OFFSETS:
             raise ValueError(f"start must be one of {list(OFFSETS)}: got {start!r}")
         self.offset = OFFSETS[start]
         self.L = nn.Parameter(torch.empty(num_heads, num_levels))
-        self.dl_proj = nn.Linear(hidden_size, num_heads * num_levels, bias=False)
+        self.dl_proj = nn.Linear(hidden_size, num_heads * num_levels, bias=bias)
         nn.init.normal_(self.dl_proj.weight, std=PROJECTION_STD)
+        if self.dl_proj.bias is not None:
+            nn.init.zeros_(self.dl_proj.bias)
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ class LogLinearMamba2(RecurrentMixer):
         use_bias, conv_bias: of both projections, and of the convolution. conv_activation: behind it.
         norm: whether the output is normalised; False leaves the gate alone. norm_groups: equal parts of the inner width,
             each normalised by itself. norm_before_gate: whether the norm comes before the gate.
+        skip_per_channel: whether D has a number for each channel of x, not one for each head. level_scale_bias: of λ's
+            projection.
         dt_limit: least and greatest time step; a step is clamped after its softplus.
         in_multiplier: of the input of ``in_proj``. in_multipliers: of its outputs z, x, B, C and dt; None is 1.
 
@@ -72,6 +74,8 @@ class LogLinearMamba2(RecurrentMixer):
         norm_groups: int = 1,
         norm_before_gate: bool = False,
         dt_limit: tuple[float, float] = NO_LIMIT,
+        skip_per_channel: bool = False,
+        level_scale_bias: bool = False,
         in_multiplier: float = 1.0,
         in_multipliers: Sequence[float] | None = None,
     ) -> None:
@@ -92,8 +96,9 @@ class LogLinearMamba2(RecurrentMixer):
         self.conv = ShortConvolution(sum(self.conv_widths), conv_width, conv_bias, conv_activation)
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.D = nn.Parameter(torch.empty(num_heads))
-        self.level_scale = LevelScale(hidden_size, num_heads, num_levels, level_scale_start) if log_linear else None
+        self.D = nn.Parameter(torch.empty(inner if skip_per_channel else num_heads))
+        levels = (num_levels, level_scale_start, level_scale_bias)
+        self.level_scale = LevelScale(hidden_size, num_heads, *levels) if log_linear else None
         self.norm = GatedRMSNorm(inner, norm_eps, not norm_before_gate, norm_groups) if norm else OutputGate()
         self.out_proj = nn.Linear(inner, hidden_size, bias=use_bias)
         self.reset_parameters()
@@ -113,7 +118,7 @@ class LogLinearMamba2(RecurrentMixer):
         return {
             "dt_bias": initial_dt_bias(heads, device),
             "A_log": initial_A_log(heads, device, 1.0, 16.0),
-            "D": torch.ones(heads, device=device),
+            "D": torch.ones_like(self.D),
         }
 
     def project(self, hidden: Tensor) -> Streams:
@@ -145,6 +150,8 @@ class LogLinearMamba2(RecurrentMixer):
         return self.out_proj(self.norm(o.flatten(-2), gate, skip.flatten(-2), self.D))
 
     def unfused(self) -> str | None:
+        if self.D.shape[0] != self.num_heads:
+            return "a skip per channel"
         return super().unfused() or (None if self.dt_limit == NO_LIMIT else "a dt_limit")
 
     def _discretise(self, x: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor]:

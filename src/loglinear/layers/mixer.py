@@ -20,7 +20,7 @@ from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.linear import project, projections
-from loglinear.layers.norm import GatedRMSNorm, OutputGate
+from loglinear.layers.norm import OutputGate, RMSNorm
 from loglinear.layers.recurrence import convolve, mix
 from loglinear.layers.state import RecurrentMixerState
 
@@ -32,8 +32,9 @@ class Streams(NamedTuple):
     """The projections of a mixer's input, and λ's.
 
     Attributes:
-        conv: ``[B, T, channels]``, to be convolved. gate: ``[B, T, H·V]``, of the output.
-        rate: ``[B, T, H]``, the raw time step or decay rate. strength: ``[B, T, H]``, raw β; None without the delta rule.
+        conv: ``[B, T, channels]``, to be convolved. gate: ``[B, T, H·V]``, of the output; no columns without a gate.
+        rate: ``[B, T, H]``, the raw time step or decay rate; no columns without a decay. strength: ``[B, T, H]``, raw β;
+            no columns where it is 1, None without the delta rule.
         dl: ``[B, T, H·L]``, λ's projection; None in a linear model, and where ``LevelScale`` is to make it.
         joined: ``[B, T, columns]``, of which the first four are columns in the order of the mixer's own projection. None
             where there is no such tensor; the step kernels need one.
@@ -56,9 +57,10 @@ class RecurrentMixer(StatedInit):
     dt_bias: nn.Parameter
     A_log: nn.Parameter
     level_scale: LevelScale | None
-    norm: GatedRMSNorm | OutputGate
+    norm: RMSNorm | OutputGate
     out_proj: nn.Module
     context_group: ProcessGroup | None = None  # set_context_group
+    unit_length: bool = False  # whether the sequence mixing divides q and k by their lengths
 
     @abstractmethod
     def project(self, hidden: Tensor) -> Streams:
@@ -104,7 +106,15 @@ class RecurrentMixer(StatedInit):
         inputs, skip = self.inputs(mixed, streams)
         scales = None if self.level_scale is None else self.level_scale(hidden, streams.dl)
         o, new_state = mix(
-            inputs, scales, state, conv_tail, output_state, cu_seqlens, cu_seqlens_cpu, self.context_group
+            inputs,
+            scales,
+            state,
+            conv_tail,
+            output_state,
+            cu_seqlens,
+            cu_seqlens_cpu,
+            self.context_group,
+            self.unit_length,
         )
         return self.outputs(o, streams.gate, skip), new_state
 

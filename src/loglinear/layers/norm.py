@@ -32,6 +32,10 @@ class RMSNorm(nn.Module):
         """One kernel each way on CUDA (torch 2.9): eager steps are bound by their launches."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
+    def unfused(self) -> str | None:
+        """The field that kernels of a mixer's outputs do not know; None if they know all."""
+        return "a norm without a gate"
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
 

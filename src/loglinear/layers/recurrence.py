@@ -44,9 +44,9 @@ def convolve(
         return conv(x, state.conv if state else None, cu_seqlens, in_place=writes_into(state))
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens must be None with a context group: ranks share one sequence without padding")
-    x, tail = previous_inputs(x, conv.width - 1, context_group)
+    x, tail = previous_inputs(x, conv.keep, context_group)
     y, next_tail = conv(torch.cat([tail, x], 1))  # not as its state: a call from the start has a kernel
-    return y[:, conv.width - 1 :], next_tail
+    return y[:, conv.keep :], next_tail
 
 
 def mix(
@@ -58,40 +58,42 @@ def mix(
     cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
     context_group: ProcessGroup | None = None,
+    unit_length: bool = False,
 ) -> tuple[Tensor, RecurrentMixerState | None]:
     """o ``[B, T, H, V]`` and the state after the last token (None unless asked for).
 
     Args:
-        inputs: q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g ``[B, T, H]``; with beta ``[B, T, H]`` it is the delta rule, on
-            q and k of unit length. level_scales: λ ``[B, T, H, L]``; None is the linear model.
+        inputs: q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g ``[B, T, H]``; with beta ``[B, T, H]`` it is the delta rule.
+        level_scales: λ ``[B, T, H, L]``; None is the linear model.
         conv_tail: the convolution's next tail; where ``writes_into(state)``, ``state.conv`` has it already.
         context_group: ranks that share the sequence (``set_context_group``).
+        unit_length: whether the delta rule divides q and k by their lengths first.
         The others: as in ``loglinear.layers``.
     """
     if context_group is not None:
-        return _mix_over_ranks(inputs, level_scales, state, output_state, context_group), None
+        return _mix_over_ranks(inputs, level_scales, state, output_state, context_group, unit_length), None
     if state is not None and writes_into(state):
-        o = _mix_in_place(inputs, level_scales, state.memory, cu_seqlens, cu_seqlens_cpu)
+        o = _mix_in_place(inputs, level_scales, state.memory, cu_seqlens, cu_seqlens_cpu, unit_length)
         return o, state if output_state else None
     memory = None if state is None else state.ordinary().memory
     assert not isinstance(memory, DecodingState)
-    o, after = _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu)
+    o, after = _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu, unit_length)
     return o, RecurrentMixerState(conv_tail, after) if after is not None else None
 
 
-def _mix_over_ranks(inputs, level_scales, state, output_state, group) -> Tensor:
+def _mix_over_ranks(inputs, level_scales, state, output_state, group, unit_length) -> Tensor:
     """o of this rank's span."""
     if state is not None or output_state:
         name = "output_state must be False" if state is None else "state must be None"
         raise ValueError(f"{name} with a context group: no rank holds the whole past (of a model: use_cache=False)")
     if "beta" in inputs:
         return context_parallel_delta_rule(
-            **inputs, level_scales=level_scales, use_qk_l2norm_in_kernel=True, group=group
+            **inputs, level_scales=level_scales, use_qk_l2norm_in_kernel=unit_length, group=group
         )
     return context_parallel_attention(**inputs, level_scales=level_scales, group=group)
 
 
-def _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu):
+def _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu, unit_length):
     return attend(
         **{"beta": None, **inputs},
         level_scales=level_scales,
@@ -99,17 +101,17 @@ def _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens
         output_final_state=output_state,
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
-        unit_length="beta" in inputs,
+        unit_length=unit_length,
     )
 
 
-def _mix_in_place(inputs, level_scales, memory, cu_seqlens, cu_seqlens_cpu) -> Tensor:
+def _mix_in_place(inputs, level_scales, memory, cu_seqlens, cu_seqlens_cpu, unit_length) -> Tensor:
     """o of an ordinary call or a step; ``memory`` takes the tokens in."""
     length = inputs["q"].shape[1]
     if isinstance(memory, LinearDecodingState):
         if cu_seqlens is None and length == 1 and level_scales is None:
-            return linear_step(**inputs, state=memory)
-        o, after = _ordinary(inputs, level_scales, memory, True, cu_seqlens, cu_seqlens_cpu)
+            return linear_step(**inputs, state=memory, unit_length=unit_length)
+        o, after = _ordinary(inputs, level_scales, memory, True, cu_seqlens, cu_seqlens_cpu, unit_length)
         assert isinstance(after, LinearState)
         copy_tensors_(memory._tensors(), after._tensors())
         return o
@@ -117,27 +119,33 @@ def _mix_in_place(inputs, level_scales, memory, cu_seqlens, cu_seqlens_cpu) -> T
     if cu_seqlens is None and 1 <= length <= memory.chunk_size and known_dtype:
         if "beta" in inputs:
             return log_linear_delta_rule_step(
-                **inputs, level_scales=level_scales, state=memory, use_qk_l2norm_in_kernel=True
+                **inputs, level_scales=level_scales, state=memory, use_qk_l2norm_in_kernel=unit_length
             )
         return log_linear_attention_step(**inputs, level_scales=level_scales, state=memory)
-    o, after = _ordinary(inputs, level_scales, memory.to_state(), True, cu_seqlens, cu_seqlens_cpu)
+    o, after = _ordinary(inputs, level_scales, memory.to_state(), True, cu_seqlens, cu_seqlens_cpu, unit_length)
     assert isinstance(after, LogLinearState)
     memory.restore_(DecodingState.from_state(after, memory.max_context, memory.entries.dtype, memory.open_k.dtype))
     return o
 
 
 def linear_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: LinearDecodingState, beta: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: LinearDecodingState,
+    beta: Tensor | None = None,
+    unit_length: bool = False,
 ) -> Tensor:
     """o ``[B, 1, H, V]`` for one token of every row of the linear model, which ``state`` takes in. Waits for nothing.
 
-    ``S ← e^g S + k vᵀ``, with the delta rule ``S ← e^g S + β k (v - e^g kᵀS)ᵀ`` and q, k of unit length; ``o = qᵀS``.
+    ``S ← e^g S + k vᵀ``, with the delta rule ``S ← e^g S + β k (v - e^g kᵀS)ᵀ``; ``o = qᵀS``. unit_length: as in ``mix``.
     """
     memory, groups = state.state, q.shape[2]
     check_dtype("state.memory.state", memory.dtype, (torch.float64, torch.float32))
     with torch.autocast(q.device.type, enabled=False):  # products with the state are as precise as the state
         q, k = (x[:, 0].to(memory.dtype) for x in (q, k))
-        if beta is not None:
+        if unit_length:
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
         S = memory.unflatten(1, (groups, -1))  # [B, G, H/G, K, V], a view
         S.mul_(g[:, 0].to(memory.dtype).exp().unflatten(1, (groups, -1))[..., None, None])

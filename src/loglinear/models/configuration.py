@@ -42,18 +42,24 @@ class LogLinearConfig(PreTrainedConfig):
         intermediate_size: inner width of the SwiGLU MLP; None is 8/3 · hidden_size rounded up to a multiple
             of 64, and 0 leaves the MLPs out.
         max_position_embeddings: longest context with a λ for every level. Longer inputs work; the last level is shared.
-        conv_size: taps of the short convolutions.
+        conv_size: taps of the short convolutions; 0 leaves their activations alone.
         level_scale_start: where the λ of log-linear mixers start: ``"paper"``, near ln 2 on every level, or ``"one"``, near 1,
             which is the linear model.
         mamba_head_dim, mamba_num_heads, mamba_state_size, mamba_num_groups: V, H, K, G of the Mamba-2 mixers;
             num_heads None makes the inner width twice hidden_size.
         delta_num_heads, delta_num_key_heads, delta_key_dim, delta_value_dim: H, G, K, V of the Gated DeltaNet mixers;
             None: G = H, keys of 3/4 · hidden_size together, values twice as wide as keys.
+        mamba_use_bias, mamba_conv_bias, mamba_norm, mamba_norm_groups, mamba_norm_before_gate, mamba_dt_limit,
+        mamba_skip_per_channel: fields of ``LogLinearMamba2`` by these names without their first word.
+        delta_conv_bias, delta_gate_activation, delta_decay, delta_use_beta, delta_neg_eigval, delta_qk_activation,
+        delta_qk_norm: fields of ``LogLinearGatedDeltaNet``, likewise.
+        level_scale_bias: whether λ's projections in Mamba-2 mixers have a bias.
         num_attention_heads, num_key_value_heads, head_dim: of softmax attention; None: heads of 64, all with own keys.
         rope_theta: base of the rotary frequencies of softmax attention.
         residual_in_fp32: whether, under autocast, the residual stream stays float32 as the embeddings are; False makes it
             autocast's dtype: half the memory of checkpointed activations, and a rounding at each layer's sum.
-        rms_norm_eps: of every norm. initializer_range: standard deviation of linear and embedding weights.
+        rms_norm_eps: of every norm. mixer_norm_eps: of the norms in recurrent mixers; None: rms_norm_eps.
+        initializer_range: standard deviation of linear and embedding weights.
         decoding_entry_dtype: of the entries of log-linear decoding states: ``"float32"``, or ``"bfloat16"`` for half the
             memory and an error as of rounding keys and values.
         use_cache: whether a model in evaluation mode returns a cache. tie_word_embeddings: share input and output ones.
@@ -83,12 +89,28 @@ class LogLinearConfig(PreTrainedConfig):
     delta_num_key_heads: int = None  # type: ignore[assignment]
     delta_key_dim: int = None  # type: ignore[assignment]
     delta_value_dim: int = None  # type: ignore[assignment]
+    mamba_use_bias: bool = False
+    mamba_conv_bias: bool = True
+    mamba_norm: bool = True
+    mamba_norm_groups: int = 1
+    mamba_norm_before_gate: bool = False
+    mamba_dt_limit: list[float] | None = None
+    mamba_skip_per_channel: bool = False
+    delta_conv_bias: bool = False
+    delta_gate_activation: str | None = "silu"
+    delta_decay: bool = True
+    delta_use_beta: bool = True
+    delta_neg_eigval: bool = False
+    delta_qk_activation: str = "silu"
+    delta_qk_norm: str = "l2"
+    level_scale_bias: bool = False
     num_attention_heads: int = None  # type: ignore[assignment]
     num_key_value_heads: int = None  # type: ignore[assignment]
     head_dim: int = None  # type: ignore[assignment]
     rope_theta: float = 500_000.0
     residual_in_fp32: bool = True
     rms_norm_eps: float = 1e-6
+    mixer_norm_eps: float = None  # type: ignore[assignment]
     initializer_range: float = 0.02
     decoding_entry_dtype: str = "float32"
     use_cache: bool = True
@@ -163,7 +185,7 @@ class LogLinearConfig(PreTrainedConfig):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer: got {value!r}")
-            least = 0 if name == "intermediate_size" else 1
+            least = 0 if name in ("intermediate_size", "conv_size") else 1
             if value < least:
                 raise ValueError(f"{name} must be at least {least}: got {value}")
 
@@ -187,10 +209,11 @@ class LogLinearConfig(PreTrainedConfig):
         """Fill in the widths that were left out, so that a saved config is complete."""
         hidden = self.hidden_size
 
-        def default(name: str, value: int) -> None:
+        def default(name: str, value: float) -> None:
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
+        default("mixer_norm_eps", self.rms_norm_eps)
         default("intermediate_size", -(-8 * hidden // (3 * 64)) * 64)
         default("mamba_num_heads", max(1, 2 * hidden // self.mamba_head_dim))
         default("delta_num_key_heads", self.delta_num_heads)

@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, RMSNorm, SoftmaxAttention, SumRMSNorm
 from loglinear.layers.initialization import StatedInit
+from loglinear.layers.mamba2 import NO_LIMIT
 from loglinear.models.cache import MixerCacheLayer, check_cache, check_past
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.foreign.loading import from_foreign
@@ -29,6 +30,14 @@ from loglinear.models.outputs import FIELD, NAMES, ModelOutput, one_cache
 from loglinear.ops import pointwise
 from loglinear.ops.checks import values_are_known
 from loglinear.ops.fused import silu_times
+
+# Arguments of the mixers that are fields of the config behind "mamba_" and "delta_".
+MAMBA2_FIELDS = ("use_bias", "conv_bias", "norm", "norm_groups", "norm_before_gate", "skip_per_channel")
+DELTA_FIELDS = ("conv_bias", "gate_activation", "decay", "use_beta", "neg_eigval", "qk_activation", "qk_norm")
+
+
+def _fields(config: LogLinearConfig, prefix: str, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(config, f"{prefix}_{name}") for name in names}
 
 
 def build_mixer(config: LogLinearConfig, name: str) -> nn.Module:
@@ -44,7 +53,7 @@ def build_mixer(config: LogLinearConfig, name: str) -> nn.Module:
     shared: dict[str, Any] = {
         "num_levels": config.num_levels,
         "conv_width": config.conv_size,
-        "norm_eps": config.rms_norm_eps,
+        "norm_eps": config.mixer_norm_eps,
         "log_linear": name.startswith("log_linear_"),
         "level_scale_start": config.level_scale_start,
     }
@@ -55,6 +64,9 @@ def build_mixer(config: LogLinearConfig, name: str) -> nn.Module:
             head_dim=config.mamba_head_dim,
             state_size=config.mamba_state_size,
             num_groups=config.mamba_num_groups,
+            **_fields(config, "mamba", MAMBA2_FIELDS),
+            dt_limit=tuple(config.mamba_dt_limit or NO_LIMIT),  # type: ignore[arg-type]
+            level_scale_bias=config.level_scale_bias,
             **shared,
         )
     return LogLinearGatedDeltaNet(
@@ -63,6 +75,7 @@ def build_mixer(config: LogLinearConfig, name: str) -> nn.Module:
         num_key_heads=config.delta_num_key_heads,
         key_dim=config.delta_key_dim,
         value_dim=config.delta_value_dim,
+        **_fields(config, "delta", DELTA_FIELDS),
         **shared,
     )
 

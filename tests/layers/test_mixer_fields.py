@@ -1,0 +1,180 @@
+"""The fields in which published mixers differ, against definitions written out token by token, and against pieces."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loglinear.fenwick import level
+from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2
+
+HIDDEN, HEADS, GROUPS, K, V = 12, 4, 2, 5, 6
+
+DELTA = {
+    "convolution with biases": {"conv_bias": True},
+    "no convolution": {"conv_width": 0},
+    "no gate": {"gate_activation": None},
+    "sigmoid gate": {"gate_activation": "sigmoid"},
+    "no decay": {"decay": False},
+    "no beta": {"use_beta": False},
+    "beta times two": {"neg_eigval": True},
+    "relu": {"qk_activation": "relu"},
+    "elu, sum": {"qk_activation": "elu", "qk_norm": "sum"},
+    "identity, none of the rest": {
+        "qk_activation": "identity",
+        "decay": False,
+        "use_beta": False,
+        "neg_eigval": True,
+        "gate_activation": None,
+        "conv_width": 0,
+    },
+}
+MAMBA2 = {
+    "biases": {"use_bias": True, "level_scale_bias": True},
+    "no bias of the convolution": {"conv_bias": False},
+    "skip of every channel": {"skip_per_channel": True},
+    "norm in groups, before the gate": {"norm_groups": 2, "norm_before_gate": True},
+    "no norm": {"norm": False},
+    "time steps with limits": {"dt_limit": (0.3, 0.8)},
+}
+CASES = [*(("delta", name) for name in DELTA), *(("mamba2", name) for name in MAMBA2)]
+
+
+def make(kind, name, log_linear=True):
+    """A mixer with every parameter away from its start, so that none can be left out unseen."""
+    torch.manual_seed(0)
+    common = {"num_levels": 5, "log_linear": log_linear}
+    if kind == "delta":
+        mixer = LogLinearGatedDeltaNet(HIDDEN, HEADS, K, V, GROUPS, **common, **DELTA[name])
+    else:
+        mixer = LogLinearMamba2(HIDDEN, HEADS, V, K, GROUPS, **common, **MAMBA2[name])
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return mixer.double()
+
+
+def scale_of(mixer, hidden, t, s, head):
+    if mixer.level_scale is None:
+        return 1.0
+    levels = mixer.level_scale.L.shape[1]
+    which = min(level(t, s), levels - 1)
+    row = head * levels + which
+    dl = mixer.level_scale.dl_proj.weight[row] @ hidden[t]
+    if mixer.level_scale.dl_proj.bias is not None:
+        dl = dl + mixer.level_scale.dl_proj.bias[row]
+    return F.softplus(mixer.level_scale.L[head, which] * dl)
+
+
+def convolved(mixer, x):
+    """``[T, channels]`` before the activation: four taps, the last of them at the token itself."""
+    if mixer.conv.weight is None:
+        return x
+    padded = F.pad(x, (0, 0, 3, 0))
+    y = sum(padded[i : i + len(x)] * mixer.conv.weight[:, i] for i in range(4))
+    return y if mixer.conv.bias is None else y + mixer.conv.bias
+
+
+def normed(x, weight, eps=1e-6):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def delta_definition(mixer, hidden, qk_activation="silu", qk_norm="l2", gate_activation="silu", **fields):
+    projected = mixer.in_proj(hidden)
+    keys, values = GROUPS * K, HEADS * V
+    x = convolved(mixer, projected[:, : 2 * keys + values])
+    rest = projected[:, 2 * keys + values :]
+    act = {"silu": F.silu, "relu": F.relu, "elu": lambda x: torch.where(x > 0, x + 1, x.exp()), "identity": lambda x: x}
+    q, k, v = act[qk_activation](x[:, :keys]), act[qk_activation](x[:, keys : 2 * keys]), F.silu(x[:, 2 * keys :])
+    q, k, v = q.view(-1, GROUPS, K), k.view(-1, GROUPS, K), v.view(-1, HEADS, V)
+    if qk_norm == "sum":
+        q, k = (x / x.abs().sum(-1, keepdim=True) for x in (q, k))
+    else:
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    gate = None
+    if gate_activation is not None:
+        gate, rest = rest[:, :values].view(-1, HEADS, V), rest[:, values:]
+    decay = torch.zeros(len(hidden), HEADS, dtype=torch.float64)
+    if fields.get("decay", True):
+        decay, rest = -mixer.A_log.exp() * F.softplus(rest[:, :HEADS] + mixer.dt_bias), rest[:, HEADS:]
+    beta = torch.sigmoid(rest) if fields.get("use_beta", True) else torch.ones_like(decay)
+    beta = 2 * beta if fields.get("neg_eigval") else beta
+    o = torch.zeros_like(v)
+    for t in range(len(hidden)):
+        for head in range(HEADS):
+            key, reader = k[:, head // 2], q[t, head // 2]
+            for s in range(t, -1, -1):
+                write = beta[s, head] * (reader @ key[s])
+                o[t, head] += scale_of(mixer, hidden, t, s, head) * write * v[s, head]
+                reader = torch.exp(decay[s, head]) * (reader - write * key[s])
+    o = normed(o, mixer.norm.weight)
+    if gate is not None:
+        o = o * (torch.sigmoid(gate) if gate_activation == "sigmoid" else F.silu(gate))
+    return mixer.out_proj(o.flatten(1))
+
+
+def mamba2_definition(
+    mixer, hidden, norm=True, norm_groups=1, norm_before_gate=False, dt_limit=(0, math.inf), **fields
+):
+    inner, keys = HEADS * V, GROUPS * K
+    z, x, dt = mixer.in_proj(hidden).split([inner, inner + 2 * keys, HEADS], dim=-1)
+    x = F.silu(convolved(mixer, x))
+    x, B, C = x[:, :inner].view(-1, HEADS, V), x[:, inner : inner + keys], x[:, inner + keys :]
+    B, C = B.view(-1, GROUPS, K), C.view(-1, GROUPS, K)
+    dt = F.softplus(dt + mixer.dt_bias).clamp(*dt_limit)
+    decay = -mixer.A_log.exp() * dt
+    D = mixer.D.view(HEADS, V) if fields.get("skip_per_channel") else mixer.D.view(HEADS, 1)
+    y = D * x
+    for t in range(len(hidden)):
+        for head in range(HEADS):
+            for s in range(t + 1):
+                weight = torch.exp(decay[s + 1 : t + 1, head].sum()) * (C[t, head // 2] @ B[s, head // 2])
+                y[t, head] += scale_of(mixer, hidden, t, s, head) * weight * dt[s, head] * x[s, head]
+    y, gate = y.flatten(1), F.silu(z)
+    if not norm:
+        return mixer.out_proj(y * gate)
+    y = y if norm_before_gate else y * gate
+    parts = y.view(len(y), norm_groups, -1)
+    y = normed(parts, mixer.norm.weight.view(norm_groups, -1)).flatten(1)
+    return mixer.out_proj(y * gate if norm_before_gate else y)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES, ids=[" ".join(case) for case in CASES])
+@torch.no_grad()
+def test_equals_the_definition_whole_and_in_pieces(kind, name):
+    """20 tokens need 6 levels and there are 5. The pieces are a prefill, single tokens and a few, in place and not."""
+    definition, fields = (delta_definition, DELTA) if kind == "delta" else (mamba2_definition, MAMBA2)
+    for log_linear in (True, False):
+        mixer, hidden = make(kind, name, log_linear), torch.randn(1, 20, HIDDEN, dtype=torch.float64)
+        want = definition(mixer, hidden[0], **fields[name])
+        out, state = mixer(hidden[:, :7], output_state=True)
+        torch.testing.assert_close(mixer(hidden)[0][0], want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(out[0], want[:7], rtol=0, atol=1e-10)
+        in_place = state.for_decoding(32)
+        for piece in range(7, 20):
+            for seen in (state, in_place):
+                out, after = mixer(hidden[:, piece : piece + 1], seen, output_state=True)
+                torch.testing.assert_close(out[0, 0], want[piece], rtol=0, atol=1e-10)
+                state, in_place = (after, in_place) if seen is state else (state, after)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES, ids=[" ".join(case) for case in CASES])
+def test_every_parameter_gets_a_gradient(kind, name):
+    mixer = make(kind, name)
+    mixer(torch.randn(1, 9, HIDDEN, dtype=torch.float64))[0].square().sum().backward()
+    assert [name for name, x in mixer.named_parameters() if x.grad is None or not x.grad.any()] == []
+
+
+def test_packed_sequences_without_a_convolution():
+    mixer = make("delta", "no convolution")
+    hidden = torch.randn(1, 20, HIDDEN, dtype=torch.float64)
+    packed = mixer(hidden, cu_seqlens=torch.tensor([0, 8, 8, 20]))[0]
+    torch.testing.assert_close(packed[:, :8], mixer(hidden[:, :8])[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(packed[:, 8:], mixer(hidden[:, 8:])[0], rtol=0, atol=1e-10)
+
+
+def test_values_that_do_not_exist_are_named():
+    with pytest.raises(ValueError, match="qk_norm must be 'l2' or 'sum': got 'l1'"):
+        LogLinearGatedDeltaNet(HIDDEN, HEADS, K, V, qk_norm="l1")
+    with pytest.raises(ValueError, match=r"qk_activation must be one of .*: got 'gelu'"):
+        LogLinearGatedDeltaNet(HIDDEN, HEADS, K, V, qk_activation="gelu")
