@@ -1,0 +1,134 @@
+"""Tiny models of transformers with linear mixers, built from their configs, with weights that make every mixer count."""
+
+import pytest
+import torch
+import transformers
+
+VOCAB = 61
+
+_COMMON = {"vocab_size": VOCAB, "hidden_size": 32, "max_position_embeddings": 64}
+_ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 6,
+    "mamba_chunk_size": 16,
+    "mamba_expand": 2,
+}
+
+# Model class, config class, config.
+FAMILIES = {
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 6,
+            "n_groups": 4,
+            "chunk_size": 16,
+        },
+    ),
+    "bamba": (
+        "BambaForCausalLM",
+        "BambaConfig",
+        {**_COMMON, **_MAMBA, **_ATTENTION, "num_hidden_layers": 2, "attn_layer_indices": [1]},
+    ),
+    "granite": (
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybridConfig",
+        {
+            **_COMMON,
+            **_MAMBA,
+            **_ATTENTION,
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+        },
+    ),
+    "nemotron": (
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        {
+            **_COMMON,
+            **_ATTENTION,
+            "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+            "head_dim": 8,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "ssm_state_size": 6,
+            "chunk_size": 16,
+        },
+    ),
+    "zamba2": (
+        "Zamba2ForCausalLM",
+        "Zamba2Config",
+        {
+            **_COMMON,
+            "num_hidden_layers": 2,
+            "layers_block_type": ["linear_attention", "hybrid"],
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "num_mem_blocks": 1,
+            "mamba_d_state": 6,
+            "mamba_expand": 2,
+            "mamba_ngroups": 2,
+            "n_mamba_heads": 8,
+            "chunk_size": 16,
+        },
+    ),
+    "falcon": (
+        "FalconH1ForCausalLM",
+        "FalconH1Config",
+        {
+            **_COMMON,
+            **_MAMBA,
+            **_ATTENTION,
+            "num_hidden_layers": 2,
+            "head_dim": 8,
+            "mamba_d_ssm": 64,
+            "ssm_multipliers": [0.5, 0.7, 1.3, 1.1, 0.9],
+            "ssm_in_multiplier": 0.8,
+        },
+    ),
+}
+
+
+@pytest.fixture
+def make_family():
+    """``make_family(name, **config)``: an untrained model with fixed weights, in float32 and evaluation mode.
+
+    Its matrices are wide enough for every mixer to show in the logits, and no norm, bias or skip is the identity.
+    """
+
+    def make(name, **overrides):
+        model, config, fields = FAMILIES[name]
+        config = getattr(transformers, config)(**(fields | overrides))
+        made = getattr(transformers, model)(config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if name.endswith("A_log"):
+                    parameter.copy_(noise.sub(1))
+                elif parameter.dim() > 1:
+                    parameter.copy_(noise * parameter[0].numel() ** -0.5)
+                else:
+                    parameter.copy_(noise * 0.3 + (0 if "bias" in name else 1))
+        return made.eval()
+
+    return make
+
+
+@pytest.fixture
+def ids():
+    """``ids(*shape)``: random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return lambda *shape: torch.randint(3, VOCAB, shape, generator=generator)
