@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from loglinear.kernels import delta_rule, scalar_gate
-from loglinear.kernels.replay import tape_of
+from loglinear.kernels import decay as scalar_gate
+from loglinear.kernels import delta as delta_rule
+from loglinear.kernels.tree.replay import tape_of
 from loglinear.kernels.tuning import (
     DeltaRuleConfig,
     Launch,

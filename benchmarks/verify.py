@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.kernels import delta_rule, scalar_gate
+from loglinear.kernels import decay as scalar_gate
+from loglinear.kernels import delta as delta_rule
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.reference.dense import dense
 from loglinear.reference.transition import Scalar

@@ -169,11 +169,11 @@ def tree(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("kernels/common.py", "from loglinear.reference.dense import dense"),
-        ("kernels/common.py", "def test():\n    from loglinear import reference"),
-        ("kernels/common.py", "from ..reference import dense"),
+        ("kernels/tree/place.py", "from loglinear.reference.dense import dense"),
+        ("kernels/tree/place.py", "def test():\n    from loglinear import reference"),
+        ("kernels/tree/place.py", "from ...reference import dense"),
         ("kernels/deep/er.py", "from ...reference.dense import dense"),
-        ("kernels/common.py", "import importlib\nimportlib.import_module('loglinear.reference.dense')"),
+        ("kernels/tree/place.py", "import importlib\nimportlib.import_module('loglinear.reference.dense')"),
         ("reference/dense.py", "import loglinear.kernels"),
         ("reference/dense.py", "from loglinear import log_linear_attention"),
         ("ops/attention.py", "import triton.language as tl"),
@@ -196,9 +196,9 @@ def test_checker_finds_a_wrong_import(tree, file, text):
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("ops/attention.py", "def run():\n    from loglinear.kernels import common"),
+        ("ops/attention.py", "def run():\n    from loglinear.kernels.tree import place"),
         (
-            "kernels/common.py",
+            "kernels/tree/place.py",
             "import torch\nimport triton\nfrom loglinear.fenwick import lowbit\nfrom . import tuning",
         ),
         ("__init__.py", "def __getattr__(name):\n    from loglinear import models"),

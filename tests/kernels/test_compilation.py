@@ -17,18 +17,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from loglinear import DecodingState
-from loglinear.kernels import (
-    cross_entropy,
-    decoding,
-    delta_rule,
-    elementwise,
-    gated_norm,
-    gates,
-    replay,
-    scalar_gate,
-    unit_length,
-)
+from loglinear.kernels import decay as scalar_gate
+from loglinear.kernels import decoding
+from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.decoding import inputs, linear_step, outputs, residual
+from loglinear.kernels.pointwise import cross_entropy, elementwise, gated_norm, gates, unit_length
+from loglinear.kernels.tree import replay
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -89,7 +83,7 @@ def resources(target: str, delta: bool, names: tuple[str, ...] = (), **sizes) ->
     """The kernels of these names, as the host launches them on a GPU of the target's memory."""
     with ExitStack() as patches:
         for file in ("forward", "backward"):
-            module = importlib.import_module(f"loglinear.kernels.scalar_gate.{file}")
+            module = importlib.import_module(f"loglinear.kernels.decay.{file}")
             patches.enter_context(mock.patch.object(module, "shared_memory", return_value=SHARED_MEMORY[target]))
         found = launches(delta, **sizes)
     chosen = [launch for launch in found if not names or launch.kernel.fn.__name__ in names]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from loglinear import DecodingState
-from loglinear.kernels import replay
-from loglinear.kernels.common import launch, scratch
+from loglinear.kernels.tree import replay
+from loglinear.kernels.tree.launching import launch, scratch
 
 
 class Compiled:

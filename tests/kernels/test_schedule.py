@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from loglinear.fenwick import level
-from loglinear.kernels import common
-from loglinear.kernels.scalar_gate import chunk_grads
+from loglinear.kernels.decay import chunk_grads
+from loglinear.kernels.tree.place import GROUP
 
 
 def test_every_chunk_receives_each_later_chunk_once_at_its_level():
-    size = common.GROUP.value
+    size = GROUP.value
     base, seen, complete = set(), set(), {size - 1: set()}
     for step in range(chunk_grads.STEPS.value):
         if step == chunk_grads.REBASE.value:

@@ -23,14 +23,14 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None) -> Tensor:
-    """``silu(bias + Σ_j weight[:, W-1-j] · x_{t-j})`` ``[B, T, channels]`` by the kernels; see ``kernels.convolution``."""
+    """``silu(bias + Σ_j weight[:, W-1-j] · x_{t-j})`` ``[B, T, channels]`` by ``kernels.pointwise.convolution``."""
     op = convolution if torch.compiler.is_compiling() else Convolution.apply
     return op(x, weight, bias, place)
 
 
 def _kernels() -> Any:
     """Imported on first use: importing loglinear imports no Triton."""
-    return import_module("loglinear.kernels.convolution")
+    return import_module("loglinear.kernels.pointwise.convolution")
 
 
 @torch.library.custom_op("loglinear::convolution", mutates_args=())

@@ -1,6 +1,6 @@
 """``linear_cross_entropy``: the loss of an output layer without the logits of all tokens in memory.
 
-On CUDA the forward pass computes the gradients too (``kernels/cross_entropy.py``), so no logit is computed twice. The
+On CUDA the forward pass computes the gradients too (``kernels/pointwise/cross_entropy.py``), so no logit is computed twice. The
 backward pass only scales these gradients. Elsewhere, and in float64, the op is plain torch and holds all logits.
 """
 
@@ -85,7 +85,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> N
 
 def _kernels() -> Any:
     """Imported on first use: importing loglinear imports no Triton."""
-    return import_module("loglinear.kernels.cross_entropy")
+    return import_module("loglinear.kernels.pointwise.cross_entropy")
 
 
 @torch.library.custom_op("loglinear::linear_cross_entropy", mutates_args=())

@@ -67,7 +67,7 @@ def takes_norm(
 
 
 def discretise(x: Tensor, rate: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(v, g, x): ``v = x · step`` and the decay of ``kernels.gates.forward``.
+    """(v, g, x): ``v = x · step`` and the decay of ``kernels.pointwise.gates.forward``.
 
     A caller that uses x beside v should use the x that is returned: both gradients are then added where they are made.
     """
@@ -79,13 +79,13 @@ def discretise(x: Tensor, rate: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple
 
 
 def gates(rate: Tensor, strength: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
-    """(g, beta) of ``kernels.gates.forward``."""
+    """(g, beta) of ``kernels.pointwise.gates.forward``."""
     g, beta = gates_kernel(rate, dt_bias, A_log, strength)
     return g, beta
 
 
 def level_scales(dl: Tensor, L: Tensor, offset: float = 0.0) -> Tensor:
-    """``softplus(L ∘ dl + offset)`` ``[B, T, H, levels]`` from dl ``[B, T, H · levels]``; see ``kernels.gates``."""
+    """``softplus(L ∘ dl + offset)`` ``[B, T, H, levels]`` from dl ``[B, T, H · levels]``; see ``kernels.pointwise.gates``."""
     return level_scales_kernel(dl, L, offset)[0]
 
 
@@ -98,12 +98,12 @@ def gated_norm(
     skip: Tensor | None = None,
     skip_scale: Tensor | None = None,
 ) -> Tensor:
-    """The norm of ``kernels.gated_norm``."""
+    """The norm of ``kernels.pointwise.gated_norm``."""
     return gated_norm_kernel(x, gate, weight, eps, gate_first, skip, skip_scale)[0]
 
 
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k over their lengths; see ``kernels.unit_length``."""
+    """q and k over their lengths; see ``kernels.pointwise.unit_length``."""
     q, k = unit_length_kernel(q, k)
     return q, k
 
@@ -126,7 +126,7 @@ def twice(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _kernels(name: str) -> Any:
     """Imported on first use: importing loglinear imports no Triton."""
-    return import_module(f"loglinear.kernels.{name}")
+    return import_module(f"loglinear.kernels.pointwise.{name}")
 
 
 class Kernel:

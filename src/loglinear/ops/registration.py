@@ -38,10 +38,10 @@ def digest(*files: str) -> str:
 # disk by their text, so a graph of other code must not be found. It is computed here (0.1 ms): the compiler can neither
 # trace the computation nor be told to call it, except by a decorator that imports the compiler.
 KEPT_BY = digest(
-    "kernels/problem.py",
+    "kernels/tree/problem.py",
     "kernels/tuning.py",
-    "kernels/delta_rule/memory.py",
-    "kernels/delta_rule/group_maps.py",
+    "kernels/delta/memory.py",
+    "kernels/delta/group_maps.py",
     "ops/registration.py",
 )
 
@@ -49,7 +49,7 @@ KEPT_BY = digest(
 @lru_cache(maxsize=2)
 def kernels_of(delta: bool) -> Any:
     """Forward and backward of one rule. Imported on first use: importing loglinear imports no Triton."""
-    return import_module("loglinear.kernels.delta_rule" if delta else "loglinear.kernels.scalar_gate")
+    return import_module("loglinear.kernels.delta" if delta else "loglinear.kernels.decay")
 
 
 def has_kernel(q: Tensor, v: Tensor, beta: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from loglinear.kernels import scalar_gate
+from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels.tuning import ScalarGateConfig, low_precision_config, scalar_gate_config
 
 NAMES = ("o", "dq", "dk", "dv", "dg", "dlevel_scales")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from cases import FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, decay_matrix, relative
 from torch import Tensor
 
-from loglinear.kernels import delta_rule
+from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config, uniform_delta_config
 from loglinear.reference.chunkwise import chunkwise
 

@@ -25,7 +25,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch):
     """All memory that the kernels get is full of NaN, inside guard bands that must still be whole after the test."""
-    from loglinear.kernels import common
+    from loglinear.kernels.tree import launching
 
     buffers = []
 
@@ -36,7 +36,7 @@ def poisoned_scratch(monkeypatch):
         buffers.append((buffer, size))
         return buffer[GUARD : GUARD + size].view(shape)
 
-    monkeypatch.setattr(common, "scratch", scratch)
+    monkeypatch.setattr(launching, "scratch", scratch)
     yield
     for buffer, size in buffers:
         assert (buffer[:GUARD] == 7.0).all(), "a kernel wrote before its tensor"

@@ -11,7 +11,10 @@ import torch
 from cases import BFLOAT16, INTERPRETED
 
 from loglinear import DecodingState, log_linear_attention, log_linear_delta_rule
-from loglinear.kernels import convolution, decoding, delta_rule, scalar_gate
+from loglinear.kernels import decay as scalar_gate
+from loglinear.kernels import decoding
+from loglinear.kernels import delta as delta_rule
+from loglinear.kernels.pointwise import convolution
 from loglinear.ops import registration
 from loglinear.reference.chunkwise import chunkwise
 

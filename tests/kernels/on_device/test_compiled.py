@@ -42,7 +42,7 @@ def compiled():
 @pytest.fixture
 def backwards(monkeypatch):
     """The number of tensors that each call of the backward kernels was handed from a forward."""
-    module = importlib.import_module("loglinear.kernels.delta_rule")
+    module = importlib.import_module("loglinear.kernels.delta")
     backward, seen = module.backward, []
 
     def spy(*inputs, kept=(), **options):
@@ -79,7 +79,7 @@ def same(got, want) -> bool:
 def test_compiled_keeps_what_eager_keeps(device, compiled, backwards, monkeypatch):
     """Packed, with an empty sequence; what comes before the op and after it is compiled with it."""
     if INTERPRETED:  # so few tokens keep nothing else
-        monkeypatch.setattr(importlib.import_module("loglinear.kernels.delta_rule.memory"), "KEPT_SHARE", 9.0)
+        monkeypatch.setattr(importlib.import_module("loglinear.kernels.delta.memory"), "KEPT_SHARE", 9.0)
 
     def block(q, *rest):
         return 2 * op(q * 0.5, *rest, cu_seqlens=bounds)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import INTERPRETED
 
-from loglinear.kernels import convolution as kernels
+from loglinear.kernels.pointwise import convolution as kernels
 from loglinear.layers import ShortConvolution
 from loglinear.ops import convolution
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import INTERPRETED
 
-from loglinear.kernels import cross_entropy as kernels
+from loglinear.kernels.pointwise import cross_entropy as kernels
 from loglinear.ops import cross_entropy
 
 WIDTH = 24

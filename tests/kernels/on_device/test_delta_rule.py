@@ -10,7 +10,7 @@ import torch
 from cases import BFLOAT16, INTERPRETED
 from cases_delta import FULL_WIDTHS, check_forward, config_for, make, run_forward
 
-from loglinear.kernels.problem import describe, packed_tables, set_bits_before
+from loglinear.kernels.tree.problem import describe, packed_tables, set_bits_before
 
 # Chunk 16 in the interpreter (a group is 128 tokens), 32 to 128 on a GPU.
 LENGTHS = (1, 16, 17, 129, 273) if INTERPRETED else (1, 31, 32, 33, 63, 64, 65, 128, 129, 1000, 2048, 4097)

@@ -12,7 +12,7 @@ from cases_delta import FULL_WIDTHS, NAMES, config_for, differentiate, make
 from cases_delta import run_backward as run
 from torch import Tensor
 
-from loglinear.kernels import delta_rule
+from loglinear.kernels import delta as delta_rule
 
 # Chunk 16 in the interpreter (a group is 128 tokens), 32 or 64 on a GPU.
 LENGTHS = (1, 16, 130) if INTERPRETED else (1, 31, 32, 33, 64, 65, 128, 129, 1000, 2048, 4097)

@@ -9,9 +9,9 @@ import torch
 from cases import BFLOAT16, INTERPRETED
 from cases_delta import NAMES, config_for, make
 
-from loglinear.kernels import delta_rule
-from loglinear.kernels.delta_rule.memory import KEPT_SHARE, heads_at_a_time, keeps_maps, map_elements
-from loglinear.kernels.problem import describe
+from loglinear.kernels import delta as delta_rule
+from loglinear.kernels.delta.memory import KEPT_SHARE, heads_at_a_time, keeps_maps, map_elements
+from loglinear.kernels.tree.problem import describe
 from loglinear.kernels.tuning import delta_rule_config
 
 CHUNK = 16 if INTERPRETED else 64
@@ -21,7 +21,7 @@ PACKED = (0, CHUNK + 2, 1, 0, 3 * CHUNK + 3)
 @pytest.fixture(autouse=True)
 def maps_are_kept(monkeypatch):
     monkeypatch.setattr(
-        importlib.import_module("loglinear.kernels.delta_rule.forward"), "keeps_maps", lambda problem, size: True
+        importlib.import_module("loglinear.kernels.delta.forward"), "keeps_maps", lambda problem, size: True
     )
 
 
@@ -72,7 +72,7 @@ def test_same_bits_in_slices_of_heads(device, monkeypatch, count):
         device, T=(3 if INTERPRETED else 10) * CHUNK - 3 if count == 1 else CHUNK, H=2 * count, G=2, dtype=BFLOAT16
     )
     want = both(x, False)
-    module = importlib.import_module("loglinear.kernels.delta_rule.backward")
+    module = importlib.import_module("loglinear.kernels.delta.backward")
     monkeypatch.setattr(module, "heads_at_a_time", lambda *sizes: count)
     for name, got, expected in zip(("o", *NAMES), both(x, True), want):
         assert torch.equal(got, expected), name

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from cases import INTERPRETED
 
-from loglinear.kernels import common, delta_rule, scalar_gate
+from loglinear.kernels import decay as scalar_gate
+from loglinear.kernels import delta as delta_rule
+from loglinear.kernels.tree import launching
 from loglinear.kernels.tuning import Launch, float32_config, low_precision_config, uniform_delta_config
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="reads the pointers of Triton's interpreter")
@@ -30,7 +32,7 @@ PROGRAMS = 5  # of each launch: the first, the last, and some between; all of th
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch):
     """Zeros: kernels read what a program that was left out has not written, and NaN would be a warning."""
-    monkeypatch.setattr(common, "scratch", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype))
+    monkeypatch.setattr(launching, "scratch", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype))
 
 
 def sequence_first(inputs: dict) -> dict:
@@ -124,7 +126,7 @@ def test_strides(delta, layout, T):
 
 def test_slices_of_heads(monkeypatch):
     """The delta rule's backward works on some heads of larger tensors, in place."""
-    module = importlib.import_module("loglinear.kernels.delta_rule.backward")
+    module = importlib.import_module("loglinear.kernels.delta.backward")
     monkeypatch.setattr(module, "heads_at_a_time", lambda *sizes: 1)
     check(True, programs=3, B=2, T=18, H=4, G=2, K=16, V=24, dtype=torch.float16)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from loglinear import log_linear_attention, log_linear_delta_rule
-from loglinear.kernels import replay
+from loglinear.kernels.tree import replay
 from loglinear.layers import ShortConvolution
 from loglinear.ops import registration
 from loglinear.ops.cross_entropy import linear_cross_entropy
@@ -160,7 +160,7 @@ def test_cuda_graph_of_forward_and_backward(delta):
 @pytest.mark.parametrize(("H", "G"), [(4, 2), (3, 1), (2, 2)])
 def test_slices_of_heads(monkeypatch, H, G):
     """Where the intermediates of all heads pass the allowance, the backward takes some at a time; no bit changes."""
-    backward, memory = (importlib.import_module(f"loglinear.kernels.delta_rule.{x}") for x in ("backward", "memory"))
+    backward, memory = (importlib.import_module(f"loglinear.kernels.delta.{x}") for x in ("backward", "memory"))
     choose, chosen = backward.heads_at_a_time, []
 
     def heads_at_a_time(*sizes):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 from torch._subclasses import FakeTensorMode
 
-from loglinear.kernels import gated_norm, gates
+from loglinear.kernels.pointwise import gated_norm, gates
 from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearMamba2
 from loglinear.layers.level_scale import OFFSETS
 from loglinear.ops import attention, fallback, pointwise

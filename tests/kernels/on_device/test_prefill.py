@@ -112,7 +112,7 @@ def test_kernels_go_on_in_chunks_that_fit_the_state(device, chunk, monkeypatch):
     _, state = chunkwise(*(x[:, :70] for x in inputs))
     config = dataclasses.replace(tuning.float32_config(16), chunk=chunk)
     for module in ("forward", "backward"):
-        file = importlib.import_module(f"loglinear.kernels.scalar_gate.{module}")
+        file = importlib.import_module(f"loglinear.kernels.decay.{module}")
         monkeypatch.setattr(file, "scalar_gate_config", lambda *kind: config)
     new = [x[:, 70:].requires_grad_() for x in inputs]
     if chunk > CHUNK_SIZE:

@@ -9,7 +9,10 @@ import torch
 from cases import INTERPRETED
 
 from loglinear import DecodingState
-from loglinear.kernels import decoding, delta_rule, replay, scalar_gate
+from loglinear.kernels import decay as scalar_gate
+from loglinear.kernels import decoding
+from loglinear.kernels import delta as delta_rule
+from loglinear.kernels.tree import replay
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="the interpreter has nothing to replay")]
 
@@ -43,10 +46,10 @@ def make(device, delta: bool, T: int, seed: int, packed: bool) -> tuple[dict, to
 def test_same_bits(device, monkeypatch, delta, keep, packed, sliced):
     rule = delta_rule if delta else scalar_gate
     if keep:
-        forward = importlib.import_module("loglinear.kernels.delta_rule.forward")
+        forward = importlib.import_module("loglinear.kernels.delta.forward")
         monkeypatch.setattr(forward, "keeps_maps", lambda problem, size: True)
     if sliced:
-        monkeypatch.setattr(importlib.import_module("loglinear.kernels.delta_rule.memory"), "UNSLICED", 0)
+        monkeypatch.setattr(importlib.import_module("loglinear.kernels.delta.memory"), "UNSLICED", 0)
 
     def both(seed):
         x, do = make(device, delta, 1500, seed, packed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import BFLOAT16, INTERPRETED, NAMES, check, config_for, make, run
 
-from loglinear.kernels.problem import packed_tables, packed_units, token_rows
+from loglinear.kernels.tree.problem import packed_tables, packed_units, token_rows
 
 LENGTHS = (0, 18, 1, 0, 131, 0) if INTERPRETED else (0, 300, 1, 0, 2500, 64, 17, 0)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import load_state, log2_of_power, lowbit, store_state
 from loglinear.kernels.decoding.open_chunk import SLOTS, held_slots
+from loglinear.kernels.tree.place import log2_of_power, lowbit
+from loglinear.kernels.tree.tiles import load_state, store_state
 
 ROWS = tl.constexpr(64)  # positions looked at together
 

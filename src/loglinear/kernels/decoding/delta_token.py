@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import inverse_length
 from loglinear.kernels.decoding.open_chunk import open_gates, open_scales, open_tile, store_token
+from loglinear.kernels.pointwise.functions import inverse_length
 
 
 @triton.jit

@@ -13,13 +13,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loglinear.kernels import common
 from loglinear.kernels.decoding.delta_close import delta_close_kernel
 from loglinear.kernels.decoding.delta_step import delta_step_kernel
 from loglinear.kernels.decoding.delta_token import delta_token_kernel
 from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
-from loglinear.kernels.problem import cdiv, padded
-from loglinear.kernels.replay import replay
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.problem import cdiv, padded
+from loglinear.kernels.tree.replay import replay
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
     """The launch of ``scalar_step``."""
     (q, k, v, g, level_scales), held = inputs[:5], inputs[5:]
     entries = held[1]
-    o = common.scratch(v.shape, v.dtype, v.device)
+    o = launching.scratch(v.shape, v.dtype, v.device)
     wide = entries.dtype == torch.float32
     programs, options = constants(q.shape, v.shape, g is not None, chunk, wide, SCALAR_GATE)
     rows, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, level_scales)))
     if programs:
-        common.launch(
+        launching.launch(
             scalar_step_kernel, programs,
             *rows, o, *held, v.shape[1], level_scales.shape[3], entries.shape[2], *strides, scale, **options,
             PRECISION="ieee" if v.dtype == torch.float32 else "tf32",
@@ -147,31 +147,31 @@ def run_delta_step(inputs: list, chunk: int, scale: float, normalize: bool) -> t
     (q, k, v, g, beta, level_scales), held = inputs[:6], inputs[6:]
     position, entries, open_k, open_v, open_g, open_solve = held
     batch, length, heads, width = v.shape
-    o = common.scratch(v.shape, v.dtype, v.device)
+    o = launching.scratch(v.shape, v.dtype, v.device)
     wide = entries.dtype == torch.float32
     programs, options = constants(q.shape, v.shape, g is not None, chunk, wide, DELTA_RULE)
     if not programs:
         return (o,)
-    reach = common.scratch((batch, length, heads, q.shape[3]), torch.float32, v.device)
-    read = common.scratch((batch, length, heads, chunk), torch.float32, v.device)
+    reach = launching.scratch((batch, length, heads, q.shape[3]), torch.float32, v.device)
+    read = launching.scratch((batch, length, heads, chunk), torch.float32, v.device)
     rows, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, beta, level_scales)))
     sizes = dict(H=heads, G=q.shape[2], K=q.shape[3], C=chunk, BK=options["BK"])
     cap = {"maxnreg": TOKEN_REGISTERS} if options["BK"] <= 128 and torch.version.hip is None else {}
-    common.launch(
+    launching.launch(
         delta_token_kernel, batch * heads, *rows[:2], *rows[3:], reach, read, position, open_k, open_g, open_solve,
         length, level_scales.shape[3], *strides[:2], *strides[3:], scale, **sizes, HAS_GATE=g is not None,
         NORM=normalize, num_warps=TOKEN_WARPS, **cap,
     )  # fmt: skip
     kept = {name: value for name, value in options.items() if name not in ("G", "HAS_GATE")}
     for later in range(min(length, 2)):
-        common.launch(
+        launching.launch(
             delta_step_kernel, programs, rows[2], rows[5], o, reach, read, position, entries, open_v,
             length, level_scales.shape[3], entries.shape[2], later, strides[2], strides[5], **kept,
         )  # fmt: skip
         if later == 0:
             tile_v = min(CLOSE.block_v, padded(width))
             pieces = batch * heads * cdiv(width, tile_v) * (entries.shape[2] + 1)
-            common.launch(
+            launching.launch(
                 delta_close_kernel, min(pieces, CLOSE.programs), *held, batch, length, entries.shape[2],
                 **sizes, V=width, BV=tile_v, PRECISION=float32_products(v.dtype), num_warps=CLOSE.warps,
             )  # fmt: skip

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels import common
-from loglinear.kernels.common import softplus
 from loglinear.kernels.decoding.host import row_stride
-from loglinear.kernels.problem import cdiv
-from loglinear.kernels.replay import replay
+from loglinear.kernels.pointwise.functions import softplus
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.problem import cdiv
+from loglinear.kernels.tree.replay import replay
 
 BLOCK, WARPS = 256, 4  # numbers that a program owns
 
@@ -172,14 +172,14 @@ def run_step_inputs(inputs: list, columns: tuple[int, int, int, int], offset: fl
     (channels, taps), heads = weight.shape, A_log.shape[0]
     levels, stride_l = (0, 0) if dl is None else (level_weights.shape[1], row_stride(dl.shape, dl.stride()))
     wide = torch.float32
-    mixed = common.scratch((batch, length, channels), projected.dtype, device)
-    v = common.scratch((batch, length, scaled), projected.dtype, device) if scaled else None
-    g = common.scratch((batch, length, heads), wide, device)
-    beta = common.scratch((batch, length, heads), wide, device) if strength >= 0 else None
-    scales = None if dl is None else common.scratch((batch, length, heads, levels), dl.dtype, device)
+    mixed = launching.scratch((batch, length, channels), projected.dtype, device)
+    v = launching.scratch((batch, length, scaled), projected.dtype, device) if scaled else None
+    g = launching.scratch((batch, length, heads), wide, device)
+    beta = launching.scratch((batch, length, heads), wide, device) if strength >= 0 else None
+    scales = None if dl is None else launching.scratch((batch, length, heads, levels), dl.dtype, device)
     programs = batch * (cdiv(channels, BLOCK) + cdiv(heads, BLOCK) + cdiv(heads * levels, BLOCK))
     if programs and length:
-        common.launch(
+        launching.launch(
             step_inputs_kernel, programs, *inputs, mixed, v, g, beta, scales, length, width, stride_l,
             CONV=conv, RATE=rate, BETA=strength, SCALED=scaled, N=channels, H=heads, L=levels, W=taps,
             KEEP=triton.next_power_of_2(max(taps - 1, 1)), BIAS=bias is not None, OFFSET=offset, BLOCK=BLOCK, num_warps=WARPS,

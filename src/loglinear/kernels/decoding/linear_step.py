@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels import common
-from loglinear.kernels.common import inverse_length, load_state, store_state
 from loglinear.kernels.decoding.host import row_stride
-from loglinear.kernels.problem import cdiv, padded
-from loglinear.kernels.replay import replay
+from loglinear.kernels.pointwise.functions import inverse_length
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.problem import cdiv, padded
+from loglinear.kernels.tree.replay import replay
+from loglinear.kernels.tree.tiles import load_state, store_state
 
 BLOCK_V, WARPS = 32, 4
 
@@ -78,11 +79,11 @@ def run_linear_step(inputs: list) -> tuple[Tensor]:
     """The launch of ``linear_step``."""
     q, k, v, _, beta, _ = inputs
     (batch, _, groups, width), (heads, value_width) = q.shape, v.shape[2:]
-    o = common.scratch(tuple(v.shape), v.dtype, v.device)
+    o = launching.scratch(tuple(v.shape), v.dtype, v.device)
     tile_v = min(BLOCK_V, padded(value_width))
     programs = batch * heads * cdiv(value_width, tile_v)
     if programs:
-        common.launch(
+        launching.launch(
             linear_step_kernel, programs, *inputs, o, *(row_stride(x.shape, x.stride()) for x in (q, k, v)),
             H=heads, G=groups, K=width, V=value_width, BK=padded(width), BV=tile_v, DELTA=beta is not None,
             num_warps=WARPS,

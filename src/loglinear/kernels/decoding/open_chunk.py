@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import bit_length, load_state, log2_of_power, lowbit, path_length
+from loglinear.kernels.tree.place import bit_length, log2_of_power, lowbit, path_length
+from loglinear.kernels.tree.tiles import load_state
 
-SLOTS = tl.constexpr(32)  # a vector over slots: chunks are numbered below 2^24 (common.bit_length)
+SLOTS = tl.constexpr(32)  # a vector over slots: chunks are numbered below 2^24 (tree.place.bit_length)
 
 
 @triton.jit

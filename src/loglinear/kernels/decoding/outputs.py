@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels import common
 from loglinear.kernels.decoding.host import row_stride
-from loglinear.kernels.replay import replay
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.replay import replay
 
 
 @triton.jit
@@ -90,12 +90,12 @@ def run_step_outputs(inputs: list, eps: float, gate_first: bool) -> tuple[Tensor
     """The launch of ``step_outputs``."""
     o, x, _, gate, weight, _ = inputs
     batch, length, heads, width = o.shape
-    y = common.scratch((batch, length, heads * width), o.dtype, o.device)
+    y = launching.scratch((batch, length, heads * width), o.dtype, o.device)
     normed = weight.shape[0]
     groups, block = heads * width // normed, triton.next_power_of_2(normed)
     strides = [0 if part is None else row_stride(part.shape, part.stride()) for part in (x, gate)]
     if y.numel():
-        common.launch(
+        launching.launch(
             step_outputs_kernel, batch * length * groups, *inputs, y, length, *strides, eps, N=normed, GROUPS=groups,
             V=width, GATE_FIRST=gate_first, SKIP=x is not None, BLOCK=block, num_warps=warps_for(block),
         )  # fmt: skip

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels import common
 from loglinear.kernels.decoding.outputs import root_mean_square_norm, warps_for
-from loglinear.kernels.problem import cdiv
-from loglinear.kernels.replay import replay
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.problem import cdiv
+from loglinear.kernels.tree.replay import replay
 
 BLOCK, WARPS = 512, 4  # of the gate
 
@@ -37,10 +37,10 @@ def run_add_norm(inputs: list, eps: float) -> tuple[Tensor, Tensor]:
     """The launch of ``add_norm``."""
     x, _, weight = inputs
     width = weight.shape[0]
-    total, normed = (common.scratch(tuple(x.shape), x.dtype, x.device) for _ in range(2))
+    total, normed = (launching.scratch(tuple(x.shape), x.dtype, x.device) for _ in range(2))
     if x.numel():
         block = triton.next_power_of_2(width)
-        common.launch(
+        launching.launch(
             add_norm_kernel, x.numel() // width, *inputs, total, normed, eps, N=width, BLOCK=block,
             num_warps=warps_for(block),
         )  # fmt: skip
@@ -67,9 +67,9 @@ def silu_times(gate: Tensor, x: Tensor) -> Tensor:
 def run_silu_times(inputs: list) -> tuple[Tensor]:
     """The launch of ``silu_times``."""
     gate, x = inputs
-    y = common.scratch(tuple(gate.shape), gate.dtype, gate.device)
+    y = launching.scratch(tuple(gate.shape), gate.dtype, gate.device)
     if gate.numel():
-        common.launch(
+        launching.launch(
             silu_times_kernel, cdiv(gate.numel(), BLOCK), gate, x, y, gate.numel(), BLOCK=BLOCK, num_warps=WARPS
         )
     return (y,)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.common import load_state, log2_of_power, lowbit, store_state
 from loglinear.kernels.decoding.open_chunk import (
     SLOTS,
     entry_scales,
@@ -21,6 +20,8 @@ from loglinear.kernels.decoding.open_chunk import (
     store_token,
     weighted_entries,
 )
+from loglinear.kernels.tree.place import log2_of_power, lowbit
+from loglinear.kernels.tree.tiles import load_state, store_state
 
 
 @triton.jit

@@ -1,0 +1,138 @@
+"""FORWARD of the scalar gate: three launches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.decay.chunk_states import chunk_states_kernel
+from loglinear.kernels.decay.node_states import node_states_kernel
+from loglinear.kernels.decay.output import output_kernel
+from loglinear.kernels.devices import shared_memory
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
+from loglinear.kernels.tree.replay import replay
+from loglinear.kernels.tuning import ScalarGateConfig, scalar_gate_config
+
+
+class States(NamedTuple):
+    """The facts about the chunks that depend on no query. A *row* is a chunk of a sequence of the batch; logs in base 2.
+
+    The backward builds it again. This costs less than a tenth of the backward, and a model keeps no states of its layers.
+
+    sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[rows, H]`` float32.
+    group_log: ``[groups, H]``. entries: ``[rows, H, K, V]``, the Fenwick array. group_states: ``[groups, H, K, V]``.
+    checks: ``[groups, H, tiles]`` float32, finite where the tokens of a group are.
+    """
+
+    sums: Tensor
+    chunk_log: Tensor
+    entry_log: Tensor
+    group_log: Tensor
+    entries: Tensor | None
+    group_states: Tensor
+    checks: Tensor
+
+
+def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, leaves: bool) -> States:
+    """Entries inside groups, those of a single chunk only with ``leaves``; ``launch_node_states`` adds the longer ones."""
+    H, K, V = problem.heads, problem.key_width, problem.value_width
+    exact, device = v.dtype == torch.float32, v.device
+    sums = launching.scratch((H, 2 if exact else 1, problem.tokens), torch.float32, device)
+    logs = [launching.scratch((n, H), torch.float32, device) for n in (problem.rows, problem.rows, problem.row_groups)]
+    matrices = [launching.scratch((n, H, K, V), v.dtype, device) for n in (problem.rows, problem.row_groups)]
+    launch = problem.config.states
+    tile_k, tile_v = min(problem.config.block_k, problem.tile(K)), min(launch.block_v, problem.tile(V))
+    tiles = cdiv(K, tile_k) * cdiv(V, tile_v)
+    states = States(sums, *logs, *matrices, launching.scratch((problem.row_groups, H, tiles), torch.float32, device))
+    grid = problem.row_groups * H * tiles
+    gate = sums if g is None else g
+    launching.launch(
+        chunk_states_kernel, grid,
+        k, v, gate, *states, problem.group_sequence, *problem.table, problem.tokens, sums.stride(0),
+        k.stride(1), v.stride(1), gate.stride(1), **common_constants(problem, v.dtype), BK=tile_k, BV=tile_v,
+        HAS_GATE=g is not None, LEAVES=leaves, **launch.options,
+    )  # fmt: skip
+    return states
+
+
+def launch_node_states(problem: Problem, states: States) -> None:
+    """Entries of two groups or more."""
+    if problem.chunk_groups < 2:
+        return
+    state = problem.key_width * problem.value_width
+    block = min(2048, padded(state))
+    launching.launch(
+        node_states_kernel, problem.row_groups * problem.heads * cdiv(state, block),
+        states.group_states, states.group_log, states.entries, states.entry_log, problem.group_sequence, *problem.table,
+        H=problem.heads, STATE=state, C=problem.config.chunk, BLOCK=block, PACKED=problem.packed, num_warps=4,
+    )  # fmt: skip
+
+
+def launch_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, leaves: bool) -> States:
+    """The Fenwick array, without the entries of a single chunk (which ``output`` does not read) or with them."""
+    states = launch_chunk_states(problem, k, v, g, leaves)
+    launch_node_states(problem, states)
+    return states
+
+
+def launch_output(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, factor: float, states: States
+) -> Tensor:
+    """o, from the chunks themselves and the entries before them."""
+    launch = problem.config.output
+    tile_v = min(launch.block_v, problem.tile(problem.value_width))
+    o = launching.scratch(tuple(v.shape), v.dtype, v.device)
+    grid = problem.rows * problem.heads * cdiv(problem.value_width, tile_v)
+    launching.launch(
+        output_kernel, grid,
+        q, k, v, level_scales, states.sums, states.entries, states.entry_log, states.checks, o, problem.row_sequence,
+        *problem.table, problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1),
+        level_scales.stride(1), factor,
+        problem.levels, **common_constants(problem, v.dtype), LOG_C=problem.config.chunk.bit_length() - 1,
+        TREE=padded(problem.tree_levels), BK=problem.tile(problem.key_width), BV=tile_v,
+        TILES=states.checks.shape[2], **launch.options,
+    )  # fmt: skip
+    return o
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    level_scales: Tensor,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    config: ScalarGateConfig | None = None,
+    first_chunks: Tensor | None = None,
+    reach: int = 0,
+) -> Tensor:
+    """Log-linear attention with a scalar gate, from nothing before the first token.
+
+    Args:
+        q, k: ``[B, T, G, K]`` of v's dtype. v: ``[B, T, H, V]``, bfloat16, float16 or float32.
+        g: ``[B, T, H]`` natural log-decay <= 0, any floating dtype; -inf is a reset. None is no decay.
+        level_scales: λ ``[B, T, H, L]``, any floating dtype. scale: factor of o.
+        cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
+        first_chunks: ``[n]`` integers, with cu_seqlens: how many chunks of ``CHUNK_SIZE`` tokens stand before each sequence in
+            a longer one. It has the chunks and levels of the longer one, and sees nothing before itself.
+        reach: with first_chunks, a bound on the positions of all tokens; results do not depend on it.
+
+    Returns:
+        o ``[B, T, H, V]`` of v's dtype, contiguous.
+    """
+    config = config or scalar_gate_config(v.dtype, q.shape[3], v.shape[3], shared_memory(v.device))
+    inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, level_scales)]
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_chunks=first_chunks)
+    return replay(run_forward, [*inputs, *tables], scale, config, reach)[0]
+
+
+def run_forward(inputs: list, scale: float, config: ScalarGateConfig, reach: int) -> tuple[Tensor]:
+    """The launches of ``forward``."""
+    q, k, v, g, level_scales, *tables = inputs
+    problem = describe(q, v, level_scales, tuple(tables), config, reach)
+    states = launch_states(problem, k, v, g, leaves=False)
+    return (launch_output(problem, q, k, v, level_scales, scale, states),)

@@ -1,0 +1,102 @@
+"""GATE GRADIENTS: dg of a token is the sum over all pairs (query, key) that have the decay of this token between them.
+
+For a token of chunk n these are pairs within the chunk, pairs of its later queries with earlier chunks, pairs of its
+earlier keys with later chunks, and pairs that skip the chunk. Only the pairs within the chunk take a difference, of two
+sums of the same float32 products. The keys before the chunk are the entries on its query path. An entry passes a share
+to the queries after chunk n in the rest of its window, level gain by level gain, and a share beyond the window, which
+chunk_grads has computed. So no error is carried from chunk to chunk.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.tree.decays import GATE_FLOOR
+from loglinear.kernels.tree.place import GROUP, LOG_GROUP, locate
+
+
+@triton.jit
+def strided_sum(base, stride, count):
+    """Sum of ``count`` float32 values ``stride`` apart, in blocks of 128."""
+    total = 0.0
+    block = tl.arange(0, 128)
+    for i in range((count + 127) // 128):
+        index = i * 128 + block
+        total += tl.sum(tl.load(base + index.to(tl.int64) * stride, mask=index < count, other=0.0), axis=0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "rows", "high_levels"])
+def gate_grads_kernel(
+    g,
+    beyond,  # [rows, H, TILES]
+    level_gain,  # [tree levels, H, rows]
+    chunk_gain,  # [rows, H]
+    row_gain,  # [H, B*T]
+    column_gain,  # [H, B*T]
+    dg,  # [B*T, H]
+    group_sequence,
+    sequences,
+    T,
+    N,
+    NG,
+    all_tokens,
+    stride_g,
+    rows,
+    high_levels,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    TILES: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid: groups x H. float32 throughout."""
+    pid = tl.program_id(0)
+    h = pid % H
+    group = pid // H
+    start, length, row0, group0, n0, _ = locate(group, group_sequence, sequences, T, N, NG, NG, PACKED)
+    if length < 0:
+        return
+    j = n0 // GROUP + group - group0
+    chunks = (length + C - 1) // C
+    in_chunk = tl.arange(0, C)
+    m = tl.arange(0, 32)
+    # Per tree level: the gain of the queries after the chunk, within the chunk's window, from the entry before this window.
+    later = tl.zeros([32], tl.float32)
+    for i in range(high_levels):
+        level = LOG_GROUP + i
+        entry = (j * GROUP) >> level << level
+        first = (j + 1) * GROUP - n0
+        last = tl.minimum(entry + (tl.cast(1, tl.int32) << level) - n0, chunks)
+        if ((j * GROUP >> level) & 1 == 1) & (entry > n0) & (first < last):
+            base = level_gain + (level * H + h).to(tl.int64) * rows + row0 + first
+            later = tl.where(m == level, strided_sum(base, 1, last - first), later)
+    for i in range(GROUP):
+        n = j * GROUP + GROUP - 1 - i
+        local = n - n0
+        if (local >= 0) & (local < chunks):
+            position = local * C + in_chunk
+            valid = position < length
+            tokens = start + position
+            gains = h.to(tl.int64) * all_tokens + tokens
+            gain = tl.load(row_gain + gains, mask=valid, other=0.0)
+            loss = tl.load(column_gain + gains, mask=valid, other=0.0)
+            entry = n >> m << m
+            reads = ((n >> m) & 1 == 1) & (entry > n0)
+            place = (m * H + h).to(tl.int64) * rows + row0 + local
+            own = tl.load(level_gain + place, mask=reads, other=0.0)
+            passes = reads & (entry + (tl.cast(1, tl.int32) << m) < n0 + chunks)
+            # A single chunk passes on its whole gain minus the gain that this chunk takes: one difference is harmless.
+            unit = (row0 + local).to(tl.int64) * H + h
+            skips = tl.where(reads, later, 0.0)
+            skips += tl.load(chunk_gain + unit - H + 0 * m, mask=passes & (m == 0), other=0.0)
+            skips -= tl.where(passes & (m == 0), own, 0.0)
+            for t in range(TILES):
+                place = ((row0 + entry - 1 - n0).to(tl.int64) * H + h) * TILES + t
+                skips += tl.load(beyond + place, mask=passes & (m > 0), other=0.0)
+            crossing = tl.sum(skips, axis=0) + tl.load(chunk_gain + unit)
+            gradient = crossing + tl.cumsum(gain - loss, axis=0, reverse=True)
+            gate = tl.load(g + tokens.to(tl.int64) * stride_g + h, mask=valid, other=0.0)
+            gradient = tl.where(gate.to(tl.float32) > GATE_FLOOR, gradient, 0.0)
+            tl.store(dg + tokens.to(tl.int64) * H + h, gradient.to(dg.dtype.element_ty), mask=valid)
+            later = tl.where((n - 1) >> m == n >> m, later + own, 0.0)

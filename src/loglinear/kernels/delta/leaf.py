@@ -1,0 +1,29 @@
+"""LEAF: the entry of a single chunk, applied as two thin products and never formed.
+
+Every odd chunk reads the chunk before it as the nearest entry of its path, so leaves are half of all entries. With
+``G = Q K_endᵀ`` over the keys of the leaf, ``Q S = G U`` and ``Q A = γ_C Q - G W``. The leaf's W and U are therefore enough.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.delta.group_maps import decay_to_end
+from loglinear.kernels.delta.products import times_tokens
+
+
+@triton.jit
+def leaf_scores(queries, keys, stride_k, sums, plane, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+                EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``Q K_endᵀ`` ``[C, C]`` float32; keys and sums point at the first token of a whole chunk."""
+    everywhere = tl.arange(0, C) >= 0
+    pairs = times_tokens(queries, keys, stride_k, everywhere, C, K, BK, PRECISION)
+    return pairs * decay_to_end(sums, C, plane, C, EXACT)[None, :]
+
+
+@triton.jit
+def leaf_jump(queries, pairs, sums, erased, C: tl.constexpr, PRECISION: tl.constexpr):
+    """``Q A`` ``[C, BK]`` in Q's dtype, from ``pairs = Q K_endᵀ`` and ``erased = W``; sums point at the chunk's first token."""
+    passed = queries.to(tl.float32) * tl.exp2(tl.load(sums + C - 1))
+    return tl.dot(-pairs.to(queries.dtype), erased, passed, input_precision=PRECISION).to(queries.dtype)

@@ -1,0 +1,117 @@
+"""MEMORY: the tensors that the forward pass keeps for the backward, and the number of heads in a slice of the backward pass.
+
+The module is arithmetic on the host, before any allocation. Kept maps and slices of many heads both make the backward pass
+faster, and both cost memory. The bytes of inputs, outputs and their gradients set the bound on this memory.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.delta.group_maps import PREFIXES
+from loglinear.kernels.delta.score_grads import PLANES
+from loglinear.kernels.tree.problem import Problem, cdiv
+
+SHARE = 2.0  # most bytes of maps and intermediates together, per byte of inputs, output and their gradients
+KEPT_SHARE = 1.25  # the same of maps that are kept from the forward pass
+UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
+
+
+class Maps(NamedTuple):
+    """The facts about the chunks that depend on no query. ``low`` is v's dtype; logs are in base 2.
+
+    A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X that comes before the span leaves it as ``A X + S``.
+
+    sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk; two planes, value and rounding error, for
+        float32 inputs; NaN for a token that is not finite. chunk_log: ``[rows, H]`` float32.
+    solve: ``[rows, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
+    writes: ``[rows, H, C, K+V]`` low, ``[W | U]``.
+    entries: ``[rows, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at row0 + e - 1. The entry of all chunks of
+        the highest tier's group is there too, if the group is whole; no query reads it. Entries of single chunks are
+        undefined (see leaf.py), except, beside prefixes, those of a group's unit 0 and, before a unit 5, of unit 4.
+    groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
+    prefixes: one ``[4 groups, H, K, K+V]`` low per tier: the map of the units of a group before each unit, where it is
+        neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``). None if they were not asked for.
+    """
+
+    sums: Tensor
+    chunk_log: Tensor
+    solve: Tensor
+    writes: Tensor
+    entries: Tensor
+    groups: tuple[Tensor, ...]
+    prefixes: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors in one tuple. ``Maps.of`` undoes this."""
+        return *self[:5], *self.groups, *self.prefixes
+
+    @staticmethod
+    def of(tensors: tuple[Tensor, ...]) -> Maps:
+        """Maps with prefixes, from their ``tensors``."""
+        tiers = (len(tensors) - 4) // 2
+        first, rest = tensors[:5], tensors[5:]
+        return Maps(*first, rest[: tiers - 1], rest[tiers - 1 :])  # type: ignore[call-arg]
+
+    @property
+    def heads(self) -> int:
+        """Heads side by side in memory: more than the heads of these maps, if the maps are a slice."""
+        return self.chunk_log.stride(0)
+
+    def part(self, first: int, count: int) -> Maps:
+        """The maps of ``count`` heads, as views."""
+        heads = slice(first, first + count)
+        own = (x[:, heads] for x in self[1:5])
+        rest = (tuple(x[:, heads] for x in maps) for maps in (self.groups, self.prefixes))
+        return Maps(self.sums[heads], *own, *rest)  # type: ignore[arg-type, misc]
+
+
+def map_shapes(problem: Problem, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of ``Maps.tensors``, with prefixes, where v is of ``dtype``. The first two are the logs."""
+    H, K, V, C, rows = problem.heads, problem.key_width, problem.value_width, problem.config.chunk, problem.rows
+    groups = [total for total, _ in problem.tier_groups]
+    maps = rows, *groups[:-1], *(PREFIXES.value * count for count in groups)
+    shapes = [(rows, H, C, C), (rows, H, C, K + V), *((count, H, K, K + V) for count in maps)]
+    logs = [(H, 2 if dtype == torch.float32 else 1, problem.tokens), (rows, H)]
+    return [*((shape, torch.float32) for shape in logs), *((shape, dtype) for shape in shapes)]
+
+
+def map_elements(problem: Problem) -> int:
+    """Elements of all ``Maps`` of one head, with prefixes. The logs, two numbers a token, are left out."""
+    return sum(shape[0] * prod(shape[2:]) for shape, _ in map_shapes(problem, torch.bfloat16)[2:])
+
+
+def given_bytes(problem: Problem, size: int) -> int:
+    """Bytes of q, k, v, o and their gradients, of ``size`` bytes an element."""
+    widths = problem.groups * problem.key_width + problem.heads * problem.value_width
+    return 4 * problem.tokens * widths * size
+
+
+def keeps_maps(problem: Problem, size: int) -> bool:
+    """Whether a forward pass leaves its maps for the backward: all of them or none."""
+    kept = map_elements(problem) * problem.heads * size
+    return problem.rows > 0 and kept <= KEPT_SHARE * given_bytes(problem, size)
+
+
+def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
+    """Heads of a slice: whole groups or a part of one. ``kept``: maps are there.
+
+    All, or as many that the intermediates of two slices, which are worked on side by side, fit into the memory that is left.
+    Heads do not meet but in the sums over a group, which are in a fixed order, so this changes no bit.
+    """
+    H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
+    maps = map_elements(problem)
+    # The tensors of the paths are freed before the scores and the shares of dk are allocated.
+    paths = problem.rows * 3 * C * K + 2 * problem.path_slots * K * (K + V)
+    later = problem.rows * C * (2 * K + PLANES.value * C)
+    elements = cdiv(problem.rows * 3, 2) * K * (K + V) + problem.rows * C * K + max(paths, later)
+    left = SHARE * given_bytes(problem, size) - (maps * H * size if kept else 0)
+    allowed = max(left, UNSLICED) // max((elements + (0 if kept else maps)) * size, 1)
+    per_group = problem.heads_per_group
+    fitting = [n for n in range(1, H + 1) if H % n == 0 and (n % per_group == 0 or per_group % n == 0)]
+    return max((n for n in fitting if n <= allowed // 2 or n == H <= allowed), default=1)

@@ -1,0 +1,94 @@
+"""PATH STATES: the states of the entries before a group, carried to its start, where the queries of all its chunks read them.
+
+The *path* of group m is the list of entries ``e_0 > e_1 > …`` that cover all chunks before it, one for each bit of m.
+They end the query path of each chunk of the group. With ``T_0 = I`` and ``T_{j+1} = T_j A_j``, entry j gives a query Q
+at the start of the group ``λ ∘ (Q T_j S_j)``. So ``T_j S_j`` is computed once for the group, and its chunks read these
+states in any order, without A. ``T_0 S_0`` and ``T_1`` are entry e_0 as it is, and are not stored again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.delta.products import times_memory
+from loglinear.kernels.delta.tiles import load_part
+from loglinear.kernels.tree.place import GROUP, locate, set_bits, set_bits_before
+
+
+@triton.jit
+def path_start(m, sequence, path_starts, paths, PACKED: tl.constexpr):
+    """Slot of the first entry on the path of group m in an array of all paths."""
+    if PACKED:
+        before = tl.load(path_starts + sequence)
+    else:
+        before = sequence * paths
+    return before + set_bits_before(m)
+
+
+@triton.jit
+def store_columns(base, tile, first_k, first, end, K: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr):  # fmt: skip
+    """Write tile ``[BM, BN]`` of a matrix of K rows of STRIDE elements, as far as column ``end``."""
+    rows = first_k + tl.arange(0, BM)
+    columns = first + tl.arange(0, BN)
+    inside = (columns < end)[None, :]
+    if K % BM != 0:
+        inside = inside & (rows < K)[:, None]
+    tl.store(base + (rows[:, None] * STRIDE + columns[None, :]), tile, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "paths"])
+def path_states_kernel(
+    entries,  # [rows, H, K, K+V]
+    states,  # [slots, H, K, V]: T_j S_j, or if MAPS [slots, H, K, K+V]: [T_j | T_j S_j]; none for j = 0
+    path_starts,
+    group_sequence,
+    sequences,
+    T,
+    N,
+    NG,
+    paths,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    MAPS: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: groups x H x blocks of BM rows of T, blocks fastest. float32: accumulators; T is rounded before each product."""
+    WIDTH: tl.constexpr = K + V
+    STRIDE: tl.constexpr = WIDTH if MAPS else V
+    BLOCKS: tl.constexpr = (K + BM - 1) // BM
+    TILES: tl.constexpr = (V + BK - 1) // BK  # tiles of S, each as wide as A; A and these tiles take turns
+    pid = tl.program_id(0)
+    first_k = pid % BLOCKS * BM
+    h = pid // BLOCKS % H
+    group = pid // (BLOCKS * H)
+    _, length, row0, group0, _, sequence = locate(group, group_sequence, sequences, T, N, NG, NG, PACKED)
+    m = group - group0
+    count = set_bits(m)
+    if (length < 0) | (count < 2):
+        return
+    slot = path_start(m, sequence, path_starts, paths, PACKED)
+    nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * HEADS + h) * (K * WIDTH)
+    x = load_part(nearest, first_k, 0, K, K, WIDTH, BM, BK)
+    f = m & (m - 1)
+    for step in range((count - 1) * (TILES + 1) - 1):
+        j = step // (TILES + 1) + 1
+        tile = step % (TILES + 1)
+        jump = tile == TILES
+        source = entries + ((row0 + f * GROUP - 1).to(tl.int64) * HEADS + h) * (K * WIDTH)
+        first = tl.where(jump, 0, K + tile * BK)
+        end = tl.where(jump, K, WIDTH)
+        MASKED: tl.constexpr = (K % BK != 0) or (V % BK != 0)
+        result = times_memory(x, source, first, 0, end, WIDTH, K, BM, BK, BK, MASKED, PRECISION).to(x.dtype)
+        target = states + ((slot + j + jump.to(tl.int32)).to(tl.int64) * H + h) * (K * STRIDE)
+        first = tl.where(jump, 0, STRIDE - V + tile * BK)
+        end = tl.where(jump, STRIDE - V, STRIDE)  # without MAPS a jump stores nothing
+        store_columns(target, result, first_k, first, end, K, STRIDE, BM, BK)
+        x = tl.where(jump, result, x)
+        f = tl.where(jump, f & (f - 1), f)

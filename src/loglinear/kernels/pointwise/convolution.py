@@ -1,0 +1,213 @@
+"""SHORT CONVOLUTION: causal, depthwise, a few taps, then SiLU; forward, and the backward in one pass over memory.
+
+A program owns some channels of a span of tokens and takes the tokens one after the other. Neighbouring tokens share values, and
+registers hold them: the W - 1 inputs before a token, and in the backward pass the W - 1 gradients that are not complete yet.
+A kernel therefore reads every number once, except the few numbers where two spans meet. Only the inputs are saved for backward.
+
+Legend: rows are the tokens of all sequences, one behind the other; ``here`` is how many tokens of its sequence stand before a
+token, from the table ``place`` if sequences are packed; lag j is the tap that reads j tokens back, weight column W - 1 - j.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.kernels.pointwise.functions import silu_slope
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.problem import cdiv, token_rows
+
+SPAN = 128  # tokens of a program
+AHEAD = 8  # tokens that are loaded together; at least W - 1
+CHANNELS = 256
+WARPS, GRADS_WARPS = 2, 4  # a thread has four channels, or two where it also keeps gradients
+
+
+@triton.jit
+def _load(pointer, token, stride, channels, width, there):
+    """The channels of one token as they are in memory; 0 where they end, and all 0 unless the token is ``there``."""
+    mask = channels < tl.where(there, width, 0)
+    return tl.load(pointer + token.to(tl.int64) * stride + channels, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(pointer, token, channels, width, values, there):
+    """Write the channels of one token, if it is ``there``."""
+    pointers = pointer + token.to(tl.int64) * width + channels
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=channels < tl.where(there, width, 0))
+
+
+@triton.jit
+def _taps(weight, bias, channels, width, W: tl.constexpr, BIAS: tl.constexpr):
+    """(taps by lag, bias) in float32."""
+    inside = channels < width
+    taps = ()
+    for lag in tl.static_range(W):
+        taps = taps + (tl.load(weight + channels * W + (W - 1 - lag), mask=inside, other=0.0).to(tl.float32),)
+    constant = tl.zeros([channels.shape[0]], tl.float32)
+    if BIAS:
+        constant = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    return taps, constant
+
+
+@triton.jit
+def _place(place, token, T, rows, PACKED: tl.constexpr):
+    """``here`` of a token, looked up or counted."""
+    if PACKED:
+        return tl.load(place + token, mask=token < rows, other=0)
+    return token % T
+
+
+@triton.jit
+def _next(here, place, token, T, rows, PACKED: tl.constexpr):
+    """``here`` of ``token``, given that of the token before it: no division where none is needed."""
+    if PACKED:
+        return _place(place, token, T, rows, PACKED)
+    return tl.where(here + 1 == T, 0, here + 1)
+
+
+@triton.jit
+def _past(x, token, here, stride, channels, width, W: tl.constexpr):
+    """Inputs of the W - 1 tokens before ``token``, the nearest first, 0 before the sequence."""
+    past = ()
+    for lag in tl.static_range(1, W):
+        past = past + (_load(x, token - lag, stride, channels, width, here >= lag).to(tl.float32),)
+    return past
+
+
+@triton.jit
+def _sum(taps, constant, window, W: tl.constexpr):
+    """The sum over the taps, the argument of the SiLU."""
+    total = constant
+    for lag in tl.static_range(W):
+        total += taps[lag] * window[lag]
+    return total
+
+
+@triton.jit
+def _of_sequence(now, past, here, W: tl.constexpr):
+    """The inputs that a token's taps meet: its own and those before it, which are 0 for the first token of a sequence."""
+    window = (now,)
+    for lag in tl.static_range(1, W):
+        window = window + (tl.where(here > 0, past[lag - 1], 0.0),)
+    return window
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def convolution_kernel(
+    x, weight, bias, place, y, stride, T, rows, width,
+    W: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
+    SPAN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """y ``[rows, width]`` from x ``[rows, width]`` of row stride ``stride``. Grid: spans x blocks of channels."""
+    blocks = tl.cdiv(width, CHANNELS)
+    start = (tl.program_id(0) // blocks) * SPAN
+    channels = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    taps, constant = _taps(weight, bias, channels, width, W, BIAS)
+    here = _place(place, start, T, rows, PACKED)
+    past = _past(x, start, here, stride, channels, width, W)
+    for i in range(0, SPAN, AHEAD):
+        loaded = ()
+        for j in tl.static_range(AHEAD):
+            loaded = loaded + (_load(x, start + i + j, stride, channels, width, start + i + j < rows),)
+        for j in tl.static_range(AHEAD):
+            token = start + i + j
+            window = _of_sequence(loaded[j].to(tl.float32), past, here, W)
+            total = _sum(taps, constant, window, W)
+            _store(y, token, channels, width, total * tl.sigmoid(total), token < rows)
+            past = window[: W - 1]
+            here = _next(here, place, token + 1, T, rows, PACKED)
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def convolution_grads_kernel(
+    dy, x, weight, bias, place, dx, partial, dy_stride, stride, T, rows, width,
+    W: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
+    SPAN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """dx ``[rows, width]``, and the sums over a span, ``partial [spans, W + 1, width]`` (taps by lag, bias).
+
+    The gradient of an input is complete W - 1 tokens later, so a program goes on for AHEAD tokens after its span.
+    """
+    blocks = tl.cdiv(width, CHANNELS)
+    part = tl.program_id(0) // blocks
+    start = part * SPAN
+    end = tl.minimum(start + SPAN, rows)
+    channels = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    taps, constant = _taps(weight, bias, channels, width, W, BIAS)
+    here = _place(place, start, T, rows, PACKED)
+    past = _past(x, start, here, stride, channels, width, W)
+    zero = tl.zeros([CHANNELS], tl.float32)
+    grads, sums = (), (zero,)  # for the W - 1 tokens before this one, the nearest first; for bias and taps
+    for _ in tl.static_range(1, W):
+        grads = grads + (zero,)
+    for _ in tl.static_range(W):
+        sums = sums + (zero,)
+    for i in range(0, SPAN + AHEAD, AHEAD):
+        loaded, given = (), ()
+        for j in tl.static_range(AHEAD):
+            token = start + i + j
+            loaded = loaded + (_load(x, token, stride, channels, width, token < rows),)
+            given = given + (_load(dy, token, dy_stride, channels, width, token < rows),)
+        for j in tl.static_range(AHEAD):
+            token = start + i + j
+            window = _of_sequence(loaded[j].to(tl.float32), past, here, W)
+            before = _sum(taps, constant, window, W)
+            gradient = given[j].to(tl.float32) * silu_slope(before, tl.sigmoid(before))
+            own = tl.where(token < end, gradient, 0.0)
+            added, longer = (sums[0] + own,), (taps[0] * gradient,)
+            for lag in tl.static_range(W):
+                added = added + (sums[lag + 1] + own * window[lag],)
+            for lag in tl.static_range(1, W):  # a token of another sequence gets nothing
+                longer = longer + (grads[lag - 1] + taps[lag] * tl.where(here >= lag, gradient, 0.0),)
+            complete = token - (W - 1)
+            _store(dx, complete, channels, width, longer[W - 1], (complete >= start) & (complete < end))
+            past, grads, sums = window[: W - 1], longer[: W - 1], added
+            here = _next(here, place, token + 1, T, rows, PACKED)
+    for lag in tl.static_range(W):
+        _store(partial, part * (W + 1) + lag, channels, width, sums[lag + 1], True)
+    _store(partial, part * (W + 1) + W, channels, width, sums[0], True)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None) -> Tensor:
+    """y ``[B, T, channels]``, contiguous, in the dtype of x.
+
+    Args:
+        x: ``[B, T, channels]``, at most 32 bits. weight: ``[channels, W]``, W <= 7. bias: ``[channels]`` or None.
+        place: int32 ``[T]``, for packed sequences (B = 1): how many tokens of its sequence come before each token. None
+        stands for B sequences of T tokens.
+    """
+    x = token_rows(x)
+    (batch, length, width), taps = x.shape, weight.shape[1]
+    y = launching.scratch(tuple(x.shape), x.dtype, x.device)
+    programs = cdiv(batch * length, SPAN) * cdiv(width, CHANNELS)
+    if programs:
+        launching.launch(
+            convolution_kernel, programs, x, weight.contiguous(), bias, place, y, x.stride(1), length, batch * length, width,
+            W=taps, BIAS=bias is not None, PACKED=place is not None, SPAN=SPAN, AHEAD=AHEAD, CHANNELS=CHANNELS, num_warps=WARPS,
+        )  # fmt: skip
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dx, dweight, dbias) in the dtypes of x, weight and bias; arguments as in ``forward``. The same bits on every run."""
+    x, dy = token_rows(x), token_rows(dy)
+    (batch, length, width), taps = x.shape, weight.shape[1]
+    dx = launching.scratch(tuple(x.shape), x.dtype, x.device)
+    parts = cdiv(batch * length, SPAN)
+    partial = launching.scratch((parts, taps + 1, width), torch.float32, x.device)
+    programs = parts * cdiv(width, CHANNELS)
+    if programs:
+        launching.launch(
+            convolution_grads_kernel, programs, dy, x, weight.contiguous(), bias, place, dx, partial,
+            dy.stride(1), x.stride(1), length, batch * length, width,
+            W=taps, BIAS=bias is not None, PACKED=place is not None,
+            SPAN=SPAN, AHEAD=AHEAD, CHANNELS=CHANNELS, num_warps=GRADS_WARPS,
+        )  # fmt: skip
+    sums = partial.sum(0)
+    dweight = sums[:taps].flip(0).T.to(weight.dtype).contiguous()
+    return dx, dweight, None if bias is None else sums[taps].to(bias.dtype)

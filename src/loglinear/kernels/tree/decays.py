@@ -1,0 +1,81 @@
+"""DECAYS: gates, their sums inside a chunk, and the decay between two tokens of a chunk. Logs are float32 in base 2.
+
+A gate is clamped at ``GATE_FLOOR``, where exp has underflowed to zero in float32, so that a hard reset (-inf)
+acts as one and every sum of logs stays finite: a difference of two sums is never inf - inf. Differences are taken only
+inside a chunk. Float32 inputs keep the sums as a pair (value, rounding error), so that they stay exact to 2^-30 after
+a reset too; 16-bit inputs keep the value alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GATE_FLOOR = tl.constexpr(-128.0)  # exp(-128) < 2^-149, the smallest float32
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def at_most_zero(x):
+    """``min(x, 0)``; NaN where x is NaN."""
+    return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_gates(g, stride, valid, HAS_GATE: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):
+    """Log2-decays of a chunk ``[C]``, clamped; NaN for NaN and for an infinite growth."""
+    if EXACT:
+        gate = tl.zeros([C], tl.float64)
+    else:
+        gate = tl.zeros([C], tl.float32)
+    if HAS_GATE:
+        raw = tl.load(g + tl.arange(0, C) * stride, mask=valid, other=0.0).to(gate.dtype)
+        gate += tl.where(raw < float("inf"), tl.maximum(raw, GATE_FLOOR), float("nan")) * LOG2_E
+    return gate
+
+
+@triton.jit
+def gate_sums(gate):
+    """Cumulative log2-decay of a chunk ``[C]``: (value, rounding error, decay to the end, total)."""
+    sums = tl.cumsum(gate, axis=0)
+    total = tl.sum(gate, axis=0)
+    high = sums.to(tl.float32)
+    low = (sums - high.to(sums.dtype)).to(tl.float32)
+    to_end = tl.exp2(at_most_zero((total - sums).to(tl.float32)))
+    return high, low, to_end, total.to(tl.float32)
+
+
+@triton.jit
+def load_sum(sums, offsets, valid, plane, EXACT: tl.constexpr):
+    """Cumulative log-decay at ``offsets``, zero where not valid: (value, its rounding error or 0)."""
+    high = tl.load(sums + offsets, mask=valid, other=0.0)
+    low = tl.load(sums + plane + offsets, mask=valid, other=0.0) if EXACT else 0.0
+    return high, low
+
+
+@triton.jit
+def decay_between(late_high, late_low, early_high, early_low, EXACT: tl.constexpr):
+    """exp2 of the log-decay from an earlier to a later token of a chunk. Capped at 1, for rows that are masked later."""
+    difference = late_high - early_high
+    if EXACT:
+        difference += late_low - early_low
+    return tl.exp2(at_most_zero(difference))
+
+
+@triton.jit
+def to_chunk_end(sums, size, plane, C: tl.constexpr, EXACT: tl.constexpr):
+    """Decay from each token of a chunk of ``size`` tokens to its end ``[C]``."""
+    in_chunk = tl.arange(0, C)
+    high, low = load_sum(sums, in_chunk, in_chunk < size, plane, EXACT)
+    last_high, last_low = load_sum(sums, tl.minimum(size, C) - 1, True, plane, EXACT)
+    return decay_between(last_high, last_low, high, low, EXACT)
+
+
+@triton.jit
+def pair_decays(high, low, EXACT: tl.constexpr):
+    """Decay ``[C, C]`` from a token (column) to a later one (row) of a chunk, from its sums; 1 above the diagonal."""
+    if EXACT:
+        decays = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], True)
+    else:
+        decays = decay_between(high[:, None], 0.0, high[None, :], 0.0, False)
+    return decays

@@ -1,0 +1,98 @@
+"""LEVELS: λ inside a chunk, as a mask in two parts, and λ towards the entries of a query path."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.tree.decays import decay_between, load_sum
+from loglinear.kernels.tree.place import bit_length
+
+SUB = tl.constexpr(16)  # tokens per sub-block of the mask: pairs in two sub-blocks share one level
+LOG_SUB = tl.constexpr(4)
+
+
+@triton.jit
+def local_levels(C: tl.constexpr):
+    """Levels inside a chunk of C tokens: (``[C, SUB]`` in a row's own sub-block, ``[C, C/SUB]`` towards whole others)."""
+    t = tl.arange(0, C)
+    own = bit_length((t % SUB)[:, None] ^ tl.arange(0, SUB)[None, :])
+    other = LOG_SUB + bit_length((t // SUB)[:, None] ^ tl.arange(0, C // SUB)[None, :])
+    return own, other
+
+
+@triton.jit
+def local_scales(scales, valid, stride, factor, L, C: tl.constexpr):
+    """λ of a row towards its own sub-block ``[C, SUB]`` and towards the earlier ones ``[C, C/SUB]``, times ``factor``.
+
+    ``scales`` points at the first token of the chunk, level 0. Zero above the diagonal and for rows that are not valid.
+    """
+    t = tl.arange(0, C)
+    own, other = local_levels(C)
+    below = (tl.arange(0, SUB)[None, :] <= (t % SUB)[:, None]) & valid[:, None]
+    before = (tl.arange(0, C // SUB)[None, :] < (t // SUB)[:, None]) & valid[:, None]
+    row = t[:, None] * stride
+    near = tl.load(scales + (row + tl.minimum(own, L - 1)), mask=below, other=0.0).to(tl.float32) * factor
+    far = tl.load(scales + (row + tl.minimum(other, L - 1)), mask=before, other=0.0).to(tl.float32) * factor
+    return near, far
+
+
+@triton.jit
+def local_decays(sums, size, plane, C: tl.constexpr, EXACT: tl.constexpr):
+    """Decays inside a chunk of ``size`` tokens, as (near ``[C, SUB]``, far ``[C, C/SUB]``, column ``[C/SUB, SUB]``).
+    From token s to t: near in one sub-block; otherwise far[t, block of s] * column[s], over the end of s's sub-block.
+    Both factors are at most 1, and there are C + C²/SUB + C·SUB exponentials instead of C².
+    """
+    t = tl.arange(0, C)
+    block = tl.arange(0, C // SUB)
+    inner = tl.arange(0, SUB)
+    # Each view of the sums is loaded anew: to move one between register layouts costs more than the cache does.
+    row_high, row_low = load_sum(sums, t, t < size, plane, EXACT)
+    near = (t // SUB * SUB)[:, None] + inner[None, :]
+    near_high, near_low = load_sum(sums, near, near < size, plane, EXACT)
+    end = block * SUB + SUB - 1
+    end_high, end_low = load_sum(sums, end, end < size, plane, EXACT)
+    column = block[:, None] * SUB + inner[None, :]
+    column_high, column_low = load_sum(sums, column, column < size, plane, EXACT)
+    if EXACT:
+        near_decay = decay_between(row_high[:, None], row_low[:, None], near_high, near_low, True)
+        far_decay = decay_between(row_high[:, None], row_low[:, None], end_high[None, :], end_low[None, :], True)
+        column_decay = decay_between(end_high[:, None], end_low[:, None], column_high, column_low, True)
+    else:
+        near_decay = decay_between(row_high[:, None], 0.0, near_high, 0.0, False)
+        far_decay = decay_between(row_high[:, None], 0.0, end_high[None, :], 0.0, False)
+        column_decay = decay_between(end_high[:, None], 0.0, column_high, 0.0, False)
+    return near_decay, far_decay, column_decay
+
+
+@triton.jit
+def assemble_mask(near, far, column, C: tl.constexpr):
+    """``[C, C/SUB, SUB]`` mask from its parts: ``near`` in a row's own sub-block, ``far * column`` in the others."""
+    own = (tl.arange(0, C) // SUB)[:, None] == tl.arange(0, C // SUB)[None, :]
+    return tl.where(own[:, :, None], near[:, None, :], far[:, :, None] * column[None, :, :])
+
+
+@triton.jit
+def path_weights(scales, stride_s, valid, row_sums, entry_log, rows, n, n0, h, L, H: tl.constexpr, C: tl.constexpr,
+                 LOG_C: tl.constexpr, TREE: tl.constexpr):  # fmt: skip
+    """``λ exp2(log-decay)`` ``[C, TREE]`` of each row towards the entry of every tree level on the path of chunk n.
+
+    Everything that a walk needs, except the states, is loaded at once. No product of the walk waits for its weight.
+    """
+    m = tl.arange(0, TREE)
+    on_path = ((n >> m) & 1 == 1) & ((n >> m << m) > n0)
+    # The logs of the entries before: a cumulative sum minus the entry's own log would lose the logs behind a reset.
+    below = tl.maximum(m - 1, 0)
+    before = (m > 0) & ((n >> below) & 1 == 1) & ((n >> below << below) > n0)
+    unit = (rows + (n >> below << below) - 1).to(tl.int64) * H + h
+    since = tl.cumsum(tl.load(entry_log + unit, mask=before, other=0.0), axis=0)
+    level = tl.minimum(m + (LOG_C + 1), L - 1)
+    pointers = scales + tl.arange(0, C)[:, None] * stride_s + level[None, :]
+    scale = tl.load(pointers, mask=valid[:, None] & on_path[None, :], other=0.0).to(tl.float32)
+    return scale * tl.exp2(row_sums[:, None] + since[None, :])
+
+
+@triton.jit
+def column(matrix, m, WIDTH: tl.constexpr):
+    """Column m of ``[C, WIDTH]``."""
+    return tl.sum(tl.where(tl.arange(0, WIDTH)[None, :] == m, matrix, 0.0), axis=1)

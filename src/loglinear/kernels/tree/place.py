@@ -1,0 +1,86 @@
+"""PLACE: where a chunk or a group of chunks lies, and the arithmetic of its position in the tree.
+
+A kernel computes a level from the bits of two positions, in registers. There is no table of levels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(8)  # chunks per group: three levels of the tree are built in registers
+LOG_GROUP = tl.constexpr(3)
+
+
+@triton.jit
+def log2_of_power(x):
+    """Exponent of a power of two (int32 scalar or tensor)."""
+    return (x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def bit_length(x):
+    """Bits needed to write 0 <= x < 2^24: the level at which two positions with this XOR see each other."""
+    return tl.maximum((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
+
+
+@triton.jit
+def lowbit(e):
+    return e & -e
+
+
+@triton.jit
+def set_bits(x):
+    """Number of bits set in 0 <= x < 2^24. A loop here would keep the loop around it from being pipelined."""
+    x = x - (x >> 1 & 0x555555)
+    x = (x & 0x333333) + (x >> 2 & 0x333333)
+    x = x + (x >> 4) & 0x0F0F0F
+    return (x * 0x010101 >> 16) & 0xFF
+
+
+@triton.jit
+def set_bits_before(n):
+    """Bits set in 0, 1, … n - 1 together, n < 2^24: the lengths of the paths of the n groups before group n."""
+    count = 0
+    for bit in range(bit_length(n)):
+        block = 1 << bit
+        count += (n >> (bit + 1) << bit) + tl.maximum((n & (2 * block - 1)) - block, 0)
+    return count
+
+
+@triton.jit
+def path_length(n, n0):
+    """Number of entries above n0 on the query path of chunk n."""
+    count = 0
+    e = n
+    while e > n0:
+        e = e & (e - 1)
+        count += 1
+    return count
+
+
+@triton.jit
+def locate(unit, unit_sequence, sequences, T, N, NG, units, PACKED: tl.constexpr):
+    """Where a row or group lies: (first token of its sequence, tokens, first row, first group, n0, sequence).
+
+    n0 is the absolute number of the sequence's first chunk: 0 unless it continues an earlier one.
+
+    PACKED reads them from tables (see problem.py); otherwise all sequences have T tokens, N chunks and NG groups, and
+    ``units`` is N or NG. tokens = -1 marks a unit past the last one.
+    """
+    if PACKED:
+        index = tl.load(unit_sequence + unit)
+        entry = sequences + tl.maximum(index, 0) * 5
+        start = tl.load(entry)
+        length = tl.where(index < 0, -1, tl.load(entry + 1))
+        row0 = tl.load(entry + 2)
+        group0 = tl.load(entry + 3)
+        n0 = tl.load(entry + 4)
+    else:
+        index = unit // units
+        start = index * T
+        length = T
+        row0 = index * N
+        group0 = index * NG
+        n0 = index * 0
+    return start, length, row0, group0, n0, index

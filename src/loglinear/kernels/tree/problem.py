@@ -1,0 +1,298 @@
+"""The sizes, the strides and, for packed sequences, the table of chunks that the host works out before a launch.
+
+Nothing here waits for the device. For packed sequences the host knows only a bound on the number of chunks
+(``T // C + sequences``). Programs past the last chunk see a sequence of -1 tokens and return.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.tree.place import GROUP
+from loglinear.kernels.tuning import DeltaRuleConfig, ScalarGateConfig
+from loglinear.state import CHUNK_SIZE
+
+
+def cdiv(x: int, y: int) -> int:
+    """``ceil(x / y)``; Triton's own goes through the compiler's wrappers and takes longer than some launches."""
+    return -(-x // y)
+
+
+def padded(width: int) -> int:
+    """Width of a tile that holds a whole row: a power of two, at least 16."""
+    return max(1 << (width - 1).bit_length(), 16)
+
+
+def token_rows(x: Tensor) -> Tensor:
+    """x ``[B, T, ...]`` of one or two inner axes, such that token b*T + t begins at (b*T + t) * x.stride(1)."""
+    if x.is_contiguous() and x.shape[1] != 1:  # contiguous says nothing of the strides of an axis of size 1
+        return x
+    inner = x.shape[2:]
+    packed = all(x.stride(i + 2) == inner[i + 1 :].numel() for i in range(len(inner)))
+    if packed and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Groups of ``GROUP`` units in a row. The units of tier 0 are the chunks, of a higher tier the groups of the tier below.
+    Unit i (1-based) of a sequence in tier t ends where entry ``i << 3 t`` of its Fenwick array does; in tiers above 0
+    only whole units have maps, ``chunks >> 3 t`` of them. ``units`` and ``groups`` count those of the whole batch (at
+    most, if packed), ``sequence_units`` and ``sequence_groups`` those of one sequence. ``table`` is for
+    ``place.locate``: in tier 0 the table of the problem; above, its first token is a first unit, and its tokens are
+    chunks if packed.
+    """
+
+    units: int
+    groups: int
+    sequence_units: int
+    sequence_groups: int
+    unit_sequence: Tensor | None
+    group_sequence: Tensor | None
+    table: tuple
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of one call, and the tables that place its chunks.
+
+    ``tables`` are those of ``packed_tables``, none if not packed. ``unit_sequence`` maps rows, then groups, to their sequence
+    (-1: none); ``sequences [n, 5]`` holds per sequence its first token, tokens, first row, first group and the absolute
+    number of its first chunk.
+    """
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    key_width: int
+    value_width: int
+    levels: int
+    rows: int
+    row_groups: int
+    chunks: int
+    config: ScalarGateConfig | DeltaRuleConfig
+    tables: tuple[Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def packed(self) -> bool:
+        return len(self.tables) > 0
+
+    @property
+    def chunk_groups(self) -> int:
+        """Groups of chunks in one sequence, at most."""
+        return cdiv(self.chunks, GROUP.value)
+
+    @property
+    def tree_levels(self) -> int:
+        """Levels of the tree over chunks, at least 1: the widest entry that a query reads has 2^(this - 1) chunks."""
+        return max((self.chunks - 1).bit_length(), 1)
+
+    @property
+    def high_levels(self) -> int:
+        """Levels of the tree over groups: the levels of ``tree_levels`` above a group."""
+        return (self.chunk_groups - 1).bit_length()
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.groups
+
+    def tile(self, width: int) -> int:
+        """``padded``, but no narrower than the configuration's tiles may be."""
+        return max(padded(width), self.config.least_tile)
+
+    @property
+    def table(self) -> tuple:
+        """The arguments by which a kernel finds its sequence: sequences, T, N, NG."""
+        return self.sequences, self.length, self.chunks, self.chunk_groups
+
+    @property
+    def row_sequence(self) -> Tensor | None:
+        return None if self.unit_sequence is None else self.unit_sequence[: self.rows]
+
+    @property
+    def group_sequence(self) -> Tensor | None:
+        return None if self.unit_sequence is None else self.unit_sequence[self.rows :]
+
+    @property
+    def tier_groups(self) -> tuple[tuple[int, int], ...]:
+        """(groups of the whole batch, of one sequence) in each of the ``tiers``. Bounds if packed: no table is read."""
+        sizes = [(self.row_groups, self.chunk_groups)]
+        while sizes[-1][1] > 1:
+            below, longest = sizes[-1]
+            groups = cdiv(longest, GROUP.value)
+            total = below // GROUP.value + self.tables[1].shape[0] if self.packed else self.batch * groups
+            sizes.append((total, groups))
+        return tuple(sizes)
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The tree from its chunks up to the tier in which a sequence is one group."""
+        sizes = self.rows, self.row_groups, self.chunks, self.chunk_groups
+        tiers = [Tier(*sizes, self.row_sequence, self.group_sequence, self.table)]
+        for total, groups in self.tier_groups[1:]:
+            below = tiers[-1]
+            place, sequences = self.tables[2 * len(tiers) + 1 :][:2] if self.packed else (None, None)
+            table = sequences, below.sequence_groups, self.chunks, groups
+            tiers.append(Tier(below.groups, total, below.sequence_groups, groups, below.group_sequence, place, table))
+        return tuple(tiers)
+
+    @property
+    def path_entries(self) -> int:
+        """Entries on the paths of all groups of one sequence; if packed, a bound for all sequences together."""
+        return set_bits_before(self.row_groups if self.packed else self.chunk_groups)
+
+    @property
+    def path_slots(self) -> int:
+        """Entries on the paths of all groups of all sequences."""
+        return self.path_entries * (1 if self.packed else self.batch)
+
+    @property
+    def path_starts(self) -> Tensor | None:
+        """``[n]`` number of path entries of all sequences before each; None if not packed: all have ``path_entries``."""
+        return self.tables[2] if self.packed else None
+
+    @property
+    def unit_sequence(self) -> Tensor | None:
+        return self.tables[0] if self.packed else None
+
+    @property
+    def sequences(self) -> Tensor | None:
+        return self.tables[1] if self.packed else None
+
+
+def common_constants(problem: Problem, dtype: torch.dtype, without: tuple[str, ...] = ()) -> dict:
+    """Compile-time arguments that all kernels over tokens share, without the arguments that a kernel does not take."""
+    constants = dict(
+        H=problem.heads,
+        G=problem.groups,
+        K=problem.key_width,
+        V=problem.value_width,
+        C=problem.config.chunk,
+        EXACT=dtype == torch.float32,
+        PACKED=problem.packed,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+    )
+    return {name: value for name, value in constants.items() if name not in without}
+
+
+def set_bits_before(n: int) -> int:
+    """Bits set in 0, 1, … n - 1 together: the lengths of the paths of n groups."""
+    bits = range(n.bit_length())
+    return sum((n >> (bit + 1) << bit) + max((n & ((2 << bit) - 1)) - (1 << bit), 0) for bit in bits)
+
+
+def describe(
+    q: Tensor,
+    v: Tensor,
+    level_scales: Tensor,
+    tables: tuple[Tensor, ...],
+    config: ScalarGateConfig | DeltaRuleConfig,
+    reach: int = 0,
+) -> Problem:
+    """The problem of one call. The caller checks the shapes.
+
+    reach: if the sequences go on from earlier tokens, a bound on the tokens that each has then seen; 0 if they begin here.
+    """
+    batch, length, groups, key_width = q.shape
+    chunks = cdiv(max(length, reach), config.chunk)
+    if tables:
+        rows, row_groups = packed_units(length, tables[1].shape[0], config.chunk, reach > 0)
+    else:
+        rows, row_groups = batch * chunks, batch * cdiv(chunks, GROUP.value)
+    return Problem(
+        batch=batch,
+        length=length,
+        heads=v.shape[2],
+        groups=groups,
+        key_width=key_width,
+        value_width=v.shape[3],
+        levels=level_scales.shape[-1],
+        rows=rows,
+        row_groups=row_groups,
+        chunks=chunks,
+        config=config,
+        tables=tables,
+    )
+
+
+def packed_units(length: int, sequences: int, chunk: int, continued: bool = False) -> tuple[int, int]:
+    """Bounds on the rows and groups of ``sequences`` sequences of ``length`` tokens together.
+
+    A continued sequence begins anywhere in a group.
+    """
+    rows = length // chunk + sequences
+    return rows, rows // GROUP.value + sequences * (2 if continued else 1)
+
+
+def packed_tables(
+    cu_seqlens: Tensor | None, length: int, chunk: int, tree: bool, first_chunks: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The tables of ``Problem``, on the device of ``cu_seqlens [n+1]``; none without it. Nothing waits for the device.
+
+    (unit_sequence, sequences), and with ``tree`` path_starts and two tables per tier from 1 on: group_sequence, sequences.
+    ``first_chunks [n]``: the chunks of a state, of ``CHUNK_SIZE`` tokens, before each sequence; not with ``tree``.
+    """
+    assert first_chunks is None or not (tree or cu_seqlens is None)
+    if cu_seqlens is None:
+        return ()
+    bounds = cu_seqlens.to(torch.int64)
+    size = bounds[1:] - bounds[:-1]
+    count = size.numel()
+    rows, groups = packed_units(length, count, chunk, first_chunks is not None)
+    chunks = (size + chunk - 1) // chunk
+    nothing = torch.zeros_like(size)
+    before = nothing if first_chunks is None else first_chunks * kernel_chunks(chunk)
+    spanned = (before + chunks + GROUP.value - 1) // GROUP.value - before // GROUP.value
+    row_end, group_end = chunks.cumsum(0), spanned.cumsum(0)
+    first_group = group_end - spanned
+    columns = (bounds[:-1], size, row_end - chunks, first_group, before)
+    units = torch.cat([places(row_end, rows), places(group_end, groups)]).to(torch.int32)
+    tables = [units, torch.stack(columns, dim=1).to(torch.int32)]
+    if not tree:
+        return tuple(tables)
+    span, longest = GROUP.value, cdiv(cdiv(length, chunk), GROUP.value)
+    tables.append(path_starts((chunks + span - 1) // span, longest))
+    while longest > 1:  # one tier above the last: its units are groups of ``span`` chunks
+        span, longest = span * GROUP.value, cdiv(longest, GROUP.value)
+        groups = groups // GROUP.value + count
+        end = ((chunks + span - 1) // span).cumsum(0)
+        first_unit, first_group = first_group, end - (chunks + span - 1) // span
+        columns = (first_unit, chunks, row_end - chunks, first_group, nothing)
+        tables += [places(end, groups).to(torch.int32), torch.stack(columns, dim=1).to(torch.int32)]
+    return tuple(tables)
+
+
+def kernel_chunks(chunk: int) -> int:
+    """Chunks of the kernels in one of a state. A state ends where a chunk of its own does, so there must be a whole number."""
+    assert CHUNK_SIZE % chunk == 0, (
+        f"kernels in chunks of {chunk} tokens cannot go on from states in chunks of {CHUNK_SIZE}"
+    )
+    return CHUNK_SIZE // chunk
+
+
+def sizes_of_tables(cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """A stand-in for ``packed_tables`` in a ``Problem`` that gives only sizes: as many sequences, and no work."""
+    return () if cu_seqlens is None else (cu_seqlens, cu_seqlens[1:])
+
+
+def path_starts(groups: Tensor, longest: int) -> Tensor:
+    """``[n]`` path entries of all sequences before each, of ``groups [n]``, each at most ``longest``, groups."""
+    entries = torch.zeros_like(groups)
+    for bit in range(longest.bit_length()):
+        entries += (groups >> (bit + 1) << bit) + ((groups & ((2 << bit) - 1)) - (1 << bit)).clamp(min=0)
+    return (entries.cumsum(0) - entries).to(torch.int32)
+
+
+def places(end: Tensor, count: int) -> Tensor:
+    """The sequence of each of ``count`` units, -1 past the last; the units of sequence i end before ``end[i]``."""
+    index = torch.searchsorted(end, torch.arange(count, device=end.device), right=True)
+    return torch.where(index < end.numel(), index, -1)
