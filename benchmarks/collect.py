@@ -157,7 +157,7 @@ def recall_rows(folder: Path) -> Iterator[dict]:
 
 
 def describe(folder: Path, row: dict | None) -> str:
-    """What of a run is there, and what is not."""
+    """The state of a run in words: which files it has, and which are missing."""
     if row is None:
         record = load(folder / "record.json")
         return "no record.json" if record is None else f"not finished, its record says {record['status']!r}"

@@ -66,7 +66,7 @@ def draw_decoding(curves: dict[str, list[dict]], note: str, path: Path) -> list[
 
 
 def _title(curves: dict[str, list[dict]]) -> str:
-    """What a token takes at the longest context that Log-Linear Mamba-2 and softmax attention both have."""
+    """The time of a token at the longest context that Log-Linear Mamba-2 and softmax attention both have."""
     one, other = ({row["context"]: row["ms"] for row in curves.get(name, ())} for name in (OURS, SOFTMAX))
     if not one.keys() & other.keys():
         return "Time of a token and memory of the state, by context"

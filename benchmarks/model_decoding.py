@@ -125,7 +125,7 @@ def check(name: str, args: argparse.Namespace, dtype: str, entries: str, length:
 def cache_at(model: LogLinearForCausalLM, batch: int, context: int, position: int) -> StaticCache:
     """A cache with room for ``context`` tokens that seems to have read ``position``, its contents random.
 
-    What decays are made of stays 0, so that nothing grows.
+    The inputs of the decays stay 0, so that nothing grows.
     """
     cache = StaticCache(config=model.config, max_cache_len=context)
     model(torch.zeros(batch, 1, dtype=torch.int64, device=model.device), past_key_values=cache, logits_to_keep=1)

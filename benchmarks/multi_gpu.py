@@ -92,7 +92,7 @@ def start(args: argparse.Namespace, folder: Path, processes: int, runs: list[lis
 
 
 def work(args: argparse.Namespace) -> None:
-    """What a process of a group does: training runs, all of whose checkpoints stay, or a timing."""
+    """The work of a process of a group: training runs that keep all their checkpoints, or a timing."""
     todo = json.loads(args.work.read_text())
     checkpoints.KEPT = STEPS
     for options in todo["runs"]:

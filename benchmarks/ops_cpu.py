@@ -96,7 +96,7 @@ def forward_gib_apart(op: str, form: str, length: int, threads: int) -> float:
 
 
 def machine(threads: int) -> dict[str, object]:
-    """What the figures depend on."""
+    """The facts about the machine on which the figures depend."""
 
     def first_line(*command: str) -> str:
         try:

@@ -96,7 +96,7 @@ def times(ratio: float) -> str:
 
 
 def slower(groups: Sequence[tuple[str, str, Sequence[Comparison]]]) -> list[str]:
-    """What is slower than what, the slowest first; a token of a long sequence beside a short one is no peer."""
+    """The rows in which a peer is faster, the slowest first. A token of a long sequence beside a short one is no peer."""
     timed = [(title.partition(" (")[0], line) for title, _, found in groups for line in found]
     peers = [(title, c) for title, c in timed if not c.peer.startswith(("one token", "the same"))]
     behind = sorted(((title, c) for title, c in peers if c.ratio < EVEN), key=lambda item: item[1].ratio)

@@ -25,7 +25,7 @@ from verify import Failure, verify
 
 
 def time_op(name: str, run: Run, budget_ms: int, rows: list[dict]) -> None:
-    """Append rows of an op as its user calls it, forward and forward + backward, and of the latter as a CUDA graph."""
+    """Append rows of an op: forward, and forward + backward, as its user calls it; then the second as a CUDA graph."""
     rows.append(row(name, "forward", milliseconds(run.call, budget_ms), peak_bytes(run.call)))
     both = run.forward_backward()
     rows.append(row(name, "forward+backward", milliseconds(both, budget_ms), peak_bytes(both)))

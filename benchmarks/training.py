@@ -7,13 +7,13 @@
     python benchmarks/training.py --figure docs/figures/training.png    # draws the rows there are, times nothing
 
 A step is that of `loglinear train --compile`: float32 weights, bfloat16 autocast, compiled blocks, the norm of the gradient
-clipped, fused AdamW; `--tokens` a step, or one row where the context is longer. Blocks are compiled anew for every length, and
+clipped, fused AdamW; `--tokens` a step, or one row where the context is longer. Blocks are compiled again for every length, and
 activations are checkpointed where they do not fit otherwise (a column says so). A time is the median over the steps, its spread
 the 20th and 80th percentile; parts are those of one more step under the profiler (`training_parts.py` says how they are told
 apart), peak memory that of the timed ones. Model FLOPs: `training_models.py`.
 
 First of all two layers of each model, eager, are checked: gradients against the same weights in float64 and plain PyTorch.
-What fails, for want of memory or of a package, is a line without a row, and the next model or length goes on.
+A failure, for want of memory or of a package, is a line without a row. The next model or length then goes on.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def parts(rows: list[dict], length: int) -> list[str]:
 
 
 def tables(rows: list[dict]) -> str:
-    """What stands between the marks."""
+    """The text between the marks."""
     device = ", ".join(dict.fromkeys(row["gpu"] for row in rows))
     versions = ", ".join(dict.fromkeys(f"torch {row['torch']}, Triton {row['triton']}" for row in rows))
     lines = [f"{device}; {versions}.", "", *required(rows), "", "Milliseconds by part at 16,384 tokens:", ""]

@@ -161,7 +161,7 @@ def launched(events: list[dict]) -> list[Kernel]:
 
 
 def _during(ranges: list[tuple], time: float) -> Any:
-    """What the range (start, end, what) of a list in order says that holds ``time``; None if there is none."""
+    """The third part of the range (start, end, what) that holds ``time``, from a list in order; None without such a range."""
     i = bisect_right(ranges, time, key=lambda item: item[0]) - 1
     return ranges[i][2] if i >= 0 and time <= ranges[i][1] else None
 

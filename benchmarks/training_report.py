@@ -1,4 +1,4 @@
-"""What rows of the training benchmark say together: the required ratios, and tokens per second against context as a figure."""
+"""A summary of the rows of the training benchmark: the required ratios, and a figure of tokens per second against context."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def report(rows: list[dict]) -> str:
 
 
 def figures(rows: list[dict]) -> dict[str, str]:
-    """What the rows of one process say, and the figure with what is required."""
+    """The ratios of the rows of one process, as text: the figure and its requirement."""
     rate = {(row["model"], row["T"]): row for row in rows if not row["longest"]}
     found = {}
     for what, one, other, least in RATIOS:

@@ -1,4 +1,4 @@
-"""What the site adds to mkdocs: formulas as MathML, the options of the commands, and the changelog as a page.
+"""The additions of the site to mkdocs: formulas as MathML, the options of the commands, and the changelog as a page.
 
 mkdocs calls the functions named ``on_...`` while it builds. Formulas are made here, so that a page loads no script for them.
 """
@@ -39,7 +39,7 @@ def on_page_content(content: str, **_) -> str:
 
 
 def help_of(command: str) -> str:
-    """What ``loglinear COMMAND --help`` prints, as Markdown: a list of options with their meaning."""
+    """The output of ``loglinear COMMAND --help`` as Markdown: a list of options with their meaning."""
     printed, columns = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "92"
     try:

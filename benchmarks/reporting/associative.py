@@ -125,7 +125,7 @@ def section(rows: list[dict]) -> Section:
 
 
 def verdicts(log_linear: str, compared: list[Cell]) -> list[Verdict]:
-    """What is required of a log-linear model, over the cells that were run."""
+    """The requirements of a log-linear model, over the cells that were run."""
     own = [cell for cell in compared if cell.log_linear == log_linear]
     linear = log_linear.removeprefix("Log-Linear ")
     names = (

@@ -94,7 +94,7 @@ def _validation_differences(runs: Runs, linear: str, log_linear: str) -> tuple[d
 
 
 def _setup(runs: Runs) -> str:
-    """What all models have in common, and each argument in which they differ other than the mixer and the seed."""
+    """The arguments that all models share, and each argument in which they differ beside the mixer and the seed."""
     rows = [row for group in runs.values() for row in group.values()]
     first, shared = rows[0], rows[0]["arguments"]
     names = sorted({name for row in rows for name in row["arguments"]} - set(OWN) - set(FILES))

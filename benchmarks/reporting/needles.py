@@ -74,7 +74,7 @@ def _again(tunes: Sequence[dict], rows: list[dict], language: list[dict]) -> lis
 
 
 def by_context(rows: list[dict]) -> Cells:
-    """What was answered by mixer, kind and length: samples of all depths, a mean over seeds."""
+    """Right answers by mixer, kind and length: samples of all depths, a mean over seeds."""
     found: Cells = {}
     for mixer, by_name in heatmap_rows(rows).items():
         hits: dict[tuple[str, int], list[list[int]]] = {}

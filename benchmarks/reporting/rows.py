@@ -16,7 +16,7 @@ DIGITS = 6  # significant ones kept: a hundredth of any standard error here
 
 
 def identity(name: str) -> Callable[[dict], str]:
-    """What makes a row of ``results/<name>.jsonl`` the same as another."""
+    """The fields that two rows of ``results/<name>.jsonl`` have in common if they measure the same."""
     fields = {
         "lm": ("name",),
         "lift": ("name",),

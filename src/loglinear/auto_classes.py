@@ -60,7 +60,7 @@ class AutoClassesFinder(MetaPathFinder):
             sys.meta_path.remove(self)
             try:
                 self.register()
-            except Exception as error:  # whoever imports transformers may not want a model of ours
+            except Exception as error:  # a program that imports transformers may not want our models
                 reason = f"{type(error).__name__}: {error}"
                 warnings.warn(f"transformers will not know models of loglinear: {reason}", UserWarning, stacklevel=2)
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 # Oldest and newest, as constraints/oldest.txt and constraints/newest.txt pin them.
 TESTED = {"torch": ((2, 8), (2, 15)), "triton": ((3, 4), (3, 9)), "transformers": ((5, 17), (5, 24))}
-RELEASE = re.compile(r"(\d+)\.(\d+)(\.\d+)*(\.post\d+)?(\+.*)?")  # whoever installs a development build knows it
+RELEASE = re.compile(r"(\d+)\.(\d+)(\.\d+)*(\.post\d+)?(\+.*)?")  # a user of a development build knows it
 
 
 @cache

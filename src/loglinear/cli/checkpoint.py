@@ -71,7 +71,7 @@ def check_checkpoints(arguments: Sequence[str]) -> None:
 
 
 class TextOptions(Protocol):
-    """What a command is told of the text; None is "as in training"."""
+    """The options of a command that concern the text; None stands for the value of the training run."""
 
     @property
     def data(self) -> Data | None: ...

@@ -85,7 +85,7 @@ def as_typed(message: str, names: Collection[str]) -> str:
 
 
 def _one_line(printed: str) -> str:
-    """What tyro printed in a box, without the box and the help below the message."""
+    """The message that tyro printed in a box, without the box and the help below it."""
     lines = [line.strip("│").rstrip() for line in printed.splitlines()]
     sections: list[list[str]] = [[]]
     for line in lines:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from loglinear.tasks.mqar.report import Result
 
-# What docs/results.md found at sizes that the small preset does not reach.
+# The finding of docs/results.md at sizes that the small preset does not reach.
 FULL_GRID = (
     "A setting of one layer and 64 tokens, chosen because the log-linear model seemed to gain most there. On the full grid "
     "(docs/results.md) log-linear models are ahead of their linear twins at some sizes, level or behind at others, and behind "
@@ -26,7 +26,7 @@ FULL_GRID = (
 class MqarArgs:
     """Multi-query associative recall: train small models side by side and compare how many pairs they recall.
 
-    What an option leaves at none, the preset decides. Interrupted and started again, it goes on.
+    The preset decides every option that is left at none. An interrupted run goes on when it is started again.
     """
 
     preset: Literal["small", "full"] = "small"

@@ -42,7 +42,7 @@ def serve(argv: Sequence[str], prog: str) -> None:
 
 
 def list_models(cached: Any) -> Any:
-    """What ``/v1/models`` answers, as from transformers 5.24 on: the model that is served, or those in the hub's cache."""
+    """The answer of ``/v1/models``, as from transformers 5.24 on: the served model, or the models in the hub's cache."""
 
     def listed(manager: Any, cache_dir: str | None = None) -> list[dict]:
         from huggingface_hub import CacheNotFound

@@ -25,7 +25,7 @@ class StatedInit(nn.Module, ABC):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Write the initial values; random ones are drawn anew."""
+        """Write the initial values; random values are drawn again."""
         for name, value in self.initial_values().items():
             self.get_parameter(name).copy_(value)
 

@@ -1,4 +1,4 @@
-"""What a mixer remembers of the tokens it has seen, one row per sequence, each at a position of its own.
+"""The states of mixers: the memory of the tokens so far, one row per sequence, each at a position of its own.
 
 Every kind answers to the same calls: ``position``, ``batch_size``, ``nbytes``, ``reorder``, ``clone``, ``detach``, ``to``.
 There are two sorts. Ordinary states are never written into: a mixer returns a new one. States *for decoding*

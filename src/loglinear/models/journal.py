@@ -120,7 +120,7 @@ class Journal:
         return not self.marks or length - self.marks[-1].length >= SPACING
 
     def append(self, columns: Columns, length: int) -> None:
-        """Keep columns that were fed, of which there are ``length`` now. Older records than needed are dropped."""
+        """Keep columns that were fed; ``length`` columns have been fed by now. Records that are too old are dropped."""
         self.marks[-1].pieces.append(columns)
         while len(self.marks) > 1 and self.marks[1].length <= length - REACH:
             self.marks.pop(0)

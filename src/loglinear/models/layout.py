@@ -71,7 +71,7 @@ class TokenLayout:
     def unpredicted(self) -> Tensor | None:
         """bool ``[B, T]``: tokens behind padding, or behind another document. The column before knows nothing of them.
 
-        None where all columns are one sequence in each row.
+        The result is None where all columns are one sequence in each row.
         """
         found = None
         if self.real is not None:

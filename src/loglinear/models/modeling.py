@@ -254,7 +254,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         if cache is None:
             return plan_layout(batch, length, **described)
         check_cache(cache, self.config.layer_types, batch)
-        # What a state holds depends on positions: no single graph, so the compiler need not see this either.
+        # The contents of a state depend on positions: no single graph fits, so the compiler need not see this either.
         plan = torch.compiler.disable(plan_from) if torch.compiler.is_compiling() else plan_from
         return plan(cache, batch, length, **described)
 

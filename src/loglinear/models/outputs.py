@@ -31,7 +31,7 @@ class CausalOutput(CausalLMOutputWithPast):
 
 @dataclass(repr=False)
 class LossOutput(CausalOutput):
-    """A loss without logits. Whoever reads ``logits`` is told how to get them."""
+    """A loss without logits. An access to ``logits`` is an error that says how to get them."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"

@@ -5,7 +5,7 @@ twice, with gradients through states). On CUDA a call runs the kernels where the
 ``segments.py``) or without (``forward.py``). Under ``torch.compile``, on fake and on meta tensors a call without states is one
 operator, ``loglinear::attention``; under ``torch.vmap`` too (``transforms.py``).
 
-What a query sees, for 8 tokens (the number is the level, whose λ weights it; a bucket of equal numbers is one state):
+The view of a query, for 8 tokens (a number is a level, whose λ weights it; a bucket of equal numbers is one state):
 
     t=0    0
     t=1    1  0

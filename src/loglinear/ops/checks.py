@@ -61,7 +61,7 @@ def transforming() -> bool:
 
 
 def unwrapped(x: Tensor) -> Tensor:
-    """What ``torch.func`` has wrapped: the numbers of all that is vmapped."""
+    """The tensor inside all wrappers of ``torch.func``: the numbers of every vmapped row."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x

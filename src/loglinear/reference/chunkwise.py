@@ -5,9 +5,9 @@ The algorithm in five lines (stages: chunk states, node states, output):
 1. Every chunk is a span: scores within it, its queries seen from its start, and the affine map (A, S) it applies.
 2. Entry e of the Fenwick array starts as the map of chunk e - 1. Level by level it folds in entry e - 2**m.
 3. Within a chunk the output is masked attention, ``(scores ∘ M) V``.
-4. Across chunks a query walks ``e = n; e -= lowbit(e)``: each entry gives what to add, ``λ ∘ (Q S_e)``, and how to jump
-   over it, ``Q <- Q A_e``.
-5. What the query of the next chunk would read is the state for decoding.
+4. Across chunks a query walks ``e = n; e -= lowbit(e)``. At each entry it adds ``λ ∘ (Q S_e)`` and then jumps over the
+   entry, ``Q <- Q A_e``.
+5. The entries that a query of the next chunk would read are the state for decoding.
 
 Loops run over levels only. A state given on the way in is a row of entries with the identity as transition, so training,
 prefill, chunked prefill and decoding are one function at different T. Source: Guo et al. 2025, section 3.3.

@@ -35,8 +35,8 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def spoiled_by(bad: Tensor, run: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
-    """What the bad tokens of chunks ``bad [N, C, H]`` spoil: tokens ``[N, C, H]``, and slots ``[S, M, H]``; ``run`` and
-    ``spans`` of the ``Layout``.
+    """The tokens ``[N, C, H]`` and slots ``[S, M, H]`` that the bad tokens of chunks ``bad [N, C, H]`` spoil; ``run`` and
+    ``spans`` are parts of the ``Layout``.
     """
     before = F.pad(bad.flatten(0, 1).cumsum(0), (0, 0, 1, 0))  # [N C + 1, H]: bad tokens before each
     of_chunk = before[:: bad.shape[1]]

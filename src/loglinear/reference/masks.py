@@ -41,7 +41,7 @@ from loglinear.reference.transition import DeltaRule, segment_sum
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the six models read. Each uses some of it; leading axes ``...`` (batch, heads) must broadcast.
+    """The inputs of the six models. Each model uses some of them; leading axes ``...`` (batch, heads) must broadcast.
 
     Attributes:
         q, k: ``[..., T, K]``. v: ``[..., T, V]``.

@@ -1,4 +1,4 @@
-"""What a training run is, as dataclasses. Nothing heavy is imported: the command line builds them."""
+"""The options of a training run, as dataclasses. Nothing heavy is imported: the command line builds them."""
 
 from __future__ import annotations
 

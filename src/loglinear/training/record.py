@@ -20,7 +20,7 @@ from loglinear.training.config import Contradiction
 RECORD = "record.json"
 OPTIONS = "config.yaml"
 SHARES = ("batch_size", "accumulate", "processes")
-# What else may change from one start of a run to the next; steps may grow.
+# Other options that may change from one start of a run to the next; steps may grow.
 FREE = ("fsdp", "context_parallel", "log_every", "save_every", "evaluate_every", "steps")
 
 

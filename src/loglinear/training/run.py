@@ -105,7 +105,7 @@ def train(config: TrainConfig, console: Console) -> dict:
 
 
 def _announce(start: Start, model: PreTrainedModel, console: Console) -> None:
-    """What is trained, from where."""
+    """Print the model that is trained, and where the run starts."""
     config = start.config
     place = "new run"
     if start.checkpoint is not None:
@@ -126,7 +126,7 @@ def _announce(start: Start, model: PreTrainedModel, console: Console) -> None:
 
 
 def _writers(config: TrainConfig, record: dict, start: Start) -> list[TrainerCallback]:
-    """What the run leaves on the disk beside the Trainer's checkpoints."""
+    """Callbacks that write the files of the run beside the Trainer's checkpoints."""
 
     def write_history(history: list[dict]) -> None:
         write_record(config.output, {**record, "history": history})
@@ -181,7 +181,7 @@ def _finish(trainer: LanguageModelTrainer, output: Path) -> dict[str, float]:
         done = [log["eval_loss"] for log in history if "eval_loss" in log and log["step"] == step]
         loss = done[0] if done else trainer.evaluate()["eval_loss"]
         metrics = {"validation_loss": loss, "validation_perplexity": math.exp(loss)}
-    # The Trainer turns the cache off for training; whoever loads the model will want to generate.
+    # The Trainer turns the cache off for training; a program that loads the model will want to generate.
     trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True
     trainer.save_model(str(output))
     return metrics

@@ -46,7 +46,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 def whole(state: Any, keep: bool = True) -> Any:
     """``state``, a tree of dictionaries and lists, with every sharded tensor as a whole one on the CPU.
 
-    Every process must call this, and in the same order. Those that do not ``keep`` the result get empty tensors in it. One
+    Every process must call this, and in the same order. Processes that do not ``keep`` the result get empty tensors in it. One
     tensor in two places, a tied weight, is one tensor in the result too.
     """
     gathered: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Where a run starts: anew, from the weights of another model (``init``), or at its own last checkpoint."""
+"""The start of a run: new, from the weights of another model (``init``), or from its own last checkpoint."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Start:
 
 
 def find_start(config: TrainConfig) -> Start:
-    """Where ``config`` starts. What a run left that never saved a checkpoint does not count.
+    """Where ``config`` starts. Files of a run that never saved a checkpoint do not count.
 
     Raises ValueError if ``output`` holds a model or checkpoints of which no record tells.
     """

@@ -85,7 +85,7 @@ def chunk_states_kernel(
         weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(v_tile.dtype)
         leaf = tl.dot(tl.trans(k_tile), weighted, input_precision=PRECISION)
         decay = tl.exp2(total)
-        keep = c % 2  # a pair starts anew at every even chunk
+        keep = c % 2  # a new pair starts at every even chunk
         prefix = prefix * decay + leaf
         pair = pair * (decay * keep) + leaf
         prefix_log += total

@@ -35,7 +35,7 @@ class Maps(NamedTuple):
         undefined (see leaf.py), except, beside prefixes, those of a group's unit 0 and, before a unit 5, of unit 4.
     groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
     prefixes: one ``[4 groups, H, K, K+V]`` low per tier: the map of the units of a group before each unit, where it is
-        neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``). None if they were not asked for.
+        neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``); None if they were not asked for.
     """
 
     sums: Tensor

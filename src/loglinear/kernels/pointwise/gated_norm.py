@@ -196,8 +196,8 @@ def forward(
     ``y = x``, or ``x + skip_scale · skip``. Without a gate ``norm(y) · weight``.
 
     Args:
-        x, gate, skip: ``[B, T, heads, width]`` or ``[B, T, width]``, at most 32 bits, skip only the latter. gate may be None.
-        weight: ``[width]``. skip_scale: ``[n]``, one number for every ``width / n`` columns. gate_first: which of both.
+        x, gate, skip: ``[B, T, heads, width]`` or ``[B, T, width]``, at most 32 bits, skip only the second. gate may be None.
+        weight: ``[width]``. skip_scale: ``[n]``, one number for every ``width / n`` columns. gate_first: the gate comes first.
     """
     shape = x.shape
     x, gate, skip = (None if y is None else token_rows(y) for y in (x, gate, skip))

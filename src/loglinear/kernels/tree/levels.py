@@ -46,7 +46,7 @@ def local_decays(sums, size, plane, C: tl.constexpr, EXACT: tl.constexpr):
     t = tl.arange(0, C)
     block = tl.arange(0, C // SUB)
     inner = tl.arange(0, SUB)
-    # Each view of the sums is loaded anew: to move one between register layouts costs more than the cache does.
+    # Each view of the sums is loaded again: to move one between register layouts costs more than the cache does.
     row_high, row_low = load_sum(sums, t, t < size, plane, EXACT)
     near = (t // SUB * SUB)[:, None] + inner[None, :]
     near_high, near_low = load_sum(sums, near, near < size, plane, EXACT)

@@ -1,4 +1,4 @@
-"""What a language-modelling run reads, in one dataclass. Nothing heavy is imported: the command line builds it."""
+"""The text that a language-modelling run reads, in one dataclass. Nothing heavy is imported: the command line builds it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def names_of(data: Data | list[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to read, how to split and tokenize it, and how to pack it into sequences."""
+    """The text to read, and how to split it, tokenize it and pack it into sequences."""
 
     data: Data = "stdlib"
     """Text files, folders of them, .jsonl or .json with an object a line, all of these also as .gz or .xz; quoted patterns

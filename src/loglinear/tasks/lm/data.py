@@ -14,7 +14,7 @@ from loglinear.tasks.lm.tokens import Tokens, Windows, tokenize
 
 @dataclass(frozen=True)
 class TextData:
-    """What a run trains and validates on. ``hashes`` identify the texts and the tokenizer."""
+    """The tokens for training and validation. ``hashes`` identify the texts and the tokenizer."""
 
     tokenizer: PreTrainedTokenizerFast
     train: Windows

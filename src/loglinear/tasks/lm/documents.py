@@ -57,7 +57,7 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What is read, for messages and reports."""
+        """The name of the text, for messages and reports."""
         return ", ".join(names_of(self.data))
 
     @cached_property

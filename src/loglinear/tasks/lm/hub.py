@@ -75,7 +75,7 @@ def _path_and_config(name: str) -> tuple[str, str | None]:
 
 @contextmanager
 def _one_line(name: str, otherwise: str) -> Iterator[None]:
-    """What `datasets` raises in the block, as a ValueError whose message is one line."""
+    """Errors of `datasets` in the block become a ValueError whose message is one line."""
     from datasets.exceptions import DatasetsError
 
     try:

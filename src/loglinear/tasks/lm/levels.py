@@ -1,4 +1,4 @@
-"""What the tree learned to use: the mean λ of every level and layer, over the tokens that have a bucket at that level."""
+"""The levels that a model uses: the mean λ of every level and layer, over the tokens that have a bucket at that level."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def mean_level_scales(
 ) -> list[dict]:
     """For each log-linear layer: its name, and λ averaged over sequences and tokens, ``[heads][levels]``.
 
-    A token counts at a level as often as it has a bucket there. None where no token has one. Raises ValueError for a
-    model without log-linear layers.
+    A token counts at a level only if it has a bucket there. The mean of a level without any bucket is None. Raises
+    ValueError for a model without log-linear layers.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LevelScale)}
     if not layers:

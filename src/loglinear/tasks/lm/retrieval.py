@@ -25,7 +25,7 @@ from loglinear.tasks.style import canvas, colors_of, label_ends, save, styled, t
 
 LEAD = 256  # tokens of the file kept before the definition
 BATCH_TOKENS = 65536  # of a forward pass
-PADDING = 256  # sequences are padded to a multiple of this: for every new length kernels and scratch are set up anew
+PADDING = 256  # sequences are padded to a multiple of this: every new length sets up kernels and scratch again
 PER_FILE = 4  # questions from one file at most, so that no file with a table of constants decides the score
 # `#define NAME value` of C, `NAME = value` of Python. A value of one character is too easily guessed.
 DEFINITION = re.compile(

@@ -1,4 +1,4 @@
-"""Text files: which files a name stands for, and the documents in each. What is no text is refused, never repaired.
+"""Text files: which files a name stands for, and the documents in each. A file that is no text is refused, never repaired.
 
 A file holds one document. A ``.jsonl`` or ``.json`` holds one a line. Either may be compressed: ``.gz`` or ``.xz`` behind
 the name.
@@ -27,7 +27,7 @@ def plain_name(path: Path) -> str:
 
 
 def matches(pattern: str) -> list[str]:
-    """What a glob stands for, in the order of the names. Raises FileNotFoundError if that is nothing."""
+    """The paths of a glob, in the order of their names. Raises FileNotFoundError if there are none."""
     found = [str(path) for path in sorted(map(Path, glob.glob(pattern, recursive=True)))]
     if not found:
         raise FileNotFoundError(f"data: nothing matches {pattern!r}")

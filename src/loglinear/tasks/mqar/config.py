@@ -1,4 +1,4 @@
-"""What an associative-recall run trains: the grid, cut into cells. Nothing heavy is imported: the command line builds it."""
+"""The models of an associative-recall run: the grid, cut into cells. Nothing heavy is imported: the command line builds it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALUE_DIM = 32  # V of every recurrent model; with width/16 heads the values tog
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every cell of a run has in common."""
+    """The options that every cell of a run has in common."""
 
     steps: int
     """Optimizer steps of each model, after each of which the sequences are new ones."""

@@ -4,7 +4,7 @@
     position 0 .. 2·pairs - 1       slot 0        slot 1        slot 2       slot 3
 
 The data follow the definition of Zoology (Arora et al. 2023, appendix on synthetics), with one difference: training sequences
-never repeat, because every block of batches is drawn anew from its own seed. Keys are distinct and come from the first half of
+never repeat, because every block of batches is drawn from a seed of its own. Keys are distinct and come from the first half of
 the vocabulary without token 0. Values are distinct and come from the second half. A query repeats a key and asks for its
 value; the value itself is not shown. Each key is asked for once, in a slot of two tokens. Slot s is chosen with
 probability proportional to (s + 1)^(a - 1). All other tokens are uniform over the vocabulary.

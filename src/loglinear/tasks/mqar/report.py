@@ -1,4 +1,4 @@
-"""What the rows say, and how little single seeds say: learning rates, accuracy with its spread, verdicts."""
+"""The report of a run: learning rates, accuracy with its spread over seeds, verdicts."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def side_by_side(
 
 @dataclass
 class Share:
-    """What a worker process is given when it starts."""
+    """The arguments of a worker process."""
 
     device: str
     workers: int

@@ -67,8 +67,8 @@ def build_model(cell: Cell) -> LogLinearForCausalLM:
 def training(cell: Cell, device: str = "cpu") -> Training:
     """Train and evaluate a turn at a time; the last one returns the row: accuracy by number of pairs and what it took.
 
-    Between turns no stream is current and the host waits for nothing, so that others can have theirs. What a turn yields is
-    an event that has to happen before the next one, or None. The row's seconds include the turns of others.
+    Between turns no stream is current and the host waits for nothing, so that others can have theirs. A turn yields
+    an event that has to happen before the next turn, or None. The row's seconds include the turns of others.
     """
     started = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
@@ -181,7 +181,7 @@ class TrainingSteps:
         self.replay: Callable[[], None] | None = None
         if stream:
             self.records = True
-            # What a graph reads and writes: a step finds its rate and batch by the number of steps done.
+            # Tensors that a graph reads and writes: a step finds its rate and batch by the number of steps done.
             self.place = torch.zeros(1, dtype=torch.int64, device=device)
             self.rate_table = torch.tensor(self.rates, device=device)
             self.losses = torch.zeros(BATCHES_AT_ONCE, device=device)

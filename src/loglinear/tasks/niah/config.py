@@ -1,4 +1,4 @@
-"""What is hidden, in which text, and how often, as dataclasses. Nothing heavy is imported: the command line builds them."""
+"""The samples of a run, as dataclasses: needle, text and number. Nothing heavy is imported: the command line builds them."""
 
 from __future__ import annotations
 

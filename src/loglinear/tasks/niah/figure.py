@@ -31,7 +31,7 @@ def draw_heatmaps(results: dict[str, Sequence[dict]], path: Path, tuned_context:
 
 
 def _title(results: dict[str, Sequence[dict]], tuned_context: int | None) -> str:
-    """What the cells say together: percent of exact answers, up to the longest length of the fine-tune and beyond it."""
+    """The message of all cells: percent of exact answers, up to the longest length of the fine-tune and beyond it."""
     rows = [row for group in results.values() for row in group]
     near = [row["exact"] for row in rows if tuned_context is None or row["context"] <= tuned_context]
     far = [row["exact"] for row in rows if tuned_context is not None and row["context"] > tuned_context]
