@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What the packages around us decide most: tested with the newest and with the oldest of them too.
-PINNED := tests/models tests/layers tests/cli tests/test_readme.py
+PINNED := tests/models tests/layers tests/cli tests/test_readme.py tests/test_installed.py
 
 .PHONY: setup demo test test-newest test-oldest lint docs docs-serve clean
 

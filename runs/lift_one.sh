@@ -4,32 +4,24 @@
 #
 #   DATA=FOLDER OUTPUT=FOLDER runs/lift_one.sh MIXER SEED
 set -euo pipefail
-context=${CONTEXT:-16384} # the other settings from the environment are for trying it out
-steps=${STEPS:-3072}
-suffix=.jsonl
-[ -e "$DATA/linux-c-long.train.jsonl" ] || suffix=.jsonl.xz
-cache=(--cache "$OUTPUT/cache")
-data=(--data "$DATA/linux-c-long.train$suffix" --validation-data "$DATA/linux-c-long.valid$suffix"
-    --context "$context" --packing document --batch-size "${BATCH:-4}" --log-every "${LOG:-16}" "${cache[@]}")
+. "$(dirname "$0")/lm_settings.sh"
 run=$OUTPUT/$1-s$2
 mkdir -p "$run"
 exec >>"$run.log" 2>&1
-loglinear train "${data[@]}" --output "$run" --mixer "$1" --num-hidden-layers 8 --vocab-size 16384 \
-    --hidden-size "${WIDTH:-512}" --mamba-state-size "${STATE:-128}" --delta-num-heads "${HEADS:-6}" --seed "$2" \
-    --learning-rate 1e-3 --steps "$steps" --save-every "$steps" --evaluate-every "$steps" ${COMPILE---compile}
+train "${new[@]}" --output "$run" --mixer "$1" --num-hidden-layers 8 --seed "$2" \
+    --steps "$steps" --save-every "$steps" --evaluate-every "$steps" ${COMPILE---compile}
 more=$((steps / 2))
 for kind in plain lifted; do
     lift=()
     [ "$kind" = plain ] || lift=(--lift)
     # Half the first peak: what was learned is not to be forgotten. The seed is another, so that the order of texts is new.
-    loglinear train "${data[@]}" --output "$run-$kind" --init "$run" "${lift[@]}" --seed "$((100 + $2))" \
+    train --output "$run-$kind" --init "$run" "${lift[@]}" --seed "$((100 + $2))" \
         --learning-rate 5e-4 --steps "$more" --save-every "$more" --evaluate-every "$more" ${COMPILE---compile}
 done
 for kind in plain lifted; do
     measures=(repeats)
     [ "$kind" = plain ] || measures=(repeats levels)
     [ -e "$run-$kind/evaluation/repeats.json" ] || loglinear evaluate "$run-$kind" --batch-size 2 --measures repeats "${cache[@]}"
-    [ -e "$run-$kind/recall/repeats.json" ] || loglinear evaluate "$run-$kind" --context $((4 * context)) --packing stream \
-        --batch-size 1 --measures "${measures[@]}" --output "$run-$kind/recall" "${cache[@]}"
+    evaluate_far "$run-$kind" "${measures[@]}"
 done
 echo finished

@@ -1,16 +1,18 @@
 """What a user installs: a wheel that holds everything, needs torch alone, and carries no trace of where it was made."""
 
+import datetime
 import re
-import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M).group(1)
+INIT = (ROOT / "src/loglinear/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.M).group(1)
 
 # Run in the empty environment: hides every installed package but torch's own requirements, minus triton.
 USE_THE_WHEEL = r"""
@@ -84,15 +86,8 @@ def run(*command, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of the sources: a build folder left in the tree could hide a missing file."""
-    copy = tmp_path_factory.mktemp("sources")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", copy / "dist", copy)
-    (built,) = (copy / "dist").glob("*.whl")
-    return built
+def wheel(distributions) -> Path:
+    return distributions["wheel"]
 
 
 def test_wheel_holds_every_module_the_marker_and_the_licence(wheel):
@@ -126,11 +121,31 @@ def test_wheel_works_in_an_empty_environment_without_triton(wheel, tmp_path):
     assert version.strip() == VERSION
 
 
-def test_versions_agree():
-    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.search(r"^version: (\S+)$", citation, re.M).group(1) == VERSION
-    package = (ROOT / "src/loglinear/__init__.py").read_text(encoding="utf-8")
-    assert re.search(r'^__version__ = "(.+)"$', package, re.M).group(1) == VERSION
+def test_sdist_holds_what_builds_the_wheel_and_nothing_else(distributions):
+    """Tests, docs and benchmarks need each other, so that the repository has them and the sdist has none of them."""
+    top = f"loglinear-{VERSION}"
+    with tarfile.open(distributions["sdist"]) as archive:
+        names = {member.name.removeprefix(f"{top}/") for member in archive.getmembers() if member.isfile()}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "src").rglob("*.py")}
+    made = {name for name in names if name.startswith("src/loglinear.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    files = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
+    assert names == modules | made | files | {"src/loglinear/py.typed"}
+
+
+def test_twine_takes_both_files(distributions):
+    run(sys.executable, "-m", "twine", "check", "--strict", *distributions.values())
+
+
+def test_one_place_states_the_version(distributions):
+    """``__version__``. The newest section of the changelog has it too, and a date."""
+    assert [path.name.split("-")[1].removesuffix(".tar.gz") for path in distributions.values()] == [VERSION] * 2
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, date = re.search(r"^## \[(.+)\] - (\S+)$", changelog, re.M).groups()
+    assert version == VERSION
+    assert datetime.date.fromisoformat(date) >= datetime.date(2026, 11, 30)
+    for name in ("pyproject.toml", "README.md", "CITATION.cff"):
+        stated = re.search(rf"version\W+{re.escape(VERSION)}", (ROOT / name).read_text(encoding="utf-8"), re.I)
+        assert stated is None, (name, stated)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """The pages keep their word: the README's code runs, its commands exist, links lead somewhere, pictures match the code."""
 
 import json
+import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,16 @@ def code_blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text(page), re.M | re.S)
 
 
-def test_readme_code_runs_as_it_stands(tmp_path):
-    """In a process of its own, warnings as errors, away from the checkout. What it generates needs no cache to be right."""
+def test_readme_code_runs_as_it_stands(installed, tmp_path):
+    """With the installed wheel, warnings as errors, away from the checkout. What it generates needs no cache to be right."""
     (block,) = code_blocks(ROOT / "README.md", "python")
     lines = [line for line in block.splitlines() if line.strip() and not line.startswith("#")]
     assert len(lines) <= 20
     uncached = "print(model.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=False)[0].tolist())"
     script = f"import torch\ntorch.manual_seed(0)\n{block}\n{uncached}"
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [installed / "python", "-W", "error", "-W", "ignore::DeprecationWarning", "-c", script]
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     state, generated, recomputed = done.stdout.splitlines()
     assert re.fullmatch(r"1000 tokens in [\d,]+ bytes", state)

@@ -104,3 +104,22 @@ def test_a_pin_that_cannot_be_installed_is_found(tmp_path):
     wrong.write_text(re.sub(r"^triton==\S+$", "triton==3.9.0", pins, flags=re.M), encoding="utf-8")
     with pytest.raises(AssertionError, match="No solution found"):
         extras("-c", str(wrong))
+
+
+def test_the_citation_is_valid():
+    """By cffconvert, in an environment of its own: it asks for a jsonschema of 2018."""
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "tool",
+        "run",
+        "--no-config",
+        "--from",
+        "cffconvert==2.0.0",
+        "cffconvert",
+        "--validate",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Citation metadata are valid according to schema version 1.2.0." in done.stdout

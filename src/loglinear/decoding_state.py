@@ -247,12 +247,12 @@ class DecodingState(TensorState):
         """One state for each row; everything copied."""
         return [self.reorder(torch.tensor([row])) for row in range(self.batch_size)]
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write all tensors and the chunk size to a file. ``load`` reads it without running what it may contain."""
         torch.save({"chunk_size": self.chunk_size, **dict(self._named())}, path)
 
     @staticmethod
-    def load(path: str | os.PathLike, device: torch.device | str | None = None) -> DecodingState:
+    def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> DecodingState:
         """The state in a file that ``save`` wrote, on ``device`` (None: where it was).
 
         Raises:

@@ -9,8 +9,9 @@ Legend: B rows, M slots, H value heads, G q/k groups, K, V widths, C chunk size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -39,14 +40,14 @@ def check_chunk_size(name: str, size: int) -> None:
         raise ValueError(f"{name} must be a power of two: got {size!r}")
 
 
-def values_are_known(x: Tensor) -> bool:
-    """Whether x has values that may be read: not under ``torch.compile`` and ``torch.export``, nor on meta or fake tensors."""
-    return not torch.compiler.is_compiling() and has_values(x)
-
-
 def has_values(x: Tensor) -> bool:
-    """Whether x is neither on the meta device nor fake."""
+    """Whether x holds values at all: not on the meta device, not fake. Where a result needs them, their absence is an error."""
     return not (x.is_meta or isinstance(x, FakeTensor))
+
+
+def values_are_known(x: Tensor) -> bool:
+    """Whether the values of x may be read now: they exist, and no graph is being traced. Where not, another way is taken."""
+    return not torch.compiler.is_compiling() and has_values(x)
 
 
 class TensorState:
@@ -56,8 +57,8 @@ class TensorState:
     _wide = frozenset({"position", "decay", "open_g"})  # logs and positions, which ``to`` never stores in few bits
     _stored_as: Sequence[torch.dtype] = SUMS  # what ``to`` takes
 
-    def _map(self, fn):
-        changed = {}
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
@@ -82,15 +83,15 @@ class TensorState:
         """Bytes held by all tensors of the state."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
 
-    def clone(self):
+    def clone(self) -> Self:
         """A state that shares no storage with this one."""
         return self._map(torch.clone)
 
-    def detach(self):
+    def detach(self) -> Self:
         """The same storage, cut from the autograd graph."""
         return self._map(Tensor.detach)
 
-    def reorder(self, index: Tensor):
+    def reorder(self, index: Tensor) -> Self:
         """Rows ``index`` (int64 ``[B']``) of this state, in that order; rows may repeat or be left out (beam search)."""
         if index.dtype != torch.int64 or index.dim() != 1:
             raise TypeError(
@@ -98,7 +99,7 @@ class TensorState:
             )
         return self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move to ``device`` and/or store keys, values and states as ``dtype``: float64, float32 or bfloat16.
 
         Logs are then float32, float64 where ``dtype`` is; positions stay int64.
@@ -107,7 +108,7 @@ class TensorState:
             return self._map(lambda tensor: tensor.to(device=device))
         check_dtype("dtype", dtype, self._stored_as)
         wide = torch.promote_types(dtype, torch.float32)
-        cast = {
+        cast: dict[str, Any] = {
             field.name: value.to(device, wide if field.name in self._wide else dtype)
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
             if isinstance(value := getattr(self, field.name), Tensor) and value.is_floating_point()

@@ -89,7 +89,16 @@ def context_parallel_delta_rule(
     return outside_graphs(_attention)(q, k, v, g, beta, level_scales, scale, group)
 
 
-def _attention(q, k, v, g, beta, level_scales, scale, group) -> Tensor:
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor | None,
+    scale: float | None,
+    group: dist.ProcessGroup,
+) -> Tensor:
     (q, k, v), without_autocast = outside_autocast(q, k, v)
     checks.check_inputs(q, k, v, g, beta, level_scales)
     scale = checks.check_scale(scale)

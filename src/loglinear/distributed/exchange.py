@@ -8,17 +8,20 @@ This also gives the collectives of the backward pass the same order on every ran
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class _Exchange(torch.autograd.Function):
     """(through, sent) to (through, what all ranks sent); see ``exchange``."""
 
     @staticmethod
-    def forward(ctx, through, sent, group):
+    def forward(ctx: Any, through: Tensor, sent: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         ctx.group = group
         received = sent.new_empty(group.size(), *sent.shape)
         dist.all_gather(list(received.unbind()), sent.contiguous(), group=group)
@@ -26,7 +29,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dthrough, dreceived):
+    def backward(ctx: Any, dthrough: Tensor, dreceived: Tensor) -> tuple[Tensor, Tensor, None]:
         # The transpose of an all-gather. A sum in the order of the ranks here, not one by the backend: always the same bits.
         returned = torch.empty_like(dreceived, memory_format=torch.contiguous_format)
         dist.all_to_all_single(returned, dreceived.contiguous(), group=ctx.group)
@@ -41,7 +44,7 @@ def exchange(through: Tensor, sent: Tensor, group: dist.ProcessGroup) -> tuple[T
     return _Exchange.apply(through, sent, group)
 
 
-def outside_graphs(function: Callable) -> Callable:
+def outside_graphs(function: Function) -> Function:
     """``function``, which the compiler leaves as it is: a process group is no part of a graph."""
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
@@ -54,7 +57,7 @@ def previous_inputs(x: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Te
     return outside_graphs(_previous_inputs)(x, count, group)
 
 
-def _previous_inputs(x, count, group):
+def _previous_inputs(x: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     length = x.shape[1]
     if length < count:
         raise ValueError(f"x must hold at least {count} tokens on every rank: got T={length}")

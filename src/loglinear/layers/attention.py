@@ -27,7 +27,7 @@ def rotary_table(position: Tensor, half: int, theta: float) -> Tensor:
 
 
 @rotary_table.register_fake
-def _(position, half, theta):
+def _(position: Tensor, half: int, theta: float) -> Tensor:
     return position.new_empty((2, *position.shape, half), dtype=torch.float32)
 
 

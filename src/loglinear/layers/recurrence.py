@@ -10,7 +10,7 @@ Legend: B rows, T tokens, H value heads, G q/k groups, K, V widths.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -81,7 +81,14 @@ def mix(
     return o, RecurrentMixerState(conv_tail, after) if after is not None else None
 
 
-def _mix_over_ranks(inputs, level_scales, state, output_state, group, unit_length) -> Tensor:
+def _mix_over_ranks(
+    inputs: dict[str, Any],
+    level_scales: Tensor | None,
+    state: RecurrentMixerState | None,
+    output_state: bool,
+    group: ProcessGroup,
+    unit_length: bool,
+) -> Tensor:
     """o of this rank's span."""
     if state is not None or output_state:
         name = "output_state must be False" if state is None else "state must be None"
@@ -93,7 +100,15 @@ def _mix_over_ranks(inputs, level_scales, state, output_state, group, unit_lengt
     return context_parallel_attention(**inputs, level_scales=level_scales, group=group)
 
 
-def _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens_cpu, unit_length):
+def _ordinary(
+    inputs: dict[str, Any],
+    level_scales: Tensor | None,
+    memory: LogLinearState | LinearState | None,
+    output_state: bool,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    unit_length: bool,
+) -> tuple[Tensor, LogLinearState | LinearState | None]:
     return attend(
         **{"beta": None, **inputs},
         level_scales=level_scales,
@@ -105,7 +120,14 @@ def _ordinary(inputs, level_scales, memory, output_state, cu_seqlens, cu_seqlens
     )
 
 
-def _mix_in_place(inputs, level_scales, memory, cu_seqlens, cu_seqlens_cpu, unit_length) -> Tensor:
+def _mix_in_place(
+    inputs: dict[str, Any],
+    level_scales: Tensor | None,
+    memory: LogLinearState | LinearState | DecodingState,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    unit_length: bool,
+) -> Tensor:
     """o of an ordinary call or a step; ``memory`` takes the tokens in."""
     length = inputs["q"].shape[1]
     if isinstance(memory, LinearDecodingState):
@@ -115,6 +137,8 @@ def _mix_in_place(inputs, level_scales, memory, cu_seqlens, cu_seqlens_cpu, unit
         assert isinstance(after, LinearState)
         copy_tensors_(memory._tensors(), after._tensors())
         return o
+    assert isinstance(memory, DecodingState)
+    assert level_scales is not None
     known_dtype = inputs["q"].dtype == memory.open_k.dtype  # autocast may have been switched since the state was made
     if cu_seqlens is None and 1 <= length <= memory.chunk_size and known_dtype:
         if "beta" in inputs:

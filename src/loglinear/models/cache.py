@@ -10,6 +10,7 @@ padding. The host knows ``length``, and it is never less than a position, so the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class MixerCacheLayer(CacheLayerMixin):
     supports_early_init = False  # the first forward pass makes the state
     record_past = False  # whether the layer keeps what it needs to take columns back
 
-    def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
+    def __init__(self, max_cache_len: int | None = None, **kwargs: Any) -> None:
         super().__init__()
         self.max_cache_len = max_cache_len
         self._held: MixerState | None = None
@@ -69,6 +70,7 @@ class MixerCacheLayer(CacheLayerMixin):
         """
         self.reserve(layout.length)
         mixed, state = layout.run(mixer, hidden, self.state, output_state=True)
+        assert state is not None
         if layout.real is not None:
             self._padded.append((self.length, layout.real))
         self.store(state, layout.length, entry_dtype)
@@ -165,7 +167,7 @@ class MixerCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise TypeError(f"{type(self).__name__} holds whole mixer states, not key_states and value_states: call store")
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{type(self).__name__} holds whole mixer states, not key_states and value_states: call store")
 
 
@@ -183,7 +185,7 @@ class RecurrentCacheLayer(MixerCacheLayer):
 
     _layer_type = "loglinear_recurrent"
 
-    def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
+    def __init__(self, max_cache_len: int | None = None, **kwargs: Any) -> None:
         super().__init__(max_cache_len, **kwargs)
         self._journal: Journal | None = None
 

@@ -37,7 +37,7 @@ def without_unpredicted(labels: Tensor, layout: TokenLayout | None, ignore_index
 class OutputLayer(nn.Linear):
     """The output layer. Its loss is a call of the module like its logits, so that the hooks of FSDP and others are run."""
 
-    def forward(self, input: Tensor, targets: Tensor | None = None, **options) -> Tensor:
+    def forward(self, input: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
         """Logits of ``input``, hidden states; with ``targets`` their ``linear_cross_entropy`` with these options."""
         if targets is None:
             return super().forward(input)
@@ -70,7 +70,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         seq_idx: Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalOutput:
         """Logits, and the loss when ``labels`` are given.
 
@@ -232,10 +232,10 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         raise AttributeError("init_continuous_batching: log-linear and linear states have no pages of keys and values")
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The mask as it is: ``generate`` asks for one mask per layer type where a cache is static, and no mixer takes one."""
         return attention_mask
 
-    def get_compiled_call(self, compile_config) -> Callable[..., CausalOutput]:
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., CausalOutput]:
         """The call of ``generate`` for single tokens over a static cache on CUDA: a CUDA graph, not a compiled model."""
         return GraphedCall(self)

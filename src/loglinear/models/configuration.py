@@ -119,7 +119,7 @@ class LogLinearConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         self._check_integers()
         self._derive_widths()
         self.validate()

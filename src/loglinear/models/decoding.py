@@ -134,7 +134,7 @@ def captured_by_graphs(state: MixerState | None, dtype: torch.dtype) -> bool:
     return memory.open_k.dtype == dtype and has_kernel(memory.open_k, memory.open_v, memory.chunk_size)
 
 
-def same_objects(one: list, other: list) -> bool:
+def same_objects(one: list[Any], other: list[Any]) -> bool:
     """Whether two lists hold the very same objects."""
     return len(one) == len(other) and all(a is b for a, b in zip(one, other))
 
@@ -179,5 +179,7 @@ class GraphedCall:
             and cache.get_seq_length() > 0
         )
 
-    def _eager(self, input_ids, cache, attention_mask, kwargs) -> CausalOutput:
+    def _eager(
+        self, input_ids: Tensor | None, cache: Cache | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> CausalOutput:
         return self.model(input_ids=input_ids, cache=cache, attention_mask=attention_mask, **kwargs)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loglinear.layers import MixerState
 from loglinear.ops.checks import values_are_known
 
 
@@ -60,7 +61,9 @@ class TokenLayout:
             return x
         return torch.where(self.real.to(x.device).unsqueeze(-1), x, 0)
 
-    def run(self, mixer: nn.Module, hidden: Tensor, state=None, output_state: bool = False):
+    def run(
+        self, mixer: nn.Module, hidden: Tensor, state: MixerState | None = None, output_state: bool = False
+    ) -> tuple[Tensor, MixerState | None]:
         """``mixer`` on hidden as ``pack`` leaves it: outputs in the same form, and the state after these columns."""
         # Layers may lie on different devices (device_map="auto").
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(hidden.device)
@@ -182,7 +185,14 @@ def _packed(length: int, cu_seqlens: Tensor, position_ids: Tensor | None, seq_id
     return TokenLayout(1, length, None, cu_seqlens, offsets, documents=True)
 
 
-def _check_documents(batch, length, attention_mask, position_ids, cu_seqlens, seq_idx) -> None:
+def _check_documents(
+    batch: int,
+    length: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
     """Raise ValueError for documents told twice, or told in tensors of a wrong shape."""
     if cu_seqlens is not None:
         if batch != 1:

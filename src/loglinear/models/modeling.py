@@ -132,7 +132,7 @@ class LogLinearPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers', also for checkpoints of other libraries that ``loglinear convert`` takes.
 
         A parameter with a stated start may be missing: λ of a log-linear model that starts from its linear twin, or D.
@@ -198,7 +198,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         seq_idx: Tensor | None = None,
         cache: Cache | None = None,
         layout: TokenLayout | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ModelOutput:
         """Hidden states of every token.
 

@@ -122,7 +122,7 @@ def unit(x: Tensor, name: str) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def outside_autocast(*operands: Tensor) -> tuple[tuple[Tensor, ...], AbstractContextManager]:
+def outside_autocast(*operands: Tensor) -> tuple[tuple[Tensor, ...], AbstractContextManager[None]]:
     """Matrix operands in the dtype of autocast, if it is on, and a context in which it is off.
 
     Gates keep their dtype, as in other libraries' ops.
@@ -158,8 +158,7 @@ def attend(
     scale = checks.check_scale(scale)
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
     inputs = q, k, v, g, beta, level_scales
-    states = {"initial_state": initial_state, "output_final_state": output_final_state}
-    transforms.check(inputs, cu_seqlens=cu_seqlens, **states)
+    transforms.check(inputs, cu_seqlens=cu_seqlens, initial_state=initial_state, output_final_state=output_final_state)
     with without_autocast:
         if initial_state is None and not output_final_state:
             return forward(*inputs, scale, cu_seqlens, cu_seqlens_cpu), None
@@ -167,24 +166,37 @@ def attend(
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             # The contents of a state depend on its positions: no single graph fits, and every token would compile another one.
             run = torch.compiler.disable(_with_states)
-        return run(*inputs, scale, cu_seqlens, cu_seqlens_cpu, **states)
+        return run(*inputs, scale, cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state)
 
 
 def _with_states(
-    q, k, v, g, beta, level_scales, scale, cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
+    initial_state: State | None,
+    output_final_state: bool,
 ) -> tuple[Tensor, State | None]:
     lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
     checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
     packed, known = cu_seqlens is not None, checks.values_are_known(q)
-    states = lengths, packed, initial_state, output_final_state
     if registration.continues(q, v, beta, initial_state):
-        return continued.attend(q, k, v, g, level_scales, scale, *states)
+        assert isinstance(initial_state, LogLinearState)
+        assert level_scales is not None
+        return continued.attend(q, k, v, g, level_scales, scale, lengths, packed, initial_state, output_final_state)
     tree = beta is None and level_scales is not None
     if initial_state is None and tree and (not known or registration.has_kernel(q, v, beta)):
         o = forward(q, k, v, g, beta, level_scales, scale, cu_seqlens)
         return o, final_state(k, v, g, lengths, packed)
     if not known or registration.takes_segments(q, v, beta, initial_state):
-        return segments.attend(q, k, v, g, beta, level_scales, scale, *states)
+        return segments.attend(
+            q, k, v, g, beta, level_scales, scale, lengths, packed, initial_state, output_final_state
+        )
     o, state = registration.run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)
     return o, state if output_final_state else None
 

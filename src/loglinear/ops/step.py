@@ -26,7 +26,9 @@ from loglinear.state import CHUNK_SIZE, check_chunk_size, has_values
 
 CHUNK_SIZES = (16, 32, 64)  # that the kernels compile for; with longer chunks they spill
 NAMES = ("q", "k", "v", "g", "beta", "level_scales")
-_known: set[tuple] = set()  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
+_known: set[tuple[Any, ...]] = (
+    set()
+)  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
 
 
 def log_linear_attention_step(
@@ -85,7 +87,18 @@ def log_linear_delta_rule_step(
     return _step(q, k, v, g, beta, level_scales, state, scale, use_qk_l2norm_in_kernel, advance)
 
 
-def _step(q, k, v, g, beta, level_scales, state, scale, normalize, advance) -> Tensor:
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    state: DecodingState,
+    scale: float | None,
+    normalize: bool,
+    advance: bool,
+) -> Tensor:
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     if device != "meta" and torch.is_autocast_enabled(
         device
@@ -102,7 +115,18 @@ def _step(q, k, v, g, beta, level_scales, state, scale, normalize, advance) -> T
         return run(q, k, v, g, beta, level_scales, state, scale, normalize, advance)
 
 
-def _run(q, k, v, g, beta, level_scales, state, scale, normalize, advance) -> Tensor:
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    state: DecodingState,
+    scale: float,
+    normalize: bool,
+    advance: bool,
+) -> Tensor:
     if has_kernel(q, v, state.chunk_size):
         run = kernels_of()
         if beta is None:
@@ -135,7 +159,15 @@ def has_kernel(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE) -> bool:
     return reason is None or fallback.plain(what, reason)
 
 
-def check_step(q, k, v, g, beta, level_scales, state) -> None:
+def check_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    state: DecodingState,
+) -> None:
     """Everything about the inputs and the state that needs no wait for the device; on the CPU also the positions."""
     if not isinstance(state, DecodingState):
         raise TypeError(f"state must be a DecodingState: got {type(state).__name__}")
@@ -150,9 +182,9 @@ def check_step(q, k, v, g, beta, level_scales, state) -> None:
             f"{name} must not require gradients, a step has none: call it under torch.no_grad, or call the ordinary op"
         )
     held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g, state.open_solve)
-    kind: tuple | None = None
+    kind: tuple[Any, ...] | None = None
     if all(x is None or isinstance(x, Tensor) for x in given):
-        parts: list = [state.chunk_size]
+        parts: list[Any] = [state.chunk_size]
         for x in given:
             parts += (None,) if x is None else (x.shape, x.dtype, x.device)
         for x in held:

@@ -45,7 +45,7 @@ class Options:
             raise ValueError(f"config.json must hold one value for {' and '.join(found)}: got {found}")
         return values[0]
 
-    def expect(self, *names: str, allowed: tuple = (), default: Any = REQUIRED) -> None:
+    def expect(self, *names: str, allowed: tuple[Any, ...] = (), default: Any = REQUIRED) -> None:
         """Raise ValueError unless an option has an allowed value. The default is allowed."""
         value = self(*names, default=default)
         if value not in allowed and value != default:
