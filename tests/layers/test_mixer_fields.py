@@ -37,6 +37,8 @@ MAMBA2 = {
     "norm in groups, before the gate": {"norm_groups": 2, "norm_before_gate": True},
     "no norm": {"norm": False},
     "time steps with limits": {"dt_limit": (0.3, 0.8)},
+    "multipliers": {"in_multiplier": 0.6, "in_multipliers": [0.5, 0.7, 1.3, 1.1, 0.9], "use_bias": True},
+    "activation of the convolution": {"conv_activation": "sigmoid"},
 }
 CASES = [*(("delta", name) for name in DELTA), *(("mamba2", name) for name in MAMBA2)]
 
@@ -117,8 +119,13 @@ def mamba2_definition(
     mixer, hidden, norm=True, norm_groups=1, norm_before_gate=False, dt_limit=(0, math.inf), **fields
 ):
     inner, keys = HEADS * V, GROUPS * K
-    z, x, dt = mixer.in_proj(hidden).split([inner, inner + 2 * keys, HEADS], dim=-1)
-    x = F.silu(convolved(mixer, x))
+    factors = torch.tensor(fields.get("in_multipliers", [1.0] * 5)).repeat_interleave(
+        torch.tensor([inner, inner, keys, keys, HEADS])
+    )
+    projected = mixer.in_proj(hidden * fields.get("in_multiplier", 1.0)) * factors
+    z, x, dt = projected.split([inner, inner + 2 * keys, HEADS], dim=-1)
+    x = convolved(mixer, x)
+    x = torch.sigmoid(x) if fields.get("conv_activation") else F.silu(x)
     x, B, C = x[:, :inner].view(-1, HEADS, V), x[:, inner : inner + keys], x[:, inner + keys :]
     B, C = B.view(-1, GROUPS, K), C.view(-1, GROUPS, K)
     dt = F.softplus(dt + mixer.dt_bias).clamp(*dt_limit)
@@ -178,3 +185,11 @@ def test_values_that_do_not_exist_are_named():
         LogLinearGatedDeltaNet(HIDDEN, HEADS, K, V, qk_norm="l1")
     with pytest.raises(ValueError, match=r"qk_activation must be one of .*: got 'gelu'"):
         LogLinearGatedDeltaNet(HIDDEN, HEADS, K, V, qk_activation="gelu")
+    with pytest.raises(ValueError, match=r"dt_limit must be .*, 0 <= least <= greatest: got \(0.2, 0.1\)"):
+        LogLinearMamba2(HIDDEN, HEADS, V, K, dt_limit=(0.2, 0.1))
+    with pytest.raises(ValueError, match="in_multipliers must have five factors, of z, x, B, C and dt"):
+        LogLinearMamba2(HIDDEN, HEADS, V, K, in_multipliers=[1.0])
+    with pytest.raises(ValueError, match="groups must divide the width, 24: got 5"):
+        LogLinearMamba2(HIDDEN, HEADS, V, K, norm_groups=5)
+    with pytest.raises(ValueError, match=r"activation must be one of .*: got 'gelu'"):
+        LogLinearMamba2(HIDDEN, HEADS, V, K, conv_activation="gelu")

@@ -242,6 +242,26 @@ def test_a_mixer_at_two_places(family, ids):
     close(logits(model, tokens), want, 1e-5)
 
 
+# transformers 5.23 prefers activation_checkpointing_enable, which 5.17 does not have.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_one_graph_and_checkpointing(family, ids):
+    model, tokens = family("mamba2"), ids(2, 70)
+    loglinear.lift(model)
+    mask = torch.ones_like(tokens)
+    mask[0, :9] = 0
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for given in (None, mask):
+        want = logits(model, tokens, given)
+        close(logits(compiled, tokens, given)[:, 9:], want[:, 9:], 1e-5)
+    want.square().mean().backward()
+    wanted = {name: x.grad for name, x in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    logits(model.train(), tokens, mask).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, wanted[name], 1e-4)
+
+
 class OtherNorm(nn.Module):
     def __init__(self):
         super().__init__()

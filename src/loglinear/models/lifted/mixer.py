@@ -106,10 +106,10 @@ class LiftedMixer(RecurrentMixer):
         Raises:
             TypeError: an argument that no linear mixer knows.
         """
-        unknown = kwargs.keys() - FOR_OTHERS - FOR_PACKING
+        unknown = [name for name in kwargs if name not in FOR_OTHERS and name not in FOR_PACKING]
         if unknown:
-            raise TypeError(f"forward does not know these arguments: {', '.join(sorted(unknown))}")
-        packing = {name: kwargs[name] for name in kwargs.keys() & FOR_PACKING}
+            raise TypeError(f"forward does not know these arguments: {', '.join(unknown)}")
+        packing = {name: x for name, x in kwargs.items() if name in FOR_PACKING}
         cache = one_cache(one_cache(cache, past_key_values), cache_params)
         return run(self, hidden_states, cache, attention_mask, **packing)
 
