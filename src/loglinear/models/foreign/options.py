@@ -6,6 +6,7 @@ layout knows is a warning, because it may change the model.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -85,76 +86,130 @@ def _mlp(options: Options) -> dict[str, Any]:
     return {"intermediate_size": width}
 
 
-def _mamba2(options: Options, linear: bool) -> dict[str, Any]:
-    """Fields of a Mamba-2 mixer and of the model around it."""
-    inner = int(options("expand", default=2) * options("hidden_size"))
-    head_dim = options("head_dim", default=64)
+def _mamba2(options: Options) -> dict[str, Any]:
+    """Fields of a Mamba-2 mixer and of the model around it, with the names of flash-linear-attention and transformers."""
+    inner = int(options("expand") * options("hidden_size"))
+    head_dim, groups = options("head_dim"), options("n_groups")
     heads = options("num_heads", default=None) or inner // head_dim
     if heads * head_dim != inner:
         raise ValueError(
             f"config.json must hold num_heads and head_dim whose product is expand · hidden_size, {inner}: got {heads} "
             f"and {head_dim}"
         )
-    options.expect("use_bias", default=False)
-    options.expect("use_conv_bias", default=True)
-    options.expect("rmsnorm", "rms_norm", default=True)
-    options.expect("norm_before_gate", default=False)
-    options.expect("D_has_hdim", default=False)
-    options.expect("dt_limit", "time_step_limit", allowed=([0.0, float("inf")],), default=(0.0, float("inf")))
-    groups = options("n_groups", default=1)
-    if groups != 1:
-        raise ValueError(f"config.json must hold n_groups=1: got {groups}")
+    limit = options("dt_limit", "time_step_limit", default=None)
     return _shared(options, 1e-5) | {
-        "mixer": "mamba2" if linear else "log_linear_mamba2",
         "max_position_embeddings": LEVELS_CONTEXT,
-        "conv_size": options("conv_kernel", default=4),
+        "conv_size": options("conv_kernel"),
         "mamba_head_dim": head_dim,
         "mamba_num_heads": heads,
-        "mamba_state_size": options("state_size", default=128),
+        "mamba_state_size": options("state_size"),
         "mamba_num_groups": groups,
+        "mamba_norm_groups": groups,
+        "mamba_use_bias": options("use_bias", default=False),
+        "mamba_conv_bias": options("use_conv_bias", default=True),
+        "mamba_norm": options("rmsnorm", "rms_norm", default=True),
+        "mamba_norm_before_gate": options("norm_before_gate", default=False),
+        "mamba_skip_per_channel": options("D_has_hdim", default=False),
+        "mamba_dt_limit": None if limit is None or list(limit) == [0.0, math.inf] else list(limit),
     }
+
+
+def mamba2(options: Options) -> dict[str, Any]:
+    """Mamba-2: no MLP."""
+    return _mamba2(options) | {"mixer": "mamba2", "intermediate_size": 0}
 
 
 def log_linear_mamba2(options: Options) -> dict[str, Any]:
-    """The paper's Log-Linear Mamba-2, which flash-linear-attention has too."""
-    return _mamba2(options, linear=False) | _mlp(options)
+    """Log-Linear Mamba-2, the paper's and flash-linear-attention's; its MLPs have one width."""
+    fields = _mamba2(options) | _mlp(options) | {"mixer": "log_linear_mamba2"}
+    return fields | {"level_scale_bias": fields["mamba_use_bias"]}
 
 
-def log_linear_gated_deltanet(options: Options) -> dict[str, Any]:
-    """The paper's Log-Linear Gated DeltaNet."""
-    options("max_position_embeddings", default=None)  # no number of levels follows from it there
-    return _gated_deltanet(options) | {
-        "mixer": "log_linear_gated_deltanet",
-        "max_position_embeddings": LEVELS_CONTEXT,
-    }
-
-
-def _gated_deltanet(options: Options) -> dict[str, Any]:
-    """Fields of a Gated DeltaNet mixer and of the model around it."""
-    options.expect("attn", default=None)
-    options.expect("use_gate", default=True)
-    options.expect("use_short_conv", default=True)
-    options.expect("conv_bias", default=False)
-    options.expect("allow_neg_eigval", default=False)
-    options.expect("output_gate_activation", allowed=SILU, default="swish")
-    heads, key_dim = options("num_heads"), options("head_dim")
+def _delta(options: Options, key_dim: int) -> dict[str, Any]:
+    """Fields of a mixer of the delta rule and of the model around it."""
+    gate, taps = options("output_gate_activation", default="silu"), options("conv_size", default=4)
     return (
         _shared(options, 1e-6)
         | _mlp(options)
         | {
-            "conv_size": options("conv_size", default=4),
-            "delta_num_key_heads": heads,
-            "delta_num_heads": options("num_v_heads", default=None) or heads,
+            "max_position_embeddings": options("max_position_embeddings", default=2048),
+            "conv_size": taps if options("use_short_conv", default=True) else 0,
+            "delta_num_heads": options("num_heads"),
+            "delta_num_key_heads": options("num_heads"),
             "delta_key_dim": key_dim,
-            "delta_value_dim": int(key_dim * options("expand_v", default=2)),
+            "delta_conv_bias": options("conv_bias", default=False),
+            "delta_gate_activation": gate if options("use_gate") else None,
+            "delta_neg_eigval": options("allow_neg_eigval", default=False),
         }
     )
+
+
+def _scaled_queries(fields: dict[str, Any]) -> dict[str, Any]:
+    """The norm behind queries that are multiplied by K^-1/2: its eps is K times as large where they are not."""
+    return {"mixer_norm_eps": fields["rms_norm_eps"] * fields["delta_key_dim"]}
+
+
+def _gated_deltanet(options: Options) -> dict[str, Any]:
+    fields = _delta(options, options("head_dim"))
+    heads = options("num_v_heads", default=None) or fields["delta_num_heads"]
+    width = int(fields["delta_key_dim"] * options("expand_v"))
+    return fields | {"delta_num_heads": heads, "delta_value_dim": width}
+
+
+def log_linear_gated_deltanet(options: Options) -> dict[str, Any]:
+    """The paper's Log-Linear Gated DeltaNet. It scales queries by K^-1/2 and λ by the inverse."""
+    options.expect("attn", default=None)
+    fields = _gated_deltanet(options)
+    return fields | {"mixer": "log_linear_gated_deltanet", "max_position_embeddings": LEVELS_CONTEXT}
+
+
+def gated_deltanet(options: Options) -> dict[str, Any]:
+    """flash-linear-attention's Gated DeltaNet, with softmax attention in some layers or in none."""
+    fields = _gated_deltanet(options)
+    return fields | _scaled_queries(fields) | _hybrid(options)
+
+
+def delta_net(options: Options) -> dict[str, Any]:
+    """flash-linear-attention's DeltaNet: no decay."""
+    heads, hidden = options("num_heads"), options("hidden_size")
+    fields = _delta(options, round(hidden * options("expand_k")) // heads) | {
+        "delta_value_dim": round(hidden * options("expand_v")) // heads,
+        "delta_decay": False,
+        "delta_use_beta": options("use_beta", default=True),
+        "delta_qk_activation": options("qk_activation", default="silu"),
+        "delta_qk_norm": options("qk_norm", default="l2"),
+    }
+    return fields | _scaled_queries(fields) | _hybrid(options)
+
+
+def _hybrid(options: Options) -> dict[str, Any]:
+    """Fields of the mixers' names: all layers are of the delta rule, except those that ``attn`` names."""
+    given = options("attn", default=None)
+    if given is None:
+        return {"mixer": "gated_deltanet"}
+    parts = [Options({"model_type": options.kind, **part}) for part in ([given] if isinstance(given, dict) else given)]
+    found = []
+    for part in parts:
+        part.expect("qkv_bias", default=False)
+        part.expect("window_size", default=None)
+        part.expect("qk_norm", default=False)
+        heads = part("num_heads")
+        kv_heads, base = part("num_kv_heads", default=None) or heads, part("rope_theta", default=10_000.0)
+        found.append({"num_attention_heads": heads, "num_key_value_heads": kv_heads, "rope_theta": base})
+        if found[-1] != found[0]:
+            raise ValueError(f"config.json must hold one kind of attention in attn: got {found[0]} and {found[-1]}")
+    layers = {layer for part in parts for layer in part("layers")}
+    names = ["attention" if i in layers else "gated_deltanet" for i in range(options("num_hidden_layers"))]
+    return found[0] | {"mixer": names, "head_dim": options("hidden_size") // found[0]["num_attention_heads"]}
 
 
 TRANSLATIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "h_gated_deltanet": log_linear_gated_deltanet,
     "hattention": log_linear_mamba2,
     "log_linear_mamba2": log_linear_mamba2,
+    "mamba2": mamba2,
+    "gated_deltanet": gated_deltanet,
+    "delta_net": delta_net,
 }
 LINEAR = ("mamba2", "gated_deltanet", "delta_net")  # layouts of linear models
 

@@ -8,6 +8,10 @@ in place of three. A recipe is a list of such pieces. The weights of convolution
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loglinear.models.configuration import LogLinearConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -24,18 +28,15 @@ class Piece:
 Recipes = dict[str, list[Piece]]
 
 
-def recipes(kind: str, ours: Shapes) -> Recipes:
-    """The pieces of each of ``ours``, the tensors of a ``LogLinearForCausalLM`` without those of a lift.
-
-    kind: ``model_type`` of the other library's config.json.
-    """
-    mamba = kind in ("hattention", "log_linear_mamba2", "mamba2")
+def recipes(config: LogLinearConfig, ours: Shapes) -> Recipes:
+    """The pieces of each of ``ours``, the tensors of a model of ``config`` without those of a lift."""
+    mamba = config.layer_mixers[0].endswith("mamba2")
     found: Recipes = {}
     for name in ours:
         parts = name.split(".")
         if parts[:2] == ["model", "layers"]:
             layer, rest = parts[2], ".".join(parts[3:])
-            found[name] = _mamba2(layer, rest, ours) if mamba else _gated_deltanet(layer, rest)
+            found[name] = _mamba2(layer, rest, ours) if mamba else _delta(layer, rest, config)
         else:
             found[name] = [Piece(_outside(name, mamba))]
     return found
@@ -69,17 +70,17 @@ def _mamba2(layer: str, rest: str, ours: Shapes) -> list[Piece]:
     return [Piece(f"{prefix}.mixer.{renamed}")]
 
 
-def _gated_deltanet(layer: str, rest: str) -> list[Piece]:
+def _delta(layer: str, rest: str, config: LogLinearConfig) -> list[Piece]:
     """Rows of our ``in_proj`` are q, k, v, the output gate, a and b; those of our ``conv`` are q, k and v."""
     prefix = f"model.layers.{layer}"
     if rest.startswith(("mlp.", "mlp_norm.")):
         return [Piece(f"{prefix}.{rest}")]
     if rest == "mixer_norm.weight":
         return [Piece(f"{prefix}.attn_norm.weight")]
-    part = rest.removeprefix("mixer.")
-    mixer = f"{prefix}.attn"
+    part, mixer = rest.removeprefix("mixer."), f"{prefix}.attn"
     if part == "in_proj.weight":
-        return [Piece(f"{mixer}.{name}_proj.weight") for name in "qkvgab"]
+        there = {"g": config.delta_gate_activation is not None, "a": config.delta_decay, "b": config.delta_use_beta}
+        return [Piece(f"{mixer}.{name}_proj.weight") for name in "qkvgab" if there.get(name, True)]
     if part.startswith("conv."):
         return [Piece(f"{mixer}.{name}_conv1d.{part.rpartition('.')[2]}") for name in "qkv"]
     renamed = {"level_scale.L": "L", "level_scale.dl_proj.weight": "l_proj.weight"}
