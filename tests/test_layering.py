@@ -13,13 +13,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "loglinear"
 # A module may import its own package and packages on lower steps. "" is loglinear/__init__.py, the ops' shop window.
 STEP = {
     **{"auto_classes": 0, "extras": 0, "versions": 0, "__main__": 10},
-    **{"fenwick": 0, "state": 0, "decoding_state": 1, "reference": 2, "kernels": 2, "ops": 3, "": 4},
+    **{"fenwick": 0, "transition": 0, "state": 0, "decoding_state": 1, "reference": 2, "kernels": 2, "ops": 3, "": 4},
     **{"distributed": 4, "layers": 5, "models": 6, "tasks": 7, "training": 8, "cli": 9, "integrations": 9},
 }
 # Third-party packages that a package may import; tasks, training, cli and integrations may import any but triton.
 THIRD_PARTY = {
     **{"auto_classes": set(), "extras": set(), "versions": set(), "__main__": set()},
-    **{"fenwick": set(), "state": {"torch"}, "decoding_state": {"torch"}},
+    **{"fenwick": set(), "transition": {"torch"}, "state": {"torch"}, "decoding_state": {"torch"}},
     **{"reference": {"torch"}, "kernels": {"torch", "triton"}},
     **{"ops": {"torch"}, "": set(), "distributed": {"torch"}, "layers": {"torch"}},
     "models": {"torch", "transformers", "safetensors"},

@@ -30,6 +30,7 @@ from loglinear.state import (
     has_values,
     one_of,
 )
+from loglinear.transition import Transition, transition_of
 
 ENTRY_DTYPES = (torch.float32, torch.bfloat16)  # float64 where all is
 
@@ -180,6 +181,11 @@ class DecodingState(TensorState):
             rate,
             size,
         )
+
+    @property
+    def transition(self) -> Transition:
+        """The transition of the op that the state is for."""
+        return transition_of(self.open_solve)
 
     @property
     def max_context(self) -> int:

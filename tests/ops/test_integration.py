@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import loglinear
-from loglinear.ops.once import differentiable_once
+from loglinear.ops.operators import differentiable_once
 from loglinear.reference.layout import build_layout
 from oracle import SAME_NUMBERS, error, gradients
 
@@ -69,9 +69,10 @@ def test_opcheck(gate, packed, missing):
     names = ("q", "k", "v", "g", "beta", "level_scales")
     args = [None if name == missing else x.get(name) for name in names]
     bounds = torch.tensor([0, 9, C + 3]) if packed else None
-    torch.library.opcheck(torch.ops.loglinear.attention.default, (*args, 0.5, bounds, "" if missing == "g" else "maps"))
+    rest = 0.5, bounds, None, 0, "" if missing == "g" else "maps", "auto"
+    torch.library.opcheck(torch.ops.loglinear.attention.default, (*args, *rest))
     args = [None if value is None else value.detach() for value in args]
-    backward = (torch.randn_like(x["v"]), *args, 0.5, bounds, [])
+    backward = (torch.randn_like(x["v"]), *args, *rest, [])
     before = [value.clone() if isinstance(value, torch.Tensor) else value for value in backward]
     torch.library.opcheck(torch.ops.loglinear.attention_backward.default, backward)
     assert all(torch.equal(v, old) for v, old in zip(backward, before) if isinstance(v, torch.Tensor))

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loglinear.ops import registration
+from loglinear.ops import dispatch
+from loglinear.ops import forward as op
+from loglinear.ops.inputs import Inputs
+from loglinear.transition import DELTA_RULE
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def calls(monkeypatch):
     module = SimpleNamespace(
         forward=forward, forward_keeping=forward_keeping, kept_shapes=kept_shapes, backward=backward
     )
-    monkeypatch.setattr(registration, "kernels_of", lambda delta: module)
+    monkeypatch.setattr(op, "kernels_of", lambda transition: module)
     return seen
 
 
@@ -44,15 +47,19 @@ def inputs(delta: bool, grad: bool = True) -> list:
     return [normal(1, 4), normal(1, 4), normal(2, 4), normal(2), normal(2) if delta else None, normal(2, 5), 1.0, None]
 
 
+def in_a_graph(*x):
+    return op.forward(Inputs(*x[:6]), *x[6:])
+
+
 @pytest.fixture(params=["eager", "compiled"])
 def run(request, monkeypatch):
     """The op as eager code calls it, and as compiled code does, in one graph."""
     if request.param == "eager":
-        yield registration.run_eager
+        yield lambda *x: op.by_kernels(Inputs(*x[:6]), *x[6:])
         return
-    monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
+    monkeypatch.setattr(dispatch, "attention", lambda inputs, backend: True)
     torch._dynamo.reset()
-    yield torch.compile(registration.run_compiled, fullgraph=True, backend="aot_eager")
+    yield torch.compile(in_a_graph, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
 
 
@@ -75,7 +82,7 @@ def test_a_graph_that_is_retained_keeps_them(calls, run):
 
 
 def test_they_are_gone_after_the_backward(calls, run, monkeypatch):
-    module, made = registration.kernels_of(True), []
+    module, made = op.kernels_of(DELTA_RULE), []
     keeping = module.forward_keeping
 
     def forward_keeping(*x):
@@ -114,7 +121,7 @@ def test_without_a_gradient_nothing_is_kept(calls, run, what):
 
 def test_a_graph_says_which_code_laid_out_what_it_keeps(calls, monkeypatch):
     """PyTorch files compiled graphs on disk by their text; an earlier version's would ask for tensors that are not there."""
-    monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
+    monkeypatch.setattr(dispatch, "attention", lambda inputs, backend: True)
     seen = []
 
     def backend(graph, _):
@@ -122,7 +129,7 @@ def test_a_graph_says_which_code_laid_out_what_it_keeps(calls, monkeypatch):
         return graph.forward
 
     torch._dynamo.reset()
-    torch.compile(registration.run_compiled, fullgraph=True, backend=backend)(*inputs(delta=True))
+    torch.compile(in_a_graph, fullgraph=True, backend=backend)(*inputs(delta=True))
     torch._dynamo.reset()
     (code,) = seen
-    assert repr(registration.KEPT_BY) in code
+    assert repr(op.KEPT) in code

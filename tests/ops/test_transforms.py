@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 import loglinear
 from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2
 from loglinear.ops import transforms
+from loglinear.ops.forward import attention
 from oracle import SAME_NUMBERS, error
 
 gates = pytest.mark.parametrize("gate", ["scalar", "delta"])
@@ -114,7 +115,7 @@ def test_what_kernels_take_under_a_gradient(gate):
     def by_operator(*values):
         y = dict(zip(names, values))
         order = [y.get(name) for name in ("q", "k", "v", "g", "beta", "level_scales")]
-        return transforms.run(*order, 1.0, None).square().sum()
+        return transforms.run(attention, *order, 1.0, None, None, 0, "", "auto").square().sum()
 
     numbers = tuple(range(len(names)))
     assert_same(grad(by_operator, argnums=numbers)(*x.values()), grad(loss)(x).values())
@@ -283,7 +284,7 @@ def test_exported_with_a_state(gate, linear):
 @gates
 def test_heads_before_time_are_noticed_once(gate):
     x = {name: y.transpose(1, 2) for name, y in inputs(gate, T=20, H=4, G=4).items()}
-    loglinear.ops.fallback.said.clear()
+    loglinear.ops.dispatch.said.clear()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         output(x)
@@ -297,7 +298,7 @@ def test_heads_before_time_are_noticed_once(gate):
 
 def test_short_texts_of_ours_are_no_mistake():
     """Mixers with many heads, calls that go on from a state, steps, and texts of as many tokens as heads."""
-    loglinear.ops.fallback.said.clear()
+    loglinear.ops.dispatch.said.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mixer = LogLinearGatedDeltaNet(24, num_heads=8, key_dim=4, value_dim=4)

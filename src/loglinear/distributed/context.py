@@ -20,7 +20,8 @@ from loglinear.distributed.exchange import exchange, outside_graphs
 from loglinear.fenwick import aligned_blocks
 from loglinear.ops import checks
 from loglinear.ops.attention import outside_autocast, units
-from loglinear.ops.blocks import Inputs, Map, Slot, append, carried, from_nothing, read
+from loglinear.ops.blocks import Map, Slot, append, carried, from_nothing, read
+from loglinear.ops.inputs import Inputs
 from loglinear.state import CHUNK_SIZE
 
 
@@ -100,7 +101,7 @@ def _attention(
     group: dist.ProcessGroup,
 ) -> Tensor:
     (q, k, v), without_autocast = outside_autocast(q, k, v)
-    checks.check_inputs(q, k, v, g, beta, level_scales)
+    checks.check_inputs(Inputs(q, k, v, g, beta, level_scales))
     scale = checks.check_scale(scale)
     length = q.shape[1]
     if length < 1 or length % CHUNK_SIZE:
@@ -114,7 +115,7 @@ def _attention(
 
 def _over_ranks(whole: Inputs, group: dist.ProcessGroup) -> Tensor:
     """o of this rank's span."""
-    chunks, linear = whole.q.shape[1] // CHUNK_SIZE, whole.level_scales is None
+    chunks, linear = whole.q.shape[1] // CHUNK_SIZE, whole.linear
     plan = [span_blocks(rank, chunks, linear) for rank in range(group.size())]
     first, last = plan[0][0], plan[-1][-1]
     own, outputs, maps, queries = plan[group.rank()], [], [], []
@@ -147,7 +148,7 @@ def _gather(
     """``through``, and the maps of all blocks of every rank, in float32 (float64)."""
     (batch, _, heads, value_width), width = whole.v.shape, whole.q.shape[3]
     wide = torch.promote_types(whole.v.dtype, torch.float32)
-    shapes = [[batch, heads, width, width] if whole.beta is not None else [batch, heads]]
+    shapes = [[batch, heads] if whole.transition.by_log else [batch, heads, width, width]]
     shapes.append([batch, heads, width, value_width])
     sizes = [math.prod(shape) for shape in shapes]
     nothing = [whole.v.new_zeros(size, dtype=wide) for size in sizes]

@@ -6,6 +6,8 @@ from functools import lru_cache
 
 import torch
 
+from loglinear.transition import Transition
+
 AMPLE = 160 << 10  # bytes that data-centre GPUs from 2020 on have: A100, H100, H200, B200
 LEAST = 99 << 10  # bytes that other GPUs from 2020 on have: compute capabilities 8.6, 8.9 and 12.0
 LEAST_KEYS = 128  # widest keys with which the delta rule fits into LEAST
@@ -19,15 +21,15 @@ def shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", LEAST)
 
 
-def why_unfit(device: torch.device, delta: bool, key_width: int) -> str | None:
-    """The reason why the kernels of one rule do not run on a GPU; None if they run."""
-    if torch.version.hip is not None and not delta:  # compiled for gfx942 alone, never run
+def why_unfit(device: torch.device, transition: Transition, key_width: int) -> str | None:
+    """Why the kernels of a transition do not run on a GPU; None where they do."""
+    if torch.version.hip is not None and transition.by_log:  # compiled for gfx942 alone, never run
         return None
-    rule, needed = "scalar gate", LEAST
-    if delta:
-        rule, needed = f"delta rule with keys of {key_width}", AMPLE if key_width > LEAST_KEYS else LEAST
+    what, needed = transition.name, LEAST
+    if not transition.by_log:  # its matrices are as large as keys are wide
+        what, needed = f"{what} with keys of {key_width}", AMPLE if key_width > LEAST_KEYS else LEAST
     shared = shared_memory(device)
     if shared >= needed:
         return None
     name = torch.cuda.get_device_name(device)
-    return f"{name} has {shared >> 10} KB of shared memory, the kernels of the {rule} need {needed >> 10} KB"
+    return f"{name} has {shared >> 10} KB of shared memory, the kernels of the {what} need {needed >> 10} KB"

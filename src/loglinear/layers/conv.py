@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loglinear.layers.activations import ACTIVATIONS, check_activation
 from loglinear.layers.initialization import StatedInit
 from loglinear.layers.packing import check_packed, locate_tokens
-from loglinear.ops import convolution, fallback
+from loglinear.ops import convolution, dispatch
 
 
 class ShortConvolution(StatedInit):
@@ -110,7 +110,7 @@ class ShortConvolution(StatedInit):
         if self.weight is None or not convolution.has_kernel(x, self.taps):
             return False
         field = self.unfused()
-        return field is None or fallback.plain("the short convolution", field)
+        return field is None or dispatch.plain("the short convolution", field)
 
     def _packed(self, x: Tensor, tail: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """The packed inputs with every tail before its sequence: token t of sequence s stands at ``t + (s + 1)(W - 1)``."""

@@ -20,7 +20,7 @@ from loglinear.layers.level_scale import LevelScale, Start
 from loglinear.layers.mixer import RecurrentMixer, Streams
 from loglinear.layers.norm import GatedRMSNorm, OutputGate
 from loglinear.layers.state import RecurrentMixerState
-from loglinear.ops import fallback, pointwise
+from loglinear.ops import dispatch, pointwise
 from loglinear.ops.fused import Columns
 
 NO_LIMIT = (0.0, math.inf)  # of a time step, which is positive
@@ -159,7 +159,7 @@ class LogLinearMamba2(RecurrentMixer):
         if pointwise.has_kernels(x, dt, self.dt_bias, self.A_log):
             if self.dt_limit == NO_LIMIT:
                 return pointwise.discretise(x, dt, self.dt_bias, self.A_log)
-            fallback.plain("a time step", "a dt_limit")
+            dispatch.plain("a time step", "a dt_limit")
         dt = F.softplus(wide(dt) + wide(self.dt_bias))
         if self.dt_limit != NO_LIMIT:
             dt = dt.clamp(*self.dt_limit)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from loglinear.layers.activations import ACTIVATIONS, check_activation
 from loglinear.layers.initialization import wide
-from loglinear.ops import fallback, fused, pointwise
+from loglinear.ops import dispatch, fused, pointwise
 
 
 class RMSNorm(nn.Module):
@@ -111,7 +111,7 @@ class GatedRMSNorm(RMSNorm):
             field = self.unfused()
             if field is None:
                 return pointwise.gated_norm(x, gate, self.weight, self.eps, self.gate_first, skip, skip_scale)
-            fallback.plain("a gated norm", field)
+            dispatch.plain("a gated norm", field)
         x = _add_skip(x, skip, skip_scale)
         wide_x, opening = wide(x), ACTIVATIONS[self.activation](wide(gate))
         out = self._normalise(wide_x * opening) if self.gate_first else self._normalise(wide_x) * opening

@@ -16,8 +16,7 @@ from loglinear.decoding_state import DecodingState
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import writes_into
 from loglinear.layers.state import LinearDecodingState, RecurrentMixerState
-from loglinear.ops import convolution, fallback, fused, log_linear_attention_step, log_linear_delta_rule_step
-from loglinear.ops.step import has_kernel
+from loglinear.ops import convolution, dispatch, fused, log_linear_attention_step, log_linear_delta_rule_step
 
 if TYPE_CHECKING:
     from loglinear.layers.mixer import RecurrentMixer, Streams
@@ -32,7 +31,7 @@ def takes(
     field = mixer.unfused()
     if projected is None or field is not None:
         on_gpu = state.conv.is_cuda
-        return on_gpu and fallback.plain("a step", field or "projections that are not one")
+        return on_gpu and dispatch.plain("a step", field or "projections that are not one")
     assert isinstance(mixer.norm, GatedRMSNorm)  # others are unfused
     weights = (mixer.conv.taps, mixer.norm.weight)  # on another device when they are offloaded
     if not fused.fits(projected, state.conv, *weights) or state.conv.dtype != projected.dtype:
@@ -42,7 +41,9 @@ def takes(
         return False
     if isinstance(memory, DecodingState):
         whole = 1 <= length <= memory.chunk_size and memory.open_k.dtype == projected.dtype
-        return whole and mixer.level_scale is not None and has_kernel(memory.open_k, memory.open_v, memory.chunk_size)
+        return (
+            whole and mixer.level_scale is not None and dispatch.step(memory.open_k, memory.open_v, memory.chunk_size)
+        )
     if length != 1 or mixer.level_scale is not None:
         return False
     return isinstance(memory, LinearDecodingState) and fused.fits_linear(memory.state)

@@ -20,7 +20,7 @@ from loglinear.layers import MixerState, RecurrentMixerState
 from loglinear.models.cache import MixerCacheLayer, check_past, mixer_layers
 from loglinear.models.outputs import FIELD, CausalOutput, one_cache
 from loglinear.ops import DecodingState
-from loglinear.ops.step import has_kernel
+from loglinear.ops.dispatch import step as has_kernel
 
 
 def on_side_stream(work: Callable[[], Tensor], device: torch.device) -> Tensor:

@@ -24,12 +24,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from loglinear.ops import checks, continued, fallback, pointwise, registration, segments, transforms
+from loglinear.ops import checks, continued, dispatch, pointwise, segments, transforms
+from loglinear.ops.dispatch import Backend, State
 from loglinear.ops.final_state import final_state
-from loglinear.ops.forward import forward
-from loglinear.state import LinearState, LogLinearState
-
-State = LogLinearState | LinearState
+from loglinear.ops.forward import forward, plain
+from loglinear.ops.inputs import Inputs
 
 
 def log_linear_attention(
@@ -43,6 +42,7 @@ def log_linear_attention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, State | None]:
     """Log-linear attention with a scalar gate (Log-Linear Mamba-2): O(T log T), with an O(log T) state.
 
@@ -61,6 +61,9 @@ def log_linear_attention(
             its own. Empty sequences are allowed.
         cu_seqlens_cpu: the same on the CPU. Where kernels run, offsets are checked only if they are given here too, so that
             nothing waits for the device; compiled code does not check them. Elsewhere this argument saves the wait.
+        backend: "triton", the kernels, or an error that says why they do not take the call; "torch", plain PyTorch, which is
+            exact and on a GPU many times slower; "auto", the kernels where they take the call. Where a GPU then runs plain
+            PyTorch, a warning says the reason once.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of v, and the final state (None unless asked for), with gradients through both.
@@ -70,8 +73,9 @@ def log_linear_attention(
 
     Source: Guo et al. 2025, sections 3.1 to 3.3.
     """
-    _warn_of_heads_first("log_linear_attention", q, initial_state)
-    return attend(q, k, v, g, None, level_scales, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
+    dispatch.warn_of_heads_first("log_linear_attention", q, initial_state)
+    states, packing = (initial_state, output_final_state), (cu_seqlens, cu_seqlens_cpu)
+    return attend(q, k, v, g, None, level_scales, scale, *states, *packing, backend=backend)
 
 
 def log_linear_delta_rule(
@@ -87,6 +91,7 @@ def log_linear_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, State | None]:
     """Log-linear attention with the (gated) delta rule (Log-Linear Gated DeltaNet): O(T log T), O(log T) state.
 
@@ -102,9 +107,9 @@ def log_linear_delta_rule(
     """
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
-    _warn_of_heads_first("log_linear_delta_rule", q, initial_state)
+    dispatch.warn_of_heads_first("log_linear_delta_rule", q, initial_state)
     states, packing = (initial_state, output_final_state), (cu_seqlens, cu_seqlens_cpu)
-    return attend(q, k, v, g, beta, level_scales, scale, *states, *packing, use_qk_l2norm_in_kernel)
+    return attend(q, k, v, g, beta, level_scales, scale, *states, *packing, use_qk_l2norm_in_kernel, backend)
 
 
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,65 +154,48 @@ def attend(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     unit_length: bool = False,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, State | None]:
     """Both public functions, as layers call them: the delta rule where there is a beta."""
+    dispatch.check_backend(backend)
     if unit_length:
         q, k = units(q, k)
     (q, k, v), without_autocast = outside_autocast(q, k, v)
-    checks.check_inputs(q, k, v, g, beta, level_scales)
+    inputs = Inputs(q, k, v, g, beta, level_scales)
+    checks.check_inputs(inputs)
     scale = checks.check_scale(scale)
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
-    inputs = q, k, v, g, beta, level_scales
-    transforms.check(inputs, cu_seqlens=cu_seqlens, initial_state=initial_state, output_final_state=output_final_state)
+    states = {"initial_state": initial_state, "output_final_state": output_final_state}
+    transforms.check(inputs, cu_seqlens=cu_seqlens, **states)
     with without_autocast:
         if initial_state is None and not output_final_state:
-            return forward(*inputs, scale, cu_seqlens, cu_seqlens_cpu), None
+            return forward(inputs, scale, cu_seqlens, cu_seqlens_cpu, backend), None
         run = _with_states
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             # The contents of a state depend on its positions: no single graph fits, and every token would compile another one.
             run = torch.compiler.disable(_with_states)
-        return run(*inputs, scale, cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state)
+        return run(inputs, scale, cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state, backend)
 
 
 def _with_states(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    level_scales: Tensor | None,
+    inputs: Inputs,
     scale: float,
     cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
-    initial_state: State | None,
+    state: State | None,
     output_final_state: bool,
+    backend: Backend,
 ) -> tuple[Tensor, State | None]:
-    lengths = checks.sequence_lengths(q, cu_seqlens, cu_seqlens_cpu)
-    checks.check_state(initial_state, q, v, beta, level_scales, len(lengths))
-    packed, known = cu_seqlens is not None, checks.values_are_known(q)
-    if registration.continues(q, v, beta, initial_state):
-        assert isinstance(initial_state, LogLinearState)
-        assert level_scales is not None
-        return continued.attend(q, k, v, g, level_scales, scale, lengths, packed, initial_state, output_final_state)
-    tree = beta is None and level_scales is not None
-    if initial_state is None and tree and (not known or registration.has_kernel(q, v, beta)):
-        o = forward(q, k, v, g, beta, level_scales, scale, cu_seqlens)
-        return o, final_state(k, v, g, lengths, packed)
-    if not known or registration.takes_segments(q, v, beta, initial_state):
-        return segments.attend(
-            q, k, v, g, beta, level_scales, scale, lengths, packed, initial_state, output_final_state
-        )
-    o, state = registration.run(q, k, v, g, beta, level_scales, scale, lengths, initial_state)
-    return o, state if output_final_state else None
-
-
-def _warn_of_heads_first(op: str, q: Tensor, state: State | None) -> None:
-    """Fewer tokens than heads are more often ``[B, H, T, K]`` than a short text. A state's shapes would not have fitted."""
-    if not isinstance(q, Tensor) or q.dim() != 4 or state is not None or torch.compiler.is_compiling():
-        return
-    if 0 < q.shape[1] < q.shape[2]:
-        fallback.warn_once(
-            f"q of {op} has shape {list(q.shape)}, fewer tokens (T={q.shape[1]}) than heads (G={q.shape[2]}): "
-            "all inputs must be [B, T, heads, ...], time before heads",
-            once=f"heads first: {op}",
-        )
+    lengths = checks.sequence_lengths(inputs.q, cu_seqlens, cu_seqlens_cpu)
+    checks.check_state(state, inputs, len(lengths))
+    packed, unknown = cu_seqlens is not None, not checks.values_are_known(inputs.q)
+    tree = inputs.transition.by_log and not inputs.linear
+    if tree and state is None and (unknown or dispatch.attention(inputs, backend)):
+        o = forward(inputs, scale, cu_seqlens, backend=backend)
+        return o, final_state(inputs.k, inputs.v, inputs.g, lengths, packed)
+    if unknown or dispatch.from_state(inputs, state, backend):
+        if tree and not checks.transforming():
+            return continued.attend(inputs, scale, lengths, packed, state, output_final_state)
+        return segments.attend(inputs, scale, lengths, packed, state, output_final_state)
+    o, final = plain(inputs, scale, lengths, state)
+    return o, final if output_final_state else None

@@ -23,37 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.ops.forward import forward
+from loglinear.ops.inputs import Inputs
 from loglinear.state import CHUNK_SIZE
-
-
-class Inputs(NamedTuple):
-    """The arguments of the ops for a block, with all gates: g is zeros where it was None."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor | None
-    level_scales: Tensor | None
-
-    def run(self) -> Tensor:
-        """o, from nothing before the first token, with scale 1."""
-        return forward(*self, scale=1.0)
-
-    def part(self, rows: slice, tokens: slice) -> Inputs:
-        """Some rows and some tokens of all arguments."""
-        return Inputs(*(None if x is None else x[rows, tokens] for x in self))  # type: ignore[arg-type]
-
-    def extended(self, before: int, after: int, **given: Tensor) -> Inputs:
-        """With ``before`` and ``after`` tokens of zeros: they write, forget and ask nothing. λ is 1 there."""
-
-        def padded(name: str, x: Tensor | None) -> Tensor | None:
-            if x is None or name in given:
-                return given.get(name)
-            sizes = (*(0, 0) * (x.dim() - 2), before, after)
-            return F.pad(x, sizes, value=1.0 if name == "level_scales" else 0.0)
-
-        return Inputs(*(padded(name, x) for name, x in zip(self._fields, self)))  # type: ignore[arg-type]
 
 
 class Map(NamedTuple):
@@ -88,9 +59,9 @@ def _unit_rows(x: Tensor) -> Tensor:
 def from_nothing(inputs: Inputs, with_state: bool) -> tuple[Tensor, Tensor | None]:
     """o ``[B, T, H, V]`` with nothing before the block, and the state ``[B, H, K, V]`` after it (None unless asked for)."""
     if not with_state:
-        return inputs.run(), None
+        return forward(inputs), None
     length, width = inputs.q.shape[1], inputs.q.shape[3]
-    o = inputs.extended(0, width, q=torch.cat([inputs.q, _unit_rows(inputs.q)], 1)).run()
+    o = forward(inputs.extended(0, width, q=torch.cat([inputs.q, _unit_rows(inputs.q)], 1)))
     o, rows = o.split([length, width], 1)
     return o, rows.transpose(1, 2)
 
@@ -102,11 +73,13 @@ def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
     """
     q, k, v, g, beta, _ = inputs
     wide = torch.promote_types(v.dtype, torch.float32)
+    assert g is not None
     if not needed:
         return q, None
-    if beta is None:
+    if inputs.transition.by_log:
         weight = running_sums(g.to(wide))
         return weight, weight[:, -1]
+    assert beta is not None
     width, heads, rows = q.shape[3], v.shape[2], _unit_rows(q)
     writes = _unit_rows(q[:, :, :1]).expand(-1, -1, heads, -1)
     seen = inputs._replace(level_scales=None).extended(
@@ -117,7 +90,7 @@ def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
         v=F.pad(writes, (0, 0, 0, 0, 0, q.shape[1] + width)),
         beta=F.pad(F.pad(beta, (0, 0, width, 0), value=1.0), (0, 0, 0, width)),
     )
-    _, query, transition = seen.run().split([width, q.shape[1], width], 1)
+    _, query, transition = forward(seen).split([width, q.shape[1], width], 1)
     return query, transition.transpose(1, 2)
 
 
@@ -142,7 +115,7 @@ def read(o: Tensor, query: Tensor, inputs: Inputs, slots: list[Slot]) -> Tensor:
     """The sum of o and the reads of the queries from the slots; ``query`` is the first result of ``carried``."""
     for slot in slots:
         state = slot.state.to(o.dtype)
-        if inputs.beta is None:
+        if inputs.transition.by_log:
             groups, heads = inputs.q.shape[2], o.shape[2]
             by_group = state.unflatten(1, (groups, heads // groups)).transpose(2, 3).flatten(3)  # [B, G, K, H/G V]
             found = inputs.q.transpose(1, 2) @ by_group

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from loglinear.ops.inputs import Inputs
 from loglinear.state import (
     FLOATS,
     LinearState,
@@ -21,6 +22,7 @@ from loglinear.state import (
     has_values,
     values_are_known,
 )
+from loglinear.transition import transition_of
 
 _known: set[tuple] = set()  # kinds of inputs that have passed; a check of metadata costs more than a short kernel
 
@@ -38,16 +40,14 @@ def _shape(name: str, tensor: Tensor, wanted: str, axes: Sequence[int | None]) -
         raise ValueError(f"{name} must have shape {wanted} = [{need}]: got {list(shape)}")
 
 
-def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, level_scales: Tensor | None
-) -> None:
+def check_inputs(inputs: Inputs) -> None:
     """Ranks, sizes, dtypes, devices and, on the CPU, the sign of g."""
-    given = (q, k, v, g, beta, level_scales)
-    if not all(x is None or isinstance(x, Tensor) for x in given) or not values_are_known(q):
-        return check_kinds(*given)
-    kind = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in given)
+    g = inputs.g
+    if not all(x is None or isinstance(x, Tensor) for x in inputs) or not values_are_known(inputs.q):
+        return check_kinds(inputs)
+    kind = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs)
     if kind not in _known:
-        check_kinds(*given)
+        check_kinds(inputs)
         if len(_known) > 4096:
             _known.clear()
         _known.add(kind)
@@ -67,10 +67,9 @@ def unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def check_kinds(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, level_scales: Tensor | None
-) -> None:
+def check_kinds(inputs: Inputs) -> None:
     """Ranks, sizes, dtypes and devices."""
+    q, k, v, _, _, level_scales = inputs
     _shape("q", q, "[B, T, G, K]", (None,) * 4)
     batch, length, groups, width = q.shape
     _shape("k", k, "[B, T, G, K]", (batch, length, groups, width))
@@ -80,16 +79,14 @@ def check_kinds(
         raise ValueError(f"v must have a multiple of q's heads: got H={heads} value heads for G={groups} q/k heads")
     if width < 1 or v.shape[3] < 1:
         raise ValueError(f"q, k and v must have widths of at least 1: got K={width}, V={v.shape[3]}")
-    if g is not None:
-        _shape("g", g, "[B, T, H]", (batch, length, heads))
-    if beta is not None:
-        _shape("beta", beta, "[B, T, H]", (batch, length, heads))
+    for name in inputs.transition.gates:
+        if getattr(inputs, name) is not None:
+            _shape(name, getattr(inputs, name), "[B, T, H]", (batch, length, heads))
     if level_scales is not None:
         _shape("level_scales", level_scales, "[B, T, H, L]", (batch, length, heads, None))
         if level_scales.shape[3] < 1:
             raise ValueError("level_scales must have at least one level: got L=0")
-    named = {"k": k, "v": v, "g": g, "beta": beta, "level_scales": level_scales}
-    for name, tensor in named.items():
+    for name, tensor in inputs._asdict().items():
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q ({q.device}): got {tensor.device}")
     for name, tensor in {"k": k, "v": v}.items():
@@ -153,25 +150,19 @@ def sequence_lengths(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tenso
     return lengths
 
 
-def check_state(
-    state: LogLinearState | LinearState | None,
-    q: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    level_scales: Tensor | None,
-    rows: int,
-) -> None:
+def check_state(state: LogLinearState | LinearState | None, inputs: Inputs, rows: int) -> None:
     """The state's kind, shapes and device against the inputs; ``rows`` is the number of sequences."""
     if state is None:
         return
+    q, v, transition = inputs.q, inputs.v, inputs.transition
     known = isinstance(state, (LinearState, LogLinearState)) and state.device == q.device
     if known and not (has_values(state.position) and has_values(q)):
         raise ValueError(
             "initial_state must have values: got meta or fake tensors, and a result depends on its positions"
         )
-    wanted: type = LinearState if level_scales is None else LogLinearState
+    wanted: type = LinearState if inputs.linear else LogLinearState
     if not isinstance(state, wanted):
-        why = "without" if level_scales is None else "with"
+        why = "without" if inputs.linear else "with"
         raise TypeError(f"initial_state must be a {wanted.__name__} {why} level_scales: got {type(state).__name__}")
     groups, width = q.shape[2:]
     heads, value_width = v.shape[2:]
@@ -201,8 +192,8 @@ def check_state(
     _shape("initial_state.open_k", state.open_k, "[B, C, G, K]", (rows, size, groups, width))
     _shape("initial_state.open_v", state.open_v, "[B, C, H, V]", (rows, size, heads, value_width))
     _shape("initial_state.open_g", state.open_g, "[B, C, H]", (rows, size, heads))
-    if (state.open_beta is None) != (beta is None):
-        kind = "scalar gate" if state.open_beta is None else "delta rule"
-        raise ValueError(f"initial_state must come from the same op: got a state of the {kind}")
+    made_by = transition_of(state.open_beta)
+    if made_by != transition:
+        raise ValueError(f"initial_state must come from the same op: got a state of the {made_by.name}")
     if state.open_beta is not None:
         _shape("initial_state.open_beta", state.open_beta, "[B, C, H]", (rows, size, heads))

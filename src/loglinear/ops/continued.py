@@ -12,29 +12,30 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from loglinear.ops import registration
 from loglinear.ops.blocks import running_sums
+from loglinear.ops.dispatch import State
 from loglinear.ops.final_state import final_state
+from loglinear.ops.forward import by_kernels
+from loglinear.ops.inputs import Inputs
 from loglinear.state import CHUNK_SIZE, LogLinearState
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    level_scales: Tensor,
+    inputs: Inputs,
     scale: float,
     lengths: tuple[int, ...],
     packed: bool,
-    state: LogLinearState,
+    state: State | None,
     output_final_state: bool,
 ) -> tuple[Tensor, LogLinearState | None]:
     """(o, final state) of ``log_linear_attention`` from ``state``; arguments as there, ``lengths`` of each sequence.
 
     Waits for the device once, for the positions.
     """
+    q, k, v, g, _, level_scales = inputs
+    assert isinstance(state, LogLinearState)
     assert state.chunk_size == CHUNK_SIZE
+    assert level_scales is not None
     positions = state.position.tolist()
     used = [position % CHUNK_SIZE for position in positions]
     gate = torch.zeros(v.shape[:3], dtype=torch.float32, device=v.device) if g is None else g.float()
@@ -46,8 +47,7 @@ def attend(
     first_chunks = state.position // CHUNK_SIZE
     # Kernels are compiled for a depth of the tree: a power of two is the same depth for many positions.
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
-    inputs = (q_all, k_all, v_all, g_all, None, scales_all)
-    o = registration.run_eager(*inputs, scale, bounds, first_chunks, reach)
+    o = by_kernels(Inputs(q_all, k_all, v_all, g_all, None, scales_all), scale, bounds, first_chunks, reach)
     o = stream.new_tokens(o).reshape(v.shape)
 
     rows = [slice(a, b) for a, b in zip(accumulate((0, *lengths)), accumulate(lengths))] if packed else [slice(None)]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.ops import fallback
+from loglinear.ops import dispatch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,7 +62,7 @@ def linear_cross_entropy(
 
 def has_kernel(hidden: Tensor) -> bool:
     """Whether the kernel takes these hidden states: CUDA, at most 32 bits."""
-    return fallback.on_kernels("linear_cross_entropy", hidden)
+    return dispatch.on_kernels("linear_cross_entropy", hidden)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:

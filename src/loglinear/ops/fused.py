@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from loglinear import kernels
-from loglinear.ops import fallback, pointwise
-from loglinear.ops.registration import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
+from loglinear.ops import dispatch, pointwise
+from loglinear.ops.dispatch import MAX_KEY_WIDTH, MAX_VALUE_WIDTH
 
 MAX_WIDTH = 16_384  # of a norm: one program holds it
 
@@ -54,7 +54,7 @@ def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     if not alike or not fits(x, added, weight):
         return None
     if weight.shape[0] > MAX_WIDTH:
-        fallback.plain(
+        dispatch.plain(
             "a sum and its norm", f"rows of {weight.shape[0]:,} numbers, where the kernel takes {MAX_WIDTH:,}"
         )
         return None

@@ -7,7 +7,6 @@ under ``torch.compile``, and the compiler fuses them with their neighbours. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear import kernels
-from loglinear.ops import checks, fallback
-from loglinear.ops.once import differentiable_once
+from loglinear.ops import checks, dispatch
+from loglinear.ops.operators import Operator, differentiable_once, like
 
 MAX_WIDTH = 8192  # of a row in registers
 
@@ -46,7 +45,7 @@ def takes_rows(x: Tensor, *others: Tensor | None) -> bool:
     if x.dim() not in (3, 4) or not x.shape[-1] or not has_kernels(x, *others):
         return False
     if x.shape[-1] > MAX_WIDTH:
-        return fallback.plain("a norm", f"rows of {x.shape[-1]:,} numbers, where the kernels take up to {MAX_WIDTH:,}")
+        return dispatch.plain("a norm", f"rows of {x.shape[-1]:,} numbers, where the kernels take up to {MAX_WIDTH:,}")
     return all(y is None or (y.shape == x.shape and y.dtype == x.dtype) for y in others)
 
 
@@ -129,87 +128,19 @@ def _kernels(name: str) -> Any:
     return import_module(f"loglinear.kernels.pointwise.{name}")
 
 
-class Kernel:
-    """One kernel each way, as autograd sees it.
-
-    name, arguments: of the operators ``loglinear::name`` and ``loglinear::name_backward``, as in a schema. results: their
-    number. forward: a function of the arguments. backward: a function of the gradients of all results and of the arguments,
-    to the gradients of the tensors among the arguments. fake: as forward, for sizes and dtypes. None is left out of results.
-    """
-
-    def __init__(
-        self, name: str, arguments: str, results: int, forward: Callable, backward: Callable, fake: Callable
-    ) -> None:
-        gradients = ", ".join(f"Tensor gradient_{i}" for i in range(results))
-        self.operator = _define(name, arguments, forward, fake)
-        schema = f"{gradients}, {arguments}"
-        differentiate = _define(f"{name}_backward", schema, backward, lambda *inputs: _like(*inputs[results:]))
-        self.operator.register_autograd(_gradients_by(differentiate), setup_context=_keep)
-        self.function = _function(name, forward, backward)
-
-    def __call__(self, *inputs: Any) -> Sequence[Tensor]:
-        """All results. Eager code goes without the operator, whose call would take longer than the kernel."""
-        return self.operator(*inputs) if torch.compiler.is_compiling() else self.function.apply(*inputs)
-
-
-def _keep(ctx: Any, inputs: tuple, output: Any = None) -> None:
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
-    ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
-
-
-def _gradients_by(backward: Callable) -> Callable:
-    def gradients(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
-        inputs = [constant if x is None else x for x, constant in zip(ctx.saved_tensors, ctx.constants)]
-        results = given[0] if isinstance(given[0], list) else given  # an operator returns one list
-        found = (y for y in backward(*results, *inputs) if y is not None)
-        return tuple(next(found) if isinstance(x, Tensor) else None for x in inputs)
-
-    return gradients
-
-
-def _function(name: str, run: Callable, backward: Callable) -> type[torch.autograd.Function]:
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        _keep(ctx, inputs)
-        return tuple(y for y in run(*inputs) if y is not None)
-
-    differentiate = differentiable_once(_gradients_by(backward))
-    # Profiles say ``name`` and ``nameBackward``.
-    return type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-    )
-
-
-def _define(name: str, arguments: str, function: Callable, fake: Callable) -> torch.library.CustomOpDef:
-    """An operator that returns a list. None of its tensors may be a part of another."""
-
-    def apart(*inputs: Any) -> list[Tensor]:
-        given = (y for y in function(*inputs) if y is not None)
-        return [y if y.untyped_storage().nbytes() == y.nbytes else y.clone() for y in given]
-
-    schema = f"({arguments}) -> Tensor[]"
-    operator = torch.library.custom_op(f"loglinear::{name}", apart, mutates_args=(), schema=schema)
-    operator.register_fake(fake)
-    return operator
-
-
-def _like(*inputs: Any) -> list[Tensor]:
-    """Contiguous tensors of the sizes and dtypes of those among the inputs: results of most kernels."""
-    return [y.new_empty(y.shape) for y in inputs if isinstance(y, Tensor)]
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-discretise_kernel = Kernel(
+discretise_kernel = Operator(
     "discretise",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor x",
     2,
     lambda *inputs: _kernels("gates").forward(*inputs, None),
     lambda dg, dv, *inputs: _kernels("gates").backward(dg, dv, None, None, *inputs, None),
-    lambda rate, dt_bias, A_log, x: [_wide(rate), *_like(x)],
+    lambda rate, dt_bias, A_log, x: [_wide(rate), *like(x)],
 )
-gates_kernel = Kernel(
+gates_kernel = Operator(
     "gates",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor strength",
     2,
@@ -217,7 +148,7 @@ gates_kernel = Kernel(
     lambda dg, dbeta, *inputs: _kernels("gates").backward(dg, None, None, dbeta, *inputs[:3], None, inputs[3]),
     lambda rate, dt_bias, A_log, strength: [_wide(rate), _wide(strength)],
 )
-level_scales_kernel = Kernel(
+level_scales_kernel = Operator(
     "level_scales",
     "Tensor dl, Tensor L, float offset",
     1,
@@ -225,21 +156,21 @@ level_scales_kernel = Kernel(
     lambda *inputs: _kernels("gates").level_scales_backward(*inputs),
     lambda dl, L, offset: [dl.new_empty(*dl.shape[:2], *L.shape)],
 )
-gated_norm_kernel = Kernel(
+gated_norm_kernel = Operator(
     "gated_norm",
     "Tensor x, Tensor? gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale",
     1,
     lambda *inputs: [_kernels("gated_norm").forward(*inputs)],
     lambda *inputs: _kernels("gated_norm").backward(*inputs),
-    lambda x, *others: _like(x),
+    lambda x, *others: like(x),
 )
-unit_length_kernel = Kernel(
+unit_length_kernel = Operator(
     "unit_length",
     "Tensor q, Tensor k",
     2,
     lambda *inputs: _kernels("unit_length").forward(*inputs),
     lambda *inputs: _kernels("unit_length").backward(*inputs),
-    _like,
+    like,
 )
 
 

@@ -16,19 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.fenwick import aligned_blocks
-from loglinear.ops.blocks import Inputs, Map, Slot, append, carried, from_nothing, read
+from loglinear.ops.blocks import Map, Slot, append, carried, from_nothing, read
+from loglinear.ops.dispatch import State
+from loglinear.ops.inputs import Inputs
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
-
-State = LogLinearState | LinearState
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    level_scales: Tensor | None,
+    inputs: Inputs,
     scale: float,
     lengths: tuple[int, ...],
     packed: bool,
@@ -39,9 +34,10 @@ def attend(
 
     Waits for the device once, for the positions of a tree's state.
     """
+    q, v = inputs.q, inputs.v
     wide = torch.promote_types(v.dtype, torch.float32)
-    gate = v.new_zeros(v.shape[:3], dtype=wide) if g is None else g.to(wide)
-    whole = Inputs(q if scale == 1.0 else q * scale, k, v, gate, beta, level_scales)
+    gate = v.new_zeros(v.shape[:3], dtype=wide) if inputs.g is None else inputs.g.to(wide)
+    whole = inputs._replace(q=q if scale == 1.0 else q * scale, g=gate)
     positions = state.position.tolist() if isinstance(state, LogLinearState) else [0] * len(lengths)
     if packed:
         pieces = [(slice(i, i + 1), slice(a, b)) for i, (a, b) in enumerate(pairwise(accumulate(lengths, initial=0)))]
@@ -75,7 +71,7 @@ def _segment(inputs: Inputs, state: State | None, position: int, with_state: boo
     """o of the tokens of ``inputs``, all rows after ``position`` tokens of ``state``, and the final state."""
     assert not isinstance(state, LogLinearState) or state.chunk_size == CHUNK_SIZE
     batch, length = inputs.q.shape[:2]
-    linear = inputs.level_scales is None
+    linear = inputs.linear
     used = 0 if linear else position % CHUNK_SIZE
     if isinstance(state, LogLinearState) and used:
         inputs = _after_open_tokens(inputs, state, used)
@@ -140,7 +136,7 @@ def _joined(finals: list[_Final], whole: Inputs) -> State:
         if finals
         else torch.zeros(0, dtype=torch.int64, device=whole.v.device)
     )
-    if whole.level_scales is None:
+    if whole.linear:
         rows = [
             final.slots[0].state.to(wide) if final.slots else nothing.new_zeros(len(final.position), *nothing.shape[1:])
             for final in finals

@@ -8,27 +8,20 @@ addition to the positions. It waits for nothing, and a CUDA graph may capture it
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import cache
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from loglinear.decoding_state import DecodingState, tensor_kinds
-from loglinear.kernels.devices import why_unfit
-from loglinear.ops import checks, fallback
-from loglinear.ops.attention import unit
-from loglinear.ops.registration import fits_heads
+from loglinear.ops import checks, dispatch
+from loglinear.ops.attention import outside_autocast, unit
+from loglinear.ops.dispatch import Backend
+from loglinear.ops.inputs import Inputs
 from loglinear.ops.transforms import vmapped
 from loglinear.reference.step import step
-from loglinear.state import CHUNK_SIZE, check_chunk_size, has_values
+from loglinear.state import check_chunk_size, has_values
 
-CHUNK_SIZES = (16, 32, 64)  # that the kernels compile for; with longer chunks they spill
-NAMES = ("q", "k", "v", "g", "beta", "level_scales")
-_known: set[tuple[Any, ...]] = (
-    set()
-)  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
+_known: set[tuple] = set()  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
 
 
 def log_linear_attention_step(
@@ -40,6 +33,7 @@ def log_linear_attention_step(
     state: DecodingState,
     scale: float | None = None,
     advance: bool = True,
+    backend: Backend = "auto",
 ) -> Tensor:
     """The next T tokens of each row of ``state``, T small: what ``log_linear_attention`` gives when it goes on from there.
 
@@ -52,6 +46,7 @@ def log_linear_attention_step(
         scale: factor of q; None means 1.
         advance: whether to add T to ``state.position``. With False the caller does it once, after all the layers whose states
             share one tensor of positions; until then every further call would take the same places.
+        backend: as in ``log_linear_attention``.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of v. No gradients.
@@ -61,7 +56,7 @@ def log_linear_attention_step(
 
     Source: docs/algorithm.md, section 5; Guo et al. 2025, section 3.1.
     """
-    return _step(q, k, v, g, None, level_scales, state, scale, False, advance)
+    return _step(Inputs(q, k, v, g, None, level_scales), state, scale, False, advance, backend)  # type: ignore[arg-type]
 
 
 def log_linear_delta_rule_step(
@@ -75,6 +70,7 @@ def log_linear_delta_rule_step(
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
     advance: bool = True,
+    backend: Backend = "auto",
 ) -> Tensor:
     """The same for the delta rule: what ``log_linear_delta_rule`` gives when it goes on from ``state``.
 
@@ -84,56 +80,36 @@ def log_linear_delta_rule_step(
     """
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
-    return _step(q, k, v, g, beta, level_scales, state, scale, use_qk_l2norm_in_kernel, advance)
+    inputs = Inputs(q, k, v, g, beta, level_scales)
+    return _step(inputs, state, scale, use_qk_l2norm_in_kernel, advance, backend)
 
 
 def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    level_scales: Tensor,
-    state: DecodingState,
-    scale: float | None,
-    normalize: bool,
-    advance: bool,
+    inputs: Inputs, state: DecodingState, scale: float | None, normalize: bool, advance: bool, backend: Backend
 ) -> Tensor:
-    device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if device != "meta" and torch.is_autocast_enabled(
-        device
-    ):  # as the ordinary ops: matrix operands take autocast's dtype
-        low = torch.get_autocast_dtype(device)
-        q, k, v = (x.to(low) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in (q, k, v))
-        with torch.autocast(device, enabled=False):
-            return _step(q, k, v, g, beta, level_scales, state, scale, normalize, advance)
-    check_step(q, k, v, g, beta, level_scales, state)
+    dispatch.check_backend(backend)
+    (q, k, v), without_autocast = outside_autocast(*inputs[:3])
+    inputs = inputs._replace(q=q, k=k, v=v)
+    check_step(inputs, state)
     scale = checks.check_scale(scale)
-    compiling = torch.compiler.is_compiling()
-    run = torch.compiler.disable(_run) if compiling else _run  # it writes into the state
-    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # entering takes 3 µs
-        return run(q, k, v, g, beta, level_scales, state, scale, normalize, advance)
+    # It writes into the state.
+    run = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+    with without_autocast, torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # entering takes 3 µs
+        return run(inputs, state, scale, normalize, advance, backend)
 
 
 def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    level_scales: Tensor,
-    state: DecodingState,
-    scale: float,
-    normalize: bool,
-    advance: bool,
+    inputs: Inputs, state: DecodingState, scale: float, normalize: bool, advance: bool, backend: Backend
 ) -> Tensor:
-    if has_kernel(q, v, state.chunk_size):
-        run = kernels_of()
-        if beta is None:
-            o = run.scalar_step(q, k, v, g, level_scales, state, scale)
-        else:
-            o = run.delta_step(q, k, v, g, beta, level_scales, state, scale, normalize)
+    q, k, v, g, beta, level_scales = inputs
+    if dispatch.step(q, v, state.chunk_size, backend):
+        # Imported here: importing loglinear imports no Triton.
+        from loglinear.kernels import decoding
+
+        options = {"normalize": normalize} if normalize else {}
+        o = decoding.STEPS[inputs.transition](q, k, v, *inputs.gates, level_scales, state, scale, **options)
     else:
+        assert level_scales is not None
         if normalize:
             q, k = unit(q, "q"), unit(k, "k")
         o = step(q, k, v, g, level_scales, state, beta, scale)
@@ -142,61 +118,36 @@ def _run(
     return o
 
 
-@cache
-def kernels_of() -> Any:
-    """The step kernels. Imported on first use: importing loglinear imports no Triton."""
-    return import_module("loglinear.kernels.decoding")
-
-
-def has_kernel(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE) -> bool:
-    """Whether the kernels take these inputs: CUDA, at most 32 bits, K up to 256, V up to 1,024, chunks of 16 to 64 tokens."""
-    what = "a decoding step"
-    if not (q.is_cuda and fallback.on_kernels(what, v) and fits_heads(what, q, v)):
-        return False
-    if chunk_size not in CHUNK_SIZES:
-        return fallback.plain(what, f"a state of chunks of {chunk_size} tokens, where kernels take {CHUNK_SIZES}")
-    reason = why_unfit(q.device, False, int(q.shape[3]))  # no step needs more than the scalar gate
-    return reason is None or fallback.plain(what, reason)
-
-
-def check_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    level_scales: Tensor,
-    state: DecodingState,
-) -> None:
+def check_step(inputs: Inputs, state: DecodingState) -> None:
     """Everything about the inputs and the state that needs no wait for the device; on the CPU also the positions."""
+    q, g = inputs.q, inputs.g
     if not isinstance(state, DecodingState):
         raise TypeError(f"state must be a DecodingState: got {type(state).__name__}")
-    given = (q, k, v, g, beta, level_scales)
-    if checks.transforming() and vmapped(*given, *state._tensors()):
+    if checks.transforming() and vmapped(*inputs, *state._tensors()):
         raise ValueError("q must not come from torch.vmap, a step writes into its state: give rows of a batch")
     if isinstance(q, Tensor) and not (has_values(q) and has_values(state.position)):
         raise ValueError("q and state must have values: got meta or fake tensors, and a step depends on its positions")
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
-        name = next(n for n, x in zip(NAMES, given) if isinstance(x, Tensor) and x.requires_grad)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        name = next(n for n, x in inputs._asdict().items() if isinstance(x, Tensor) and x.requires_grad)
         raise ValueError(
             f"{name} must not require gradients, a step has none: call it under torch.no_grad, or call the ordinary op"
         )
     held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g, state.open_solve)
-    kind: tuple[Any, ...] | None = None
-    if all(x is None or isinstance(x, Tensor) for x in given):
-        parts: list[Any] = [state.chunk_size]
-        for x in given:
+    kind: tuple | None = None
+    if all(x is None or isinstance(x, Tensor) for x in inputs):
+        parts: list = [state.chunk_size]
+        for x in inputs:
             parts += (None,) if x is None else (x.shape, x.dtype, x.device)
         for x in held:
             parts += (None,) if x is None else (x.shape, x.dtype, x.device, x.is_contiguous())
         kind = tuple(parts)
     if kind not in _known:
-        if level_scales is None:
+        if inputs.linear:
             raise TypeError(
                 "level_scales must be a tensor [B, T, H, L]: got None; without a tree there is nothing to step"
             )
-        checks.check_kinds(*given)
-        check_kinds(q, v, beta, state)
+        checks.check_kinds(inputs)
+        check_kinds(inputs, state)
         if len(_known) > 4096:
             _known.clear()
         if kind is not None:
@@ -213,20 +164,19 @@ def check_step(
             )
 
 
-def check_kinds(q: Tensor, v: Tensor, beta: Tensor | None, state: DecodingState) -> None:
+def check_kinds(inputs: Inputs, state: DecodingState) -> None:
     """Shapes, dtypes, devices and strides of the state against the inputs; the length of the call."""
+    q, v, transition = inputs.q, inputs.v, inputs.transition
     batch, length, groups, width = q.shape
     heads, value_width = v.shape[2:]
     size = state.chunk_size
     check_chunk_size("state.chunk_size", size)
     if not 1 <= length <= size:
-        op = "log_linear_attention" if beta is None else "log_linear_delta_rule"
         raise ValueError(
-            f"q must have 1 to {size} tokens in a step: got T={length}; for more, call {op} with "
+            f"q must have 1 to {size} tokens in a step: got T={length}; for more, call {transition.op} with "
             "initial_state=state.to_state()"
         )
-    if (state.open_solve is None) != (beta is None):
-        made_for = "scalar gate" if state.open_solve is None else "delta rule"
-        raise ValueError(f"state must be made for the same rule: got a state of the {made_for}")
+    if state.transition != transition:
+        raise ValueError(f"state must be made for the same rule: got a state of the {state.transition.name}")
     slots = state.entries.shape[2] if state.entries.dim() == 5 else 0
     state.check("state", tensor_kinds(batch, heads, groups, width, value_width, slots, size, q.dtype), q.device)

@@ -1,18 +1,19 @@
 """TRANSFORMS: the op under ``torch.func``. The axis of a vmap becomes rows of the batch and comes back afterwards.
 
-Both operators have this rule, so compiled code has it too. An operator that returns a list is not differentiable under
-``torch.func``; ``Transformed`` makes it so. Plain PyTorch needs none of this where nothing is vmapped.
+Both operators of the op have that rule, so that compiled code has it too. ``Transformed`` makes them differentiable under
+``torch.func``, which an operator that returns a list is not. Plain PyTorch needs none of this where nothing is vmapped.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loglinear.ops.checks import transforming
-from loglinear.ops.registration import attention, attention_backward
+from loglinear.ops.operators import Operator
 
 
 def vmapped(*tensors: Any) -> bool:
@@ -35,40 +36,41 @@ def check(tensors: tuple, **absent: Any) -> None:
         )
 
 
-def run(*inputs: Any) -> Tensor:
-    """o of either op, without states, from the inputs of ``loglinear::attention`` up to cu_seqlens. Differentiable once."""
-    return Transformed.apply(*inputs)
+def run(operator: Operator, *inputs: Any) -> Tensor:
+    """The only result of ``operator``, which keeps nothing. Differentiable once."""
+    return Transformed.apply(operator, *inputs)
 
 
 class Transformed(torch.autograd.Function):
-    """``loglinear::attention``."""
+    """The operator."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
-        return attention(*inputs, "")[0]
+    def forward(operator, *inputs):
+        return operator.operator(*inputs)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.scale, cu_seqlens = inputs
-        ctx.save_for_backward(*tensors, cu_seqlens)
+        ctx.operator, *inputs = inputs
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
 
     @staticmethod
     def backward(ctx, do):
-        *tensors, cu_seqlens = ctx.saved_tensors
-        grads = iter(TransformedBackward.apply(do, *tensors, ctx.scale, cu_seqlens))
-        return *(None if x is None else next(grads) for x in tensors), None, None
+        inputs = [constant if x is None else x for x, constant in zip(ctx.saved_tensors, ctx.constants)]
+        grads = iter(TransformedBackward.apply(ctx.operator, do, *inputs))
+        return None, *(next(grads) if isinstance(x, Tensor) and x.is_floating_point() else None for x in inputs)
 
 
 class TransformedBackward(torch.autograd.Function):
-    """``loglinear::attention_backward``."""
+    """The operator of its gradients."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
-        return tuple(attention_backward(*inputs, []))
+    def forward(operator, *inputs):
+        return tuple(operator.backward(*inputs, []))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -79,28 +81,27 @@ class TransformedBackward(torch.autograd.Function):
         raise RuntimeError("log-linear attention under torch.vmap, or on a GPU, is differentiable once")
 
 
-def _as_rows(info: Any, in_dims: tuple, tensors: tuple, operator: Any, *rest: Any) -> tuple[list[Tensor], list[int]]:
+def register(operator: Operator) -> None:
+    """Give both operators of the attention op the rule of vmap. Behind its last tensors come reach, keep and backend."""
+
+    def forward(info: Any, in_dims: tuple, *inputs: Any) -> tuple[list[Tensor], list[int]]:
+        *tensors, _, backend = inputs
+        return _as_rows(operator.operator, info, in_dims, *tensors, "", backend)  # no row keeps anything
+
+    operator.operator.register_vmap(forward)
+    operator.backward.register_vmap(partial(_as_rows, operator.backward))
+
+
+def _as_rows(operator: Any, info: Any, in_dims: tuple, *inputs: Any) -> tuple[list[Tensor], list[int]]:
     """Results of the operator on ``[N·B, T, ...]``, and where their axis of N is."""
     count = info.batch_size
 
-    def rows(x: Tensor | None, dim: int | None) -> Tensor | None:
-        if x is None:
-            return None
+    def rows(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        assert x.is_floating_point(), "cu_seqlens must not be given under torch.vmap"
         x = x.unsqueeze(0).expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
         return x.flatten(0, 1)
 
-    results = operator(*(rows(x, dim) for x, dim in zip(tensors, in_dims)), *rest)
+    results = operator(*(rows(x, dim) for x, dim in zip(inputs, in_dims)))
     return [x.unflatten(0, (count, x.shape[0] // count)) for x in results], [0] * len(results)
-
-
-@attention.register_vmap
-def _(info, in_dims, *inputs):
-    *tensors, scale, cu_seqlens, _ = inputs
-    assert cu_seqlens is None, "cu_seqlens must not be given under torch.vmap"
-    return _as_rows(info, in_dims, tuple(tensors), attention, scale, None, "")
-
-
-@attention_backward.register_vmap
-def _(info, in_dims, *inputs):
-    *tensors, scale, _, _ = inputs
-    return _as_rows(info, in_dims, tuple(tensors), attention_backward, scale, None, [])

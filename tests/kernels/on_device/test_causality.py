@@ -15,7 +15,7 @@ from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import decoding
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.pointwise import convolution
-from loglinear.ops import registration
+from loglinear.ops import dispatch
 from loglinear.reference.chunkwise import chunkwise
 
 pytestmark = pytest.mark.filterwarnings(
@@ -33,7 +33,7 @@ BAD = (torch.nan, torch.inf, -torch.inf)
 
 def make(rule, device, T, dtype=torch.float32, linear=False, **sizes):
     x = (cases if rule == "scalar gate" else cases_delta).make(device, T=T, H=2, dtype=dtype, **sizes)
-    return x | {"level_scales": registration.scales_of(x["v"], None)} if linear else x
+    return x | {"level_scales": x["v"].new_ones(()).expand(*x["v"].shape[:3], 1)} if linear else x
 
 
 def forward(x, cu_seqlens=None):
@@ -146,7 +146,7 @@ def test_steps_of_several_tokens(device, rule):
 @pytest.mark.parametrize("linear", [False, True])
 def test_calls_that_go_on_from_a_state(monkeypatch, device, rule, linear):
     if INTERPRETED:
-        monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
+        monkeypatch.setattr(dispatch, "attention", lambda inputs, backend="auto": True)
     op = log_linear_delta_rule if rule == "delta rule" else log_linear_attention
     lengths = (70, 80)
     x = make(rule, device, sum(lengths))

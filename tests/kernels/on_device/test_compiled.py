@@ -11,7 +11,7 @@ from cases import INTERPRETED
 from torch.utils.checkpoint import checkpoint
 
 from loglinear import log_linear_delta_rule
-from loglinear.ops import registration
+from loglinear.ops import dispatch
 
 WIDTH, HEADS, LEVELS = 16, 1 if INTERPRETED else 2, 9
 LENGTHS = (30, 60) if INTERPRETED else (300, 700, 1900)  # of one tier of the tree, and of two
@@ -26,7 +26,7 @@ def poisoned_scratch():
 @pytest.fixture(autouse=True)
 def on_the_kernels(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
+        monkeypatch.setattr(dispatch, "attention", lambda inputs, backend="auto": True)
 
 
 @pytest.fixture
@@ -128,22 +128,25 @@ def test_compiled_into_cuda_graphs(device, backwards):
     torch._dynamo.reset()
 
 
+def rest(keep: str) -> tuple:
+    """Arguments of the operator behind its inputs: scale, cu_seqlens, first_chunks, reach, keep, backend."""
+    return 1.0, None, None, 0, keep, "auto"
+
+
 def test_opcheck(device):
     """Above all, that shapes and dtypes of what is kept are those that the compiler was told.
 
     Without the schema check of the forward, which compares all outputs of two runs: entries that no query reads are undefined.
     """
     inputs = make(device, LENGTHS[0])
-    kept = torch.ops.loglinear.attention(*inputs, 1.0, None, "maps")[1:]
+    kept = torch.ops.loglinear.attention(*inputs, *rest("maps"))[1:]
     assert len(kept) == KEPT
-    assert len(torch.ops.loglinear.attention(*inputs, 1.0, None, "")) == 1
-    assert len(torch.ops.loglinear.attention(*make(device, 3), 1.0, None, "maps")) == 1, (
-        "maps of three tokens do not fit"
-    )
-    forward = *inputs, 1.0, None, "maps"
+    assert len(torch.ops.loglinear.attention(*inputs, *rest(""))) == 1
+    assert len(torch.ops.loglinear.attention(*make(device, 3), *rest("maps"))) == 1, "maps of three tokens do not fit"
+    forward = *inputs, *rest("maps")
     tests = ["test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(torch.ops.loglinear.attention.default, forward, test_utils=tests)
     values = [x.detach() for x in inputs]
-    backward = torch.randn_like(values[2]), *values, 1.0, None, [x.detach() for x in kept]
+    backward = torch.randn_like(values[2]), *values, *rest("maps"), [x.detach() for x in kept]
     tests = ["test_schema", "test_faketensor"]
     torch.library.opcheck(torch.ops.loglinear.attention_backward.default, backward, test_utils=tests)

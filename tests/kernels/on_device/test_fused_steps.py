@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 
 from loglinear.kernels.decoding import inputs
-from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, ShortConvolution, SumRMSNorm, step
-from loglinear.ops import fused
+from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, ShortConvolution, SumRMSNorm
+from loglinear.ops import dispatch, fused
 
 HIDDEN = 24
 SIZES = {  # one block of channels is not enough, and the last is partial
@@ -30,7 +30,7 @@ def on_the_kernels(monkeypatch):
     monkeypatch.setattr(inputs, "BLOCK", 64)
     if INTERPRETED:
         monkeypatch.setattr(fused, "fits", lambda x, *others: x.dtype != torch.float64)
-        monkeypatch.setattr(step, "has_kernel", lambda q, v, chunk_size: True)
+        monkeypatch.setattr(dispatch, "step", lambda q, v, chunk_size: True)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from cases import INTERPRETED
 
 from loglinear import log_linear_attention, log_linear_delta_rule
-from loglinear.ops import registration
+from loglinear.ops import dispatch
+from loglinear.ops import forward as module
 from loglinear.reference.chunkwise import chunkwise
 
 T = 150 if INTERPRETED else 1000
@@ -17,14 +18,14 @@ T = 150 if INTERPRETED else 1000
 @pytest.fixture(autouse=True)
 def on_the_kernels(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
+        monkeypatch.setattr(dispatch, "attention", lambda inputs, backend="auto": True)
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
 def test_output_and_gradients(device, delta, monkeypatch):
     used = []
-    apply = registration.run_eager
-    monkeypatch.setattr(registration, "run_eager", lambda *inputs: used.append(True) or apply(*inputs))
+    apply = module.by_kernels
+    monkeypatch.setattr(module, "by_kernels", lambda *inputs: used.append(True) or apply(*inputs))
     generator = torch.Generator("cpu").manual_seed(0)
     q, k, v, g = (
         torch.randn(shape, generator=generator) for shape in ((2, T, 1, 16),) * 2 + ((2, T, 2, 16), (2, T, 2))

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels.tree import replay
 from loglinear.layers import ShortConvolution
-from loglinear.ops import registration
+from loglinear.ops import dispatch
 from loglinear.ops.cross_entropy import linear_cross_entropy
+from loglinear.ops.inputs import Inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -55,7 +56,7 @@ def assert_float32_error(got, want):
 @rules
 def test_equals_the_definition_and_takes_the_kernel(delta):
     inputs = make(delta)
-    assert registration.has_kernel(inputs[0], inputs[2], inputs[4] if delta else None)
+    assert dispatch.attention(Inputs(*inputs[:4], inputs[4] if delta else None, inputs[-1]))
     gradient = torch.randn_like(inputs[2])
     wide = [x.detach().double().requires_grad_() for x in inputs]
     assert_float32_error(gradients(op, inputs, gradient), gradients(op, wide, gradient.double()))

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from loglinear.kernels.pointwise import gated_norm, gates
 from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearMamba2
 from loglinear.layers.level_scale import OFFSETS
-from loglinear.ops import attention, fallback, pointwise
+from loglinear.ops import attention, dispatch, pointwise
 
 T = 13 if INTERPRETED else 1500
 
@@ -298,7 +298,7 @@ def test_the_same_bits_and_no_second_backward(device):
 def test_rows_that_are_too_wide_stay_plain(device):
     x = torch.zeros(1, 1, pointwise.MAX_WIDTH, device=device)
     assert pointwise.takes_rows(x)
-    fallback.said.clear()
+    dispatch.said.clear()
     with pytest.warns(
         UserWarning, match="a norm runs in plain PyTorch on the GPU, not in a kernel: rows of 8,193 numbers"
     ):

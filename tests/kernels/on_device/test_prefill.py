@@ -11,7 +11,9 @@ from cases import INTERPRETED
 
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels import tuning
-from loglinear.ops import fallback, registration
+from loglinear.ops import dispatch
+from loglinear.ops.forward import plain as run_plain
+from loglinear.ops.inputs import Inputs
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, LogLinearState
 
@@ -21,7 +23,7 @@ T, MORE = (70, 3) if INTERPRETED else (1000, 70)
 @pytest.fixture(autouse=True)
 def on_the_kernels(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(registration, "has_kernel", lambda q, v, beta: True)
+        monkeypatch.setattr(dispatch, "attention", lambda inputs, backend="auto": True)
 
 
 def make(device, length, seed=0):
@@ -128,7 +130,7 @@ def test_states_of_other_chunks_go_on_without_kernels(device):
     """Their tree is another one."""
     inputs = make(device, 300)
     _, state = chunkwise(*(x[:, :70] for x in inputs), chunk_size=16)
-    fallback.said.clear()
+    dispatch.said.clear()
     with pytest.warns(UserWarning, match="a state of chunks of 16 tokens, where kernels go on from chunks of 64"):
         o, after = log_linear_attention(*(x[:, 70:] for x in inputs), initial_state=state, output_final_state=True)
     whole, _ = chunkwise(*(x.double() for x in inputs))
@@ -168,10 +170,8 @@ def test_prefill_in_two_parts(device, delta, linear, dtype):
         return op(*given, initial_state=state, output_final_state=True)
 
     def plain(y, state):
-        return registration.run(
-            y["q"], y["k"], y["v"], y["g"], y["beta"] if delta else None, None if linear else y["scales"], 1.0,
-            (y["q"].shape[1],) * 2, state,
-        )  # fmt: skip
+        inputs = Inputs(*(y[name] for name in "qkvg"), y["beta"] if delta else None, None if linear else y["scales"])
+        return run_plain(inputs, 1.0, (y["q"].shape[1],) * 2, state)
 
     def results(inputs, run):
         o, state = parts(inputs, run)

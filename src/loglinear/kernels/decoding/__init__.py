@@ -4,6 +4,12 @@ Every program owns (row, head, block of columns of V) and loops over the tokens,
 read shared values from one half of the state and write them to the other half (decoding_state.py).
 """
 
-from loglinear.kernels.decoding.host import delta_step, scalar_step
+from collections.abc import Callable
+from typing import Any
 
-__all__ = ["delta_step", "scalar_step"]
+from loglinear.kernels.decoding.host import delta_step, scalar_step
+from loglinear.transition import DELTA_RULE, SCALAR_GATE, Transition
+
+STEPS: dict[Transition, Callable[..., Any]] = {SCALAR_GATE: scalar_step, DELTA_RULE: delta_step}
+
+__all__ = ["STEPS", "delta_step", "scalar_step"]

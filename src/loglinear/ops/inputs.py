@@ -1,0 +1,52 @@
+"""INPUTS: the tensors of one call as one value, and its transition."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from loglinear.transition import Transition, transition_of
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, in the order of the operator: q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g, beta ``[B, T, H]``,
+    λ ``[B, T, H, L]``; None where there is none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    level_scales: Tensor | None
+
+    @property
+    def transition(self) -> Transition:
+        """What a token does to a state before it writes."""
+        return transition_of(self.beta)
+
+    @property
+    def gates(self) -> tuple[Tensor | None, ...]:
+        """The arguments that drive the transition, as its kernels take them."""
+        return tuple(getattr(self, name) for name in self.transition.gates)
+
+    @property
+    def linear(self) -> bool:
+        """Whether there is no tree: the linear model, with one state of fixed size."""
+        return self.level_scales is None
+
+    def part(self, rows: slice, tokens: slice) -> Inputs:
+        """Some rows and tokens of all."""
+        return Inputs(*(None if x is None else x[rows, tokens] for x in self))  # type: ignore[arg-type]
+
+    def extended(self, before: int, after: int, **given: Tensor) -> Inputs:
+        """With ``before`` and ``after`` tokens of zeros: they write, forget and ask nothing. λ is 1 there."""
+
+        def padded(name: str, x: Tensor | None) -> Tensor | None:
+            if x is None or name in given:
+                return given.get(name)
+            sizes = (*(0, 0) * (x.dim() - 2), before, after)
+            return F.pad(x, sizes, value=1.0 if name == "level_scales" else 0.0)
+
+        return Inputs(*(padded(name, x) for name, x in zip(self._fields, self)))  # type: ignore[arg-type]

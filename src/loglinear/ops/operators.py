@@ -1,0 +1,126 @@
+"""OPERATORS: a computation of kernels and its gradient, described once, as eager autograd and PyTorch's compiler see it.
+
+Eager code calls an ``autograd.Function``: an operator would cost the host more than a short sequence costs the GPU. Compiled
+code sees ``loglinear::name`` and ``loglinear::name_backward``, with their fakes. Both are differentiable once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """``backward(ctx, *gradients)``, whose results raise a RuntimeError as soon as they are differentiated.
+
+    ``torch.autograd.function.once_differentiable`` refuses a second derivative only if the incoming gradients require grad.
+    Behind a plain ``sum`` they do not, and the second derivative would be missing without an error.
+    """
+    refusing = torch.autograd.function.once_differentiable(backward)
+
+    def once(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():  # create_graph
+            gradients = tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in gradients)
+        return refusing(ctx, *gradients)
+
+    return once
+
+
+class Operator:
+    """One computation and its gradient.
+
+    Args:
+        name, arguments: of the operators, as in a schema. results: how many results have gradients.
+        forward: of these arguments; results that are None are left out.
+        backward: of the gradients of all results and the arguments, to the gradients of the floating-point tensors among
+            them. fake: as forward, for sizes and dtypes.
+        keeps: whether the forward pass gives more tensors behind its results, which the backward gets as a list, last.
+        eager: (forward, backward) of eager calls, if they have less to decide.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        results: int,
+        forward: Callable,
+        backward: Callable,
+        fake: Callable,
+        keeps: bool = False,
+        eager: tuple[Callable, Callable] | None = None,
+    ) -> None:
+        self.results, self.keeps = results, keeps
+        gradients = ", ".join(f"Tensor gradient_{i}" for i in range(results))
+        schema = f"{gradients}, {arguments}" + ", Tensor[] kept" * keeps
+        self.operator = _define(name, arguments, forward, fake)
+        self.backward = _define(f"{name}_backward", schema, backward, lambda *inputs: like(*inputs[results:]))
+        self.operator.register_autograd(self._gradients_by(self.backward), setup_context=self._save)
+        self.function = self._function(name, *(eager or (forward, backward)))
+
+    def __call__(self, *inputs: Any) -> Sequence[Tensor]:
+        """All results."""
+        if torch.compiler.is_compiling():
+            return self.operator(*inputs)[: self.results]
+        return self.function.apply(*inputs)
+
+    def _save(self, ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
+        kept = output[self.results :]
+        if kept:
+            ctx.mark_non_differentiable(*kept)
+            ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as it
+        self._keep(ctx, inputs, kept)
+
+    @staticmethod
+    def _keep(ctx: Any, inputs: tuple, kept: Sequence[Tensor]) -> None:
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *kept)
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
+
+    def _gradients_by(self, backward: Callable) -> Callable:
+        def gradients(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
+            saved, count = ctx.saved_tensors, len(ctx.constants)  # read once: checkpointing unpacks a tensor once
+            inputs = [constant if x is None else x for x, constant in zip(saved, ctx.constants)]
+            results = given[0] if isinstance(given[0], list) else given  # an operator's are in one list
+            kept = [list(saved[count:])] if self.keeps else []
+            found = (y for y in backward(*results[: self.results], *inputs, *kept) if y is not None)
+            return tuple(next(found) if _floating(x) else None for x in inputs)
+
+        return gradients
+
+    def _function(self, name: str, run: Callable, backward: Callable) -> type[torch.autograd.Function]:
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+            made = tuple(y for y in run(*inputs) if y is not None)
+            self._keep(ctx, inputs, made[self.results :])
+            return made[: self.results]
+
+        differentiate = differentiable_once(self._gradients_by(backward))
+        # Profiles say ``name`` and ``nameBackward``.
+        return type(
+            name,
+            (torch.autograd.Function,),
+            {"forward": staticmethod(forward), "backward": staticmethod(differentiate)},
+        )
+
+
+def _floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def like(*inputs: Any) -> list[Tensor]:
+    """Contiguous tensors of the sizes and dtypes of the floating-point tensors among the inputs."""
+    return [y.new_empty(y.shape) for y in inputs if _floating(y)]
+
+
+def _define(name: str, arguments: str, function: Callable, fake: Callable) -> torch.library.CustomOpDef:
+    """An operator that returns a list. None of its tensors may be a part of another."""
+
+    def apart(*inputs: Any) -> list[Tensor]:
+        given = (y for y in function(*inputs) if y is not None)
+        return [y if y.untyped_storage().nbytes() == y.nbytes else y.clone() for y in given]
+
+    schema = f"({arguments}) -> Tensor[]"
+    operator = torch.library.custom_op(f"loglinear::{name}", apart, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
