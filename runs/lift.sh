@@ -4,6 +4,8 @@
 #
 #   runs/lift.sh FOLDER [OUTPUT]     FOLDER holds linux-c-long.{train,valid}.jsonl, or the same as .jsonl.xz
 #
+# Device time: on two H200s 21 minutes without the evaluations, two jobs to a GPU (ff79fd8).
+#
 # The GPUs of the machine take jobs from one queue. Started again, it goes on, and what is done is not done again.
 # `python benchmarks/lift.py OUTPUT` collects the rows and prints the differences of the pairs.
 set -euo pipefail
@@ -19,3 +21,11 @@ mamba2 0
 gated_deltanet 1
 mamba2 1
 JOBS
+# Needles: the same two short fine-tunes for both continuations of each.
+for model in gated_deltanet-s0 mamba2-s0 gated_deltanet-s1 mamba2-s1; do
+    for tune in "400 1" "400 2"; do
+        for kind in plain lifted; do
+            echo "$model-$kind $tune"
+        done
+    done
+done | xargs -P "$gpus" --process-slot-var=CUDA_VISIBLE_DEVICES -L 1 "$here/tune_one.sh"

@@ -20,6 +20,7 @@ def identity(name: str) -> Callable[[dict], str]:
     fields = {
         "lm": ("name",),
         "lift": ("name",),
+        "lift_needles": ("name", "steps", "tune_seed"),
         "niah": ("name", "kind", "context", "depth"),
         "tunes": ("name", "steps", "tune_seed"),
         "mqar": ("cell",),
