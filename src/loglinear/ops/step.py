@@ -21,7 +21,7 @@ from loglinear.ops.transforms import vmapped
 from loglinear.reference.step import step
 from loglinear.state import check_chunk_size, has_values
 
-_known: set[tuple] = set()  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
+_known: set[tuple[object, ...]] = set()  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
 
 
 def log_linear_attention_step(
@@ -133,9 +133,9 @@ def check_step(inputs: Inputs, state: DecodingState) -> None:
             f"{name} must not require gradients, a step has none: call it under torch.no_grad, or call the ordinary op"
         )
     held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g, state.open_solve)
-    kind: tuple | None = None
+    kind: tuple[object, ...] | None = None
     if all(x is None or isinstance(x, Tensor) for x in inputs):
-        parts: list = [state.chunk_size]
+        parts: list[object] = [state.chunk_size]
         for x in inputs:
             parts += (None,) if x is None else (x.shape, x.dtype, x.device)
         for x in held:
