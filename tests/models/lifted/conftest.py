@@ -17,8 +17,32 @@ _MAMBA = {
     "mamba_expand": 2,
 }
 
+_DELTA = {
+    **_COMMON,
+    **_ATTENTION,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+    "head_dim": 8,
+    "pad_token_id": 0,  # that of some configs is beyond this vocabulary
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
 # Model class, config class, config.
 FAMILIES = {
+    "qwen3_next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", {**_DELTA, **_EXPERTS}),
+    "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", _DELTA),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", {**_DELTA, **_EXPERTS}),
+    "olmo_hybrid": ("OlmoHybridForCausalLM", "OlmoHybridConfig", _DELTA),
     "mamba2": (
         "Mamba2ForCausalLM",
         "Mamba2Config",
@@ -101,7 +125,7 @@ FAMILIES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_family():
     """``make_family(name, **config)``: an untrained model with fixed weights, in float32 and evaluation mode.
 
@@ -110,6 +134,8 @@ def make_family():
 
     def make(name, **overrides):
         model, config, fields = FAMILIES[name]
+        if not hasattr(transformers, model):
+            pytest.skip(f"transformers {transformers.__version__} has no {model}")
         config = getattr(transformers, config)(**(fields | overrides))
         made = getattr(transformers, model)(config)
         generator = torch.Generator().manual_seed(0)

@@ -6,6 +6,11 @@ import re
 
 from torch import nn
 
+from loglinear.models.lifted.gated_deltanet import (
+    LiftedInterleavedDeltaNet,
+    LiftedOlmoDeltaNet,
+    LiftedSeparateDeltaNet,
+)
 from loglinear.models.lifted.mamba2 import LiftedMamba2
 from loglinear.models.lifted.mixer import LiftedMixer
 
@@ -17,6 +22,11 @@ KINDS: dict[str, type[LiftedMixer]] = {
     "NemotronHMamba2Mixer": LiftedMamba2,
     "Zamba2MambaMixer": LiftedMamba2,
     "FalconH1Mixer": LiftedMamba2,
+    "Qwen3NextGatedDeltaNet": LiftedInterleavedDeltaNet,
+    "Qwen3_5GatedDeltaNet": LiftedSeparateDeltaNet,
+    "Qwen3_5MoeGatedDeltaNet": LiftedSeparateDeltaNet,
+    "Qwen4ExpTextGatedDeltaNet": LiftedSeparateDeltaNet,
+    "OlmoHybridGatedDeltaNet": LiftedOlmoDeltaNet,
 }
 
 _LINEAR = re.compile(

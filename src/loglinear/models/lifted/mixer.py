@@ -39,6 +39,7 @@ class LiftedMixer(RecurrentMixer):
     layer_idx: int
     conv1d: ShortConvolution
     parts: frozenset[str] = frozenset()  # names of the parameters, buffers and submodules that an original may have
+    norm_name: str = "norm"  # of the output norm
 
     @classmethod
     @abstractmethod
@@ -72,9 +73,9 @@ class LiftedMixer(RecurrentMixer):
             self.add_module(name, module)
         self.conv1d = AdoptedConvolution(self.conv1d, original.activation)  # type: ignore[arg-type]
         if isinstance(norm, GatedRMSNorm):
-            norm.weight = original.norm.weight  # type: ignore[union-attr,assignment]
+            norm.weight = getattr(original, self.norm_name).weight
             norm.train(original.training)
-        self.norm = norm
+        setattr(self, self.norm_name, norm)
         self.layer_idx = original.layer_idx  # type: ignore[assignment]
         for name, hooks in vars(original).items():
             if "forward" in name and name.endswith(("_hooks", "_with_kwargs", "_always_called")):
