@@ -119,13 +119,13 @@ def states_of(cache: Cache, layer_idx: int) -> RecurrentCacheLayer:
     states = RecurrentCacheLayer()
     states.record_past = layer.__dict__.pop("record_past")
     layer.__dict__.pop("has_previous_state")
-    layer.__class__ = _lifted_kind(type(layer))  # whoever holds the layer sees the change
+    layer.__class__ = _lifted_kind(type(layer))  # code that holds the layer sees the change
     layer.states = states  # type: ignore[attr-defined]
     return states
 
 
 class StatefulMixer(Protocol):
-    """What ``run`` needs of a lifted mixer, an ``nn.Module`` with the forward of the model that it is in."""
+    """The part of a lifted mixer that ``run`` calls. The mixer is an ``nn.Module`` with the forward of its model."""
 
     layer_idx: int
 
@@ -166,7 +166,7 @@ def run(
     offsets = take_offsets(kwargs)
     plan, feed = plan_layout, _feed
     if cache is not None and torch.compiler.is_compiling():
-        # What a state holds depends on positions: no single graph, so the compiler need not see this.
+        # The content of a state depends on positions: no single graph, so the compiler need not see this.
         plan, feed = torch.compiler.disable(plan_layout), torch.compiler.disable(_feed)
     layout = plan(batch, length, mask, cu_seqlens=offsets, seq_idx=seq_idx)
     packed = layout.pack(hidden)

@@ -123,7 +123,7 @@ class LiftedOlmoDeltaNet(LiftedGatedDeltaNet):
 
 
 def _eps(norm: Any) -> float:
-    """Of a gated norm. Raises ValueError for a norm of an unknown class."""
+    """The eps of a gated norm. Raises ValueError for a norm of an unknown class."""
     known = type(norm).__name__.endswith("RMSNormGated") and hasattr(norm, "variance_epsilon")
     if not known or [*norm._parameters] != ["weight"] or norm._modules:
         raise ValueError(f"norm must be a gated RMSNorm with a weight: got {type(norm).__name__}")
