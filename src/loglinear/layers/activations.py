@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def check_activation(name: str, argument: str) -> str:
-    """``name``, of silu and swish the former. Raises ValueError, which names ``argument``, for an unknown one."""
+    """``name``; swish is silu. Raises ValueError, which names ``argument``, for an unknown one."""
     if name not in ACTIVATIONS:
         raise ValueError(f"{argument} must be one of {list(ACTIVATIONS)}: got {name!r}")
     return "silu" if name == "swish" else name

@@ -68,7 +68,7 @@ class RecurrentMixer(StatedInit):
 
     @abstractmethod
     def inputs(self, mixed: Tensor, streams: Streams) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What the sequence mixing takes, and the skip that ``outputs`` adds to its result.
+        """The arguments of the sequence mixing, and the skip that ``outputs`` adds to its result.
 
         Args:
             mixed: ``[B, T, channels]``, ``streams.conv`` behind the convolution.

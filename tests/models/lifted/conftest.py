@@ -1,5 +1,7 @@
 """Tiny models of transformers with linear mixers, built from their configs, with weights that make every mixer count."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -158,3 +160,14 @@ def ids():
     """``ids(*shape)``: random tokens."""
     generator = torch.Generator().manual_seed(1)
     return lambda *shape: torch.randint(3, VOCAB, shape, generator=generator)
+
+
+@pytest.fixture
+def cache_name():
+    """``cache_name(model)``: the model's argument and output field for its cache, in the installed transformers."""
+
+    def find(model):
+        known = inspect.signature(model.forward).parameters
+        return next(name for name in ("cache", "cache_params", "past_key_values") if name in known)
+
+    return find

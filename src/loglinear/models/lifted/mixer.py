@@ -17,7 +17,7 @@ from loglinear.layers import GatedRMSNorm, LevelScale, RecurrentMixer, ShortConv
 from loglinear.models.lifted.cache import run
 from loglinear.models.outputs import one_cache
 
-# What the models hand to every layer and no linear mixer reads: positions and switches of attention, and of losses.
+# Models hand these to every layer, and no linear mixer reads them: positions and switches of attention, and of losses.
 FOR_OTHERS = {
     "position_ids",
     "position_embeddings",
