@@ -39,7 +39,7 @@ def transition_matrix(g: Tensor | None, beta: Tensor | None, k: Tensor, s: int) 
     if g is None:
         return matrix
     if g.dim() == k.dim():
-        return torch.diag_embed(g[:, s].exp()) @ matrix
+        return matrix @ torch.diag_embed(g[:, s].exp())  # the decay first, then the erasure
     return g[:, s, :, None, None].exp() * matrix
 
 
@@ -126,7 +126,7 @@ def linear_recurrence(q, k, v, g=None, beta=None, scale: float = 1.0) -> Tensor:
 def make_inputs(
     *, B=2, T=150, H=4, G=2, K=3, V=5, L=9, gate="scalar", dtype=torch.float64, grad=False, seed=0
 ) -> dict[str, Tensor]:
-    """Inputs by argument name; every axis has a size of its own. ``gate``: identity, scalar, diagonal or delta."""
+    """Inputs by argument name; every axis has a size of its own. ``gate``: identity, or (diagonal or scalar) with or without delta."""
     gen = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -139,8 +139,8 @@ def make_inputs(
         "level_scales": normal(B, T, H, L),
     }
     if gate != "identity":
-        inputs["g"] = -0.1 * normal(B, T, H, *([K] if gate == "diagonal" else [])).exp()
-    if gate == "delta":
+        inputs["g"] = -0.1 * normal(B, T, H, *([K] if gate.startswith("diagonal") else [])).exp()
+    if gate.endswith("delta"):
         inputs["beta"] = 2 * normal(B, T, H).sigmoid()
     return {name: x.to(dtype).requires_grad_(grad) for name, x in inputs.items()}
 

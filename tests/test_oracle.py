@@ -11,7 +11,7 @@ def test_levels_of_the_picture():
     assert ["".join(map(str, levels_seen(t))) for t in range(8)] == picture
 
 
-@pytest.mark.parametrize("gate", ["identity", "scalar", "diagonal", "delta"])
+@pytest.mark.parametrize("gate", ["identity", "scalar", "diagonal", "delta", "diagonal delta"])
 def test_the_oracles_agree(gate):
     x = make_inputs(B=2, T=18, H=2, G=1, K=2, V=3, L=4, gate=gate)
     expected = literal(**x, scale=0.7)

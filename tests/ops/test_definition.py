@@ -47,6 +47,7 @@ def test_signature(op, names):
     defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     required = ("q", "k", "v", "g", "beta", "level_scales")
     assert [name for name in parameters if name not in defaults] == [n for n in required if n in names.split()]
+    assert defaults.pop("backend") == "auto"
     switches = ("output_final_state", "use_qk_l2norm_in_kernel")
     assert all(default is (False if name in switches else None) for name, default in defaults.items())
     assert op is getattr(loglinear.ops, op.__name__)

@@ -5,7 +5,7 @@ import torch
 from loglinear import reference
 from oracle import per_value_head
 
-GATES = ("identity", "scalar", "diagonal", "delta")
+GATES = ("identity", "scalar", "diagonal", "delta", "diagonal delta")
 
 
 def by_heads(form):

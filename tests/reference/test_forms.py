@@ -1,4 +1,4 @@
-"""Dense, recurrent, chunkwise, for identity, scalar, diagonal and delta rule: one map, in float64."""
+"""Dense, recurrent, chunkwise, for a scalar or a diagonal gate or none, with the delta rule or without: one map, in float64."""
 
 from functools import lru_cache
 
@@ -101,7 +101,7 @@ def test_scale_is_a_factor_of_q(form, gate):
     assert error(form(**x, scale=0.3), oracle(**x, scale=0.3)) <= EXACT
 
 
-@pytest.mark.parametrize("gate", ["scalar", "diagonal", "delta"])
+@pytest.mark.parametrize("gate", ["scalar", "diagonal", "delta", "diagonal delta"])
 def test_hard_resets_and_very_negative_gates(gate):
     """g = -inf forgets everything before the token, in every form, with gradients; so does -1e30, but for its log."""
     x = make_inputs(T=4 * C + 1, gate=gate)

@@ -21,7 +21,7 @@ from loglinear.ops.transforms import vmapped
 from loglinear.reference.step import step
 from loglinear.state import check_chunk_size, has_values
 
-_known: set[tuple[object, ...]] = set()  # kinds of (inputs, state) that have passed: the checks of shapes cost more than the launch
+_known: set[tuple[object, ...]] = set()  # kinds of (inputs, state) that have passed: checks cost more than the launch
 
 
 def log_linear_attention_step(

@@ -1,4 +1,4 @@
-"""The definition, in plain torch: four transitions, three forms. Float64-able and differentiable; the specification."""
+"""The definition, in plain torch: five transitions, three forms. Float64-able and differentiable; the specification."""
 
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.reference.dense import dense, level_mask, level_matrix

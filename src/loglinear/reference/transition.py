@@ -1,4 +1,4 @@
-"""Four transitions of one form: the change that a token makes to the state before it writes.
+"""Five transitions of one form: the change that a token makes to the state before it writes.
 
 Only this module knows how transitions differ. A transition answers the same questions over any span of tokens (a chunk, or
 a whole sequence), as torch code that runs in float64 and differentiates:
@@ -18,6 +18,7 @@ Guo et al. 2025, sections 3.2 to 3.4; Yang et al. 2024 for the WY/UT form of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -58,11 +59,28 @@ class Scalar:
 
     g: Tensor
 
+    @cached_property
+    def pairs(self) -> Tensor:
+        """Decay from each token to each later one, ``[..., T, T]``, or ``[..., K, T, T]`` of a diagonal gate."""
+        return segment_sum(self.g).exp_()
+
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q @ k.mT) * segment_sum(self.g).exp_()
+        return (q @ k.mT) * self.pairs
+
+    def from_start(self) -> Tensor:
+        """Decay from the start of the span through each token, ``[..., T, 1]`` or ``[..., T, K]``."""
+        return self.g.cumsum(-1).exp().unsqueeze(-1)
+
+    def to_end(self) -> Tensor:
+        """Decay from after each token to the end of the span, likewise."""
+        return _suffix_sum(self.g, -1).exp().unsqueeze(-1)
+
+    def whole(self) -> Tensor:
+        """Decay of the whole span, ``[..., 1]`` or ``[..., K]``."""
+        return self.g.sum(-1).exp().unsqueeze(-1)
 
     def span(self, q: Tensor, k: Tensor, v: Tensor) -> Span:
-        keys = k * _suffix_sum(self.g, -1).exp().unsqueeze(-1)
+        keys = k * self.to_end()
         return Span(self.scores(q, k), q, self.g.cumsum(-1), self.g.sum(-1), keys.mT @ v)
 
     def step(self, state: Tensor, t: int) -> Tensor:
@@ -101,12 +119,24 @@ class Diagonal:
 
     g: Tensor
 
+    @cached_property
+    def pairs(self) -> Tensor:
+        return segment_sum(self.g, -2).exp_()
+
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.einsum("...tk,...kts,...sk->...ts", q, segment_sum(self.g, -2).exp_(), k)
+        return torch.einsum("...tk,...kts,...sk->...ts", q, self.pairs, k)
+
+    def from_start(self) -> Tensor:
+        return self.g.cumsum(-2).exp()
+
+    def to_end(self) -> Tensor:
+        return _suffix_sum(self.g, -2).exp()
+
+    def whole(self) -> Tensor:
+        return self.g.sum(-2).exp()
 
     def span(self, q: Tensor, k: Tensor, v: Tensor) -> Span:
-        query = q * self.g.cumsum(-2).exp()
-        keys = k * _suffix_sum(self.g, -2).exp()
+        query, keys = q * self.from_start(), k * self.to_end()
         return Span(self.scores(q, k), query, torch.zeros_like(q[..., 0]), self.g.sum(-2), keys.mT @ v)
 
     def step(self, state: Tensor, t: int) -> Tensor:
@@ -134,39 +164,45 @@ class Diagonal:
 
 @dataclass
 class DeltaRule:
-    """``exp(g_t) (I - β_t k_t k_tᵀ)``, writing ``β_t k_t``. ``g, beta [..., T]``, ``k [..., T, K]`` (the op's keys)."""
+    """``(I - β_t k_t k_tᵀ) D_t``, writing ``β_t k_t``, with the decay D of a scalar or of a diagonal gate.
+
+    ``g [..., T]`` (Gated DeltaNet) or ``[..., T, K]`` (Kimi Delta Attention), ``beta [..., T]``,
+    ``k [..., T, K]`` (the op's keys).
+    """
 
     g: Tensor
     beta: Tensor
     k: Tensor
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        decay = segment_sum(self.g).exp_()
-        return ((q @ k.mT) * decay) @ self._solve(decay)
+    @cached_property
+    def gate(self) -> Scalar | Diagonal:
+        """D."""
+        return gate_of(self.g, self.k)
 
-    def _solve(self, decay: Tensor) -> Tensor:
-        """``(I + tril(diag(β) (K Kᵀ ∘ decay), -1))⁻¹ diag(β)``: turns written values into corrected ones (UT form)."""
-        overlap = self.beta.unsqueeze(-1) * ((self.k @ self.k.mT) * decay).tril(-1)
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.gate.scores(q, k) @ self._solve()
+
+    def _solve(self) -> Tensor:
+        """``(I + tril(diag(β) Z, -1))⁻¹ diag(β)``, Z the scores of the keys: corrects the written values (UT form)."""
+        overlap = self.beta.unsqueeze(-1) * self.gate.scores(self.k, self.k).tril(-1)
         unit = torch.eye(self.k.shape[-2], dtype=self.k.dtype, device=self.k.device)
         return torch.linalg.solve_triangular(
             unit + overlap, torch.diag_embed(self.beta), upper=False, unitriangular=True
         )
 
     def span(self, q: Tensor, k: Tensor, v: Tensor) -> Span:
-        decay = segment_sum(self.g).exp_()
-        solve = self._solve(decay)
-        scores = ((q @ k.mT) * decay) @ solve
-        from_start = self.g.cumsum(-1).exp().unsqueeze(-1)
-        to_end = _suffix_sum(self.g, -1).exp().unsqueeze(-1)
-        corrected = (k * to_end).mT @ solve  # [..., K, C]: each token's write, seen from the end
+        gate, solve = self.gate, self._solve()
+        scores = gate.scores(q, k) @ solve
+        from_start = gate.from_start()
+        corrected = (k * gate.to_end()).mT @ solve  # [..., K, C]: each token's write, seen from the end
         unit = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-        transition = self.g.sum(-1).exp()[..., None, None] * unit - corrected @ (k * from_start)
+        transition = gate.whole().unsqueeze(-1) * unit - corrected @ (k * from_start)
         query = q * from_start - scores @ (k * from_start)
         return Span(scores, query, torch.zeros_like(q[..., 0]), transition, corrected @ v)
 
     def step(self, state: Tensor, t: int) -> Tensor:
-        key = self.k[..., t, :, None]
-        return self.g[..., t, None, None].exp() * (state - self.beta[..., t, None, None] * key @ (key.mT @ state))
+        key, state = self.k[..., t, :, None], self.gate.step(state, t)
+        return state - self.beta[..., t, None, None] * key @ (key.mT @ state)
 
     def write(self, k: Tensor, t: int) -> Tensor:
         return self.beta[..., t, None] * k[..., t, :]
@@ -192,8 +228,11 @@ class DeltaRule:
 Transition = Scalar | Diagonal | DeltaRule
 
 
-def transition_of(g: Tensor, beta: Tensor | None, k: Tensor) -> Transition:
-    """The transition that these gates name: ``g [..., T]`` scalar, ``g [..., T, K]`` diagonal, with ``beta`` the delta rule."""
-    if beta is not None:
-        return DeltaRule(g, beta, k)
+def gate_of(g: Tensor, k: Tensor) -> Scalar | Diagonal:
+    """The gate of ``g [..., T]``, scalar, or ``[..., T, K]``, diagonal, beside keys ``[..., T, K]``."""
     return Diagonal(g) if g.dim() == k.dim() else Scalar(g)
+
+
+def transition_of(g: Tensor, beta: Tensor | None, k: Tensor) -> Transition:
+    """The transition that these gates name: a scalar or a diagonal gate, with ``beta`` under the delta rule."""
+    return gate_of(g, k) if beta is None else DeltaRule(g, beta, k)
