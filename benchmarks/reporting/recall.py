@@ -127,7 +127,7 @@ def _share_in_words(parts: Sequence[list[dict]]) -> str:
     share = _share(parts)
     if share is None:
         return "Softmax attention is not clearly below the linear model here: there is no gap to close."
-    return f"Of the gap to softmax attention, {percent(share)} is closed."
+    return f"The log-linear model closes {percent(share)} of the gap to softmax attention."
 
 
 def _goal(runs: Runs, linear: str, log_linear: str, shown: list[str]) -> Verdict:

@@ -152,7 +152,7 @@ def test_half_of_the_gap_on_repeats(made, repeats, result, share, said):
     assert results_of(section) == [result]
     text = "\n".join(section.lines)
     assert re.search(rf"beyond 4K \([\d,]+ tokens\): {repeats:.3f} against 1.000, {said} ", text)
-    assert f"Of the gap to softmax attention, {share} ± 0 is closed." in text
+    assert f"The log-linear model closes {share} ± 0 of the gap to softmax attention." in text
     distances = [line for line in section.lines if line.startswith("| 4,096 to 8,191")]
     assert [line.split(" | ")[2:] for line in distances] == [["0.500", "1.000", f"{repeats:.3f} |"]] * 2
 
