@@ -36,6 +36,7 @@ lint: setup
 	$(BIN)/ruff check src tests benchmarks examples docs/*.py
 	$(BIN)/ruff format --check src tests benchmarks examples docs/*.py
 	$(BIN)/mypy
+	$(BIN)/python docs/prose.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15

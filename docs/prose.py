@@ -47,6 +47,9 @@ NO_PROSE = re.compile(
 )
 
 
+LABEL = "_ "  # no sentence begins behind it
+
+
 class Block(NamedTuple):
     """A paragraph, a docstring or a comment: its text, and the line of the file on which it begins."""
 
@@ -86,15 +89,20 @@ def code_blocks(text: str) -> Iterator[Block]:
     comments: list[tuple[int, str]] = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            alone = not token.line[: token.start[1]].strip()
-            if comments and alone and token.start[0] == comments[-1][0] + 1:
-                comments.append((token.start[0], token.string.lstrip("# ")))
-                continue
-            if comments:
-                yield Block(comments[0][0], "\n".join(comment for _, comment in comments))
-            comments = [(token.start[0], token.string.lstrip("# "))]
+            line, words = token.start[0], token.string.lstrip("# ")
+            if token.line[: token.start[1]].strip():  # behind code stands a label, which need not be a sentence
+                yield Block(line, f"{LABEL}{words}")
+            elif comments and line == comments[-1][0] + 1:
+                comments.append((line, words))
+            else:
+                yield from _joined(comments)
+                comments = [(line, words)]
+    yield from _joined(comments)
+
+
+def _joined(comments: list[tuple[int, str]]) -> Iterator[Block]:
     if comments:
-        yield Block(comments[0][0], "\n".join(comment for _, comment in comments))
+        yield Block(comments[0][0], "\n".join(words for _, words in comments))
 
 
 def rules(path: Path = VOCABULARY) -> list[tuple[re.Pattern, str]]:

@@ -77,7 +77,7 @@ def test_code_formulas_and_links_are_no_prose(check):
 
 def test_docstrings_and_comments_are_read_and_code_is_not(check):
     code = 'anew = "anew"\n\n\ndef f():\n    """A line.\n\n    Made anew.\n    """\n'
-    text = f"{code}    # A comment.\n    # Those of the\n    # others.\n"
+    text = f"{code}    # A comment.\n    # Those of the\n    # others.\n    x = 1  # None if odd\n"
     assert check(text, "module.py") == (1, ["7: 'anew': again", "10: 'Those of': repeat the noun"])
 
 
