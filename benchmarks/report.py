@@ -19,8 +19,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 HEAD = """# Results
 
-This page compares softmax attention, two linear models, and their log-linear twins at equal width, data and steps. The tasks are
-multi-query associative recall, language modelling on C files, recall in that text, and needle in a haystack. The command
+This page compares softmax attention, two linear models, and their log-linear twins at equal width, data and steps. The tasks
+are multi-query associative recall, language modelling on C files, recall in that text, and needle in a haystack. The command
 `python benchmarks/report.py` makes the page from the rows in `benchmarks/results`. Only the paragraphs under "Reading" are
 written by hand (`docs/results_notes.md`).
 
