@@ -20,8 +20,9 @@ from training_peers import FlaGatedDeltaNet, SSDMamba2
 CHUNK = 64
 OPTIMISER = "optimiser"
 HEAD_DIM = 96  # of softmax attention: 16 heads at the paper's width
-# The delta rule has values twice as wide as keys, and 9 heads at the paper's width. The paper's 6 heads of 192 and 384 have as many
-# parameters, except in gates and λ. The tiles of powers of two, the peer's and ours, would pad them to 256 and 512.
+# The delta rule has values twice as wide as keys, and 9 heads at the paper's width. The paper's 6 heads of 192 and 384
+# have as many parameters, except in gates and λ. The tiles of powers of two, the peer's and ours, would pad them to 256
+# and 512.
 KEY_DIM = 128
 
 

@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
 
     @property
     def transition(self) -> Transition:
-        """What a token does to a state before it writes."""
+        """The change of a state by a token, before the token writes."""
         return transition_of(self.beta)
 
     @property
