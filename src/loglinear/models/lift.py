@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from loglinear import fenwick
 from loglinear.layers import LevelScale
 from loglinear.models.configuration import LIFTED, LogLinearConfig
 from loglinear.models.levels import FIELD, Trained, check_trained, describe_base, train_only
+from loglinear.models.lifted.folder import name_method
 from loglinear.models.lifted.kinds import KINDS, is_attention, kind_of
 from loglinear.models.lifted.mixer import LiftedMixer
 
@@ -73,6 +74,8 @@ def lift(model: nn.Module, num_levels: int | None = None, train: Trained = "all"
         report = _lift_foreign(model, _levels_of(config) if num_levels is None else num_levels)
     if isinstance(config, PreTrainedConfig):
         setattr(config, FIELD, describe_base(config, report.num_levels))
+    if isinstance(model, PreTrainedModel) and not isinstance(config, LogLinearConfig):
+        name_method(model)
     train_only(model, train)
     return report
 
