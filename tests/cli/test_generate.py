@@ -78,7 +78,7 @@ def test_the_state_is_counted_by_kind():
     expected = (
         f"recurrent state {recurrent.nbytes:,} bytes in 1 layers, KV cache {attention.nbytes:,} bytes in 1 layers"
     )
-    assert describe_state(cache) == f"after 10 tokens: {expected}"
+    assert describe_state(cache, 10) == f"after 10 tokens: {expected}"
     assert int(re.findall(r"KV cache ([\d,]+)", expected)[0].replace(",", "")) >= 2 * 10 * 16 * 4
 
 

@@ -25,6 +25,7 @@ from loglinear.training.config import Contradiction
 
 COMMANDS = {
     "train": "train a language model on text, or go on with an interrupted run",
+    "lift": "make a linear model log-linear: the same model until it is trained",
     "evaluate": "perplexity and loss by position of a checkpoint",
     "niah": "needle in a haystack: samples, a short fine-tune, and the heatmap of length and depth",
     "generate": "continue a prompt and show the size of the state",

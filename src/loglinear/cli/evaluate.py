@@ -161,10 +161,11 @@ def _measure(
 def sequences(args: EvaluateArgs, checkpoint: Checkpoint) -> tuple[Windows, dict]:
     """The sequences to evaluate on and, for the report, where they come from."""
     from loglinear.tasks.lm.tokens import Windows, tokenize
+    from loglinear.training.model import longest_context
 
     source, side = _source(args, checkpoint.record)
     trained = checkpoint.record["arguments"] if checkpoint.record else {}
-    context = args.context or trained.get("context") or checkpoint.model.config.max_position_embeddings
+    context = args.context or trained.get("context") or longest_context(checkpoint.model) or DataConfig.context
     packing = args.packing or trained.get("packing", DataConfig.packing)
     windows = Windows(tokenize(source, side, checkpoint.tokenizer, args.cache), context, packing)
     described = {"data": source.label, "hash": source.hash, "side": side, "context": context, "packing": packing}

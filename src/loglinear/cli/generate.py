@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from loglinear.cli.checkpoint import Checkpoint
 
 
+CACHES = ("past_key_values", "cache", "cache_params")  # where generate returns the cache, by model and version
+
+
 @dataclass(frozen=True)
 class GenerateArgs:
     """Continue a prompt. The text goes to the standard output, size of the state and time per token to the standard error."""
@@ -65,29 +68,39 @@ def continue_text(checkpoint: Checkpoint, prompt: str, args: GenerateArgs, strea
     """The continuation of ``prompt``, and a line that says in how many bytes and how fast the model remembered it."""
     from transformers import StaticCache, TextStreamer, set_seed
 
+    from loglinear.models import LogLinearForCausalLM
+    from loglinear.training.config import Contradiction
+
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    foreign = not isinstance(model, LogLinearForCausalLM)  # trained on texts that its tokenizer begins as it likes
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=foreign, return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("prompt: needs at least one token")
     needed = length + args.max_new_tokens
     if args.context is not None and args.context < needed:
         raise ValueError(f"context must be at least {needed}, prompt and new tokens together: got {args.context}")
+    if args.context is not None and foreign:
+        raise Contradiction(
+            f"context must be left out: a model of type {model.config.model_type!r} makes room as it goes"
+        )
     set_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    clock, cache = Clock(), StaticCache(config=model.config, max_cache_len=args.context or needed)
+    clock = Clock()
+    room = {} if foreign else {"cache": StaticCache(config=model.config, max_cache_len=args.context or needed)}
     output = model.generate(  # type: ignore[operator]
         **inputs.to(model.device),
         **(sampling if args.temperature > 0 else {"do_sample": False}),
         max_new_tokens=args.max_new_tokens,
-        past_key_values=cache,
+        **room,
         return_dict_in_generate=True,
         stopping_criteria=[clock],
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
     )
     sequence = output.sequences[0]
     text = str(tokenizer.decode(sequence[length:], skip_special_tokens=True))
-    return text, f"{describe_state(cache)}{clock.per_token()}"
+    cache = room.get("cache") or next(output[name] for name in CACHES if output.get(name) is not None)
+    return text, f"{describe_state(cache, len(sequence) - 1)}{clock.per_token()}"
 
 
 class Clock:
@@ -108,17 +121,43 @@ class Clock:
         return f"; {1000 * gaps[len(gaps) // 2]:.2f} ms per token" if gaps else ""
 
 
-def describe_state(cache) -> str:
+def describe_state(cache, tokens: int) -> str:
     """Bytes of the cache by kind, room for more included: recurrent and log-linear states, and the KV cache of attention."""
-    from loglinear.models.cache import KVCacheLayer, RecurrentCacheLayer
+    sizes: dict[str, list[int]] = {"recurrent state": [], "KV cache": []}
+    for layer in cache.layers:
+        for name, size in layer_nbytes(layer).items():
+            if size:
+                sizes[name].append(size)
+    parts = [f"{name} {sum(found):,} bytes in {len(found)} layers" for name, found in sizes.items() if found]
+    longest = cache.get_max_length() if hasattr(cache, "get_max_length") else 0
+    room = f", room for {longest:,}" if longest > 0 else ""
+    return f"after {tokens:,} tokens{room}: {', '.join(parts)}"
 
-    parts = []
-    for name, kind in (("recurrent state", RecurrentCacheLayer), ("KV cache", KVCacheLayer)):
-        sizes = [layer.nbytes for layer in cache.layers if isinstance(layer, kind)]
-        if sizes:
-            parts.append(f"{name} {sum(sizes):,} bytes in {len(sizes)} layers")
-    room = f", room for {cache.get_max_length():,}" if cache.get_max_length() > 0 else ""
-    return f"after {cache.get_seq_length():,} tokens{room}: {', '.join(parts)}"
+
+def layer_nbytes(layer) -> dict[str, int]:
+    """Bytes of a layer of a cache by kind: of ours, of a lifted mixer, or of transformers."""
+    from loglinear.models.cache import KVCacheLayer, RecurrentCacheLayer
+    from loglinear.models.lifted.cache import LiftedCacheLayer
+
+    if isinstance(layer, RecurrentCacheLayer):
+        return {"recurrent state": layer.nbytes}
+    if isinstance(layer, KVCacheLayer):
+        return {"KV cache": layer.nbytes}
+    states = [layer.states] if isinstance(layer, LiftedCacheLayer) else []
+    held = {
+        name: _tensors_nbytes(vars(layer).get(name)) for name in ("keys", "values", "conv_states", "recurrent_states")
+    }
+    recurrent = sum(state.nbytes for state in states) + held["conv_states"] + held["recurrent_states"]
+    return {"recurrent state": recurrent, "KV cache": held["keys"] + held["values"]}
+
+
+def _tensors_nbytes(held) -> int:
+    """Bytes of a tensor, or of the tensors in a dictionary or list; 0 for anything else."""
+    if isinstance(held, dict):
+        held = list(held.values())
+    if isinstance(held, (list, tuple)):
+        return sum(map(_tensors_nbytes, held))
+    return getattr(held, "nbytes", 0)
 
 
 def _prompt(args: GenerateArgs) -> str:

@@ -114,9 +114,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     init: Path | None = None
     """Start a new run, from step 0, with the weights and the tokenizer of this one: the folder of a run, of one of its
-    checkpoints, or of any saved model of ours. Options of the model are its own."""
+    checkpoints, or of any saved causal language model of transformers. Options of the model are its own."""
     lift: bool = False
     """Make the linear mixers of --init log-linear first: the same model until it is trained."""
+    train: Literal["all", "levels"] = "all"
+    """levels: change only λ's parameters of the log-linear model of --init (or of --lift), and none of the others."""
     seed: int = 0
     """Of the initialisation and of the order of the data."""
     log_every: int = 10
@@ -142,6 +144,8 @@ class TrainConfig:
             raise ValueError(f"seed must be at least 0: got {self.seed}")
         if self.lift and self.init is None:
             raise ValueError("lift: needs --init, the linear model to start from")
+        if self.train == "levels" and self.init is None:
+            raise ValueError("train: levels needs --init, the model whose other parameters stay as they are")
         if self.fsdp and self.context_parallel > 1:
             raise ValueError(
                 f"fsdp: must be off with context_parallel={self.context_parallel}: processes share one or the other"
@@ -162,8 +166,8 @@ class TrainConfig:
         """Everything that decides the result: not where the run or the cache lies."""
         arguments = self.options()
         del arguments["cache"]
-        for name in ("streaming", "max_documents", "lift"):  # records of older runs lack them
-            if not arguments[name]:
+        for name, default in (("streaming", False), ("max_documents", None), ("lift", False), ("train", "all")):
+            if arguments[name] == default:  # records of older runs lack them
                 del arguments[name]
         return arguments
 

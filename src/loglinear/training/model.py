@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.models.levels import level_scales, num_levels
 from loglinear.tasks.lm.tokenizer import num_ids
 from loglinear.training.config import ModelConfig
 
@@ -31,6 +32,14 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, context
             pad_token_id=padding,
         )
     )
+
+
+def longest_context(model: PreTrainedModel) -> int | None:
+    """The longest context with a λ for every level; the config's where there are no levels, None where it names none."""
+    scales = level_scales(model)
+    if scales and not isinstance(model, LogLinearForCausalLM):
+        return 1 << (num_levels(scales) - 1)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def compile_blocks(model: PreTrainedModel, fullgraph: bool = True, **options) -> None:

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
@@ -36,7 +35,7 @@ from loglinear.training.checkpoints import MarkComplete, remove_incomplete_check
 from loglinear.training.config import TrainConfig
 from loglinear.training.context import ContextTrainer, join_context_group
 from loglinear.training.disk import writing_to
-from loglinear.training.model import compile_blocks
+from loglinear.training.model import compile_blocks, longest_context
 from loglinear.training.progress import Meter, ShowProgress
 from loglinear.training.record import RECORD, versions, write_options, write_record
 from loglinear.training.sharding import ShardedTrainer
@@ -63,7 +62,7 @@ def train(config: TrainConfig, console: Console) -> dict:
     record = start.continued(
         {
             "status": "running",
-            "arguments": {**config.arguments(), "processes": arguments.world_size},
+            "arguments": {**start.own_options(config.arguments()), "processes": arguments.world_size},
             "cache": str(config.data.cache),
             "data": data.describe(),
             "versions": versions(),
@@ -85,7 +84,7 @@ def train(config: TrainConfig, console: Console) -> dict:
             for unfinished in remove_incomplete_checkpoints(config.output):
                 console.print(f"removed {unfinished}, which a killed run left half-written")
             write_record(config.output, record)
-            write_options(config.output, config.options())
+            write_options(config.output, start.own_options(config.options()))
         _announce(start, model, console)
         with ShowProgress(console) as progress, StopAtSigterm() as stop:
             callbacks = [progress, *_writers(config, record, start), stop]
@@ -112,17 +111,17 @@ def _announce(start: Start, model: PreTrainedModel, console: Console) -> None:
         place = f"going on from {start.checkpoint}"
     elif start.source is not None:
         place = f"new run with the weights of {start.source}"
-    console.print(f"{model.num_parameters():,} parameters; {place}")
+    trained = model.num_parameters(only_trainable=True)
+    some = f", of which {trained:,} are trained" if trained < model.num_parameters() else ""
+    console.print(f"{model.num_parameters():,} parameters{some}; {place}")
     if start.record is not None and start.record["arguments"]["steps"] < config.optimizer.steps:
         console.print(
             f"steps: {start.record['arguments']['steps']} become {config.optimizer.steps}, and the learning rate goes on "
             "along their cosine"
         )
-    levels: Any = model.config
-    if config.data.context > levels.max_position_embeddings:
-        console.print(
-            f"context: beyond the {levels.max_position_embeddings} tokens of the model, which reads further levels as its last"
-        )
+    longest = longest_context(model)
+    if longest is not None and config.data.context > longest:
+        console.print(f"context: beyond the {longest} tokens of the model, which reads further levels as its last")
 
 
 def _writers(config: TrainConfig, record: dict, start: Start) -> list[TrainerCallback]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from loglinear.models import LogLinearConfig, LogLinearForCausalLM, lift
+from loglinear.models import LogLinearConfig, lift
 from loglinear.models.foreign.options import is_foreign
+from loglinear.models.levels import level_scales, train_only
+from loglinear.tasks.lm.config import DataConfig
 from loglinear.tasks.lm.tokenizer import check_fits, load_tokenizer, tokenizer_hash
 from loglinear.training.checkpoints import checkpoint_step, complete_checkpoints, model_folder, reading
 from loglinear.training.config import Contradiction, ModelConfig, TrainConfig
@@ -55,7 +58,7 @@ class Start:
         if self.source is None:
             return build_model(self.config.model, tokenizer, self.config.data.context)
         with reading(self.source):
-            found: Any = LogLinearForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 self.source, dtype=torch.float32, output_loading_info=True
             )
         model, missing = found[0], found[1]["missing_keys"]
@@ -66,7 +69,16 @@ class Start:
                 lift(model)
             except (TypeError, ValueError) as error:
                 raise Contradiction(f"lift: {error}") from error
+        if self.config.train == "levels" and not level_scales(model):
+            raise Contradiction(f"train: levels needs a log-linear model or --lift: {self.source} is neither")
+        train_only(model, self.config.train)
         return model
+
+    def own_options(self, options: dict) -> dict:
+        """``options`` of this run; without those of a model of ours if the model of ``init`` is of another package."""
+        if self.source is None or is_ours(self.source):
+            return options
+        return {name: value for name, value in options.items() if name not in MODEL_OPTIONS}
 
     def continued(self, record: dict) -> dict:
         """``record`` of this call with the past from the run's own record. Raises ValueError if it is another run."""
@@ -109,30 +121,58 @@ def find_start(config: TrainConfig) -> Start:
     return Start(config, record, checkpoints[-1] if checkpoints else None)
 
 
-def model_options(folder: Path) -> dict[str, Any]:
-    """The options of ``ModelConfig``, and ``vocab_size``, of the model in ``folder``."""
+MODEL_OPTIONS = (*(field.name for field in fields(ModelConfig)), "vocab_size")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the model in ``folder`` is of this package, or in one of the layouts that it opens as its own."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = content.get("model_type")
-    if kind != LogLinearConfig.model_type and not is_foreign(content):
-        raise ValueError(f"init: {folder} holds a model of type {kind!r}: needs {LogLinearConfig.model_type!r}")
+    return content.get("model_type") == LogLinearConfig.model_type or is_foreign(content)
+
+
+def model_options(folder: Path) -> dict[str, Any]:
+    """The options of ``ModelConfig``, and ``vocab_size``, of the model in ``folder``; none for a model of another package."""
+    if not is_ours(folder):
+        return {}
     config = LogLinearConfig.from_pretrained(folder)
-    options = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
+    options = {name: getattr(config, name) for name in MODEL_OPTIONS}
     mixer = options["mixer"]
-    return {**options, "mixer": (mixer,) if isinstance(mixer, str) else tuple(mixer), "vocab_size": config.vocab_size}
+    return {**options, "mixer": (mixer,) if isinstance(mixer, str) else tuple(mixer)}
 
 
 def check_model(config: TrainConfig, folder: Path) -> None:
     """Raise Contradiction for an option of ``config`` that contradicts the model in ``folder``."""
-    for name, have in model_options(folder).items():
-        asked = getattr(config.data if name == "vocab_size" else config.model, name)
+    asked_for = asdict(config.model) | {"vocab_size": config.data.vocab_size}
+    own = model_options(folder)
+    if not own:
+        _check_other_model(config, folder, asked_for)
+    for name, have in own.items():
+        asked = asked_for[name]
         if asked is not None and asked != have:
             asked, have = (" ".join(value) if isinstance(value, tuple) else value for value in (asked, have))
             raise Contradiction(f"{name} must be {have}, as the model of init={config.init} has it: got {asked}")
 
 
+def _check_other_model(config: TrainConfig, folder: Path, asked_for: dict[str, Any]) -> None:
+    """``check_model`` for a model of another package, whose sizes are no options."""
+    found = AutoConfig.from_pretrained(folder)
+    kind = found.model_type
+    if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"init: {folder} holds a model of type {kind!r}: needs a causal language model")
+    defaults = asdict(ModelConfig()) | {"vocab_size": DataConfig.vocab_size}
+    for name, asked in asked_for.items():
+        if asked != defaults[name]:
+            raise Contradiction(f"{name} must be left out: the model of init={config.init} is of type {kind!r}")
+    if config.context_parallel > 1:
+        raise Contradiction(
+            f"context_parallel must be 1: the model of init={config.init} is of type {kind!r}, which takes whole sequences"
+        )
+
+
 def initial_tokenizer(config: TrainConfig, folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in ``folder``, or that of ``config`` where there is none; it must be one that the model knows."""
-    own = load_tokenizer(str(folder)) if (folder / "tokenizer.json").exists() else None
+    files = (folder / name for name in ("tokenizer.json", "tokenizer_config.json"))
+    own = load_tokenizer(str(folder)) if any(file.exists() for file in files) else None
     named = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     if own is not None and named is not None and tokenizer_hash(own) != tokenizer_hash(named):
         raise Contradiction(f"tokenizer must be that of init={config.init}: got {config.data.tokenizer!r}, another one")
@@ -143,7 +183,7 @@ def initial_tokenizer(config: TrainConfig, folder: Path) -> PreTrainedTokenizerF
         )
     record = read_record(folder) or read_record(folder.parent) or {}
     try:
-        check_fits(tokenizer, LogLinearConfig.from_pretrained(folder), record.get("data", {}).get("tokenizer_hash"))
+        check_fits(tokenizer, AutoConfig.from_pretrained(folder), record.get("data", {}).get("tokenizer_hash"))
     except ValueError as error:
         raise Contradiction(str(error)) from error
     return tokenizer

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from loglinear.models import LogLinearForCausalLM
 from loglinear.training.config import TrainConfig
 from loglinear.training.progress import Meter
 
@@ -34,7 +35,10 @@ class LanguageModelTrainer(Trainer):
         """As the Trainer's. Where only the loss is asked for: the mean over this process's sequences, without logits."""
         if not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(self.without_fillers(inputs))
+        inputs = self.without_fillers(inputs)
+        if not isinstance(self.accelerator.unwrap_model(model), LogLinearForCausalLM):  # makes logits in any case
+            return super().prediction_step(model, {**inputs, "use_cache": False}, True, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs, use_cache=False, skip_logits=True).loss
         return loss.detach(), None, None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from loglinear.models import LogLinearForCausalLM
 from loglinear.tasks.lm.tokens import Windows
 
 TOKENS_PER_HEAD_CALL = 4096  # logits are computed this many at a time: all of them at 131,072 x 32,000 fill 16 GiB
@@ -38,11 +39,20 @@ def position_losses(
         stop = min(start + batch_size, len(windows))
         ids = to_device(torch.stack([windows[index]["input_ids"] for index in range(start, stop)]), device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            losses[start:stop] = _token_losses(model.get_output_embeddings(), hidden, ids).cpu().numpy()
+            if isinstance(model, LogLinearForCausalLM):
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                head = model.get_output_embeddings()
+            else:  # what stands between hidden states and logits is its own affair
+                hidden, head = model(input_ids=ids, use_cache=False).logits, torch.nn.Identity()
+            losses[start:stop] = _token_losses(head, hidden, ids).cpu().numpy()
         if on_batch is not None:
             on_batch(stop)
     return losses
+
+
+def column_logits(model: PreTrainedModel, ids: Tensor, columns: Tensor) -> Tensor:
+    """Logits ``[B, len(columns), vocabulary]`` behind some columns of ids ``[B, T]``; no others are ever in memory."""
+    return model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from loglinear.tasks.lm.evaluation import share_error, to_device
+from loglinear.tasks.lm.evaluation import column_logits, share_error, to_device
 from loglinear.tasks.style import canvas, colors_of, label_ends, save, styled, token_axis
 
 LEAD = 256  # tokens of the file kept before the definition
@@ -225,8 +225,8 @@ def _answer_all(model: PreTrainedModel, asked: Sequence[Question], dtype: torch.
         ).T
         ids, rows, places = (to_device(x, device) for x in (ids, torch.from_numpy(row_of), torch.from_numpy(place)))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = model.get_output_embeddings()(hidden[rows, places - 1]).float()
+            columns, column_of = torch.unique(places - 1, return_inverse=True)
+            logits = column_logits(model, ids, columns)[rows, column_of].float()
         targets = ids[rows, places]
         losses = cross_entropy(logits, targets, reduction="none")
         by_place = torch.stack([(logits.argmax(-1) != targets).float(), losses, torch.ones_like(losses)])

@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
+from loglinear.models import LogLinearConfig
 from loglinear.tasks.lm.atomic import atomic_folder
 
 END_OF_TEXT = "<|endoftext|>"
@@ -78,16 +79,17 @@ def num_ids(tokenizer: PreTrainedTokenizerFast) -> int:
 def check_fits(tokenizer: PreTrainedTokenizerFast, model: PreTrainedConfig, recorded_hash: str | None = None) -> None:
     """Raise ValueError if ``tokenizer`` is not one that a model with this configuration was made for.
 
-    Its ids must lie in the embedding, which may be larger, and its special tokens must be those of the configuration, where
-    both name one. ``recorded_hash`` is ``tokenizer_hash`` of the tokenizer that the model was trained with, if that is known.
+    Its ids must lie in the embedding, which may be larger. Its special tokens must be those of the configuration where both
+    name one and the model is of this package; folders of other packages often name others. ``recorded_hash`` is
+    ``tokenizer_hash`` of the tokenizer that the model was trained with, if that is known.
     """
-    model = model.get_text_config()
+    foreign, model = model.model_type != LogLinearConfig.model_type, model.get_text_config()
     entries, needed = model.vocab_size, num_ids(tokenizer)
     if needed > entries:
         raise ValueError(
             f"tokenizer: must fit the {entries:,} entries of the model's embedding: got ids up to {needed - 1:,}"
         )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in () if foreign else ("bos_token_id", "eos_token_id", "pad_token_id"):
         known, own = getattr(model, name), getattr(tokenizer, name)
         several = known if isinstance(known, list) else [] if known is None else [known]
         if not all(0 <= token < entries for token in several):

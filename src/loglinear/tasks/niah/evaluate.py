@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from loglinear.tasks.lm.evaluation import share_error, to_device
+from loglinear.tasks.lm.evaluation import column_logits, share_error, to_device
 from loglinear.tasks.niah.data import Sample
 
 
@@ -37,9 +37,10 @@ def answer_logits(model: PreTrainedModel, samples: Sequence[Sample]) -> tuple[Te
     """
     device = next(model.parameters()).device
     ids = to_device(torch.from_numpy(np.stack([sample.ids for sample in samples])), device)
-    columns = ids.shape[1] - min(sample.answer_start for sample in samples)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return model.get_output_embeddings()(hidden[:, -columns - 1 : -1]).float(), ids[:, -columns:]
+    length = ids.shape[1]
+    first = min(sample.answer_start for sample in samples)
+    before = torch.arange(first - 1, length - 1, device=device)
+    return column_logits(model, ids, before).float(), ids[:, first:]
 
 
 @torch.inference_mode()
