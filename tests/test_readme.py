@@ -65,12 +65,6 @@ def test_make_targets_named_in_the_pages_exist():
     assert {"demo", "test"} <= named <= targets
 
 
-def test_the_status_names_the_version():
-    from loglinear import __version__
-
-    assert f"Version {__version__} " in text(ROOT / "README.md")
-
-
 def test_commands_named_in_the_readme_exist():
     from loglinear.cli import COMMANDS
 
