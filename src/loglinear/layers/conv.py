@@ -28,7 +28,7 @@ class ShortConvolution(StatedInit):
         activation: in place of SiLU, one of ``activations.ACTIVATIONS``; the kernels know SiLU alone.
     """
 
-    weight: nn.Parameter  # None where the width is 0
+    weight: nn.Parameter  # the weight is None if the width is 0
 
     def __init__(self, channels: int, width: int = 4, bias: bool = True, activation: str = "silu") -> None:
         super().__init__()

@@ -21,7 +21,7 @@ NEUTRAL = (
     *("fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp", "attn_mode"),
     *("chunk_size", "conv_init", "A_init_range", "rescale_prenorm_residual", "residual_in_fp32", "use_output_norm"),
     *("dt_min", "dt_max", "dt_init_floor", "time_step_min", "time_step_max", "time_step_floor", "time_step_rank"),
-    *("auto_map", "dtype", "torch_dtype", "_name_or_path", "_attn_implementation_autoset"),
+    *("auto_map", "dtype", "torch_dtype"),
 )
 CARRIED = ("initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -57,8 +57,8 @@ class Options:
             )
 
     def unknown(self) -> list[str]:
-        """Options that nothing has read."""
-        return sorted(self.given.keys() - self.known)
+        """Options that nothing has read. Names with an underscore are notes of transformers to itself."""
+        return sorted(name for name in self.given.keys() - self.known if not name.startswith("_"))
 
 
 def _shared(options: Options, eps: float) -> dict[str, Any]:
