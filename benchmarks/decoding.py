@@ -6,7 +6,7 @@
 
 Every row of the batch stands at a position of its own, drawn evenly from the last quarter of the context ("mixed"), or all at
 the one before the context's end ("full": every bit of the chunk number is set, the most that a step can read). A step is
-repeated at the same positions. Times are those of CUDA graph replays (flash-linear-attention's op cannot be captured) with a
+repeated at the same positions. Times are times of CUDA graph replays (flash-linear-attention's op cannot be captured) with a
 cold L2 cache; ``floor_ms`` is the bytes that the step must read (live entries, open tokens) over the bandwidth of a copy in the
 same process. Rows are appended to benchmarks/results/decoding.jsonl.
 """

@@ -20,7 +20,7 @@ from measure import commit
 from reporting.rows import RESULTS, merge, read
 
 KINDS = ("plain", "lifted")
-FAR = 4096  # tokens between a repeat and what it repeats, from which on it is shown
+FAR = 4096  # smallest distance of a repeat that is shown, in tokens
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def collect(options: argparse.Namespace) -> None:
 
 
 def lifted_rows(out: Path, commit: str) -> Iterator[dict]:
-    """A row for each finished continuation: that of ``language_row``, its kind, and the model that it started from."""
+    """A row for each finished continuation: the row of ``language_row``, the kind, and the model at the start."""
     for folder in sorted(out.glob("*-s*-*")):
         kind = folder.name.rpartition("-")[2]
         row = language_row(folder, commit) if kind in KINDS else None

@@ -10,8 +10,8 @@ number are set and a log-linear model reads the most. The tokens timed follow ea
 median over them, its spread the 20th and 80th percentile.
 
 "attention" is the softmax model as ``generate`` runs it: a mask over the whole buffer, since rows may stand anywhere. Its twin
-"attention without mask" is the best that PyTorch offers where nothing needs hiding, as at the end of the buffer: SDPA may then
-split the keys between programs. First of all models of two layers are checked: the last token of a text against one pass.
+"attention without mask" is the best that PyTorch offers where no key needs hiding, as at the end of the buffer: SDPA may then
+split the keys between programs. Models of two layers are checked first: the last token of a text against one pass.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def row(name: str, what: str, time: tuple[float, float, float], peak: int | None
 
 
 def measure_peer(name: str, build, shape: Shape, budget_ms: int) -> list[dict]:
-    """Rows of one peer; what it cannot do is a row that says why."""
+    """Rows of one peer. A failure is a row that says why."""
     rows: list[dict] = []
     try:
         time_op(name, build(shape), budget_ms, rows)

@@ -127,7 +127,7 @@ def candidates(delta: bool) -> list[tuple[str, Config]]:
 
 
 def time_candidate(shape: Shape, label: str, config: Config, repetitions: int, compiled, turn, found) -> None:
-    """In a process of its own, so that a kernel that breaks it breaks no other: compile, and time when it is our turn."""
+    """Compile, and time in turn, in a process of its own: a kernel that breaks the process breaks no other candidate."""
     times: dict[str, float] = {}
     try:
         time_kernels(shape, config, repetitions=0)

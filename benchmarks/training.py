@@ -6,11 +6,11 @@
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python benchmarks/training.py --longest    # that trains: 256K, 512K, 1M
     python benchmarks/training.py --figure docs/figures/training.png    # draws the rows there are, times nothing
 
-A step is that of `loglinear train --compile`: float32 weights, bfloat16 autocast, compiled blocks, the norm of the gradient
+A step is a step of `loglinear train --compile`: float32 weights, bfloat16 autocast, compiled blocks, the norm of the gradient
 clipped, fused AdamW; `--tokens` a step, or one row where the context is longer. Blocks are compiled again for every length, and
 activations are checkpointed where they do not fit otherwise (a column says so). A time is the median over the steps, its spread
-the 20th and 80th percentile; parts are those of one more step under the profiler (`training_parts.py` says how they are told
-apart), peak memory that of the timed ones. Model FLOPs: `training_models.py`.
+the 20th and 80th percentile; parts come from one more step under the profiler (`training_parts.py` says how they are told
+apart), and peak memory from the timed steps. Model FLOPs: `training_models.py`.
 
 First of all two layers of each model, eager, are checked: gradients against the same weights in float64 and plain PyTorch.
 A failure, for want of memory or of a package, is a line without a row. The next model or length then goes on.

@@ -110,7 +110,7 @@ def model_flops(model: LogLinearForCausalLM, batch: int, length: int) -> int:
 
 
 def mixing_flops(mixer: nn.Module, length: int) -> int:
-    """Of one row in the forward pass, without projections, convolution and gates (which no share of the step's FLOPs shows)."""
+    """FLOPs of one row in the forward pass, without projections, convolution and gates, which no share of the step shows."""
     if isinstance(mixer, SoftmaxAttention):
         width = mixer.out_proj.in_features
         return 2 * width * length * (length + 1)  # q kᵀ and p v, 2 each, for T (T + 1) / 2 pairs

@@ -30,7 +30,7 @@ def newest(rows: list[dict]) -> list[dict]:
 
 
 def required(rows: list[dict]) -> list[str]:
-    """Every figure that something is required of, from the newest commit that gives it."""
+    """Every figure with a requirement, from the newest commit that gives it."""
     commits = dict.fromkeys(row["commit"] for row in rows)
     found = {}
     for commit in commits:
@@ -48,7 +48,7 @@ def required(rows: list[dict]) -> list[str]:
 
 
 def side_by_side(rows: list[dict]) -> list[dict]:
-    """Of each length the rows of Log-Linear Mamba-2 and of FlashAttention-2's Transformer at the newest commit with both."""
+    """For each length the rows of Log-Linear Mamba-2 and of FlashAttention-2's Transformer at the newest commit with both."""
     plain = [r for r in rows if not r["longest"] and not r["checkpointing"] and r["compiled"] != "no"]
     kinds = {(row["T"], row["commit"], row["model"]): row for row in plain}
     pairs = {

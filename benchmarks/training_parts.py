@@ -167,7 +167,7 @@ def _during(ranges: list[tuple], time: float) -> Any:
 
 
 def _outermost(ranges: list[tuple]) -> list[tuple]:
-    """Without those inside of another, in order."""
+    """The ranges that lie inside no other range, in order."""
     kept: list[tuple] = []
     for item in sorted(ranges, key=lambda item: (item[0], -item[1])):
         if not kept or item[0] >= kept[-1][1]:

@@ -1,4 +1,4 @@
-"""``loglinear demo``: what log-linear attention changes, seen on one machine without a GPU in a few minutes.
+"""``loglinear demo``: the effect of log-linear attention on one machine without a GPU, in a few minutes.
 
 Two language models that differ in one word, the mixer, read the same sequences of Python source in the same order. The
 demo reports what came out, whichever of the two is better.

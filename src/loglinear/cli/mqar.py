@@ -80,7 +80,7 @@ class MqarArgs:
         self.grid()
 
     def grid(self) -> Grid:
-        """The preset with what was asked for in its place. Raises ValueError for what cannot be run."""
+        """The preset with the given options in its place. Raises ValueError for options that cannot be run."""
         grid = PRESETS[self.preset]
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         given["matched_state"] = grid.matched_state or self.matched_state
@@ -102,7 +102,7 @@ class MqarArgs:
 
 
 def mqar(args: MqarArgs) -> list[Result]:
-    """Train what is missing, print the table and what it says, write figure and numbers; returns the results."""
+    """Train missing models, print the table and its verdicts, write figure and numbers. Returns the results."""
     import json
     from dataclasses import asdict
 

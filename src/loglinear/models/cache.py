@@ -104,7 +104,7 @@ class MixerCacheLayer(CacheLayerMixin):
             self._keep(state.for_decoding(self._room(self.length), entry_dtype) if decoding else state)
 
     def _keep(self, state: MixerState) -> None:
-        """Hold ``state``: in the buffers there are if this layer is static and they fit."""
+        """Hold ``state``, in the present buffers if this layer is static and they fit."""
         if self.max_cache_len is not None and self._held is not None and same_buffers(self._held, state):
             self._held.restore_(state)  # type: ignore[union-attr,arg-type]
         else:
@@ -384,7 +384,7 @@ def mixer_layers(cache: Cache) -> list[MixerCacheLayer]:
 
 
 def cache_nbytes(cache: Cache) -> int:
-    """Bytes held by the states of all layers: what a conversation costs to keep open."""
+    """Bytes held by the states of all layers: the memory of an open conversation."""
     return sum(layer.nbytes for layer in mixer_layers(cache))
 
 

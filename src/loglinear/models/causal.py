@@ -83,9 +83,9 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
                 (``linear_cross_entropy``). None: in training mode with labels, unless a ``loss_function`` of your own or
                 ``logits_to_keep`` asks for logits.
             use_cache: as in ``LogLinearModel.forward``; None is no with labels.
-            The others: as in ``LogLinearModel.forward``. ``num_items_in_batch``, ``ignore_index`` and ``shift_labels``
-                (``[B, T]``, labels that are already shifted, used as they are), and what a ``loss_function`` of your own
-                takes by name, go to the loss.
+            The other arguments: as in ``LogLinearModel.forward``. ``num_items_in_batch``, ``ignore_index`` and
+                ``shift_labels`` (``[B, T]``, labels that are already shifted), and arguments that a ``loss_function`` of
+                your own takes by name, go to the loss.
 
         Returns:
             logits ``[B, T, vocab_size]``, absent where skipped; the loss is the mean negative log-likelihood in nats per target

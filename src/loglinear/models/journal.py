@@ -51,7 +51,7 @@ class Columns:
         return Columns(hidden, None if self.real is None else self.real.index_select(0, index))
 
     def layout(self) -> TokenLayout:
-        """How a mixer sees them. Waits for the device where there is padding."""
+        """The layout in which a mixer sees them. Waits for the device if there is padding."""
         batch, length = self.hidden.shape[:2]
         return plan_layout(batch, length, self.real)
 

@@ -22,7 +22,7 @@ from loglinear.ops.checks import values_are_known
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How ``[B, T]`` columns become what the mixers see: ``[B, T]`` itself, or n sequences packed in a batch of one.
+    """The way from ``[B, T]`` columns to the mixers: ``[B, T]`` itself, or n sequences packed in a batch of one.
 
     Attributes:
         batch, length: B and T.
@@ -41,7 +41,7 @@ class TokenLayout:
     documents: bool = False
 
     def pack(self, x: Tensor) -> Tensor:
-        """``[B, T, width]`` to what the mixers see."""
+        """``[B, T, width]`` in the form that the mixers see."""
         if self.index is None and self.cu_seqlens is None:
             return x
         flat = x.flatten(0, 1)
@@ -99,7 +99,7 @@ def plan_layout(
     seq_idx: Tensor | None = None,
     past_length: int = 0,
 ) -> TokenLayout:
-    """Read the layout from what callers pass.
+    """Read the layout from the arguments of callers.
 
     Args:
         batch, length: B and T of the new columns.
@@ -166,7 +166,7 @@ def _plan_unseen(
 
 
 def _packed(length: int, cu_seqlens: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None) -> TokenLayout:
-    """The layout of documents whose offsets the caller knows; what else tells of documents must start none in between."""
+    """The layout of documents whose offsets the caller knows. Other descriptions must start no document in between."""
     offsets = None
     if values_are_known(cu_seqlens):
         offsets = cu_seqlens.cpu()

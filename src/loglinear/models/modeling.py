@@ -215,7 +215,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
             use_cache: whether to return a cache. None is ``config.use_cache`` in evaluation mode, and no in training, under
                 ``torch.compile`` and ``torch.export``, and on meta and fake tensors.
             output_hidden_states: whether to return the embeddings and every layer's output too.
-            layout: what ``plan`` says of the mask and the documents, in their place.
+            layout: the result of ``plan`` for the mask and the documents, in their place.
 
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what came and what is needed.

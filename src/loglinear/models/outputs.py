@@ -1,4 +1,4 @@
-"""OUTPUTS: what the models return. The cache is called ``cache`` and ``past_key_values``, whatever transformers calls it.
+"""OUTPUTS: the results of the models. The cache is called ``cache`` and ``past_key_values``, whatever transformers calls it.
 
 transformers 5.24 renamed the argument and the output field from ``past_key_values`` to ``cache``. ``generate`` reads the
 field that its version knows; these classes have that field and answer to the other name too.

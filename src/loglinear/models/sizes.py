@@ -30,7 +30,7 @@ def count_parameters(config: LogLinearConfig) -> int:
 
 
 def parameter_table() -> str:
-    """A Markdown table: parameters of each model of the paper, and what the log-linear form adds."""
+    """A Markdown table: parameters of each model of the paper, and the parameters that the log-linear form adds."""
     rows = ["| model | parameters | log-linear adds |", "|---|---|---|"]
     rows.append(f"| Transformer | {count_parameters(paper_config('attention')):,} | |")
     for name, (linear, log_linear) in TWINS.items():

@@ -1,4 +1,4 @@
-"""FINITE: tokens with a NaN or an infinity are taken out before the products, and what they spoil is NaN after them.
+"""FINITE: tokens with a NaN or an infinity are taken out before the products. The numbers that they spoil are NaN after them.
 
 Products with a mask read a whole chunk, and 0 · NaN is NaN: as it stands, such a token would reach the outputs before it.
 Gradients of outputs before it are finite too. ``g = -inf`` is a reset, not a fault.

@@ -66,7 +66,7 @@ class Inputs:
 
 
 def dot_scores(x: Inputs) -> Tensor:
-    """``Q Kᵀ``, ``[..., T, T]``; what stands above the diagonal is M's to remove."""
+    """``Q Kᵀ``, ``[..., T, T]``; M removes the numbers above the diagonal."""
     return x.q @ x.k.mT
 
 

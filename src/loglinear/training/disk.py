@@ -1,4 +1,4 @@
-"""A disk that is full, in whatever words a library reports it: one OSError that names the folder."""
+"""A full disk: every library's report of it becomes one OSError that names the folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Raise what could not be written below ``folder`` as an OSError that names ``folder``."""
+    """Raise a failed write below ``folder`` as an OSError that names ``folder``."""
     try:
         yield
     except Exception as error:

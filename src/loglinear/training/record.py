@@ -1,4 +1,4 @@
-"""The record: one JSON file in the run's folder that says what the run is, on what it ran, and what came out.
+"""The record: one JSON file in the run's folder with the options of the run, the machine and the results.
 
 It is also what makes "the same command goes on" safe: a restart compares its arguments and its data with the record.
 """

@@ -73,6 +73,6 @@ def name_method(model: PreTrainedModel) -> None:
 
 
 def _count(path: str) -> int:
-    """Tensors of levels in a file. What stands before ``level_scale`` in their names is up to transformers."""
+    """Tensors of levels in a file. transformers decides the part of their names before ``level_scale``."""
     with safe_open(path, framework="pt") as file:
         return sum(".level_scale." in f".{name}" for name in file.keys())  # noqa: SIM118 - not a dictionary

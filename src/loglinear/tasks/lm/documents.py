@@ -99,7 +99,7 @@ class Source:
                         yield from read_file(file, self.text_field)
 
     def inputs(self) -> list[tuple[str, Kind]]:
-        """Every name that is read, globs resolved, and what it is. Raises FileNotFoundError for what is not there."""
+        """Every name that is read and its kind, with globs resolved. Raises FileNotFoundError for a missing one."""
         given = [os.path.expanduser(name) for name in names_of(self.data)]
         names = [name for one in given for name in (matches(one) if is_glob(one) else [one])]
         return [(name, self._kind(name)) for name in names]

@@ -22,7 +22,7 @@ INSTALLED = {"site-packages", "dist-packages"}
 
 
 def plain_name(path: Path) -> str:
-    """The name without what says how the file is compressed."""
+    """The name without the ending of a compressed file."""
     return path.name.removesuffix(path.suffix) if path.suffix in OPENERS else path.name
 
 
@@ -52,7 +52,7 @@ def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def read_file(path: Path, text_field: str) -> Iterator[str]:
-    """The documents of one file. Raises ValueError naming the file and the place of what is no text or no JSON."""
+    """The documents of one file. Raises ValueError naming the file and the place that is no text or no JSON."""
     try:
         if path.suffix in OPENERS and not path.stat().st_size:
             raise EOFError("it is empty")
@@ -79,7 +79,7 @@ def _lines(file: IO[bytes], path: Path, text_field: str) -> Iterator[str]:
 
 
 def decode(content: bytes, where: str, start: int = 0) -> str:
-    """``content`` as text. Raises ValueError for NUL bytes and for what is not UTF-8.
+    """``content`` as text. Raises ValueError for NUL bytes and for bytes that are not UTF-8.
 
     The message begins with ``where`` and counts bytes from ``start``, in what the file unpacks to if it is compressed.
     """

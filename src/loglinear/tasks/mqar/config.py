@@ -92,7 +92,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """All combinations of what is listed. Each learning rate is tried with the first seed; the best one gets all seeds."""
+    """All combinations of the lists. Each learning rate is tried with the first seed; the best one gets all seeds."""
 
     models: tuple[str, ...]
     widths: tuple[int, ...]

@@ -95,7 +95,7 @@ def start_worker(share: Share) -> None:
 
 
 def work() -> None:
-    """Train cells of the queue until it is over; what runs then is given up."""
+    """Train cells of the queue until it is over; unfinished cells are given up."""
     for result in side_by_side(_taken(_share.cells), _share.at_once, _share.device, _share.over.is_set):
         _share.rows.put(result)
 
