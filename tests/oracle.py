@@ -126,7 +126,10 @@ def linear_recurrence(q, k, v, g=None, beta=None, scale: float = 1.0) -> Tensor:
 def make_inputs(
     *, B=2, T=150, H=4, G=2, K=3, V=5, L=9, gate="scalar", dtype=torch.float64, grad=False, seed=0
 ) -> dict[str, Tensor]:
-    """Inputs by argument name; every axis has a size of its own. ``gate``: identity, or (diagonal or scalar) with or without delta."""
+    """Inputs by argument name; every axis has a size of its own.
+
+    gate: identity, scalar, diagonal, delta (rule, with a scalar gate) or diagonal delta.
+    """
     gen = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -12,9 +12,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "loglinear"
 
 # A module may import its own package and packages on lower steps. "" is loglinear/__init__.py, the ops' shop window.
 STEP = {
-    **{"auto_classes": 0, "extras": 0, "versions": 0, "__main__": 10},
-    **{"fenwick": 0, "transition": 0, "state": 0, "decoding_state": 1, "reference": 2, "kernels": 2, "ops": 3, "": 4},
-    **{"distributed": 4, "layers": 5, "models": 6, "tasks": 7, "training": 8, "cli": 9, "integrations": 9},
+    **{"auto_classes": 0, "extras": 0, "versions": 0, "__main__": 11},
+    **{"fenwick": 0, "transition": 0, "state": 1, "decoding_state": 2, "reference": 3, "kernels": 3, "ops": 4, "": 5},
+    **{"distributed": 5, "layers": 6, "models": 7, "tasks": 8, "training": 9, "cli": 10, "integrations": 10},
 }
 # Third-party packages that a package may import; tasks, training, cli and integrations may import any but triton.
 THIRD_PARTY = {

@@ -30,7 +30,7 @@ from loglinear.state import (
     has_values,
     one_of,
 )
-from loglinear.transition import Transition, transition_of
+from loglinear.transition import Transition, is_per_channel, transition_of
 
 ENTRY_DTYPES = (torch.float32, torch.bfloat16)  # float64 where all is
 
@@ -47,9 +47,10 @@ class DecodingState(TensorState):
         position: int64 ``[B]``, tokens seen by each row. Layers that advance together may share one tensor.
         entries: ``[B, H, M, K, V]``, float32 or bfloat16 (float64 for float64 inputs).
         decay: float32 ``[B, 2, H, M]``, natural log of the decay from the end of an entry to the end of the last closed
-            chunk, at index n % 2 of axis 1; None for the delta rule, whose entries are carried along themselves.
+            chunk, at index n % 2 of axis 1; None where entries are carried along themselves: with the delta rule, and with a
+            gate per channel.
         open_k: ``[B, G, 2C, K]``, open_v: ``[B, H, C, V]`` (no program shares its columns), dtype of the inputs.
-        open_g: float32 ``[B, H, 2C]``, log decays.
+        open_g: float32 ``[B, H, 2C]``, or ``[B, H, 2C, K]`` of a gate per channel, log decays.
         open_solve: float32 ``[B, H, 2C, C]``, delta rule only: rows of ``T = (I + diag(β) Z)⁻¹ diag(β)``
             (docs/algorithm.md, section 7). β is its diagonal.
         chunk_size: C, a power of two.
@@ -79,6 +80,7 @@ class DecodingState(TensorState):
         delta_rule: bool = False,
         device: torch.device | str | None = None,
         chunk_size: int = CHUNK_SIZE,
+        per_channel: bool = False,
     ) -> DecodingState:
         """The state before the first token.
 
@@ -87,6 +89,8 @@ class DecodingState(TensorState):
             dtype: dtype of q, k and v: float64, float32, bfloat16 or float16. With float64 everything is float64.
             entry_dtype: of ``entries``: float32, or bfloat16 for half the memory and an error as of rounding the inputs.
                 Others have too few bits for sums of many tokens, or too small a range.
+            delta_rule: whether it is for ``log_linear_delta_rule_step``.
+            per_channel: whether g has a value for each key channel.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
@@ -99,11 +103,11 @@ class DecodingState(TensorState):
         check_dtype("entry_dtype", entry_dtype, (*ENTRY_DTYPES, torch.float64) if double else ENTRY_DTYPES)
         slots = slots_for(max_context, chunk_size)
         tensors: dict[str, Any] = {"decay": None, "open_solve": None}
-        kinds = tensor_kinds(batch, heads, groups, key_width, value_width, slots, chunk_size, dtype)
+        transition = transition_of(delta_rule, per_channel)
+        kinds = tensor_kinds(batch, heads, groups, key_width, value_width, slots, chunk_size, dtype, transition)
         for name, (shape, dtypes) in kinds.items():
-            if name not in tensors or (name == "open_solve") == delta_rule:
-                kind = entry_dtype if name == "entries" and not double else dtypes[0]
-                tensors[name] = torch.zeros(shape, dtype=kind, device=device)
+            kind = entry_dtype if name == "entries" and not double else dtypes[0]
+            tensors[name] = torch.zeros(shape, dtype=kind, device=device)
         return DecodingState(**tensors, chunk_size=chunk_size)
 
     @staticmethod
@@ -125,9 +129,10 @@ class DecodingState(TensorState):
         if seen > max_context:
             raise ValueError(f"max_context must be at least the state's position, {seen}: got {max_context}")
         delta_rule, groups = state.open_beta is not None, state.open_k.shape[2]
+        per_channel = state.transition.per_channel
         made = DecodingState.empty(
             batch, heads, groups, key_width, value_width, max_context, dtype or state.open_k.dtype, entry_dtype,
-            delta_rule, state.device, size,
+            delta_rule, state.device, size, per_channel,
         )  # fmt: skip
         made.position.copy_(state.position)
         used = min(slots, made.entries.shape[2])  # further ones are dead
@@ -140,7 +145,7 @@ class DecodingState(TensorState):
         # Both halves: what is not live is never read.
         made.open_k.copy_(state.open_k.transpose(1, 2).repeat(1, 1, 2, 1))
         made.open_v.copy_(state.open_v.transpose(1, 2))
-        made.open_g.copy_(state.open_g.transpose(1, 2).repeat(1, 1, 2))
+        made.open_g.copy_(torch.cat([state.open_g.transpose(1, 2)] * 2, 2))
         if made.open_solve is not None and state.open_beta is not None:
             solve = _solve(state.open_k.transpose(1, 2), state.open_g.transpose(1, 2), state.open_beta.transpose(1, 2))
             made.open_solve.copy_(solve.repeat(1, 1, 2, 1))
@@ -185,7 +190,7 @@ class DecodingState(TensorState):
     @property
     def transition(self) -> Transition:
         """The transition of the op that the state is for."""
-        return transition_of(self.open_solve)
+        return transition_of(self.open_solve is not None, is_per_channel(self.open_g))
 
     @property
     def max_context(self) -> int:
@@ -278,8 +283,9 @@ class DecodingState(TensorState):
         state = DecodingState(**{"decay": None, "open_solve": None, **content})
         batch, heads, slots, key_width, value_width = state.entries.shape
         kinds = tensor_kinds(
-            batch, heads, state.open_k.shape[1], key_width, value_width, slots, state.chunk_size, state.open_k.dtype
-        )
+            batch, heads, state.open_k.shape[1], key_width, value_width, slots, state.chunk_size, state.open_k.dtype,
+            state.transition,
+        )  # fmt: skip
         state.check(name, kinds)
         if batch and not 0 <= int(state.position.min()) <= int(state.position.max()) <= state.max_context:
             raise ValueError(
@@ -292,6 +298,8 @@ class DecodingState(TensorState):
         device = self.device if device is None else device
         inputs = f" for inputs of {one_of(kinds['open_k'][1])}"
         for field, tensor in self._named():
+            if field not in kinds:
+                raise ValueError(f"{name}.{field} must be None for the {self.transition.name}: got a tensor")
             shape, dtypes = kinds[field]
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}.{field} must have shape {list(shape)}: got {list(tensor.shape)}")
@@ -314,24 +322,29 @@ def tensor_kinds(
     slots: int,
     chunk_size: int,
     dtype: torch.dtype,
+    transition: Transition,
 ) -> Kinds:
     """Shape, and dtypes to choose from, of each tensor of a state for inputs of ``dtype``."""
     wide = (torch.float64 if dtype == torch.float64 else torch.float32,)
-    return {
+    per_channel = (key_width,) if transition.per_channel else ()
+    kinds: Kinds = {
         "position": ((batch,), (torch.int64,)),
         "entries": ((batch, heads, slots, key_width, value_width), wide if dtype == torch.float64 else ENTRY_DTYPES),
         "decay": ((batch, 2, heads, slots), wide),
         "open_k": ((batch, groups, 2 * chunk_size, key_width), (dtype,)),
         "open_v": ((batch, heads, chunk_size, value_width), (dtype,)),
-        "open_g": ((batch, heads, 2 * chunk_size), wide),
+        "open_g": ((batch, heads, 2 * chunk_size, *per_channel), wide),
         "open_solve": ((batch, heads, 2 * chunk_size, chunk_size), wide),
     }
+    lacking = {"decay": not transition.by_log, "open_solve": "beta" not in transition.gates}
+    return {name: kind for name, kind in kinds.items() if not lacking.get(name)}
 
 
 def _is_saved_state(content: Any) -> bool:
     """Whether a file's content is what ``save`` wrote, by its names and the axes of its largest tensors."""
     names = {field.name for field in dataclasses.fields(DecodingState)}
-    if not isinstance(content, dict) or set(content) not in (names - {"decay"}, names - {"open_solve"}):
+    kinds = [{"decay"}, {"open_solve"}, {"decay", "open_solve"}]
+    if not isinstance(content, dict) or set(content) not in [names - kind for kind in kinds]:
         return False
     tensors = all(isinstance(value, Tensor) for name, value in content.items() if name != "chunk_size")
     return tensors and content["entries"].dim() == 5 and content["open_k"].dim() == 4
@@ -347,11 +360,14 @@ def slots_for(max_context: int, chunk_size: int) -> int:
 def _solve(k: Tensor, g: Tensor, beta: Tensor) -> Tensor:
     """``(I + diag(β) Z)⁻¹ diag(β)`` ``[B, H, C, C]`` of the open chunk; its rows are those that the steps would add.
 
-    k ``[B, G, C, K]``, g and beta ``[B, H, C]``. Places without a token have β = 0: their rows are zero.
+    k ``[B, G, C, K]``, g ``[B, H, C]`` or ``[B, H, C, K]``, beta ``[B, H, C]``. Places without a token have β = 0: their rows
+    are zero.
     """
     size, heads = g.shape[2], g.shape[1]
     k = k.repeat_interleave(heads // k.shape[1], 1).to(g.dtype)
     later = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
-    decay = g.unsqueeze(-1).masked_fill(~later, 0.0).cumsum(-2).exp()
-    lower = beta.unsqueeze(-1).to(g.dtype) * ((k @ k.mT) * decay).masked_fill(~later, 0.0)
+    gates = g if is_per_channel(g) else g.unsqueeze(-1)  # [B, H, C, K or 1]
+    decay = gates.mT.unsqueeze(-1).masked_fill(~later, 0.0).cumsum(-2).exp()  # [B, H, K or 1, C, C]
+    overlap = torch.einsum("bhtk,bhkts,bhsk->bhts", k, decay, k) if is_per_channel(g) else (k @ k.mT) * decay.squeeze(2)
+    lower = beta.unsqueeze(-1).to(g.dtype) * overlap.masked_fill(~later, 0.0)
     return torch.linalg.solve_triangular(lower, torch.diag_embed(beta.to(g.dtype)), upper=False, unitriangular=True)

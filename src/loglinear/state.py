@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from loglinear.transition import Transition, is_per_channel, transition_of
+
 CHUNK_SIZE = 64  # tokens per leaf of the tree in every state: K·V of a leaf state equals its raw keys at K = V = 64
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of inputs
 SUMS = FLOATS[:3]  # dtypes of what sums over many tokens: it leaves the range of float16
@@ -128,8 +130,9 @@ class LogLinearState(TensorState):
         position: int64 ``[B]``, tokens seen by each row.
         entries: ``[B, M, H, K, V]``; dead slots hold zeros.
         decay: float32 (float64 in float64) ``[B, M, H]``, natural log.
-        open_k: ``[B, C, G, K]``, open_v: ``[B, C, H, V]``, open_g: ``[B, C, H]`` (log decay), open_beta: ``[B, C, H]`` or
-            None (scalar gate); token i of the open chunk is live when ``i < position % C``, others hold zeros.
+        open_k: ``[B, C, G, K]``, open_v: ``[B, C, H, V]``, open_g: ``[B, C, H]`` or ``[B, C, H, K]`` (log decay), open_beta:
+            ``[B, C, H]`` or None (no delta rule); token i of the open chunk is live when ``i < position % C``, others hold
+            zeros.
         chunk_size: C, a power of two.
     """
 
@@ -141,6 +144,11 @@ class LogLinearState(TensorState):
     open_g: Tensor
     open_beta: Tensor | None = None
     chunk_size: int = CHUNK_SIZE
+
+    @property
+    def transition(self) -> Transition:
+        """The transition of the op that the state is of."""
+        return transition_of(self.open_beta is not None, is_per_channel(self.open_g))
 
 
 @dataclass

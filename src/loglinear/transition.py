@@ -7,6 +7,7 @@ stands in ``reference/transition.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,21 +19,39 @@ class Transition:
     Attributes:
         name: in messages. op: the public op that has it.
         gates: names of the arguments that drive it, in the order in which kernels take them.
-        by_log: whether a span of tokens acts on a state by a log decay, and not by a matrix.
-        keeps: whether a forward pass can leave something that spares the backward pass work.
+        per_channel: whether g has a value for each key channel, ``[B, T, H, K]``, and not one for each head.
+        span: what a span of tokens does to a state: "log", a decay of one log for each head; "logs", one for each key channel;
+            "matrix", a matrix ``[K, K]``.
+        kernels: whether there are any. keeps: whether a forward pass can leave something that spares the backward pass work.
     """
 
     name: str
     op: str
     gates: tuple[str, ...]
-    by_log: bool
-    keeps: bool
+    per_channel: bool
+    span: Literal["log", "logs", "matrix"]
+    kernels: bool = False
+    keeps: bool = False
+
+    @property
+    def by_log(self) -> bool:
+        """Whether a state moves through time by an addition to its one log, and stays as it is."""
+        return self.span == "log"
 
 
-SCALAR_GATE = Transition("scalar gate", "log_linear_attention", ("g",), by_log=True, keeps=False)
-DELTA_RULE = Transition("delta rule", "log_linear_delta_rule", ("g", "beta"), by_log=False, keeps=True)
+_ATTENTION, _DELTA = ("log_linear_attention", ("g",)), ("log_linear_delta_rule", ("g", "beta"))
+SCALAR_GATE = Transition("scalar gate", *_ATTENTION, per_channel=False, span="log", kernels=True)
+CHANNEL_GATE = Transition("gate per channel", *_ATTENTION, per_channel=True, span="logs")
+DELTA_RULE = Transition("delta rule", *_DELTA, per_channel=False, span="matrix", kernels=True, keeps=True)
+CHANNEL_DELTA_RULE = Transition("delta rule with a gate per channel", *_DELTA, per_channel=True, span="matrix")
 
 
-def transition_of(beta: Tensor | None) -> Transition:
-    """The transition that an op's arguments name."""
-    return SCALAR_GATE if beta is None else DELTA_RULE
+def transition_of(delta_rule: bool, per_channel: bool) -> Transition:
+    """The transition with these two properties."""
+    with_gate = (CHANNEL_GATE, CHANNEL_DELTA_RULE) if per_channel else (SCALAR_GATE, DELTA_RULE)
+    return with_gate[delta_rule]
+
+
+def is_per_channel(g: Tensor | None) -> bool:
+    """Whether a gate, of an op ``[B, T, H]`` or ``[B, T, H, K]``, has a value for each key channel."""
+    return isinstance(g, Tensor) and g.dim() == 4

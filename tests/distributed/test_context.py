@@ -18,6 +18,8 @@ SMALL = dict(B=2, H=4, G=2, K=3, V=5, L=11)
 CASES = {  # ranks, tokens of all together, inputs, options of the op
     "scalar": (3, 576, dict(gate="scalar", **SMALL), {"scale": 0.7}),  # spans of 3 chunks: two or more blocks
     "delta rule": (3, 576, dict(gate="delta", **SMALL), {"scale": 0.7, "use_qk_l2norm_in_kernel": True}),
+    "channels": (3, 576, dict(gate="diagonal", **SMALL), {"scale": 0.7}),
+    "channels, delta rule": (2, 256, dict(gate="diagonal delta", **SMALL), {}),
     "two ranks": (2, 256, dict(gate="delta", **SMALL), {}),
     "no gate, few levels": (3, 192, dict(gate="identity", **SMALL | {"L": 8}), {}),
     "linear": (3, 192, dict(gate="scalar", **SMALL), {}),

@@ -41,7 +41,7 @@ def dense(q, k, v, level_scales=None, g=None, beta=None):
     heads = v.shape[2]
     q, k = per_value_head(q, heads).transpose(1, 2), per_value_head(k, heads).transpose(1, 2)
     g = torch.zeros_like(v[..., 0]) if g is None else g
-    transition = reference.Scalar(g.mT) if beta is None else reference.DeltaRule(g.mT, beta.mT, k)
+    transition = reference.transition_of(g.transpose(1, 2), None if beta is None else beta.mT, k)
     scales = None if level_scales is None else level_scales.transpose(1, 2)
     return reference.dense(q, k, v.transpose(1, 2), transition, scales).transpose(1, 2)
 

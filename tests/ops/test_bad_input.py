@@ -39,7 +39,12 @@ CASES = {
     "q of rank 3": ({"q": Q[0]}, ValueError, "q must have shape [B, T, G, K]", "got [70, 2, 3]"),
     "k of rank 3": ({"k": K[..., 0]}, ValueError, "k must have shape [B, T, G, K]", "got [2, 70, 2]"),
     "v of rank 5": ({"v": V[None]}, ValueError, "v must have shape [B, T, H, V]", "got [1, 2, 70, 4, 5]"),
-    "g of rank 4": ({"g": G[..., None]}, ValueError, "g must have shape [B, T, H]", "got [2, 70, 4, 1]"),
+    "g of rank 4": (
+        {"g": G[..., None]},
+        ValueError,
+        "g must have shape [B, T, H, K] = [2, 70, 4, 3]",
+        "got [2, 70, 4, 1]",
+    ),
     "λ of rank 3": (
         {"level_scales": LAMBDA[..., 0]},
         ValueError,

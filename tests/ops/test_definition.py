@@ -8,9 +8,19 @@ import torch
 from calls import C, dense, fields, inputs, output, run, tokens
 
 import loglinear
-from oracle import LOW_PRECISION_FACTOR, SAME_NUMBERS, TOLERANCES, error, gradients, oracle, oracle_row
+from oracle import (
+    LOW_PRECISION_FACTOR,
+    SAME_NUMBERS,
+    TOLERANCES,
+    error,
+    gradients,
+    linear_recurrence,
+    oracle,
+    oracle_row,
+)
 
 GATES = ("identity", "scalar", "delta")
+CHANNELS = ("diagonal", "diagonal delta")
 gates = pytest.mark.parametrize("gate", GATES)
 EXACT = TOLERANCES[torch.float64]
 
@@ -55,8 +65,7 @@ def test_signature(op, names):
 
 @pytest.mark.parametrize(
     ("gate", "hard"),
-    [("identity", False), ("scalar", False), ("delta", False), ("scalar", True), ("delta", True)],
-    ids=["identity", "scalar", "delta", "scalar-hard", "delta-hard"],
+    [(gate, False) for gate in (*GATES, *CHANNELS)] + [(gate, True) for gate in (*GATES[1:], *CHANNELS)],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_against_the_oracle(gate, hard, dtype):
@@ -73,6 +82,20 @@ def test_every_length(gate, T):
     x = inputs(gate, T=T, L=11, grad=True)
     expected = dense(**x)
     assert_same(x, expected, gradients(expected, x.values()), EXACT)
+
+
+@pytest.mark.parametrize("gate", CHANNELS)
+@pytest.mark.parametrize("T", [0, 1, C, C + 1, 4 * C + 3])
+def test_gates_per_channel(gate, T):
+    """With one value for all channels of a head they are the gate of the head; and the linear model is a recurrence."""
+    x = inputs(gate, T=T, L=9, K=4, grad=True)
+    expected = dense(**x)
+    assert_same(x, expected, gradients(expected, x.values()), EXACT)
+    x = {name: tensor.detach() for name, tensor in x.items()}
+    of_heads = {**x, "g": x["g"][..., 0]}
+    assert error(output({**x, "g": of_heads["g"].unsqueeze(-1).expand_as(x["g"])}), output(of_heads)) <= EXACT
+    del x["level_scales"]
+    assert error(output(x), linear_recurrence(**x)) <= EXACT
 
 
 @gates

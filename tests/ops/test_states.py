@@ -13,6 +13,8 @@ from oracle import SAME_NUMBERS, error, gradients, oracle
 KINDS = {
     "scalar": {"gate": "scalar"},
     "delta": {"gate": "delta"},
+    "channels": {"gate": "diagonal"},
+    "channels, delta, resets": {"gate": "diagonal delta", "hard": True},
     "no gate": {"gate": "identity"},
     "scalar, resets": {"gate": "scalar", "hard": True},
     "delta, resets": {"gate": "delta", "hard": True},

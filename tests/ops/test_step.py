@@ -32,7 +32,8 @@ def step(x, state, **kwargs):
 def empty(x, max_context=4096, **kwargs):
     B, _, H, V = x["v"].shape
     G, K = x["q"].shape[2:]
-    return DecodingState.empty(B, H, G, K, V, max_context, x["v"].dtype, delta_rule="beta" in x, **kwargs)
+    kind = {"delta_rule": "beta" in x, "per_channel": x["g"].dim() == 4}
+    return DecodingState.empty(B, H, G, K, V, max_context, x["v"].dtype, **kind, **kwargs)
 
 
 def steps(x, state, sizes=(1,), **kwargs):
@@ -64,7 +65,7 @@ def assert_states_equal(got, want, bar):
     assert relative(*entries) < bar or entries[1].norm() == 0
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@pytest.mark.parametrize("gate", ["scalar", "delta", "diagonal", "diagonal delta"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 127, 128, 200, 1000])
 def test_prefill_then_steps_is_one_pass(gate, dtype, length):

@@ -148,7 +148,8 @@ def _gather(
     """``through``, and the maps of all blocks of every rank, in float32 (float64)."""
     (batch, _, heads, value_width), width = whole.v.shape, whole.q.shape[3]
     wide = torch.promote_types(whole.v.dtype, torch.float32)
-    shapes = [[batch, heads] if whole.transition.by_log else [batch, heads, width, width]]
+    span = {"log": [], "logs": [width], "matrix": [width, width]}[whole.transition.span]
+    shapes = [[batch, heads, *span]]
     shapes.append([batch, heads, width, value_width])
     sizes = [math.prod(shape) for shape in shapes]
     nothing = [whole.v.new_zeros(size, dtype=wide) for size in sizes]

@@ -52,6 +52,7 @@ def log_linear_attention(
         q, k: ``[B, T, G, K]``, float64, float32, bfloat16 or float16. T may be 0.
         v: ``[B, T, H, V]``, the dtype of q; H is a multiple of G and value head h reads q/k head ``h // (H // G)``.
         g: ``[B, T, H]``, natural log of the decay, at most 0; -inf forgets everything before the token. None is no decay.
+            ``[B, T, H, K]`` is a decay of each key channel (gated linear attention), so far in plain PyTorch alone.
         level_scales: λ ``[B, T, H, L]``, any sign. Positions further than L levels reach share the last one.
             None gives the plain linear model (λ = 1), with a state of fixed size.
         scale: factor of q; None means 1.
@@ -95,7 +96,8 @@ def log_linear_delta_rule(
 ) -> tuple[Tensor, State | None]:
     """Log-linear attention with the (gated) delta rule (Log-Linear Gated DeltaNet): O(T log T), O(log T) state.
 
-    The transition of token t is ``exp(g_t) (I - β_t k_t k_tᵀ)`` and it writes ``β_t k_t v_tᵀ``; a query reads the bucket of
+    The transition of token t is ``(I - β_t k_t k_tᵀ) exp(g_t)``, with a decay for each key channel that of Kimi Delta
+    Attention, and it writes ``β_t k_t v_tᵀ``; a query reads the bucket of
     each level through the ordered product of the transitions after it, weighted with that level's λ.
 
     Args:

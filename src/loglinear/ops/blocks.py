@@ -42,12 +42,12 @@ class Slot(NamedTuple):
 
 
 def running_sums(x: Tensor) -> Tensor:
-    """Sums of x ``[B, T, H]`` up to each token, itself included.
+    """Sums of x ``[B, T, ...]`` up to each token, itself included.
 
     Along the last dimension: along any other PyTorch's scan on a GPU takes the tokens of a head one after the other, in
     a single thread.
     """
-    return x.mT.cumsum(2).mT
+    return x.movedim(1, -1).cumsum(-1).movedim(-1, 1)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -69,16 +69,20 @@ def from_nothing(inputs: Inputs, with_state: bool) -> tuple[Tensor, Tensor | Non
 def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
     """The queries as seen from the start of the block, and its transition. A block with nothing before it needs neither.
 
-    Scalar gate: log weights ``[B, T, H]`` of the queries, log decay ``[B, H]``. Delta rule: ``[B, T, H, K]``, ``[B, H, K, K]``.
+    By ``transition.span``: "log", log weights ``[B, T, H]`` of the queries and a log decay ``[B, H]``; "logs", queries
+    ``[B, T, H, K]`` and log decays ``[B, H, K]``; "matrix", queries ``[B, T, H, K]`` and matrices ``[B, H, K, K]``.
     """
     q, k, v, g, beta, _ = inputs
     wide = torch.promote_types(v.dtype, torch.float32)
     assert g is not None
     if not needed:
         return q, None
-    if inputs.transition.by_log:
-        weight = running_sums(g.to(wide))
-        return weight, weight[:, -1]
+    span, since = inputs.transition.span, running_sums(g.to(wide))
+    if span == "log":
+        return since, since[:, -1]
+    if span == "logs":
+        rows = q.repeat_interleave(v.shape[2] // q.shape[2], 2)
+        return (rows * since.exp()).to(v.dtype), since[:, -1]
     assert beta is not None
     width, heads, rows = q.shape[3], v.shape[2], _unit_rows(q)
     writes = _unit_rows(q[:, :, :1]).expand(-1, -1, heads, -1)
@@ -95,9 +99,10 @@ def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def act(transition: Tensor, state: Tensor) -> Tensor:
-    """A S, for a log decay ``[B, H]`` or matrices ``[B, H, K, K]``, in the wider of both dtypes: a given state is float32."""
-    if transition.dim() == 2:
-        return transition.exp()[..., None, None] * state
+    """A S, for logs ``[B, H]`` or ``[B, H, K]`` or matrices ``[B, H, K, K]``, in the wider of both dtypes."""
+    if transition.dim() < 4:
+        logs = transition.unsqueeze(-1) if transition.dim() == 2 else transition
+        return logs.exp().unsqueeze(-1) * state
     wide = torch.promote_types(transition.dtype, state.dtype)
     return transition.to(wide) @ state.to(wide)
 
@@ -115,7 +120,7 @@ def read(o: Tensor, query: Tensor, inputs: Inputs, slots: list[Slot]) -> Tensor:
     """The sum of o and the reads of the queries from the slots; ``query`` is the first result of ``carried``."""
     for slot in slots:
         state = slot.state.to(o.dtype)
-        if inputs.transition.by_log:
+        if query.dim() == 3:
             groups, heads = inputs.q.shape[2], o.shape[2]
             by_group = state.unflatten(1, (groups, heads // groups)).transpose(2, 3).flatten(3)  # [B, G, K, H/G V]
             found = inputs.q.transpose(1, 2) @ by_group

@@ -22,7 +22,6 @@ from loglinear.state import (
     has_values,
     values_are_known,
 )
-from loglinear.transition import transition_of
 
 _known: set[tuple] = set()  # kinds of inputs that have passed; a check of metadata costs more than a short kernel
 
@@ -79,9 +78,10 @@ def check_kinds(inputs: Inputs) -> None:
         raise ValueError(f"v must have a multiple of q's heads: got H={heads} value heads for G={groups} q/k heads")
     if width < 1 or v.shape[3] < 1:
         raise ValueError(f"q, k and v must have widths of at least 1: got K={width}, V={v.shape[3]}")
-    for name in inputs.transition.gates:
-        if getattr(inputs, name) is not None:
-            _shape(name, getattr(inputs, name), "[B, T, H]", (batch, length, heads))
+    if inputs.g is not None:
+        _shape("g", inputs.g, *_gate_shape(inputs, batch, length, "B, T, H"))
+    if inputs.beta is not None:
+        _shape("beta", inputs.beta, "[B, T, H]", (batch, length, heads))
     if level_scales is not None:
         _shape("level_scales", level_scales, "[B, T, H, L]", (batch, length, heads, None))
         if level_scales.shape[3] < 1:
@@ -92,6 +92,14 @@ def check_kinds(inputs: Inputs) -> None:
     for name, tensor in {"k": k, "v": v}.items():
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q ({q.dtype}): got {tensor.dtype}")
+
+
+def _gate_shape(inputs: Inputs, rows: int, length: int, axes: str) -> tuple[str, tuple[int, ...]]:
+    """The axes of a gate, in words and in numbers: with one value for each head, or for each key channel of it."""
+    heads, width = inputs.v.shape[2], inputs.q.shape[3]
+    if inputs.transition.per_channel:
+        return f"[{axes}, K]", (rows, length, heads, width)
+    return f"[{axes}] (or [{axes}, K])", (rows, length, heads)
 
 
 def check_scale(scale: float | None) -> float:
@@ -191,9 +199,11 @@ def check_state(state: LogLinearState | LinearState | None, inputs: Inputs, rows
     _shape("initial_state.decay", state.decay, "[B, M, H]", (rows, state.entries.shape[1], heads))
     _shape("initial_state.open_k", state.open_k, "[B, C, G, K]", (rows, size, groups, width))
     _shape("initial_state.open_v", state.open_v, "[B, C, H, V]", (rows, size, heads, value_width))
-    _shape("initial_state.open_g", state.open_g, "[B, C, H]", (rows, size, heads))
-    made_by = transition_of(state.open_beta)
+    made_by = state.transition
     if made_by != transition:
-        raise ValueError(f"initial_state must come from the same op: got a state of the {made_by.name}")
+        raise ValueError(
+            f"initial_state must come from the same op and kind of gate, {transition.name}: got a state of the {made_by.name}"
+        )
+    _shape("initial_state.open_g", state.open_g, *_gate_shape(inputs, rows, size, "B, C, H"))
     if state.open_beta is not None:
         _shape("initial_state.open_beta", state.open_beta, "[B, C, H]", (rows, size, heads))

@@ -25,6 +25,8 @@ State = LogLinearState | LinearState
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 1024  # of the kernels
 STEP_CHUNKS = (16, 32, 64)  # chunks of a state that the step kernels compile for; with longer ones they spill
 
+NO_CHANNELS = "gates per key channel, for which there are no kernels yet"
+
 said: set[str] = set()
 
 
@@ -51,10 +53,14 @@ def from_state(inputs: Inputs, state: State | None, backend: Backend = "auto") -
     return size == CHUNK_SIZE or _refuse("a call with an initial_state", reason, backend)
 
 
-def step(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE, backend: Backend = "auto") -> bool:
+def step(
+    q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE, backend: Backend = "auto", per_channel: bool = False
+) -> bool:
     """Whether the step kernels take these: CUDA, at most 32 bits, K up to 256, V up to 1,024, chunks of 16 to 64 tokens."""
 
     def why_not() -> str | None:
+        if per_channel:
+            return NO_CHANNELS
         if chunk_size not in STEP_CHUNKS:
             return f"a state of chunks of {chunk_size} tokens, where kernels take {STEP_CHUNKS}"
         return why_unfit(q.device, SCALAR_GATE, int(q.shape[3]))  # no step needs more
@@ -66,6 +72,8 @@ def step(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE, backend: Backend = 
 
 def _why_not(inputs: Inputs) -> str | None:
     q, v = inputs.q, inputs.v
+    if not inputs.transition.kernels:
+        return NO_CHANNELS
     return wide_heads(q, v) or why_unfit(q.device, inputs.transition, int(q.shape[3]))
 
 

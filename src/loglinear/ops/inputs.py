@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.transition import Transition, transition_of
+from loglinear.transition import Transition, is_per_channel, transition_of
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call, in the order of the operator: q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g, beta ``[B, T, H]``,
-    λ ``[B, T, H, L]``; None where there is none."""
+    """The tensors of a call, in the order of the operator: q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g ``[B, T, H]`` or
+    ``[B, T, H, K]``, beta ``[B, T, H]``, λ ``[B, T, H, L]``; None where there is none."""
 
     q: Tensor
     k: Tensor
@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
     @property
     def transition(self) -> Transition:
         """The change of a state by a token, before the token writes."""
-        return transition_of(self.beta)
+        return transition_of(self.beta is not None, is_per_channel(self.g))
 
     @property
     def gates(self) -> tuple[Tensor | None, ...]:

@@ -38,7 +38,8 @@ def log_linear_attention_step(
     """The next T tokens of each row of ``state``, T small: what ``log_linear_attention`` gives when it goes on from there.
 
     Args:
-        q, k: ``[B, T, G, K]``, 1 <= T <= C, in the dtype of the state. v: ``[B, T, H, V]``. g: ``[B, T, H]`` or None.
+        q, k: ``[B, T, G, K]``, 1 <= T <= C, in the dtype of the state. v: ``[B, T, H, V]``.
+        g: ``[B, T, H]`` or ``[B, T, H, K]``, as the state was made for; None is no decay, for a state of the first.
         level_scales: λ ``[B, T, H, L]``.
         state: one row per row of the batch, each at its own position; takes in the tokens, in place. A row must not go beyond
             ``state.max_context``: on the CPU that raises. On CUDA the caller must see to it, since a check would wait for the
@@ -102,7 +103,7 @@ def _run(
     inputs: Inputs, state: DecodingState, scale: float, normalize: bool, advance: bool, backend: Backend
 ) -> Tensor:
     q, k, v, g, beta, level_scales = inputs
-    if dispatch.step(q, v, state.chunk_size, backend):
+    if dispatch.step(q, v, state.chunk_size, backend, inputs.transition.per_channel):
         # Imported here: importing loglinear imports no Triton.
         from loglinear.kernels import decoding
 
@@ -179,4 +180,5 @@ def check_kinds(inputs: Inputs, state: DecodingState) -> None:
     if state.transition != transition:
         raise ValueError(f"state must be made for the same rule: got a state of the {state.transition.name}")
     slots = state.entries.shape[2] if state.entries.dim() == 5 else 0
-    state.check("state", tensor_kinds(batch, heads, groups, width, value_width, slots, size, q.dtype), q.device)
+    kinds = tensor_kinds(batch, heads, groups, width, value_width, slots, size, q.dtype, transition)
+    state.check("state", kinds, q.device)

@@ -45,8 +45,9 @@ def step(
 class _Token:
     """One token of every row, written to the open chunks; they are then at hand in ``wide``, zero where there is no token.
 
-    keys ``[B, G, C, K]``, values ``[B, H, C, V]``; ``through`` and ``after`` ``[B, H, C]``: log decays from the start of the
-    chunk through each place and from after each place to the token; ``solve [B, H, C, C]`` (delta rule).
+    keys ``[B, G, C, K]``, values ``[B, H, C, V]``; ``through`` and ``after`` ``[B, H, C, 1]``, or ``[B, H, C, K]`` of a gate
+    per channel: decays from the start of the chunk through each place and from after each place to the token. ``whole``
+    ``[B, H, 1 or K]``: of the chunk so far. ``solve [B, H, C, C]`` (delta rule).
     """
 
     def __init__(
@@ -69,9 +70,12 @@ class _Token:
         self.live = torch.arange(size, device=v.device) <= self.place[:, None]
         self.keys, self.values = self._append(state.open_k, k), self._append(state.open_v, v, halves=False)
         gates = self._append(state.open_g, 0.0 if gate is None else gate)
-        self.through = gates.cumsum(-1)
-        self.after = F.pad(gates[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
-        self.whole = gates.sum(-1)
+        self.per_channel = gates.dim() == 4
+        gates = gates if self.per_channel else gates.unsqueeze(-1)
+        self.through = gates.cumsum(2).exp()
+        self.after = F.pad(gates[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2).exp()
+        self.log_whole = gates.sum(2)
+        self.whole = self.log_whole.exp()
         self.solve = None if state.open_solve is None or beta is None else self._solve(state.open_solve, beta)
 
     def _indices(self, numbers: list[int]) -> Tensor:
@@ -96,11 +100,21 @@ class _Token:
         heads = self.values.shape[1]
         return products.expand(-1, -1, heads // products.shape[1], -1).reshape(-1, heads, products.shape[-1])
 
+    def _overlaps(self, rows: Tensor) -> Tensor:
+        """Products ``[B, H, C]`` of rows ``[B, G, K]`` with the keys, each as it has decayed since its place."""
+        if self.per_channel:
+            return torch.einsum("bhk,bhck,bhck->bhc", self._heads(rows.unsqueeze(2)), self.after, self._head_keys())
+        return self._heads(rows.unsqueeze(2) @ self.keys.mT) * self.after.squeeze(-1)
+
+    def _head_keys(self) -> Tensor:
+        """The keys of each value head, ``[B, H, C, K]``."""
+        return self.keys.repeat_interleave(self.values.shape[1] // self.keys.shape[1], 1)
+
     def _solve(self, buffer: Tensor, beta: Tensor) -> Tensor:
         """The triangular inverse with this token's row, ``β (e_i - Σ_{j<i} z_j T_j)``."""
         solve = self._append(buffer, 0.0)
         key = self.keys[self.rows, :, self.place]
-        overlap = self._heads(key.unsqueeze(2) @ self.keys.mT) * self.after.exp()
+        overlap = self._overlaps(key)
         own = F.one_hot(self.place, self.state.chunk_size).unsqueeze(1).to(self.wide)
         row = beta.unsqueeze(-1) * (own - (overlap.unsqueeze(2) @ solve).squeeze(2))
         solve[self.rows, :, self.place] = row
@@ -115,12 +129,12 @@ class _Token:
         distance = torch.arange(size, device=self.device) ^ self.place[:, None]
         level = torch.frexp(distance.float()).exponent.long().clamp(max=levels - 1)  # bit length, exact below 2^24
         mask = scales.gather(-1, level.unsqueeze(1).expand(-1, heads, -1)).masked_fill(~self.live.unsqueeze(1), 0)
-        scores = self._heads(q.unsqueeze(2) @ self.keys.mT) * self.after.exp()
-        query = self._heads(q.unsqueeze(2))
+        scores, query = self._overlaps(q), self._heads(q.unsqueeze(2))
+        if self.state.decay is None:
+            query = self.whole * query
         if self.solve is not None:
             scores = (scores.unsqueeze(2) @ self.solve).squeeze(2)
-            erased = (scores * self.through.exp()).unflatten(1, (self.keys.shape[1], -1)) @ self.keys
-            query = self.whole.exp().unsqueeze(-1) * query - erased.flatten(1, 2)
+            query = query - self._summed(scores)
         out = ((mask * scores).unsqueeze(2) @ self.values).squeeze(2)
         for m in range(max(self.chunks).bit_length()):
             rows, entry = self._slot(m, [b for b, chunk in enumerate(self.chunks) if chunk >> m & 1])
@@ -128,9 +142,16 @@ class _Token:
                 continue
             weight = scales[rows, :, min(size.bit_length() + m, levels - 1)]
             if self.state.decay is not None:
-                weight = weight * (self.whole[rows] + self._decay(rows, m)).exp()
+                weight = weight * (self.log_whole[rows, :, 0] + self._decay(rows, m)).exp()
             out.index_add_(0, rows, weight.unsqueeze(-1) * (query[rows].unsqueeze(2) @ entry).squeeze(2))
         return out
+
+    def _summed(self, scores: Tensor) -> Tensor:
+        """``Σ_s scores_s through_s k_s`` ``[B, H, K]`` for scores ``[B, H, C]``."""
+        if self.per_channel:
+            return torch.einsum("bhc,bhck,bhck->bhk", scores, self.through, self._head_keys())
+        weighted = (scores * self.through.squeeze(-1)).unflatten(1, (self.keys.shape[1], -1))
+        return (weighted @ self.keys).flatten(1, 2)
 
     def _slot(self, m: int, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Rows as indices, and what they hold in slot m ``[rows, H, K, V]``."""
@@ -166,11 +187,12 @@ class _Token:
                 state.entries[:, :, m].index_copy_(0, rows, self._carried(rows, entry, None).to(state.entries.dtype))
             else:
                 other = 1 - self._indices(self.halves)[rows]
-                state.decay[rows, other, :, m] = self.whole[rows] + self._decay(rows, m)
-        if self.solve is not None:
-            made = self._carried(index, merged, self.solve[index] @ self.values[index])
+                state.decay[rows, other, :, m] = self.log_whole[rows, :, 0] + self._decay(rows, m)
+        written = self.values[index] if self.solve is None else self.solve[index] @ self.values[index]
+        if state.decay is None:
+            made = self._carried(index, merged, written)
         else:
-            made = merged + self._product(index, self.after[index].exp().unsqueeze(-1) * self.values[index])
+            made = merged + self._ends(index, written)
         for i, b in enumerate(closing):
             state.entries[b, :, ones[b]] = made[i]
 
@@ -178,19 +200,26 @@ class _Token:
         """An entry that merges, seen from the end of the chunk; the delta rule carries the sum of all of them later."""
         if self.state.decay is None:
             return entry
-        return (self.whole[rows] + self._decay(rows, m)).exp()[..., None, None] * entry
+        return (self.log_whole[rows, :, 0] + self._decay(rows, m)).exp()[..., None, None] * entry
 
-    def _product(self, rows: Tensor, values: Tensor) -> Tensor:
-        """``Kᵀ values`` ``[rows, H, K, V]``."""
-        by_group = values.unflatten(1, (self.keys.shape[1], -1))
+    def _ends(self, rows: Tensor, values: Tensor) -> Tensor:
+        """``Σ_s after_s k_s values_sᵀ`` ``[rows, H, K, V]``: writes, as the end of the chunk sees them."""
+        if self.per_channel:
+            return (self._head_keys()[rows] * self.after[rows]).mT @ values
+        by_group = (self.after[rows] * values).unflatten(1, (self.keys.shape[1], -1))
         return (self.keys[rows].mT.unsqueeze(2) @ by_group).flatten(1, 2)
 
-    def _carried(self, rows: Tensor, entry: Tensor, added: Tensor | None) -> Tensor:
-        """The chunk's map ``X -> γ X + K_endᵀ (U - T diag(γ_j) K X)`` for rows, with U ``added`` or 0."""
-        assert self.solve is not None
+    def _known(self, rows: Tensor, entry: Tensor) -> Tensor:
+        """``through_s k_sᵀ entry`` ``[rows, H, C, V]``: what each place finds of an entry from before the chunk."""
+        if self.per_channel:
+            return (self._head_keys()[rows] * self.through[rows]) @ entry
         keys = self.keys[rows].unsqueeze(2)
-        known = (keys @ entry.unflatten(1, (keys.shape[1], -1))).flatten(1, 2)
-        wrong = -(self.solve[rows] @ (self.through[rows].exp().unsqueeze(-1) * known))
-        wrong = wrong if added is None else wrong + added
-        ends = self._product(rows, self.after[rows].exp().unsqueeze(-1) * wrong)
-        return self.whole[rows].exp()[..., None, None] * entry + ends
+        return self.through[rows] * (keys @ entry.unflatten(1, (keys.shape[1], -1))).flatten(1, 2)
+
+    def _carried(self, rows: Tensor, entry: Tensor, written: Tensor | None) -> Tensor:
+        """An entry from before the chunk as its end sees it, with what the chunk has ``written`` (None: nothing) for rows."""
+        if self.solve is not None:
+            erased = self.solve[rows] @ self._known(rows, entry)
+            written = -erased if written is None else written - erased
+        carried = self.whole[rows].unsqueeze(-1) * entry
+        return carried if written is None else carried + self._ends(rows, written)
