@@ -150,7 +150,6 @@ class LogLinearGatedDeltaNet(RecurrentMixer):
         fields = {
             "no decay": not self.decay,
             "a β of 1": not self.use_beta,
-            "β times 2": self.neg_eigval,
             "a sum norm of q and k": not self.unit_length,
         }
         return next((field for field, there in fields.items() if there), None) or super().unfused()
@@ -159,6 +158,8 @@ class LogLinearGatedDeltaNet(RecurrentMixer):
         channels, values, heads, _ = self.in_widths
         columns = Columns(conv=0, rate=channels + values, beta=channels + values + heads)
         mixed, _, gates = step.convolve_and_gate(self, streams, state, columns)
+        if self.neg_eigval:
+            gates["beta"] = 2 * gates["beta"]
         q, k, v = mixed.split(self.conv_widths, dim=-1)
         q, k = (x.unflatten(-1, (self.num_key_heads, -1)) for x in (q, k))
         o = step.recur(q, k, v.unflatten(-1, (self.num_heads, -1)), gates, state)

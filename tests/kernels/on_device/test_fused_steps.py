@@ -20,6 +20,7 @@ SIZES = {  # one block of channels is not enough, and the last is partial
     "gated_deltanet": {"num_heads": 4, "key_dim": 24, "value_dim": 16, "num_key_heads": 2, "conv_width": 3},
 }
 MIXERS = [f"{prefix}{name}" for name in SIZES for prefix in ("log_linear_", "")]
+SIZES["doubled_gated_deltanet"] = SIZES["gated_deltanet"] | {"neg_eigval": True}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=["float32", "16 bits"])
 CALLS = [1, 3, 1]
 
@@ -67,7 +68,13 @@ def walk(mixer, hidden, lengths):
     return torch.cat(got, 1), state
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*product(MIXERS, [torch.float32]), *product(MIXERS[::2], [BFLOAT16])])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *product([*MIXERS, "doubled_gated_deltanet"], [torch.float32]),
+        *product(MIXERS[::2], [BFLOAT16]),
+    ],
+)
 def test_steps_of_a_mixer(device, name, dtype, monkeypatch):
     """Rows at positions of their own, one of which closes a chunk; one token, and several."""
     lengths, used = [5, 61, 17], []

@@ -7,6 +7,7 @@ import torch
 
 import loglinear
 from loglinear.layers import LevelScale
+from loglinear.ops import fused
 
 FAMILIES = ["qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid"]
 LENGTHS = [1, 63, 64, 65, 131]
@@ -82,6 +83,19 @@ def test_a_mixer_keeps_packed_documents_apart(pair):
     packed = mixer(hidden, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=37, max_length_k=37)
     alone = torch.cat([mixer(hidden[:, :33]), mixer(hidden[:, 33:])], 1)
     close(packed, alone, 1e-5)
+
+
+@torch.no_grad()
+def test_the_kernels_of_a_step_find_their_columns(pair, monkeypatch):
+    mixer = pair[1].model.layers[0].linear_attn
+    hidden = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    assert mixer.project(hidden).joined is None  # it is a copy, and only they need it
+    monkeypatch.setattr(fused, "fits", lambda x: True)
+    streams = mixer.project(hidden)
+    parts = streams.joined.split(mixer.in_widths, dim=-1)
+    for part, stream in zip(parts, (streams.conv, streams.gate, streams.rate, streams.strength), strict=True):
+        assert torch.equal(part, stream)
+    assert mixer.unfused() is None
 
 
 def test_training_moves_the_levels(pair, ids):

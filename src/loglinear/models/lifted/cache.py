@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from loglinear.models.cache import RecurrentCacheLayer
-from loglinear.models.layout import TokenLayout, plan_layout
+from loglinear.models.layout import plan_layout
 from loglinear.models.modeling import take_offsets
 
 
@@ -161,25 +161,33 @@ def run(
         kwargs: what the layers of a model hand on. Offsets of packed documents (``cu_seq_lens_q``) are taken from it; the
             rest is for attention layers.
     """
-    batch, length, _ = hidden.shape
-    mask = None if attention_mask is None else attention_mask[:, -length:]
+    mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
     offsets = take_offsets(kwargs)
-    plan, feed = plan_layout, _feed
-    if cache is not None and torch.compiler.is_compiling():
-        # The content of a state depends on positions: no single graph, so the compiler need not see this.
-        plan, feed = torch.compiler.disable(plan_layout), torch.compiler.disable(_feed)
-    layout = plan(batch, length, mask, cu_seqlens=offsets, seq_idx=seq_idx)
-    packed = layout.pack(hidden)
     if cache is None:
-        mixed, _ = layout.run(mixer, packed)
-    else:
-        if layout.documents:
-            raise ValueError("cache must be None for packed documents: a cache holds one sequence per row")
-        mixed = feed(mixer, packed, layout, cache, entry_dtype)
-    return layout.unpack(mixed)
+        layout = plan_layout(hidden.shape[0], hidden.shape[1], mask, cu_seqlens=offsets, seq_idx=seq_idx)
+        mixed, _ = layout.run(mixer, layout.pack(hidden))
+        return layout.unpack(mixed)
+    feed = _feed
+    if torch.compiler.is_compiling():
+        # The content of a state depends on positions: no single graph, so the compiler need not see this.
+        feed = torch.compiler.disable(_feed)
+    return feed(mixer, hidden, cache, mask, offsets, seq_idx, entry_dtype)
 
 
-def _feed(mixer: nn.Module, packed: Tensor, layout: TokenLayout, cache: Cache, entry_dtype: torch.dtype) -> Tensor:
+def _feed(
+    mixer: nn.Module,
+    hidden: Tensor,
+    cache: Cache,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    seq_idx: Tensor | None,
+    entry_dtype: torch.dtype,
+) -> Tensor:
+    """``run`` with a cache."""
+    layout = plan_layout(hidden.shape[0], hidden.shape[1], mask, cu_seqlens=offsets, seq_idx=seq_idx)
+    if layout.documents:
+        raise ValueError("cache must be None for packed documents: a cache holds one sequence per row")
     layer_idx = mixer.layer_idx
     assert isinstance(layer_idx, int)
-    return states_of(cache, layer_idx).feed(mixer, packed, layout, entry_dtype)
+    mixed = states_of(cache, layer_idx).feed(mixer, layout.pack(hidden), layout, entry_dtype)
+    return layout.unpack(mixed)

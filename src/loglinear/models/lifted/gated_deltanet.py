@@ -19,6 +19,7 @@ from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet
 from loglinear.layers.linear import project
 from loglinear.layers.mixer import Streams
 from loglinear.models.lifted.mixer import LiftedMixer, check_convolution
+from loglinear.ops import fused
 from loglinear.state import CHUNK_SIZE
 
 _SHARED = frozenset({"conv1d", "dt_bias", "A_log"})
@@ -52,7 +53,7 @@ class LiftedGatedDeltaNet(LiftedMixer, LogLinearGatedDeltaNet):
     def project(self, hidden: Tensor) -> Streams:
         qkv, gate, a, b = parts = self.streams(hidden)
         joined = None
-        if hidden.is_cuda and hidden.shape[1] <= CHUNK_SIZE and not torch.is_grad_enabled():
+        if hidden.shape[1] <= CHUNK_SIZE and fused.fits(hidden):
             joined = torch.cat(parts, dim=-1)  # the kernels of a step read columns of one tensor
         levels = self.level_scale
         dl = None if levels is None else project(hidden, levels.dl_proj)
