@@ -41,6 +41,8 @@ def test_the_auto_classes_open_it(published):
     assert type(model) is LogLinearForCausalLM
     assert relative_error(model, published) < 1e-5
     assert type(AutoModel.from_pretrained(published)) is LogLinearModel
+    named = LogLinearForCausalLM.from_pretrained(pretrained_model_name_or_path=published, device_map="cpu")
+    assert relative_error(named, published) < 1e-5
     below = AutoModelForCausalLM.from_pretrained(published.parent, subfolder=published.name)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), below.parameters(), strict=True))
 
@@ -109,6 +111,16 @@ def test_tied_embeddings(published, copy_of):
         model = LogLinearForCausalLM.from_pretrained(tied)
         assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not torch.equal(model.lm_head.weight, head)
+
+
+def test_weights_without_a_config(published, copy_of):
+    """The config comes from the caller: such weights are ours, as ever."""
+    model = LogLinearForCausalLM.from_pretrained(published)
+    folder = copy_of(published)
+    model.save_pretrained(folder)
+    (folder / "config.json").unlink()
+    again = LogLinearForCausalLM.from_pretrained(folder, config=model.config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_options_that_our_models_lack_are_named(published, copy_of):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from transformers.utils import cached_file
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def find_file(checkpoint: str | Path, name: str, **hub: Any) -> Path | None:
+def find_file(checkpoint: str | PathLike[str], name: str, **hub: Any) -> Path | None:
     """The file ``name`` of a checkpoint; None if it has none. hub: ``subfolder``, ``revision``, ``token``, ..."""
     found = cached_file(str(checkpoint), name, _raise_exceptions_for_missing_entries=False, **hub)
     return None if found is None else Path(found)

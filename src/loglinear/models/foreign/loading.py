@@ -5,13 +5,15 @@ Tensors are read and joined one at a time. Beside the weights themselves memory 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 
 from loglinear.models.foreign.files import TensorFiles, find_file
 from loglinear.models.foreign.options import LINEAR, is_foreign
@@ -85,14 +87,14 @@ def open_weights(files: TensorFiles, kind: str, config: LogLinearConfig) -> Fore
     return weights
 
 
-def from_foreign(load: Callable[..., Any], checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+def from_foreign(load: Callable[..., Any], pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
     """A model with the weights of a checkpoint of another library, and transformers' report; None for any other checkpoint.
 
     Args:
         load: the ``from_pretrained`` of transformers for the model's class. The others: its arguments.
     """
-    hub = {name: kwargs[name] for name in HUB if name in kwargs}
-    given = {} if checkpoint is None else PreTrainedConfig.get_config_dict(checkpoint, **hub)[0]
+    checkpoint, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB if name in kwargs}
+    given = {} if checkpoint is None else _config_of(checkpoint, hub)
     if not is_foreign(given):
         return None
     if kwargs.get("variant") is not None:
@@ -113,6 +115,16 @@ def from_foreign(load: Callable[..., Any], checkpoint: Any = None, *args: Any, *
     if model.can_generate() and find_file(checkpoint, "generation_config.json", **hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint, **hub)
     return loaded
+
+
+def _config_of(checkpoint: str | PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json; empty if none is found, which transformers is then left to report."""
+    quiet = ("_raise_exceptions_for_gated_repo", "_raise_exceptions_for_connection_errors")
+    try:
+        found = find_file(checkpoint, "config.json", **hub, **dict.fromkeys(quiet, False))
+    except OSError:
+        return {}
+    return {} if found is None else json.loads(found.read_text(encoding="utf-8"))
 
 
 def _check_names(files: TensorFiles, kind: str, wanted: set[str]) -> None:
