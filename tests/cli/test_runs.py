@@ -117,7 +117,7 @@ def test_a_run_from_a_checkpoint_goes_on_like_any_other(finished_run, data_optio
         (["--vocab-size", "400"], 2, "--vocab-size must be 295, as the model of --init={run} has it: got 400"),
         (["--tokenizer", "{other}"], 2, "--tokenizer must be that of --init={run}: got '{other}', another one"),
         (["--init", "{folder}"], 1, "--init: {folder} holds no model (config.json) and no complete checkpoint"),
-        (["--init", "{other}"], 1, "--init: {other} holds a model of type 'llama': needs 'loglinear'"),
+        (["--init", "{other}"], 1, "--init: {other} holds a model of type 'vit': needs a causal language model"),
     ],
 )
 def test_what_contradicts_the_checkpoint_is_named(
@@ -125,7 +125,7 @@ def test_what_contradicts_the_checkpoint_is_named(
 ):
     places = {"run": finished_run, "folder": tmp_path, "other": tmp_path / "other"}
     shutil.copytree(finished_run, places["other"], ignore=shutil.ignore_patterns("checkpoint-*"))
-    (places["other"] / "config.json").write_text('{"model_type": "llama"}')
+    (places["other"] / "config.json").write_text('{"model_type": "vit"}')
     spelling = (places["other"] / "tokenizer.json").read_text()
     (places["other"] / "tokenizer.json").write_text(spelling.replace('"ignore_merges": false', '"ignore_merges": true'))
     options = [option.format(**places) for option in options]
