@@ -141,7 +141,7 @@ def test_levels_alone_need_levels(linear_run, text, train_options, tmp_path, cap
 
 def test_a_model_of_transformers_through_every_command(bamba, texts, text, cache, tmp_path, capsys):
     """lift, train, evaluate, niah, generate: with the tokenizer of its folder."""
-    lifted, run, niah = (tmp_path / name for name in ("lifted", "run", "niah"))
+    lifted, run = (tmp_path / name for name in ("lifted", "run"))
     assert main(["lift", str(bamba), "--num-levels", "6", "--output", str(lifted), "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert "1 layers lifted, 408 parameters added (" in printed
@@ -166,10 +166,7 @@ def test_a_model_of_transformers_through_every_command(bamba, texts, text, cache
     levels = json.loads((run / "evaluation" / "levels.json").read_text())["rows"]
     assert [row["layer"] for row in levels] == ["model.layers.0.mamba.level_scale"]
     grid = ["--contexts", "128", "--depths", "2", "--samples", "1", "--kinds", "word", *cache]
-    tune = ["--contexts", "128", "--steps", "2", "--batch-tokens", "256", "--kinds", "word", *cache]
-    assert main(["niah", "finetune", str(run), "--output", str(niah), *tune]) == 0
-    assert main(["niah", "evaluate", str(niah), *grid]) == 0
-    assert level_parameters(AutoModelForCausalLM.from_pretrained(niah))
+    assert main(["niah", "evaluate", str(run), *grid]) == 0
     capsys.readouterr()
     assert main(["generate", str(run), "--prompt", "alpha beta", "--max-new-tokens", "4", "--temperature", "0"]) == 0
     printed = capsys.readouterr()
