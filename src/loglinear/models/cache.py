@@ -335,9 +335,7 @@ def check_cache(cache: Cache, layer_types: list[str], rows: int) -> None:
     """Raise unless ``cache`` was built for a model of these ``config.layer_types`` and is empty or holds ``rows`` rows."""
     kinds = [getattr(layer, "_layer_type", None) for layer in getattr(cache, "layers", ())]
     if kinds != layer_types:
-        raise TypeError(
-            f"past_key_values must be made for this model, with DynamicCache(config=model.config): got {cache!r}"
-        )
+        raise TypeError(f"past_key_values must be made for this model, with DynamicCache(config=...): got {cache!r}")
     held = {layer.batch_size for layer in mixer_layers(cache) if layer.state is not None}
     if held - {rows}:
         raise ValueError(f"past_key_values must hold as many rows as there are ids, {rows}: got {max(held)}")
@@ -379,8 +377,10 @@ def check_past(cache: Cache, mask: Tensor, length: int) -> None:
 
 
 def mixer_layers(cache: Cache) -> list[MixerCacheLayer]:
-    """The layers of a cache made for a model of this package."""
-    return [layer for layer in cache.layers if isinstance(layer, MixerCacheLayer)]
+    """The layers of a cache made for a model of this package. Raises TypeError for another cache."""
+    if not all(isinstance(layer, MixerCacheLayer) for layer in cache.layers):
+        raise TypeError(f"cache must be made for a model of this package (copy.deepcopy copies others): got {cache!r}")
+    return list(cache.layers)  # type: ignore[arg-type]
 
 
 def cache_nbytes(cache: Cache) -> int:

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, FalconH1Config, Mamba2Config, StaticCache
 
 from loglinear.layers import LogLinearMamba2
+from loglinear.models import cache_nbytes, restore_cache, snapshot_cache
 from loglinear.models.lifted.cache import run, states_of
 
 LAYERS = {"linear": Mamba2Config(num_hidden_layers=1), "with attention": FalconH1Config(num_hidden_layers=1)}
@@ -136,3 +137,11 @@ def test_another_model_cannot_go_on(mixer, hidden):
     mixer(hidden, cache)
     with pytest.raises(TypeError, match="another model"):
         cache.update_conv_state(torch.zeros(2, 2, 4), 0)
+
+
+@torch.no_grad()
+def test_functions_for_our_own_caches_say_so(mixer, hidden, cache):
+    mixer(hidden, cache)
+    for function in (snapshot_cache, cache_nbytes, lambda cache: restore_cache(cache, [])):
+        with pytest.raises(TypeError, match="made for a model of this package"):
+            function(cache)
