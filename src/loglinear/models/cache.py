@@ -335,7 +335,9 @@ def check_cache(cache: Cache, layer_types: list[str], rows: int) -> None:
     """Raise unless ``cache`` was built for a model of these ``config.layer_types`` and is empty or holds ``rows`` rows."""
     kinds = [getattr(layer, "_layer_type", None) for layer in getattr(cache, "layers", ())]
     if kinds != layer_types:
-        raise TypeError(f"past_key_values must be made for this model, with DynamicCache(config=...): got {cache!r}")
+        raise TypeError(
+            f"past_key_values must be made for this model, with DynamicCache(config=model.config): got {cache!r}"
+        )
     held = {layer.batch_size for layer in mixer_layers(cache) if layer.state is not None}
     if held - {rows}:
         raise ValueError(f"past_key_values must hold as many rows as there are ids, {rows}: got {max(held)}")
