@@ -12,8 +12,18 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 import loglinear
 from loglinear.models.levels import level_parameters
 
-
-FAMILIES = "mamba2 bamba granite nemotron zamba2 falcon qwen3_next qwen3_5 qwen3_5_moe olmo_hybrid".split()
+FAMILIES = [
+    "mamba2",
+    "bamba",
+    "granite",
+    "nemotron",
+    "zamba2",
+    "falcon",
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "olmo_hybrid",
+]
 
 
 @pytest.fixture
