@@ -21,6 +21,7 @@ from loglinear.models.levels import FIELD, Trained, check_trained, describe_base
 from loglinear.models.lifted.folder import name_method
 from loglinear.models.lifted.kinds import KINDS, is_attention, kind_of
 from loglinear.models.lifted.mixer import LiftedMixer
+from loglinear.models.lifted.plans import Plans
 
 DEFAULT_LEVELS = 15  # of a model without a longest context: the mixers' own default, 16,384 tokens
 
@@ -106,6 +107,7 @@ def _lifted_forms(model: nn.Module, num_levels: int, left: dict[str, str]) -> di
     """
     forms: dict[str, LiftedMixer] = {}
     made: dict[nn.Module, LiftedMixer] = {}  # a module may stand at several places
+    plans = Plans()
     for path, module in model.named_modules(remove_duplicate=False):
         if any(path.startswith(f"{place}.") for place in (*forms, *left)):
             continue
@@ -117,7 +119,7 @@ def _lifted_forms(model: nn.Module, num_levels: int, left: dict[str, str]) -> di
             if kind is not None and not path:
                 raise ValueError("model must hold mixers: got a mixer itself")
             if kind is not None:
-                forms[path] = made[module] = made.get(module) or kind.of(module, num_levels)
+                forms[path] = made[module] = made.get(module) or kind.of(module, num_levels, plans)
         except ValueError as error:
             raise ValueError(f"{path or 'model'} ({type(module).__name__}) cannot be lifted: {error}") from error
         if is_attention(module):

@@ -7,7 +7,9 @@ hold keys and values of softmax attention beside them. A lifted mixer takes over
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache as once
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from loglinear.models.cache import RecurrentCacheLayer
-from loglinear.models.layout import plan_layout
+from loglinear.models.layout import TokenLayout
+from loglinear.models.lifted.plans import Plans
 from loglinear.models.modeling import take_offsets
 
 
@@ -148,6 +151,7 @@ def run(
     attention_mask: Tensor | None = None,
     seq_idx: Tensor | None = None,
     entry_dtype: torch.dtype = torch.float32,
+    plans: Plans | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """The outputs of a lifted mixer; its state in ``cache`` takes the columns in.
@@ -158,33 +162,30 @@ def run(
         attention_mask: ``[B, T]`` or ``[B, past + T]``, 1 for tokens and 0 for padding; None is no padding.
         seq_idx: integer ``[B, T]``, the number of each token's document.
         entry_dtype: of log-linear entries in decoding, float32 or bfloat16.
+        plans: where the layers of a model find the layout that the first of them has read.
         kwargs: what the layers of a model hand on. Offsets of packed documents (``cu_seq_lens_q``) are taken from it; the
             rest is for attention layers.
     """
-    mask = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :]
     offsets = take_offsets(kwargs)
+    plan = partial(
+        Plans() if plans is None else plans, attention_mask=attention_mask, cu_seqlens=offsets, seq_idx=seq_idx
+    )
     if cache is None:
-        layout = plan_layout(hidden.shape[0], hidden.shape[1], mask, cu_seqlens=offsets, seq_idx=seq_idx)
+        layout = plan(hidden.shape[0], hidden.shape[1])
         mixed, _ = layout.run(mixer, layout.pack(hidden))
         return layout.unpack(mixed)
     feed = _feed
     if torch.compiler.is_compiling():
         # The content of a state depends on positions: no single graph, so the compiler need not see this.
         feed = torch.compiler.disable(_feed)
-    return feed(mixer, hidden, cache, mask, offsets, seq_idx, entry_dtype)
+    return feed(mixer, hidden, cache, plan, entry_dtype)
 
 
 def _feed(
-    mixer: nn.Module,
-    hidden: Tensor,
-    cache: Cache,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    seq_idx: Tensor | None,
-    entry_dtype: torch.dtype,
+    mixer: nn.Module, hidden: Tensor, cache: Cache, plan: Callable[..., TokenLayout], entry_dtype: torch.dtype
 ) -> Tensor:
-    """``run`` with a cache."""
-    layout = plan_layout(hidden.shape[0], hidden.shape[1], mask, cu_seqlens=offsets, seq_idx=seq_idx)
+    """``run`` with a cache. ``plan`` reads the layout of B rows and T columns."""
+    layout = plan(hidden.shape[0], hidden.shape[1])
     if layout.documents:
         raise ValueError("cache must be None for packed documents: a cache holds one sequence per row")
     layer_idx = mixer.layer_idx

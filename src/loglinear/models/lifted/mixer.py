@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from loglinear.layers import GatedRMSNorm, LevelScale, RecurrentMixer, ShortConvolution
 from loglinear.models.lifted.cache import run
+from loglinear.models.lifted.plans import Plans
 from loglinear.models.outputs import one_cache
 
 # Models hand these to every layer, and no linear mixer reads them: positions and switches of attention, and of losses.
@@ -37,6 +38,7 @@ class LiftedMixer(RecurrentMixer):
     """Base of the lifted mixers: ``class LiftedX(LiftedMixer, LogLinearX)``. Made by ``of``."""
 
     layer_idx: int
+    plans: Plans  # that all mixers of the model share
     conv1d: ShortConvolution
     parts: frozenset[str] = frozenset()  # names of the parameters, buffers and submodules that an original may have
     norm_name: str = "norm"  # of the output norm
@@ -47,7 +49,7 @@ class LiftedMixer(RecurrentMixer):
         """The arguments of our mixer that make it the original. Raises ValueError for a property that ours lacks."""
 
     @classmethod
-    def of(cls, original: nn.Module, num_levels: int) -> Self:
+    def of(cls, original: nn.Module, num_levels: int, plans: Plans) -> Self:
         """The lifted form of a linear mixer, whose tensors it shares. The original stays as it is.
 
         Raises ValueError for a property that our mixer lacks; the message names it.
@@ -56,6 +58,7 @@ class LiftedMixer(RecurrentMixer):
         with torch.device("meta"):  # every tensor of it is replaced
             lifted = cls(**cls.fields(original), log_linear=False)
         lifted.adopt(original)
+        lifted.plans = plans
         lifted.level_scale = level_scale(original, lifted.num_heads, num_levels)
         return lifted.train(original.training)
 
@@ -112,7 +115,7 @@ class LiftedMixer(RecurrentMixer):
             raise TypeError(f"forward does not know these arguments: {', '.join(unknown)}")
         packing = {name: x for name, x in kwargs.items() if name in FOR_PACKING}
         cache = one_cache(one_cache(cache, past_key_values), cache_params)
-        return run(self, hidden_states, cache, attention_mask, **packing)
+        return run(self, hidden_states, cache, attention_mask, plans=self.plans, **packing)
 
 
 class AdoptedConvolution(ShortConvolution):
