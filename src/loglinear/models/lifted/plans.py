@@ -43,7 +43,9 @@ class Plans:
         return Plans, ()
 
 
-def _read(batch: int, length: int, mask: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None):
+def _read(
+    batch: int, length: int, mask: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None
+) -> TokenLayout:
     mask = None if mask is None else mask[:, mask.shape[1] - length :]
     return plan_layout(batch, length, mask, cu_seqlens=cu_seqlens, seq_idx=seq_idx)
 
