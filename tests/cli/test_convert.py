@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Mamba2Config
 
 from loglinear.cli import main
 from loglinear.models import LogLinearForCausalLM
 from loglinear.tasks.lm.tokenizer import train_tokenizer
+from loglinear.training.start import is_ours
 
 PUBLISHED = Path(__file__).parents[1] / "models" / "foreign" / "checkpoints" / "h_gated_deltanet"
 
@@ -50,6 +52,13 @@ def test_the_commands_take_it(original, converted, texts, tmp_path, capsys):
     assert capsys.readouterr().out.split("\n")[-2].startswith("alpha beta")
     text = ["--data", str(texts), "--context", "32", "--output", str(tmp_path / "measures")]
     assert main(["evaluate", str(folder), *text]) == 0
+
+
+def test_a_model_type_of_transformers_is_no_model_of_ours(tmp_path):
+    """``mamba2`` is in the table of layouts, and the Auto classes open it as transformers' own."""
+    Mamba2Config(hidden_size=16, num_heads=4, head_dim=8).save_pretrained(tmp_path)
+    assert not is_ours(tmp_path)
+    assert is_ours(PUBLISHED)
 
 
 def test_errors_are_one_line(original, tmp_path, capsys):

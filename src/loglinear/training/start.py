@@ -125,9 +125,11 @@ MODEL_OPTIONS = (*(field.name for field in fields(ModelConfig)), "vocab_size")
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the model in ``folder`` is of this package, or in one of the layouts that it opens as its own."""
+    """Whether the Auto classes open ``folder`` as a model of this package: its own, or one of another library's layout."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return content.get("model_type") == LogLinearConfig.model_type or is_foreign(content)
+    if not is_foreign(content):
+        return content.get("model_type") == LogLinearConfig.model_type
+    return isinstance(AutoConfig.from_pretrained(folder), LogLinearConfig)  # mamba2 is transformers' own
 
 
 def model_options(folder: Path) -> dict[str, Any]:
