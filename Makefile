@@ -42,10 +42,10 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 
 test-newest: .venv-newest/.installed
-	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2 --dist worksteal -m 'not slow' $(PINNED)
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2 --dist worksteal -m 'not slow and not default_packages' $(PINNED)
 
 test-oldest: .venv-oldest/.installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m 'not slow' $(PINNED)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m 'not slow and not default_packages' $(PINNED)
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-oldest out build dist *.egg-info src/*.egg-info

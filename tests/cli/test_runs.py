@@ -340,12 +340,12 @@ def test_a_file_that_cannot_be_used_is_named(text, status, message, tmp_path, ca
 
 @pytest.mark.slow
 def test_sigterm_saves_a_checkpoint(start, train_options, tmp_path):
-    """At the end of its step, far from the next interval; what follows repeats nothing."""
-    options = [*train_options, "--steps", "160", "--save-every", "80", "--evaluate-every", "80"]
+    """At the end of its step, far from the next interval and the end; what follows repeats nothing."""
+    options = [*train_options, "--steps", "80", "--save-every", "80", "--evaluate-every", "80"]
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     process = start("loglinear.cli", *options, "--output", str(run))
     for line in process.stdout:
-        if line.startswith("step 3/160"):
+        if line.startswith("step 3/80"):
             process.send_signal(signal.SIGTERM)
             break
     output, _ = process.communicate(timeout=120)

@@ -63,6 +63,8 @@ def test_every_cut_of_a_chunk_and_more(make_model, tokens, mixer, kind):
     cache = recording(model, kind)
     feed(model, ids, cache, [50, 1, 1, 9, 1, 30, 1, 1, 1, 30, 1, 1, 1, 1, 2])
     fresh, cuts = DynamicCache(config=model.config), [*range(1, 10), 35, 36, 37, 63, 64, 65, 66, 67, 68, 75]
+    if kind == "static":  # only where the state is put differs: on both sides of a merge, of a chunk's end and of a mark
+        cuts = [1, 3, 4, 36, 66, 67, 75]
     feed(model, ids[:, : 131 - cuts[-1]], fresh, 131 - cuts[-1])
     for cut in reversed(cuts):
         feed(model, ids[:, fresh.get_seq_length() : 131 - cut], fresh, [131 - cut - fresh.get_seq_length()])
@@ -74,8 +76,9 @@ def test_every_cut_of_a_chunk_and_more(make_model, tokens, mixer, kind):
     torch.testing.assert_close(feed(model, more, cropped, [1, 2, 64, 3]), want, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@pytest.mark.parametrize(
+    ("kind", "side"), [("dynamic", "left"), ("dynamic", "right"), ("dynamic", "holes"), ("static", "holes")]
+)
 @torch.no_grad()
 def test_columns_of_padding_are_taken_back_as_columns(make_model, tokens, mixer, kind, side):
     """Three rows at positions of their own; a cut goes through padding, and what follows is padded again."""
