@@ -11,6 +11,19 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["loglinear.training.run", "loglinear.cli.train"])
 
 
+def process_of(options: list[str]) -> multiprocessing.process.BaseProcess:
+    """The command line in a process of its own, which has started."""
+    process = CONTEXT.Process(target=_command, args=(options,))
+    process.start()
+    return process
+
+
+def _command(options: list[str]) -> None:
+    from loglinear.cli import main
+
+    raise SystemExit(main(options))
+
+
 def run_ranks(function: Callable[..., None], processes: int, *arguments) -> None:
     """Call ``function(*arguments)`` in that many processes, each with the environment that torchrun would give it."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from ranks import process_of
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedTokenizerFast, Trainer
@@ -53,26 +54,26 @@ def assert_same_outcome(run: Path, expected: Path) -> None:
     assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
 
 
-def kill_after(start, output: Path, checkpoint: int, options: list[str]) -> None:
+def kill_after(output: Path, checkpoint: int, options: list[str]) -> None:
     """Start a run, wait until it has written ``checkpoint``, and take the process away from under it."""
-    process = start("loglinear.cli", *options)
+    process = process_of(options)
     deadline = time.monotonic() + 120
     while not any(int(path.name.split("-")[1]) >= checkpoint for path in complete_checkpoints(output)):
-        assert process.poll() is None, process.stdout.read()
+        assert process.is_alive(), "the run ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.kill()
-    process.communicate()
-    assert process.returncode == -9
+    process.join()
+    assert process.exitcode == -9
 
 
-def test_a_run_killed_twice_ends_like_an_unbroken_one(start, train_options, tmp_path):
+def test_a_run_killed_twice_ends_like_an_unbroken_one(train_options, tmp_path):
     # 90 steps of 4 sequences: several epochs, and checkpoints inside and at the border of one.
     options = [*train_options, "--steps", "90", "--save-every", "3", "--evaluate-every", "45", "--accumulate", "2"]
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert main([*options, "--output", str(unbroken)]) == 0
-    kill_after(start, broken, 6, [*options, "--output", str(broken)])
-    kill_after(start, broken, 48, [*options, "--output", str(broken)])
+    kill_after(broken, 6, [*options, "--output", str(broken)])
+    kill_after(broken, 48, [*options, "--output", str(broken)])
     assert record(broken)["status"] == "running"
     assert main([*options, "--output", str(broken)]) == 0
     assert_same_outcome(broken, unbroken)

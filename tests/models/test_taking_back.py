@@ -63,7 +63,9 @@ def test_every_cut_of_a_chunk_and_more(make_model, tokens, mixer, kind):
     cache = recording(model, kind)
     feed(model, ids, cache, [50, 1, 1, 9, 1, 30, 1, 1, 1, 30, 1, 1, 1, 1, 2])
     fresh, cuts = DynamicCache(config=model.config), [*range(1, 10), 35, 36, 37, 63, 64, 65, 66, 67, 68, 75]
-    if kind == "static":  # only where the state is put differs: on both sides of a merge, of a chunk's end and of a mark
+    if (
+        kind == "static"
+    ):  # only where the state is put differs: on both sides of a merge, of a chunk's end and of a mark
         cuts = [1, 3, 4, 36, 66, 67, 75]
     feed(model, ids[:, : 131 - cuts[-1]], fresh, 131 - cuts[-1])
     for cut in reversed(cuts):
