@@ -29,12 +29,14 @@ def test_every_command_explains_its_options(name, capsys):
     assert f"loglinear {name}" in capsys.readouterr().out
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("module", ["loglinear", "loglinear.cli"])
 def test_the_version_is_that_of_the_package(module):
     done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"loglinear {loglinear.__version__}\n"
 
 
+@pytest.mark.default_packages
 def test_help_does_not_import_what_it_does_not_need():
     check = (
         "import sys; from loglinear.cli import main\n"
@@ -95,6 +97,7 @@ def test_words_that_are_no_options_stay():
         assert as_typed(message, names) == wanted
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("options", [["train", "--help"], ["masks", "--output", "{folder}"], ["--help"]], ids=str)
 def test_output_that_nobody_reads_is_no_error(options, tmp_path):
     """As ``| head`` does when it has seen enough: here before the first line."""
