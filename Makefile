@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What the packages around us decide most: tested with the newest and with the oldest of them too.
 PINNED := tests/models tests/layers tests/cli tests/test_readme.py tests/test_installed.py
+# uv takes a fifth of pip's time. It knows nothing of pip's settings: it gets pip's folder of wheels, and where it fails pip is asked.
+UV := $(BIN)/uv pip install -q --python $(VENV) $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) -c constraints/default.txt
+PIP := $(BIN)/pip install -q -c constraints/default.txt
+install = $(UV) $(1) || $(PIP) $(1)
 
 .PHONY: setup demo test test-newest test-oldest lint docs docs-serve clean
 
@@ -12,9 +16,10 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints/default.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints/default.txt -e '.[dev]'
+	$(PIP) uv
+	$(call install,-e '.[dev]')
 	@# What else torchtitan asks for (wandb, an older datasets) it does not need to build and train a model.
-	$(BIN)/pip install -q -c constraints/default.txt --no-deps torchtitan spmd_types torch_checkpointing torchdata
+	$(call install,--no-deps torchtitan spmd_types torch_checkpointing torchdata)
 	touch $(STAMP)
 
 .venv-%/.installed: pyproject.toml constraints/%.txt $(STAMP)
