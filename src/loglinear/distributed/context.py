@@ -115,7 +115,7 @@ def _attention(
 
 def _over_ranks(whole: Inputs, group: dist.ProcessGroup) -> Tensor:
     """o of this rank's span."""
-    chunks, linear = whole.q.shape[1] // CHUNK_SIZE, whole.linear
+    chunks, linear = whole.q.shape[1] // CHUNK_SIZE, whole.linear()
     plan = [span_blocks(rank, chunks, linear) for rank in range(group.size())]
     first, last = plan[0][0], plan[-1][-1]
     own, outputs, maps, queries = plan[group.rank()], [], [], []
@@ -148,7 +148,7 @@ def _gather(
     """``through``, and the maps of all blocks of every rank, in float32 (float64)."""
     (batch, _, heads, value_width), width = whole.v.shape, whole.q.shape[3]
     wide = torch.promote_types(whole.v.dtype, torch.float32)
-    span = {"log": [], "logs": [width], "matrix": [width, width]}[whole.transition.span]
+    span = {"log": [], "logs": [width], "matrix": [width, width]}[whole.transition().span]
     shapes = [[batch, heads, *span]]
     shapes.append([batch, heads, width, value_width])
     sizes = [math.prod(shape) for shape in shapes]

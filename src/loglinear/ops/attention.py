@@ -191,7 +191,7 @@ def _with_states(
     lengths = checks.sequence_lengths(inputs.q, cu_seqlens, cu_seqlens_cpu)
     checks.check_state(state, inputs, len(lengths))
     packed, unknown = cu_seqlens is not None, not checks.values_are_known(inputs.q)
-    tree = inputs.transition.by_log and not inputs.linear
+    tree = inputs.transition().by_log and not inputs.linear()
     if tree and state is None and (unknown or dispatch.attention(inputs, backend)):
         o = forward(inputs, scale, cu_seqlens, backend=backend)
         return o, final_state(inputs.k, inputs.v, inputs.g, lengths, packed)

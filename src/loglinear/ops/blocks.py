@@ -77,7 +77,7 @@ def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
     assert g is not None
     if not needed:
         return q, None
-    span, since = inputs.transition.span, running_sums(g.to(wide))
+    span, since = inputs.transition().span, running_sums(g.to(wide))
     if span == "log":
         return since, since[:, -1]
     if span == "logs":

@@ -68,7 +68,7 @@ def unwrapped(x: Tensor) -> Tensor:
 
 def check_kinds(inputs: Inputs) -> None:
     """Ranks, sizes, dtypes and devices."""
-    q, k, v, _, _, level_scales = inputs
+    q, k, v, g, beta, level_scales = inputs
     _shape("q", q, "[B, T, G, K]", (None,) * 4)
     batch, length, groups, width = q.shape
     _shape("k", k, "[B, T, G, K]", (batch, length, groups, width))
@@ -86,7 +86,7 @@ def check_kinds(inputs: Inputs) -> None:
         _shape("level_scales", level_scales, "[B, T, H, L]", (batch, length, heads, None))
         if level_scales.shape[3] < 1:
             raise ValueError("level_scales must have at least one level: got L=0")
-    for name, tensor in inputs._asdict().items():
+    for name, tensor in {"q": q, "k": k, "v": v, "g": g, "beta": beta, "level_scales": level_scales}.items():
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} must be on the device of q ({q.device}): got {tensor.device}")
     for name, tensor in {"k": k, "v": v}.items():
@@ -97,7 +97,7 @@ def check_kinds(inputs: Inputs) -> None:
 def _gate_shape(inputs: Inputs, rows: int, length: int, axes: str) -> tuple[str, tuple[int, ...]]:
     """The axes of a gate, in words and in numbers: with one value for each head, or for each key channel of it."""
     heads, width = inputs.v.shape[2], inputs.q.shape[3]
-    if inputs.transition.per_channel:
+    if inputs.transition().per_channel:
         return f"[{axes}, K]", (rows, length, heads, width)
     return f"[{axes}] (or [{axes}, K])", (rows, length, heads)
 
@@ -162,15 +162,15 @@ def check_state(state: LogLinearState | LinearState | None, inputs: Inputs, rows
     """The state's kind, shapes and device against the inputs; ``rows`` is the number of sequences."""
     if state is None:
         return
-    q, v, transition = inputs.q, inputs.v, inputs.transition
+    q, v, transition = inputs.q, inputs.v, inputs.transition()
     known = isinstance(state, (LinearState, LogLinearState)) and state.device == q.device
     if known and not (has_values(state.position) and has_values(q)):
         raise ValueError(
             "initial_state must have values: got meta or fake tensors, and a result depends on its positions"
         )
-    wanted: type = LinearState if inputs.linear else LogLinearState
+    wanted: type = LinearState if inputs.linear() else LogLinearState
     if not isinstance(state, wanted):
-        why = "without" if inputs.linear else "with"
+        why = "without" if inputs.linear() else "with"
         raise TypeError(f"initial_state must be a {wanted.__name__} {why} level_scales: got {type(state).__name__}")
     groups, width = q.shape[2:]
     heads, value_width = v.shape[2:]

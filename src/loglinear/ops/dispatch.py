@@ -40,7 +40,7 @@ def attention(inputs: Inputs, backend: Backend = "auto") -> bool:
     """Whether the kernels take a call of an op: CUDA, at most 32 bits, K up to 256, V up to 1,024, enough shared memory."""
     if backend == "torch" or not (inputs.q.is_cuda or backend == "triton"):
         return False
-    return _takes(inputs.transition.op, inputs.v, lambda: _why_not(inputs), backend)
+    return _takes(inputs.transition().op, inputs.v, lambda: _why_not(inputs), backend)
 
 
 def from_state(inputs: Inputs, state: State | None, backend: Backend = "auto") -> bool:
@@ -72,9 +72,9 @@ def step(
 
 def _why_not(inputs: Inputs) -> str | None:
     q, v = inputs.q, inputs.v
-    if not inputs.transition.kernels:
+    if not inputs.transition().kernels:
         return NO_CHANNELS
-    return wide_heads(q, v) or why_unfit(q.device, inputs.transition, int(q.shape[3]))
+    return wide_heads(q, v) or why_unfit(q.device, inputs.transition(), int(q.shape[3]))
 
 
 def wide_heads(q: Tensor, v: Tensor) -> str | None:

@@ -65,7 +65,7 @@ def by_kernels(
 
 def keep(inputs: Inputs, cu_seqlens: Tensor | None) -> str:
     """``KEPT`` if the forward should leave something for a backward that may follow. Constants to the compiler."""
-    wanted = inputs.transition.keeps and torch.is_grad_enabled() and not mostly_empty(cu_seqlens, inputs.q.shape[1])
+    wanted = inputs.transition().keeps and torch.is_grad_enabled() and not mostly_empty(cu_seqlens, inputs.q.shape[1])
     return KEPT if wanted and any(x is not None and x.requires_grad for x in inputs) else ""
 
 
@@ -91,7 +91,7 @@ def _for_kernels(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Arguments of a kernel call. The linear model's λ is ``[B, T, H, 1]``, a single one that all levels share."""
     v, scales = inputs.v, inputs.level_scales
     scales = v.new_ones(()).expand(*v.shape[:3], 1) if scales is None else scales
-    return inputs.q, inputs.k, v, *inputs.gates, scales
+    return inputs.q, inputs.k, v, *inputs.gates(), scales
 
 
 def _continued(first_chunks: Tensor | None, reach: int) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _continued(first_chunks: Tensor | None, reach: int) -> dict[str, Any]:
 
 def _kernels_forward(q, k, v, g, beta, level_scales, scale, cu_seqlens, first_chunks, reach, keep, backend):
     inputs = Inputs(q, k, v, g, beta, level_scales)
-    kernels = kernels_of(inputs.transition)
+    kernels = kernels_of(inputs.transition())
     if keep:
         return kernels.forward_keeping(*_for_kernels(inputs), scale, cu_seqlens)
     return [kernels.forward(*_for_kernels(inputs), scale, cu_seqlens, **_continued(first_chunks, reach))]
@@ -109,7 +109,7 @@ def _kernels_forward(q, k, v, g, beta, level_scales, scale, cu_seqlens, first_ch
 def _kernels_backward(do, q, k, v, g, beta, level_scales, scale, cu_seqlens, first_chunks, reach, keep, backend, kept):
     inputs = Inputs(q, k, v, g, beta, level_scales)
     options = {"kept": tuple(kept)} if kept else _continued(first_chunks, reach)
-    backward = kernels_of(inputs.transition).backward
+    backward = kernels_of(inputs.transition()).backward
     *grads, dscales = backward(do, *_for_kernels(inputs), scale, cu_seqlens, **options)
     return [*grads, None if level_scales is None else dscales]
 
@@ -118,7 +118,7 @@ def _forward(q, k, v, g, beta, level_scales, scale, cu_seqlens, first_chunks, re
     """As an operator, which also runs where there are no kernels."""
     inputs, cu_seqlens = Inputs(q, k, v, g, beta, level_scales), without_empty(cu_seqlens, q.shape[1])
     if dispatch.attention(inputs, backend):
-        keep = keep if inputs.transition.keeps else ""
+        keep = keep if inputs.transition().keeps else ""
         return _kernels_forward(*inputs, scale, cu_seqlens, first_chunks, reach, keep, backend)
     return [plain(inputs, scale, checks.sequence_lengths(q, cu_seqlens, None))[0].contiguous()]
 
@@ -139,8 +139,8 @@ def _backward(do, q, k, v, g, beta, level_scales, scale, cu_seqlens, first_chunk
 
 def _fake(q, k, v, g, beta, level_scales, scale, cu_seqlens, first_chunks, reach, keep, backend):
     inputs, shapes = Inputs(q, k, v, g, beta, level_scales), []
-    if keep and inputs.transition.keeps and dispatch.attention(inputs, backend):
-        shapes = kernels_of(inputs.transition).kept_shapes(q, v, _for_kernels(inputs)[-1], cu_seqlens)
+    if keep and inputs.transition().keeps and dispatch.attention(inputs, backend):
+        shapes = kernels_of(inputs.transition()).kept_shapes(q, v, _for_kernels(inputs)[-1], cu_seqlens)
     return [v.new_empty(v.shape), *(v.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
 
 

@@ -1,4 +1,7 @@
-"""INPUTS: the tensors of one call as one value, and its transition."""
+"""INPUTS: the tensors of one call as one value, and its transition.
+
+Its facts are methods: PyTorch 2.8 does not compile properties of a named tuple.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,14 @@ class Inputs(NamedTuple):
     beta: Tensor | None
     level_scales: Tensor | None
 
-    @property
     def transition(self) -> Transition:
         """The change of a state by a token, before the token writes."""
         return transition_of(self.beta is not None, is_per_channel(self.g))
 
-    @property
     def gates(self) -> tuple[Tensor | None, ...]:
         """The arguments that drive the transition, as its kernels take them."""
-        return tuple(getattr(self, name) for name in self.transition.gates)
+        return tuple(getattr(self, name) for name in self.transition().gates)
 
-    @property
     def linear(self) -> bool:
         """Whether there is no tree: the linear model, with one state of fixed size."""
         return self.level_scales is None

@@ -71,7 +71,7 @@ def _segment(inputs: Inputs, state: State | None, position: int, with_state: boo
     """o of the tokens of ``inputs``, all rows after ``position`` tokens of ``state``, and the final state."""
     assert not isinstance(state, LogLinearState) or state.chunk_size == CHUNK_SIZE
     batch, length = inputs.q.shape[:2]
-    linear = inputs.linear
+    linear = inputs.linear()
     used = 0 if linear else position % CHUNK_SIZE
     if isinstance(state, LogLinearState) and used:
         inputs = _after_open_tokens(inputs, state, used)
@@ -136,7 +136,7 @@ def _joined(finals: list[_Final], whole: Inputs) -> State:
         if finals
         else torch.zeros(0, dtype=torch.int64, device=whole.v.device)
     )
-    if whole.linear:
+    if whole.linear():
         rows = [
             final.slots[0].state.to(wide) if final.slots else nothing.new_zeros(len(final.position), *nothing.shape[1:])
             for final in finals

@@ -103,12 +103,12 @@ def _run(
     inputs: Inputs, state: DecodingState, scale: float, normalize: bool, advance: bool, backend: Backend
 ) -> Tensor:
     q, k, v, g, beta, level_scales = inputs
-    if dispatch.step(q, v, state.chunk_size, backend, inputs.transition.per_channel):
+    if dispatch.step(q, v, state.chunk_size, backend, inputs.transition().per_channel):
         # Imported here: importing loglinear imports no Triton.
         from loglinear.kernels import decoding
 
         options = {"normalize": normalize} if normalize else {}
-        o = decoding.STEPS[inputs.transition](q, k, v, *inputs.gates, level_scales, state, scale, **options)
+        o = decoding.STEPS[inputs.transition()](q, k, v, *inputs.gates(), level_scales, state, scale, **options)
     else:
         assert level_scales is not None
         if normalize:
@@ -143,7 +143,7 @@ def check_step(inputs: Inputs, state: DecodingState) -> None:
             parts += (None,) if x is None else (x.shape, x.dtype, x.device, x.is_contiguous())
         kind = tuple(parts)
     if kind not in _known:
-        if inputs.linear:
+        if inputs.linear():
             raise TypeError(
                 "level_scales must be a tensor [B, T, H, L]: got None; without a tree there is nothing to step"
             )
@@ -167,7 +167,7 @@ def check_step(inputs: Inputs, state: DecodingState) -> None:
 
 def check_kinds(inputs: Inputs, state: DecodingState) -> None:
     """Shapes, dtypes, devices and strides of the state against the inputs; the length of the call."""
-    q, v, transition = inputs.q, inputs.v, inputs.transition
+    q, v, transition = inputs.q, inputs.v, inputs.transition()
     batch, length, groups, width = q.shape
     heads, value_width = v.shape[2:]
     size = state.chunk_size
