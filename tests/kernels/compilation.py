@@ -70,23 +70,32 @@ def record(function: Callable, *args, **kwargs) -> list[Recorded]:
     return launches
 
 
+def specialised(value, path: tuple[int, ...], constants: dict, attributes: dict):
+    """The type of an argument, or of a bundle's members, as Triton's own launcher would specialise it: None and ints of 1 are
+    constants, multiples of 16 are marked."""
+    if isinstance(value, tuple):
+        return type(value)(*(specialised(x, (*path, i), constants, attributes) for i, x in enumerate(value)))
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, torch.Tensor) or value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "i32" if abs(value) < 2**31 else "i64"
+
+
 def source(launch: Recorded) -> ASTSource:
-    """The kernel specialised as Triton's own launcher would: ints of 1 are constants, multiples of 16 are marked."""
+    """The kernel with the types of a launch."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{TYPES[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
         else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = specialised(value, (index,), constants, attributes)
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 

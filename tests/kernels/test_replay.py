@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from compilation import OPTIONS, Recorded, source
+from triton.runtime.jit import JITFunction
 
 from loglinear import DecodingState
+from loglinear.kernels import decay as scalar_gate
+from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.tree import replay
 from loglinear.kernels.tree.launching import launch, scratch
 
@@ -79,6 +84,79 @@ def test_the_second_call_repeats_the_launches_with_its_own_addresses(host):
     assert call[11:] == (0.5, 4)
     (call,) = second.compiled.calls
     assert call[9:] == (middle + 12, b.data_ptr(), result.data_ptr(), 8)
+
+
+class Bundle(NamedTuple):
+    """Stands for a bundle of pointers and their strides."""
+
+    x: Any
+    absent: Any
+    middle: Any
+    stride: Any
+
+
+def test_bundles_keep_their_form_and_get_the_new_addresses(host):
+    """Triton's launcher takes a bundle as a tuple; of compile-time arguments, which it leaves out, nothing is known."""
+    kernel = Kernel("bundle", "result", "S")
+
+    def function(inputs):
+        (x,) = inputs
+        middle, result = scratch((4,), x.dtype, x.device), scratch((4,), x.dtype, x.device)
+        launch(kernel, 5, Bundle(x[1:], None, middle, 16), result, S=(1, 2))
+        return (result,)
+
+    replay.replay(function, [torch.zeros(4)])
+    x = torch.zeros(4)
+    (result,) = replay.replay(function, [x])
+    (call,) = kernel.compiled.calls
+    (address, absent, middle, stride), last, constant = call[9:]
+    assert (address, absent, stride, last) == (x.data_ptr() + 4, None, 16, result.data_ptr())
+    assert abs(middle - result.data_ptr()) >= 16
+    assert constant == (1, 2)
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_repeated_calls_give_every_kernel_arguments_of_its_signature(host, monkeypatch, delta, packed):
+    """Of all launches of a forward and a backward pass, against what Triton would compile them for: addresses in the place of
+    pointers, numbers and nothing where the first call had them, in the same bundles."""
+    compiled, module = [], delta_rule if delta else scalar_gate
+
+    def run(kernel, *arguments, grid, warmup, **constants):
+        options = {key: constants.pop(key) for key in OPTIONS if key in constants}
+        names = [parameter.name for parameter in kernel.params]
+        recorded = Recorded(kernel, dict(zip(names, arguments)) | constants, options, grid)
+        compiled.append((recorded, Compiled(kernel.fn.__name__)))
+        return compiled[-1][1]
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    sizes = {
+        "q": (1, 300, 1, 16),
+        "k": (1, 300, 1, 16),
+        "v": (1, 300, 2, 16),
+        "g": (1, 300, 2),
+        "level_scales": (1, 300, 2, 7),
+    }
+    for _ in range(2):
+        x = {name: torch.zeros(size) for name, size in sizes.items()} | (
+            {"beta": torch.zeros(1, 300, 2)} if delta else {}
+        )
+        options = {"cu_seqlens": torch.tensor([0, 100, 300])} if packed else {}
+        o = module.forward(**x, **options)
+        module.backward(o, **x, **options)
+    for recorded, fake in compiled:
+        (call,) = fake.calls
+        given, wanted = call[9:], source(recorded).signature.values()
+        assert len(given) == len(wanted)
+        for value, kind in zip(given, wanted):
+            assert fits(value, kind), f"{value} for {kind} of {fake.name}"
+
+
+def fits(value, kind) -> bool:
+    """Whether Triton's launcher takes a value for a type of a signature: an int for a pointer, a tuple for a bundle."""
+    if isinstance(kind, tuple):
+        return isinstance(value, tuple) and len(value) == len(kind) and all(map(fits, value, kind))
+    return kind == "constexpr" or type(value) is (float if kind == "fp32" else int)
 
 
 def test_another_kind_is_recorded_anew(host):

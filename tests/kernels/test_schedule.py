@@ -1,10 +1,10 @@
-"""The schedule by which chunk_grads walks a group's tree, against the partition itself."""
+"""The bits by which kernels know the tree: the schedule of chunk_grads and counts of set bits, against the partition itself."""
 
 from __future__ import annotations
 
-from loglinear.fenwick import level
+from loglinear.fenwick import level, query_path
 from loglinear.kernels.decay import chunk_grads
-from loglinear.kernels.tree.place import GROUP
+from loglinear.kernels.tree.place import GROUP, set_bits
 
 
 def test_every_chunk_receives_each_later_chunk_once_at_its_level():
@@ -21,3 +21,9 @@ def test_every_chunk_receives_each_later_chunk_once_at_its_level():
             assert chunk - 1 not in complete
             complete[chunk - 1] = seen
     assert complete == {c: {(n, level(n, c) - 1) for n in range(c + 1, size)} for c in range(size)}
+
+
+def test_set_bits_are_the_entries_of_a_query_path():
+    """The kernel's function is arithmetic alone, so that it counts Python's numbers too."""
+    for n in (*range(1, 1 << 10), (1 << 24) - 1, 0xA5A5A5, 1 << 23):
+        assert set_bits.fn(n) == len(list(query_path(n)))

@@ -12,9 +12,10 @@ from loglinear.kernels.decay.node_states import node_states_kernel
 from loglinear.kernels.decay.output import output_kernel
 from loglinear.kernels.devices import shared_memory
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.problem import Problem, cdiv, common_constants, describe, packed_tables, padded, token_rows
+from loglinear.kernels.tree.bundles import Inputs, gather
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tuning import ScalarGateConfig, scalar_gate_config
+from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config
 
 
 class States(NamedTuple):
@@ -32,67 +33,59 @@ class States(NamedTuple):
     entry_log: Tensor
     group_log: Tensor
     entries: Tensor | None
-    group_states: Tensor
+    group_states: Tensor | None
     checks: Tensor
 
 
-def launch_chunk_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, leaves: bool) -> States:
-    """Entries inside groups, those of a single chunk only with ``leaves``; ``launch_node_states`` adds the longer ones."""
-    H, K, V = problem.heads, problem.key_width, problem.value_width
-    exact, device = v.dtype == torch.float32, v.device
-    sums = launching.scratch((H, 2 if exact else 1, problem.tokens), torch.float32, device)
-    logs = [launching.scratch((n, H), torch.float32, device) for n in (problem.rows, problem.rows, problem.row_groups)]
-    matrices = [launching.scratch((n, H, K, V), v.dtype, device) for n in (problem.rows, problem.row_groups)]
-    launch = problem.config.states
+def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
+    """(BK, BV, number of tiles) of kernels whose program owns a tile of a state."""
+    K, V = problem.key_width, problem.value_width
     tile_k, tile_v = min(problem.config.block_k, problem.tile(K)), min(launch.block_v, problem.tile(V))
-    tiles = cdiv(K, tile_k) * cdiv(V, tile_v)
+    return tile_k, tile_v, cdiv(K, tile_k) * cdiv(V, tile_v)
+
+
+def launch_chunk_states(problem: Problem, x: Inputs, leaves: bool) -> States:
+    """Entries inside groups, those of a single chunk only with ``leaves``; ``launch_node_states`` adds the longer ones."""
+    H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
+    sums = launching.scratch((H, 2 if dtype == torch.float32 else 1, problem.tokens), torch.float32, device)
+    logs = [launching.scratch((n, H), torch.float32, device) for n in (problem.rows, problem.rows, problem.row_groups)]
+    matrices = [launching.scratch((n, H, K, V), dtype, device) for n in (problem.rows, problem.row_groups)]
+    tile_k, tile_v, tiles = state_tiles(problem, problem.config.states)
     states = States(sums, *logs, *matrices, launching.scratch((problem.row_groups, H, tiles), torch.float32, device))
-    grid = problem.row_groups * H * tiles
-    gate = sums if g is None else g
     launching.launch(
-        chunk_states_kernel, grid,
-        k, v, gate, *states, problem.group_sequence, *problem.table, problem.tokens, sums.stride(0),
-        k.stride(1), v.stride(1), gate.stride(1), **common_constants(problem, v.dtype), BK=tile_k, BV=tile_v,
-        HAS_GATE=g is not None, LEAVES=leaves, **launch.options,
+        chunk_states_kernel, problem.row_groups * H * tiles, x, states, *problem.of_groups, problem.tokens, sums.stride(0),
+        S=problem.sizes(dtype, BK=tile_k, BV=tile_v), LEAVES=leaves, **problem.config.states.options,
     )  # fmt: skip
     return states
 
 
-def launch_node_states(problem: Problem, states: States) -> None:
+def launch_node_states(problem: Problem, states: States, dtype: torch.dtype) -> None:
     """Entries of two groups or more."""
     if problem.chunk_groups < 2:
         return
     state = problem.key_width * problem.value_width
     block = min(2048, padded(state))
-    launching.launch(
-        node_states_kernel, problem.row_groups * problem.heads * cdiv(state, block),
-        states.group_states, states.group_log, states.entries, states.entry_log, problem.group_sequence, *problem.table,
-        H=problem.heads, STATE=state, C=problem.config.chunk, BLOCK=block, PACKED=problem.packed, num_warps=4,
-    )  # fmt: skip
+    programs = problem.row_groups * problem.heads * cdiv(state, block)
+    sizes = problem.sizes(dtype)
+    launching.launch(node_states_kernel, programs, states, *problem.of_groups, S=sizes, BLOCK=block, num_warps=4)
 
 
-def launch_states(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, leaves: bool) -> States:
+def launch_states(problem: Problem, x: Inputs, leaves: bool) -> States:
     """The Fenwick array, without the entries of a single chunk (which ``output`` does not read) or with them."""
-    states = launch_chunk_states(problem, k, v, g, leaves)
-    launch_node_states(problem, states)
-    return states
+    states = launch_chunk_states(problem, x, leaves)
+    launch_node_states(problem, states, x.v.dtype)
+    return states._replace(group_states=None)  # a kernel that is given them would keep their memory
 
 
-def launch_output(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, factor: float, states: States
-) -> Tensor:
+def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     """o, from the chunks themselves and the entries before them."""
     launch = problem.config.output
     tile_v = min(launch.block_v, problem.tile(problem.value_width))
-    o = launching.scratch(tuple(v.shape), v.dtype, v.device)
-    grid = problem.rows * problem.heads * cdiv(problem.value_width, tile_v)
+    o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
     launching.launch(
-        output_kernel, grid,
-        q, k, v, level_scales, states.sums, states.entries, states.entry_log, states.checks, o, problem.row_sequence,
-        *problem.table, problem.tokens, states.sums.stride(0), q.stride(1), k.stride(1), v.stride(1),
-        level_scales.stride(1), factor,
-        problem.levels, **common_constants(problem, v.dtype), LOG_C=problem.config.chunk.bit_length() - 1,
-        TREE=padded(problem.tree_levels), BK=problem.tile(problem.key_width), BV=tile_v,
+        output_kernel, problem.rows * problem.heads * cdiv(problem.value_width, tile_v),
+        x, states, o, *problem.of_rows, problem.tokens, states.sums.stride(0), problem.levels,
+        S=problem.sizes(x.v.dtype, BK=problem.tile(problem.key_width), BV=tile_v), TREE=padded(problem.tree_levels),
         TILES=states.checks.shape[2], **launch.options,
     )  # fmt: skip
     return o
@@ -134,5 +127,5 @@ def run_forward(inputs: list, scale: float, config: ScalarGateConfig, reach: int
     """The launches of ``forward``."""
     q, k, v, g, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config, reach)
-    states = launch_states(problem, k, v, g, leaves=False)
-    return (launch_output(problem, q, k, v, level_scales, scale, states),)
+    x = gather(q, k, v, g, None, level_scales, None, scale)
+    return (launch_output(problem, x, launch_states(problem, x, leaves=False)),)

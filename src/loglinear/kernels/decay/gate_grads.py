@@ -29,37 +29,19 @@ def strided_sum(base, stride, count):
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "rows", "high_levels"])
 def gate_grads_kernel(
-    g,
-    beyond,  # [rows, H, TILES]
-    level_gain,  # [tree levels, H, rows]
-    chunk_gain,  # [rows, H]
-    row_gain,  # [H, B*T]
-    column_gain,  # [H, B*T]
-    dg,  # [B*T, H]
-    group_sequence,
-    sequences,
-    T,
-    N,
-    NG,
-    all_tokens,
-    stride_g,
-    rows,
-    high_levels,
-    H: tl.constexpr,
-    C: tl.constexpr,
-    TILES: tl.constexpr,
-    PACKED: tl.constexpr,
+    x, gains, dg, table, T, N, NG, all_tokens, rows, high_levels, S: tl.constexpr, TILES: tl.constexpr
 ):
-    """Grid: groups x H. float32 throughout."""
+    """dg ``[B*T, H]`` from all ``gains``. Grid: groups x H. float32 throughout."""
     pid = tl.program_id(0)
-    h = pid % H
-    group = pid // H
-    start, length, row0, group0, n0, _ = locate(group, group_sequence, sequences, T, N, NG, NG, PACKED)
-    if length < 0:
+    h = pid % S.H
+    group = pid // S.H
+    at = locate(group, table, T, N, NG, NG, S.PACKED)
+    if at.length < 0:
         return
-    j = n0 // GROUP + group - group0
-    chunks = (length + C - 1) // C
-    in_chunk = tl.arange(0, C)
+    n0, row0 = at.n0, at.row0
+    j = n0 // GROUP + group - at.group0
+    chunks = (at.length + S.C - 1) // S.C
+    in_chunk = tl.arange(0, S.C)
     m = tl.arange(0, 32)
     # Per tree level: the gain of the queries after the chunk, within the chunk's window, from the entry before this window.
     later = tl.zeros([32], tl.float32)
@@ -69,34 +51,34 @@ def gate_grads_kernel(
         first = (j + 1) * GROUP - n0
         last = tl.minimum(entry + (tl.cast(1, tl.int32) << level) - n0, chunks)
         if ((j * GROUP >> level) & 1 == 1) & (entry > n0) & (first < last):
-            base = level_gain + (level * H + h).to(tl.int64) * rows + row0 + first
+            base = gains.levels + (level * S.H + h).to(tl.int64) * rows + row0 + first
             later = tl.where(m == level, strided_sum(base, 1, last - first), later)
     for i in range(GROUP):
         n = j * GROUP + GROUP - 1 - i
         local = n - n0
         if (local >= 0) & (local < chunks):
-            position = local * C + in_chunk
-            valid = position < length
-            tokens = start + position
-            gains = h.to(tl.int64) * all_tokens + tokens
-            gain = tl.load(row_gain + gains, mask=valid, other=0.0)
-            loss = tl.load(column_gain + gains, mask=valid, other=0.0)
+            position = local * S.C + in_chunk
+            valid = position < at.length
+            tokens = at.start + position
+            row_place = h.to(tl.int64) * all_tokens + tokens
+            gain = tl.load(gains.rows + row_place, mask=valid, other=0.0)
+            loss = tl.load(gains.columns + row_place, mask=valid, other=0.0)
             entry = n >> m << m
             reads = ((n >> m) & 1 == 1) & (entry > n0)
-            place = (m * H + h).to(tl.int64) * rows + row0 + local
-            own = tl.load(level_gain + place, mask=reads, other=0.0)
+            place = (m * S.H + h).to(tl.int64) * rows + row0 + local
+            own = tl.load(gains.levels + place, mask=reads, other=0.0)
             passes = reads & (entry + (tl.cast(1, tl.int32) << m) < n0 + chunks)
             # A single chunk passes on its whole gain minus the gain that this chunk takes: one difference is harmless.
-            unit = (row0 + local).to(tl.int64) * H + h
+            unit = (row0 + local).to(tl.int64) * S.H + h
             skips = tl.where(reads, later, 0.0)
-            skips += tl.load(chunk_gain + unit - H + 0 * m, mask=passes & (m == 0), other=0.0)
+            skips += tl.load(gains.chunks + unit - S.H + 0 * m, mask=passes & (m == 0), other=0.0)
             skips -= tl.where(passes & (m == 0), own, 0.0)
             for t in range(TILES):
-                place = ((row0 + entry - 1 - n0).to(tl.int64) * H + h) * TILES + t
-                skips += tl.load(beyond + place, mask=passes & (m > 0), other=0.0)
-            crossing = tl.sum(skips, axis=0) + tl.load(chunk_gain + unit)
+                place = ((row0 + entry - 1 - n0).to(tl.int64) * S.H + h) * TILES + t
+                skips += tl.load(gains.beyond + place, mask=passes & (m > 0), other=0.0)
+            crossing = tl.sum(skips, axis=0) + tl.load(gains.chunks + unit)
             gradient = crossing + tl.cumsum(gain - loss, axis=0, reverse=True)
-            gate = tl.load(g + tokens.to(tl.int64) * stride_g + h, mask=valid, other=0.0)
+            gate = tl.load(x.g + tokens.to(tl.int64) * x.stride_g + h, mask=valid, other=0.0)
             gradient = tl.where(gate.to(tl.float32) > GATE_FLOOR, gradient, 0.0)
-            tl.store(dg + tokens.to(tl.int64) * H + h, gradient.to(dg.dtype.element_ty), mask=valid)
+            tl.store(dg + tokens.to(tl.int64) * S.H + h, gradient.to(dg.dtype.element_ty), mask=valid)
             later = tl.where((n - 1) >> m == n >> m, later + own, 0.0)

@@ -6,66 +6,53 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.decays import to_chunk_end
-from loglinear.kernels.tree.place import locate
-from loglinear.kernels.tree.tiles import load_state, load_tile, store_tile
+from loglinear.kernels.tree.place import chunk_of, locate
+from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tile
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def key_grads_kernel(
-    q,
-    v,
-    sums,
+    x,
+    states,
     chunk_grads,
     score_grads,
     dk,  # [H / HEADS / G, B*T, G, K], float32 partial sums unless the first size is 1
-    row_sequence,
-    sequences,
+    table,
     T,
     N,
     NG,
     all_tokens,
     sums_stride,
-    stride_q,
-    stride_v,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
+    L,
+    S: tl.constexpr,
     HEADS: tl.constexpr,
-    EXACT: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Grid: H/HEADS x rows, rows fastest. float32: accumulator, decays."""
-    BLOCKS: tl.constexpr = H // G // HEADS
-    TILES_V: tl.constexpr = (V + BV - 1) // BV
-    rows = tl.num_programs(0) // (H // HEADS)
+    BLOCKS: tl.constexpr = S.H // S.G // HEADS
+    TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
+    rows = tl.num_programs(0) // (S.H // HEADS)
     pid = tl.program_id(0)
     row = pid % rows
     block = pid // rows
-    start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
-    if length < 0:
+    at = locate(row, table, T, N, NG, N, S.PACKED)
+    if at.length < 0:
         return
-    local = row - row0
-    in_chunk = tl.arange(0, C)
-    size = length - local * C
-    valid = in_chunk < size
-    origin = (start + local * C).to(tl.int64)
+    here = chunk_of(at, row, S.C)
+    in_chunk = tl.arange(0, S.C)
     group_head = block // BLOCKS
-    q_tile = load_tile(q + origin * stride_q + group_head * K, stride_q, valid, C, K, BK, 0)
-    source = score_grads + (row.to(tl.int64) * (H // HEADS) + block) * (C * C)
-    ds = tl.load(source + in_chunk[:, None] * C + in_chunk[None, :])
-    acc = tl.dot(tl.trans(ds), q_tile, input_precision=PRECISION)
+    q_tile = load_tokens(x.q, x.stride_q, group_head, here, S.C, S.K, S.BK, 0)
+    source = score_grads + (row.to(tl.int64) * (S.H // HEADS) + block) * (S.C * S.C)
+    ds = tl.load(source + in_chunk[:, None] * S.C + in_chunk[None, :])
+    acc = tl.dot(tl.trans(ds), q_tile, input_precision=S.PRECISION)
     for i in range(HEADS * TILES_V):
         h = block * HEADS + i // TILES_V
-        first_v = i % TILES_V * BV
-        decay = to_chunk_end(sums + h.to(tl.int64) * sums_stride + origin, size, all_tokens, C, EXACT)
-        v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first_v)
-        state = load_state(chunk_grads + (row.to(tl.int64) * H + h) * (K * V), 0, first_v, K, V, BK, BV)
+        first_v = i % TILES_V * S.BV
+        head_sums = states.sums + h.to(tl.int64) * sums_stride + here.origin
+        decay = to_chunk_end(head_sums, here.size, all_tokens, S.C, S.EXACT)
+        v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v)
+        state = load_entry(chunk_grads, row.to(tl.int64) * S.H + h, 0, first_v, S)
         weighted = (v_tile.to(tl.float32) * decay[:, None]).to(v_tile.dtype)
-        acc = tl.dot(weighted, tl.trans(state), acc=acc, input_precision=PRECISION)
-    part = (block % BLOCKS).to(tl.int64) * all_tokens + origin
-    store_tile(dk + part * (G * K) + group_head * K, G * K, valid, acc, C, K, BK, 0)
+        acc = tl.dot(weighted, tl.trans(state), acc=acc, input_precision=S.PRECISION)
+    part = (block % BLOCKS).to(tl.int64) * all_tokens + here.origin
+    target = dk + part * (S.G * S.K) + group_head * S.K
+    store_tile(target, S.G * S.K, here.valid, acc, S.C, S.K, S.BK, 0)

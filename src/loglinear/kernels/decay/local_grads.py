@@ -10,29 +10,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.levels import LOG_SUB, SUB, assemble_mask, local_decays, local_levels, local_scales
-from loglinear.kernels.tree.place import locate
-from loglinear.kernels.tree.tiles import load_tile
+from loglinear.kernels.tree.levels import LOG_SUB, SUB, assemble_mask, chunk_scales, local_decays, local_levels
+from loglinear.kernels.tree.place import chunk_of, locate
+from loglinear.kernels.tree.tiles import load_tokens
 
 
 @triton.jit
-def level_gradients(pairs, near, far, near_decay, far_decay, column, diagonal, factor, L, C: tl.constexpr,
-                    LEVELS: tl.constexpr, LOG_C: tl.constexpr):  # fmt: skip
+def level_gradients(pairs, scales, decays, diagonal, factor, L, S: tl.constexpr, LEVELS: tl.constexpr):
     """(dλ ``[C, LEVELS]`` of levels 0 .. log2(C), the row's q·dq without the diagonal ``[C]``).
 
     ``pairs [C, C/SUB, SUB]`` is scores ∘ dP with a zero diagonal, ``diagonal [C]`` is that diagonal.
     """
-    own, other = local_levels(C)
-    is_own = (tl.arange(0, C) // SUB)[:, None] == tl.arange(0, C // SUB)[None, :]
+    near, far = scales
+    near_decay, far_decay, column = decays
+    own, other = local_levels(S.C)
+    is_own = (tl.arange(0, S.C) // SUB)[:, None] == tl.arange(0, S.C // SUB)[None, :]
     near_pairs = tl.sum(tl.where(is_own[:, :, None], pairs, 0.0), axis=1) * near_decay
     far_pairs = tl.sum(pairs * column[None, :, :], axis=2) * far_decay
-    below = tl.arange(0, SUB)[None, :] < (tl.arange(0, C) % SUB)[:, None]
-    before = tl.arange(0, C // SUB)[None, :] < (tl.arange(0, C) // SUB)[:, None]
+    below = tl.arange(0, SUB)[None, :] < (tl.arange(0, S.C) % SUB)[:, None]
+    before = tl.arange(0, S.C // SUB)[None, :] < (tl.arange(0, S.C) // SUB)[:, None]
     near_pairs = tl.where(below, near_pairs, 0.0)
     far_pairs = tl.where(before, far_pairs, 0.0)
     columns = tl.arange(0, LEVELS)[None, :]
     gradient = tl.where(columns == 0, diagonal[:, None], 0.0)
-    for level in tl.static_range(1, LOG_C + 1):
+    for level in tl.static_range(1, S.LOG_C + 1):
         if level <= LOG_SUB:
             row = tl.sum(tl.where(own == level, near_pairs, 0.0), axis=1)
         else:
@@ -44,98 +45,69 @@ def level_gradients(pairs, near, far, near_decay, far_decay, column, diagonal, f
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def local_grads_kernel(
-    q,
-    k,
-    v,
-    do,
-    level_scales,
-    sums,
+    x,
+    states,
     score_grads,  # [rows, H / HEADS, C, C]
-    dlevel_scales,
-    row_gain,  # [H, B*T] q·dq inside the chunk, without the diagonal
-    column_gain,  # [H, B*T] k·dk likewise: sums of the same float32 products, so that their difference keeps its digits
-    row_sequence,
-    sequences,
+    dscales,
+    gains,  # writes ``rows`` and ``columns``: sums of the same float32 products, so that their difference keeps its digits
+    table,
     T,
     N,
     NG,
     all_tokens,
     sums_stride,
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_do,
-    stride_s,
-    factor,
     L,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    LOG_C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
+    S: tl.constexpr,
     HEADS: tl.constexpr,
     LEVELS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    EXACT: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Grid: H/HEADS x rows, rows fastest. float32: scores, mask, accumulators, dS until it is stored."""
-    NB: tl.constexpr = C // SUB
-    rows = tl.num_programs(0) // (H // HEADS)
+    NB: tl.constexpr = S.C // SUB
+    rows = tl.num_programs(0) // (S.H // HEADS)
     pid = tl.program_id(0)
     row = pid % rows
     block = pid // rows
-    start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
-    if length < 0:
+    at = locate(row, table, T, N, NG, N, S.PACKED)
+    if at.length < 0:
         return
-    local = row - row0
-    in_chunk = tl.arange(0, C)
-    size = length - local * C
-    valid = in_chunk < size
-    origin = (start + local * C).to(tl.int64)
-    group_head = block * HEADS // (H // G)
-    q_tile = load_tile(q + origin * stride_q + group_head * K, stride_q, valid, C, K, BK, 0)
-    k_tile = load_tile(k + origin * stride_k + group_head * K, stride_k, valid, C, K, BK, 0)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    here = chunk_of(at, row, S.C)
+    in_chunk = tl.arange(0, S.C)
+    group_head = block * HEADS // (S.H // S.G)
+    q_tile = load_tokens(x.q, x.stride_q, group_head, here, S.C, S.K, S.BK, 0)
+    k_tile = load_tokens(x.k, x.stride_k, group_head, here, S.C, S.K, S.BK, 0)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=S.PRECISION)
     is_diagonal = in_chunk[:, None] == in_chunk[None, :]
     own_score = tl.sum(tl.where(is_diagonal, scores, 0.0), axis=1)
-    scores = tl.reshape(tl.where(is_diagonal, 0.0, scores), [C, NB, SUB])
-    dscores = tl.zeros([C, NB, SUB], tl.float32)
+    scores = tl.reshape(tl.where(is_diagonal, 0.0, scores), [S.C, NB, SUB])
+    grads = tl.zeros([S.C, NB, SUB], tl.float32)
     # λ of the next head is on its way while this one is computed.
-    next_near, next_far = local_scales(
-        level_scales + origin * stride_s + block * HEADS * L, valid, stride_s, factor, L, C
-    )
+    next_near, next_far = chunk_scales(x, here, block * HEADS, L, S)
     for i in range(HEADS):
         h = block * HEADS + i
-        head_sums = sums + h.to(tl.int64) * sums_stride + origin
+        head_sums = states.sums + h.to(tl.int64) * sums_stride + here.origin
         near, far = next_near, next_far
-        ahead = tl.minimum(h + 1, block * HEADS + HEADS - 1)
-        next_near, next_far = local_scales(level_scales + origin * stride_s + ahead * L, valid, stride_s, factor, L, C)
-        near_decay, far_decay, column = local_decays(head_sums, size, all_tokens, C, EXACT)
-        dp = tl.zeros([C, C], tl.float32)
-        for first_v in tl.static_range(0, V, BV):
-            v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first_v)
-            do_tile = load_tile(do + origin * stride_do + h * V, stride_do, valid, C, V, BV, first_v)
-            dp = tl.dot(do_tile, tl.trans(v_tile), acc=dp, input_precision=PRECISION)
+        next_near, next_far = chunk_scales(x, here, tl.minimum(h + 1, block * HEADS + HEADS - 1), L, S)
+        near_decay, far_decay, column = local_decays(head_sums, here.size, all_tokens, S.C, S.EXACT)
+        dp = tl.zeros([S.C, S.C], tl.float32)
+        for first_v in tl.static_range(0, S.V, S.BV):
+            v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v)
+            do_tile = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)
+            dp = tl.dot(do_tile, tl.trans(v_tile), acc=dp, input_precision=S.PRECISION)
         own_dp = tl.sum(tl.where(is_diagonal, dp, 0.0), axis=1)
-        dp = tl.reshape(dp, [C, NB, SUB])
-        mask = assemble_mask(near * near_decay, far * far_decay, column, C)
-        dscores += dp * mask
+        dp = tl.reshape(dp, [S.C, NB, SUB])
+        mask = assemble_mask(near * near_decay, far * far_decay, column, S.C)
+        grads += dp * mask
         pairs = scores * dp
-        gradient, row_part = level_gradients(pairs, near, far, near_decay, far_decay, column,
-                                             own_score * own_dp, factor, L, C, LEVELS, LOG_C)  # fmt: skip
-        columns = tl.arange(0, LEVELS)
-        place = dlevel_scales + origin * (H * L) + h * L + (in_chunk[:, None] * (H * L) + columns[None, :])
-        written = valid[:, None] & (columns < tl.minimum(L, LOG_C + 1))[None, :]
-        tl.store(place, gradient.to(dlevel_scales.dtype.element_ty), mask=written)
-        if HAS_GATE:
-            gains = h.to(tl.int64) * all_tokens + origin + in_chunk
-            tl.store(row_gain + gains, row_part, mask=valid)
-            tl.store(column_gain + gains, tl.reshape(tl.sum(pairs * mask, axis=0), [C]), mask=valid)
-    target = score_grads + (row.to(tl.int64) * (H // HEADS) + block) * (C * C)
-    ds = tl.reshape(dscores, [C, C]).to(score_grads.dtype.element_ty)
-    tl.store(target + in_chunk[:, None] * C + in_chunk[None, :], ds)
+        decays = (near_decay, far_decay, column)
+        gradient, row_part = level_gradients(pairs, (near, far), decays, own_score * own_dp, x.factor, L, S, LEVELS)
+        levels = tl.arange(0, LEVELS)
+        place = dscales + here.origin * (S.H * L) + h * L + (in_chunk[:, None] * (S.H * L) + levels[None, :])
+        written = here.valid[:, None] & (levels < tl.minimum(L, S.LOG_C + 1))[None, :]
+        tl.store(place, gradient.to(dscales.dtype.element_ty), mask=written)
+        if x.g is not None:
+            tokens = h.to(tl.int64) * all_tokens + here.origin + in_chunk
+            tl.store(gains.rows + tokens, row_part, mask=here.valid)
+            tl.store(gains.columns + tokens, tl.reshape(tl.sum(pairs * mask, axis=0), [S.C]), mask=here.valid)
+    target = score_grads + (row.to(tl.int64) * (S.H // HEADS) + block) * (S.C * S.C)
+    ds = tl.reshape(grads, [S.C, S.C]).to(score_grads.dtype.element_ty)
+    tl.store(target + in_chunk[:, None] * S.C + in_chunk[None, :], ds)

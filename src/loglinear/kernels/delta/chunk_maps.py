@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.decays import gate_sums, load_gates, pair_decays
+from loglinear.kernels.tree.decays import gate_sums, gates_of, pair_decays
 from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.place import locate
 from loglinear.kernels.tree.tiles import load_tile
@@ -73,36 +73,18 @@ def triangular_inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def chunk_maps_kernel(
-    k,
-    v,
-    g,
-    beta,
+    x,
     sums,  # [H, planes, B*T] cumulative log-decay inside each chunk
     chunk_log,  # [rows, H] log-decay of a chunk
     solve,  # [rows, H, C, C]
     writes,  # [rows, H, C, K+V]
-    row_sequence,
-    sequences,
+    table,
     T,
     N,
     NG,
     all_tokens,
     sums_stride,
-    stride_k,
-    stride_v,
-    stride_g,
-    stride_b,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    EXACT: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    S: tl.constexpr,
     SOLVE: tl.constexpr,
 ):
     """Grid: rows x H, heads fastest. float32: sums, decays, the matrix and its inverse, accumulators.
@@ -112,54 +94,56 @@ def chunk_maps_kernel(
     token and state reads this sum. A bad v spoils its column of U.
     """
     pid = tl.program_id(0)
-    h = pid % H
-    row = pid // H
-    start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
+    h = pid % S.H
+    row = pid // S.H
+    start, length, row0, _, _, _ = locate(row, table, T, N, NG, N, S.PACKED)
     if length < 0:
         return
     local = row - row0
-    in_chunk = tl.arange(0, C)
-    valid = in_chunk < length - local * C
-    origin = (start + local * C).to(tl.int64)
-    unit = row.to(tl.int64) * H + h
-    gate = load_gates(g + origin * stride_g + h, stride_g, valid, HAS_GATE, EXACT, C)
+    in_chunk = tl.arange(0, S.C)
+    valid = in_chunk < length - local * S.C
+    origin = (start + local * S.C).to(tl.int64)
+    unit = row.to(tl.int64) * S.H + h
+    gate = gates_of(x, origin, h, valid, S)
     high, low, _, total = gate_sums(gate)
-    k_head = k + origin * stride_k + h // (H // G) * K
-    products = tl.zeros([C, C], tl.float32)
-    for first in tl.static_range(0, K, BK):
-        k_tile = load_tile(k_head, stride_k, valid, C, K, BK, first)
-        products = tl.dot(k_tile, tl.trans(k_tile), products, input_precision=PRECISION)
-    strength = tl.load(beta + origin * stride_b + h + in_chunk * stride_b, mask=valid, other=0.0).to(tl.float32)
+    k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
+    products = tl.zeros([S.C, S.C], tl.float32)
+    for first in tl.static_range(0, S.K, S.BK):
+        k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
+        products = tl.dot(k_tile, tl.trans(k_tile), products, input_precision=S.PRECISION)
+    strength = tl.load(x.beta + origin * x.stride_beta + h + in_chunk * x.stride_beta, mask=valid, other=0.0).to(
+        tl.float32
+    )
 
     squares = tl.sum(tl.where(in_chunk[:, None] == in_chunk[None, :], products, 0.0), axis=1)
     finite = (squares < float("inf")) & (tl.abs(strength) < float("inf")) & (high == high)
     high = tl.where(finite, high, float("nan"))
     head_sums = sums + h.to(tl.int64) * sums_stride + origin + in_chunk
     tl.store(head_sums, high, mask=valid)
-    if EXACT:
+    if S.EXACT:
         tl.store(head_sums + all_tokens, low, mask=valid)
     tl.store(chunk_log + unit, total)
     valid = valid & finite
     strength = tl.where(valid, strength, 0.0)
 
-    earlier = tl.where(valid, in_chunk, 0)[:, None] > tl.where(valid, in_chunk, C)[None, :]
-    lower = tl.where(earlier, products * pair_decays(high, low, EXACT) * strength[:, None], 0.0)
-    solved = triangular_inverse(lower, C, SOLVE) * strength[None, :]
+    earlier = tl.where(valid, in_chunk, 0)[:, None] > tl.where(valid, in_chunk, S.C)[None, :]
+    lower = tl.where(earlier, products * pair_decays(high, low, S.EXACT) * strength[:, None], 0.0)
+    solved = triangular_inverse(lower, S.C, SOLVE) * strength[None, :]
 
     dtype = solve.dtype.element_ty
-    square = in_chunk[:, None] * C + in_chunk[None, :]
-    tl.store(solve + unit * (C * C) + square, solved.to(dtype))
-    written = writes + unit * (C * (K + V))
+    square = in_chunk[:, None] * S.C + in_chunk[None, :]
+    tl.store(solve + unit * (S.C * S.C) + square, solved.to(dtype))
+    written = writes + unit * (S.C * (S.K + S.V))
     erase = (solved * tl.exp2(tl.where(valid, high, 0.0))[None, :]).to(dtype)
-    for first in tl.static_range(0, K, BK):
-        k_tile = load_tile(k_head, stride_k, valid, C, K, BK, first)
-        erased = tl.dot(erase, k_tile, input_precision=PRECISION)
-        store_columns(written, erased, C, K + V, K, BK, first)
+    for first in tl.static_range(0, S.K, S.BK):
+        k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
+        erased = tl.dot(erase, k_tile, input_precision=S.PRECISION)
+        store_columns(written, erased, S.C, S.K + S.V, S.K, S.BK, first)
     solved_low = solved.to(dtype)
-    for first in tl.static_range(0, V, BV):
-        v_tile = load_tile(v + origin * stride_v + h * V, stride_v, valid, C, V, BV, first)
-        added = tl.dot(solved_low, v_tile, input_precision=PRECISION)
-        store_columns(written + K, added, C, K + V, V, BV, first)
+    for first in tl.static_range(0, S.V, S.BV):
+        v_tile = load_tile(x.v + origin * x.stride_v + h * S.V, x.stride_v, valid, S.C, S.V, S.BV, first)
+        added = tl.dot(solved_low, v_tile, input_precision=S.PRECISION)
+        store_columns(written + S.K, added, S.C, S.K + S.V, S.V, S.BV, first)
 
 
 @triton.jit

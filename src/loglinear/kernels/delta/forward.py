@@ -12,10 +12,10 @@ from loglinear.kernels.delta.output import output_kernel
 from loglinear.kernels.delta.path_queries import path_queries_kernel
 from loglinear.kernels.delta.path_states import path_states_kernel
 from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.problem import (
     Problem,
     cdiv,
-    common_constants,
     describe,
     packed_tables,
     sizes_of_tables,
@@ -27,29 +27,26 @@ from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 FIRST_OF_TWO = 3  # the first group, from 0, with two entries before it
 
 
-def launch_chunk_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor) -> tuple[Tensor, ...]:
+def launch_chunk_maps(problem: Problem, x: Inputs) -> tuple[Tensor, ...]:
     """sums, chunk_log, solve and writes of ``Maps``."""
-    K, V, exact = problem.key_width, problem.value_width, v.dtype == torch.float32
-    sums, chunk_log, solve, writes = (launching.scratch(*x, v.device) for x in map_shapes(problem, v.dtype)[:4])
-    launch = problem.config.chunk_maps
-    gate = sums if g is None else g
+    launch, dtype = problem.config.chunk_maps, x.v.dtype
+    made = tuple(launching.scratch(*y, x.v.device) for y in map_shapes(problem, dtype)[:4])
+    tile_k, tile_v = (min(launch.block_v, problem.tile(width)) for width in (problem.key_width, problem.value_width))
     launching.launch(
-        chunk_maps_kernel, problem.rows * problem.heads,
-        k, v, gate, beta, sums, chunk_log, solve, writes, problem.row_sequence, *problem.table, problem.tokens,
-        sums.stride(0), k.stride(1), v.stride(1), gate.stride(1), beta.stride(1), **common_constants(problem, v.dtype),
-        BK=min(launch.block_v, problem.tile(K)), BV=min(launch.block_v, problem.tile(V)), HAS_GATE=g is not None,
-        SOLVE="tf32x3" if torch.version.hip is None and not exact else "ieee", **launch.options,
+        chunk_maps_kernel, problem.rows * problem.heads, x, *made, *problem.of_rows, problem.tokens, made[0].stride(0),
+        S=problem.sizes(dtype, BK=tile_k, BV=tile_v),
+        SOLVE="tf32x3" if torch.version.hip is None and dtype != torch.float32 else "ieee", **launch.options,
     )  # fmt: skip
-    return sums, chunk_log, solve, writes
+    return made
 
 
-def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, prefixes: bool = False) -> Maps:
+def launch_maps(problem: Problem, x: Inputs, prefixes: bool = False) -> Maps:
     """All maps: of the chunks, of the Fenwick array and, with ``prefixes``, those for the way down the tree in the backward."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
-    sums, chunk_log, solve, writes = launch_chunk_maps(problem, k, v, g, beta)
+    sums, chunk_log, solve, writes = launch_chunk_maps(problem, x)
     tiers = problem.tiers
-    shapes = map_shapes(problem, v.dtype)[4:]
-    maps = [launching.scratch(*x, v.device) for x in (shapes if prefixes else shapes[: len(tiers)])]
+    shapes = map_shapes(problem, x.v.dtype)[4:]
+    maps = [launching.scratch(*y, x.v.device) for y in (shapes if prefixes else shapes[: len(tiers)])]
     entries, groups, before = maps[0], tuple(maps[1 : len(tiers)]), tuple(maps[len(tiers) :])
     launch = problem.config.group_maps
     block = min(launch.block_v, problem.tile(K + V))
@@ -58,10 +55,10 @@ def launch_maps(problem: Problem, k: Tensor, v: Tensor, g: Tensor | None, beta: 
         launching.launch(
             group_maps_kernel,
             tier.groups * H * cdiv(K + V, block) * 2,
-            k, groups[t - 1] if dense else writes, sums, entries, entries if top else groups[t],
-            before[t] if prefixes else entries, tier.group_sequence, *tier.table, problem.tokens, sums.stride(0),
-            k.stride(1), **common_constants(problem, v.dtype), BK=problem.tile(K), BN=block, TIER=t, TOP=top,
-            STORE_PREFIXES=prefixes, **launch.options,
+            x.k, groups[t - 1] if dense else writes, sums, entries, entries if top else groups[t],
+            before[t] if prefixes else entries, *tier.of_groups, problem.tokens, sums.stride(0), x.stride_k,
+            S=problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block), TIER=t, TOP=top, STORE_PREFIXES=prefixes,
+            **launch.options,
         )  # fmt: skip
     return Maps(sums, chunk_log, solve, writes, entries, groups, before)
 
@@ -80,47 +77,40 @@ def launch_path_states(problem: Problem, entries: Tensor, maps: bool = False) ->
     block = min(launch.block_v, problem.tile(K))
     launching.launch(
         path_states_kernel, problem.row_groups * H * cdiv(K, block),
-        entries, states, problem.path_starts, problem.group_sequence, *problem.table, problem.path_entries,
-        **common_constants(problem, entries.dtype, without=("G", "C", "EXACT")), HEADS=entries.stride(0) // (K * (K + V)),
-        BM=block, BK=problem.tile(K), MAPS=maps, **launch.options,
+        entries, states, problem.path_starts, *problem.of_groups, problem.path_entries,
+        S=problem.sizes(entries.dtype, BK=problem.tile(K), HEADS=entries.stride(0) // (K * (K + V))), BM=block, MAPS=maps,
+        **launch.options,
     )  # fmt: skip
     return states
 
 
-def launch_output(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor, factor: float, maps: Maps, states: Tensor
-) -> Tensor:
+def launch_output(problem: Problem, x: Inputs, maps: Maps, states: Tensor) -> Tensor:
     """o, from the chunks themselves and the entries before them."""
     launch = problem.config.output
-    K, V = problem.key_width, problem.value_width
-    tile = problem.tile(K)
-    o = launching.scratch(tuple(v.shape), v.dtype, v.device)
+    tile = problem.tile(problem.key_width)
+    o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
     launching.launch(
-        output_kernel, problem.rows * problem.heads * cdiv(V, tile),
-        q, k, v, level_scales, maps.sums, maps.solve, maps.writes, maps.entries, states, o, problem.path_starts,
-        problem.row_sequence, *problem.table, problem.path_entries, problem.tokens, maps.sums.stride(0), q.stride(1),
-        k.stride(1), v.stride(1), level_scales.stride(1), factor, problem.levels, **common_constants(problem, v.dtype),
-        LOG_C=problem.config.chunk.bit_length() - 1, BK=tile,
-        **launch.options,
+        output_kernel, problem.rows * problem.heads * cdiv(problem.value_width, tile),
+        x, maps.chunks, states, o, problem.path_starts, *problem.of_rows, problem.path_entries, problem.tokens,
+        maps.sums.stride(0), problem.levels, S=problem.sizes(x.v.dtype, BK=tile), **launch.options,
     )  # fmt: skip
     return o
 
 
-def launch_path_queries(problem: Problem, q: Tensor, k: Tensor, maps: Maps) -> tuple[Tensor, Tensor]:
+def launch_path_queries(problem: Problem, x: Inputs, maps: Maps) -> tuple[Tensor, Tensor]:
     """(the queries of each chunk before each entry of its path within the group, as seen from the start of the group), low.
 
     ``[1.5 rows, H, C, K]``, entry i of chunk n at slot ``path_queries.inner_start + i``, nearest first; and
     ``[rows, H, C, K]``, undefined in the first group of a sequence.
     """
     shape = (problem.heads, problem.config.chunk, problem.key_width)
-    inner_queries = launching.scratch((problem.rows * 3 // 2, *shape), q.dtype, q.device)
-    group_queries = launching.scratch((problem.rows, *shape), q.dtype, q.device)
+    inner_queries = launching.scratch((problem.rows * 3 // 2, *shape), x.q.dtype, x.q.device)
+    group_queries = launching.scratch((problem.rows, *shape), x.q.dtype, x.q.device)
     launch = problem.config.path_queries
     launching.launch(
         path_queries_kernel, problem.rows * problem.heads,
-        q, k, maps.sums, maps.writes, maps.entries, inner_queries, group_queries, problem.row_sequence, *problem.table,
-        problem.tokens, maps.sums.stride(0), q.stride(1), k.stride(1), **common_constants(problem, q.dtype),
-        HEADS=maps.heads, BK=problem.tile(problem.key_width), **launch.options,
+        x, maps.chunks, inner_queries, group_queries, *problem.of_rows, problem.tokens, maps.sums.stride(0),
+        S=problem.sizes(x.q.dtype, BK=problem.tile(problem.key_width), HEADS=maps.heads), **launch.options,
     )  # fmt: skip
     return inner_queries, group_queries
 
@@ -186,7 +176,7 @@ def run_forward(inputs: list, scale: float, config: DeltaRuleConfig, keep: bool)
     q, k, v, g, beta, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config)
     keep = keep and keeps_maps(problem, v.element_size())
-    maps = launch_maps(problem, k, v, g, beta, prefixes=keep)
-    states = launch_path_states(problem, maps.entries)
-    o = launch_output(problem, q, k, v, level_scales, scale, maps, states)
+    x = gather(q, k, v, g, beta, level_scales, None, scale)
+    maps = launch_maps(problem, x, prefixes=keep)
+    o = launch_output(problem, x, maps, launch_path_states(problem, maps.entries))
     return o, *(maps.tensors if keep else ())

@@ -35,28 +35,41 @@ def prefix_row(c, entry_row, spare_row):
 
 
 @triton.jit
-def load_map_if(active, base, first, K: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
+def load_map_if(active, base, first, WIDTH: tl.constexpr, S: tl.constexpr):
     """A block of columns of a map ``[K, WIDTH]``, float32; zero if not active."""
-    pointers, inside = map_tile(base, first, 0, tl.where(active, WIDTH, 0), WIDTH, K, BK, BN)
+    pointers, inside = map_tile(base, first, 0, tl.where(active, WIDTH, 0), WIDTH, S.K, S.BK, S.BN)
     return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def pull_back(x, maps, k_head, sums, chunk_log, unit, local, start, length, plane, stride_k, K: tl.constexpr,
-              WIDTH: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, TIER: tl.constexpr,
-              EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def pull_back(
+    x,
+    maps,
+    k_head,
+    sums,
+    chunk_log,
+    unit,
+    local,
+    start,
+    length,
+    plane,
+    stride_k,
+    WIDTH: tl.constexpr,
+    TIER: tl.constexpr,
+    S: tl.constexpr,
+):
     """``Aᵀ X`` for the transition A of a unit, in tier 0 as ``γ X - Wᵀ (K_end X)``."""
     low = x.to(maps.dtype.element_ty)
     if TIER == 0:
-        valid = tl.arange(0, C) < length - local * C
-        origin = (start + local * C).to(tl.int64)
-        change = tokens_times(k_head + origin * stride_k, stride_k, valid, low, C, K, BK, BN, PRECISION)
-        to_end = decay_to_end(sums + origin, tl.minimum(length - local * C, C), plane, C, EXACT)
-        erased = load_square(maps + unit * (C * WIDTH), WIDTH, C, K, C, BK)
+        valid = tl.arange(0, S.C) < length - local * S.C
+        origin = (start + local * S.C).to(tl.int64)
+        change = tokens_times(k_head + origin * stride_k, stride_k, valid, low, S.BN, S)
+        to_end = decay_to_end(sums + origin, tl.minimum(length - local * S.C, S.C), plane, S)
+        erased = load_square(maps + unit * (S.C * WIDTH), WIDTH, S.C, S.C, S)
         x = x * tl.exp2(tl.load(chunk_log + unit))
-        x = tl.dot(tl.trans(erased), (change * -to_end[:, None]).to(low.dtype), x, input_precision=PRECISION)
+        x = tl.dot(tl.trans(erased), (change * -to_end[:, None]).to(low.dtype), x, input_precision=S.PRECISION)
     else:
-        x = transposed_times(maps + unit * (K * WIDTH), low, WIDTH, K, BK, BN, PRECISION)
+        x = transposed_times(maps + unit * (S.K * WIDTH), low, WIDTH, S)
     return x
 
 
@@ -68,8 +81,7 @@ def group_grads_kernel(
     chunk_log,
     map_grads,  # [groups, H, K, K+V] gradients of the groups' whole maps, unless TOP
     grads,  # [rows + spare rows, H, K, K+V]
-    group_sequence,
-    sequences,
+    table,
     T,
     N,
     NG,
@@ -77,67 +89,57 @@ def group_grads_kernel(
     sums_stride,
     stride_k,
     spare,
-    H: tl.constexpr,
-    HEADS: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
+    S: tl.constexpr,
     TIER: tl.constexpr,
     TOP: tl.constexpr,
-    EXACT: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Grid: groups x H x blocks of columns, blocks fastest. float32: X, decays. ``spare`` is the first spare row."""
-    WIDTH: tl.constexpr = K + V
+    WIDTH: tl.constexpr = S.K + S.V
     SIZE: tl.constexpr = GROUP**TIER  # chunks of a unit
-    BLOCKS: tl.constexpr = (WIDTH + BN - 1) // BN
+    BLOCKS: tl.constexpr = (WIDTH + S.BN - 1) // S.BN
     pid = tl.program_id(0)
-    first = pid % BLOCKS * BN
-    h = pid // BLOCKS % H
-    group = pid // (BLOCKS * H)
-    start, length, unit0, units, row0, group0 = locate_group(
-        group, group_sequence, sequences, T, N, NG, C, TIER, PACKED
-    )
+    first = pid % BLOCKS * S.BN
+    h = pid // BLOCKS % S.H
+    group = pid // (BLOCKS * S.H)
+    start, length, unit0, units, row0, group0 = locate_group(group, table, T, N, NG, TIER, S)
     if length < 0:
         return
     first_unit = (group - group0) * GROUP
     here = tl.minimum(units - first_unit, GROUP)
-    k_head = k + h // (H // G) * K
+    k_head = k + h // (S.H // S.G) * S.K
     head_sums = sums + h.to(tl.int64) * sums_stride
     if here > 5:
         local = first_unit + 5
         row = row0 + (local + 1) * SIZE - 1
-        pair = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
-        unit = (unit0 + local).to(tl.int64) * HEADS + h
-        both = load_map_if(here > 5, pair, first, K, WIDTH, BK, BN)
-        both = pull_back(both, maps, k_head, head_sums, chunk_log, unit, local, start, length, all_tokens, stride_k, K, WIDTH,
-                         C, BK, BN, TIER, EXACT, PRECISION)  # fmt: skip
-        single = grads + ((row - SIZE).to(tl.int64) * H + h) * (K * WIDTH)
-        both += load_map_if(here > 5, single, first, K, WIDTH, BK, BN)
-        store_map(single, both, True, first, K, WIDTH, BK, BN)
+        pair = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
+        unit = (unit0 + local).to(tl.int64) * S.HEADS + h
+        both = load_map_if(here > 5, pair, first, WIDTH, S)
+        both = pull_back(
+            both, maps, k_head, head_sums, chunk_log, unit, local, start, length, all_tokens, stride_k, WIDTH, TIER, S
+        )
+        single = grads + ((row - SIZE).to(tl.int64) * S.H + h) * (S.K * WIDTH)
+        both += load_map_if(here > 5, single, first, WIDTH, S)
+        store_map(single, both, True, first, WIDTH, S)
     if TOP:
-        x = tl.zeros([BK, BN], tl.float32)
+        x = tl.zeros([S.BK, S.BN], tl.float32)
     else:
         # Nothing reads a map that ends with a group that is not whole.
-        x = load_map_if(here == GROUP, map_grads + (group.to(tl.int64) * H + h) * (K * WIDTH), first, K, WIDTH, BK, BN)
+        x = load_map_if(here == GROUP, map_grads + (group.to(tl.int64) * S.H + h) * (S.K * WIDTH), first, WIDTH, S)
     for i in range(here - 1):
         c = here - 1 - i
         local = first_unit + c
         row = row0 + (local + 1) * SIZE - 1
-        own = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
-        entry = load_map_if(is_prefix(c) & (c + 1 < GROUP), own, first, K, WIDTH, BK, BN)
+        own = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
+        entry = load_map_if(is_prefix(c) & (c + 1 < GROUP), own, first, WIDTH, S)
         x += entry
-        target = grads + (prefix_row(c, row, spare + group * SPARE).to(tl.int64) * H + h) * (K * WIDTH)
-        store_map(target, x, True, first, K, WIDTH, BK, BN)
-        unit = (unit0 + local).to(tl.int64) * HEADS + h
-        x = pull_back(x, maps, k_head, head_sums, chunk_log, unit, local, start, length, all_tokens, stride_k, K, WIDTH, C,
-                      BK, BN, TIER, EXACT, PRECISION)  # fmt: skip
+        target = grads + (prefix_row(c, row, spare + group * SPARE).to(tl.int64) * S.H + h) * (S.K * WIDTH)
+        store_map(target, x, True, first, WIDTH, S)
+        unit = (unit0 + local).to(tl.int64) * S.HEADS + h
+        x = pull_back(
+            x, maps, k_head, head_sums, chunk_log, unit, local, start, length, all_tokens, stride_k, WIDTH, TIER, S
+        )
     if here > 0:
         row = row0 + (first_unit + 1) * SIZE - 1
-        own = grads + (row.to(tl.int64) * H + h) * (K * WIDTH)
-        x += load_map_if(here > 0, own, first, K, WIDTH, BK, BN)
-        store_map(own, x, True, first, K, WIDTH, BK, BN)
+        own = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
+        x += load_map_if(here > 0, own, first, WIDTH, S)
+        store_map(own, x, True, first, WIDTH, S)

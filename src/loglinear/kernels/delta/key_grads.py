@@ -21,127 +21,115 @@ from loglinear.kernels.tree.tiles import load_tile, store_tile
 
 
 @triton.jit
-def inverse_grads(products, decays, strength, solved, solve_grads, C: tl.constexpr, PRECISION: tl.constexpr):
+def inverse_grads(products, decays, strength, solved, solve_grads, S: tl.constexpr):
     """(dZ, Z, dβ ``[C]``), from ``products = K Kᵀ``."""
-    t = tl.arange(0, C)
+    t = tl.arange(0, S.C)
     overlap = tl.where(t[:, None] > t[None, :], products * decays, 0.0)
     is_diagonal = t[:, None] == t[None, :]
-    inverse = -tl.dot(solved, overlap.to(solved.dtype), input_precision=PRECISION)
+    inverse = -tl.dot(solved, overlap.to(solved.dtype), input_precision=S.PRECISION)
     inverse = tl.where(is_diagonal, 1.0, inverse)
     divisible = (strength >= 0.0625)[None, :]
     inverse = tl.where(divisible, solved.to(tl.float32) / tl.where(divisible, strength[None, :], 1.0), inverse)
     inverse = inverse.to(solved.dtype)
-    e = tl.dot(tl.trans(inverse), solve_grads, input_precision=PRECISION)
+    e = tl.dot(tl.trans(inverse), solve_grads, input_precision=S.PRECISION)
     own = tl.sum(tl.where(is_diagonal, e, 0.0), axis=1)
-    dn = -tl.dot(e.to(solved.dtype), tl.trans(solved), input_precision=PRECISION)
+    dn = -tl.dot(e.to(solved.dtype), tl.trans(solved), input_precision=S.PRECISION)
     dn = tl.where(t[:, None] > t[None, :], dn, 0.0)
     return dn * strength[:, None], overlap, own + tl.sum(dn * overlap, axis=1)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "dk_parts", "dq_parts"])
 def key_grads_kernel(
-    q,
-    k,
-    g,
-    beta,
-    sums,
-    solve,
+    x,
+    maps,
     query_grads,
     scores,
     key_grads,
     gains,
     end_gains,
     chunk_gains,
-    dq,  # [H / G, B*T, G, K], float32 partial sums unless H == G
-    dk,
-    dg,
-    dbeta,
-    row_sequence,
-    sequences,
+    out,
+    table,
     T,
     N,
     NG,
     all_tokens,
     sums_stride,
-    stride_q,
-    stride_k,
-    stride_g,
-    stride_b,
-    stride_dq,
-    stride_dk,
-    stride_dg,
-    stride_db,
     dq_parts,
     dk_parts,
-    H: tl.constexpr,
-    HEADS: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    EXACT: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    S: tl.constexpr,
 ):
     """Grid: H x rows, rows fastest. float32: accumulators, decays, the gate's gradient."""
-    rows = tl.num_programs(0) // H
+    rows = tl.num_programs(0) // S.H
     pid = tl.program_id(0)
     row = pid % rows
     h = pid // rows
-    start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
+    start, length, row0, _, _, _ = locate(row, table, T, N, NG, N, S.PACKED)
     if length < 0:
         return
     n = row - row0
-    in_chunk = tl.arange(0, C)
-    valid = in_chunk < length - n * C
-    origin = (start + n * C).to(tl.int64)
-    unit = row.to(tl.int64) * H + h
+    in_chunk = tl.arange(0, S.C)
+    valid = in_chunk < length - n * S.C
+    origin = (start + n * S.C).to(tl.int64)
+    unit = row.to(tl.int64) * S.H + h
     dtype = scores.dtype.element_ty
-    planes = scores + unit * (PLANES * C * C)
-    q_head = q + origin * stride_q + h // (H // G) * K
-    k_head = k + origin * stride_k + h // (H // G) * K
-    high, low = load_sum(sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, EXACT)
-    decays = pair_decays(high, low, EXACT)
+    planes = scores + unit * (PLANES * S.C * S.C)
+    q_head = x.q + origin * x.stride_q + h // (S.H // S.G) * S.K
+    k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
+    high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S.EXACT)
+    decays = pair_decays(high, low, S.EXACT)
     from_start = tl.exp2(high)
-    strength = tl.load(beta + origin * stride_b + h + in_chunk * stride_b, mask=valid, other=0.0).to(tl.float32)
-    products = product(k_head, k_head, stride_k, stride_k, valid, C, K, BK, PRECISION)
-    solved = tl.load(square(solve + (row.to(tl.int64) * HEADS + h) * (C * C), C))
-    solve_grads = tl.load(square(planes + SOLVE_GRADS * C * C, C))
-    doverlap, overlap, dstrength = inverse_grads(products, decays, strength, solved, solve_grads, C, PRECISION)
-    tl.store(dbeta + origin * stride_db + h + in_chunk * stride_db, dstrength.to(dbeta.dtype.element_ty), mask=valid)
-    gain = tl.zeros([C], tl.float32)
-    if HAS_GATE:
+    strength = tl.load(x.beta + origin * x.stride_beta + h + in_chunk * x.stride_beta, mask=valid, other=0.0).to(
+        tl.float32
+    )
+    products = product(k_head, k_head, x.stride_k, x.stride_k, valid, S.K, S.BK, S)
+    solved = tl.load(square(maps.solve + (row.to(tl.int64) * S.HEADS + h) * (S.C * S.C), S.C))
+    solve_grads = tl.load(square(planes + SOLVE_GRADS * S.C * S.C, S.C))
+    doverlap, overlap, dstrength = inverse_grads(products, decays, strength, solved, solve_grads, S)
+    tl.store(
+        out.dbeta + origin * out.stride_dbeta + h + in_chunk * out.stride_dbeta,
+        dstrength.to(out.dbeta.dtype.element_ty),
+        mask=valid,
+    )
+    gain = tl.zeros([S.C], tl.float32)
+    if x.g is not None:
         pairs = doverlap * overlap
         gain += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
 
     doverlap_low = (doverlap * decays).to(dtype)
-    dproducts = tl.load(square(planes + PRODUCT_GRADS * C * C, C))
-    sources = key_grads + unit * (2 * C * K)
-    part = (h % (H // G)).to(tl.int64)
-    dq_head = dq + part * dq_parts + origin * stride_dq + h // (H // G) * K
-    dk_head = dk + part * dk_parts + origin * stride_dk + h // (H // G) * K
-    for first in range(0, K, BK):
-        k_tile = load_tile(k_head, stride_k, valid, C, K, BK, first)
-        acc = load_part(query_grads + unit * (C * K), 0, first, K, C, K, C, BK).to(tl.float32) * from_start[:, None]
-        acc = tl.dot(dproducts, k_tile, acc, input_precision=PRECISION)
-        store_tile(dq_head, stride_dq, valid, acc, C, K, BK, first)
-        dw = load_part(sources, 0, first, K, C, K, C, BK)
-        acc = tl.dot(tl.trans(solved), dw, input_precision=PRECISION) * from_start[:, None]
-        if HAS_GATE:
+    dproducts = tl.load(square(planes + PRODUCT_GRADS * S.C * S.C, S.C))
+    sources = key_grads + unit * (2 * S.C * S.K)
+    part = (h % (S.H // S.G)).to(tl.int64)
+    dq_head = out.dq + part * dq_parts + origin * out.stride_dq + h // (S.H // S.G) * S.K
+    dk_head = out.dk + part * dk_parts + origin * out.stride_dk + h // (S.H // S.G) * S.K
+    for first in range(0, S.K, S.BK):
+        k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
+        acc = (
+            load_part(query_grads + unit * (S.C * S.K), 0, first, S.K, S.C, S.K, S.C, S.BK).to(tl.float32)
+            * from_start[:, None]
+        )
+        acc = tl.dot(dproducts, k_tile, acc, input_precision=S.PRECISION)
+        store_tile(dq_head, out.stride_dq, valid, acc, S.C, S.K, S.BK, first)
+        dw = load_part(sources, 0, first, S.K, S.C, S.K, S.C, S.BK)
+        acc = tl.dot(tl.trans(solved), dw, input_precision=S.PRECISION) * from_start[:, None]
+        if x.g is not None:
             gain += tl.sum(acc * k_tile.to(tl.float32), axis=1)
-        acc += load_part(sources + C * K, 0, first, K, C, K, C, BK).to(tl.float32)
-        acc = tl.dot(doverlap_low, k_tile, acc, input_precision=PRECISION)
-        acc = tl.dot(tl.trans(doverlap_low), k_tile, acc, input_precision=PRECISION)
-        q_tile = load_tile(q_head, stride_q, valid, C, K, BK, first)
-        acc = tl.dot(tl.trans(dproducts), q_tile, acc, input_precision=PRECISION)
-        store_tile(dk_head, stride_dk, valid, acc, C, K, BK, first)
-    if HAS_GATE:
+        acc += load_part(sources + S.C * S.K, 0, first, S.K, S.C, S.K, S.C, S.BK).to(tl.float32)
+        acc = tl.dot(doverlap_low, k_tile, acc, input_precision=S.PRECISION)
+        acc = tl.dot(tl.trans(doverlap_low), k_tile, acc, input_precision=S.PRECISION)
+        q_tile = load_tile(q_head, x.stride_q, valid, S.C, S.K, S.BK, first)
+        acc = tl.dot(tl.trans(dproducts), q_tile, acc, input_precision=S.PRECISION)
+        store_tile(dk_head, out.stride_dk, valid, acc, S.C, S.K, S.BK, first)
+    if x.g is not None:
         place = h.to(tl.int64) * all_tokens + origin + in_chunk
         gain += tl.load(gains + place, mask=valid, other=0.0)
         ends = tl.load(end_gains + place, mask=valid, other=0.0)
         gradient = tl.cumsum(gain, axis=0, reverse=True) + (tl.cumsum(ends, axis=0) - ends)
         gradient += tl.load(chunk_gains + unit)
-        gate = tl.load(g + origin * stride_g + h + in_chunk * stride_g, mask=valid, other=0.0).to(tl.float32)
+        gate = tl.load(x.g + origin * x.stride_g + h + in_chunk * x.stride_g, mask=valid, other=0.0).to(tl.float32)
         gradient = tl.where(gate > GATE_FLOOR, gradient, 0.0)
-        tl.store(dg + origin * stride_dg + h + in_chunk * stride_dg, gradient.to(dg.dtype.element_ty), mask=valid)
+        tl.store(
+            out.dg + origin * out.stride_dg + h + in_chunk * out.stride_dg,
+            gradient.to(out.dg.dtype.element_ty),
+            mask=valid,
+        )

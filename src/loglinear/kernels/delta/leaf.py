@@ -14,16 +14,15 @@ from loglinear.kernels.delta.products import times_tokens
 
 
 @triton.jit
-def leaf_scores(queries, keys, stride_k, sums, plane, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-                EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def leaf_scores(queries, keys, stride_k, sums, plane, S: tl.constexpr):
     """``Q K_endᵀ`` ``[C, C]`` float32; keys and sums point at the first token of a whole chunk."""
-    everywhere = tl.arange(0, C) >= 0
-    pairs = times_tokens(queries, keys, stride_k, everywhere, C, K, BK, PRECISION)
-    return pairs * decay_to_end(sums, C, plane, C, EXACT)[None, :]
+    everywhere = tl.arange(0, S.C) >= 0
+    pairs = times_tokens(queries, keys, stride_k, everywhere, S)
+    return pairs * decay_to_end(sums, S.C, plane, S)[None, :]
 
 
 @triton.jit
-def leaf_jump(queries, pairs, sums, erased, C: tl.constexpr, PRECISION: tl.constexpr):
+def leaf_jump(queries, pairs, sums, erased, S: tl.constexpr):
     """``Q A`` ``[C, BK]`` in Q's dtype, from ``pairs = Q K_endᵀ`` and ``erased = W``; sums point at the chunk's first token."""
-    passed = queries.to(tl.float32) * tl.exp2(tl.load(sums + C - 1))
-    return tl.dot(-pairs.to(queries.dtype), erased, passed, input_precision=PRECISION).to(queries.dtype)
+    passed = queries.to(tl.float32) * tl.exp2(tl.load(sums + S.C - 1))
+    return tl.dot(-pairs.to(queries.dtype), erased, passed, input_precision=S.PRECISION).to(queries.dtype)

@@ -21,6 +21,16 @@ KEPT_SHARE = 1.25  # the same of maps that are kept from the forward pass
 UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
 
 
+class ChunkMaps(NamedTuple):
+    """The first of ``Maps``, as a bundle for kernels; None where a kernel does not read one."""
+
+    sums: Tensor
+    chunk_log: Tensor
+    solve: Tensor
+    writes: Tensor | None
+    entries: Tensor | None
+
+
 class Maps(NamedTuple):
     """The facts about the chunks that depend on no query. ``low`` is v's dtype; logs are in base 2.
 
@@ -57,6 +67,10 @@ class Maps(NamedTuple):
         tiers = (len(tensors) - 4) // 2
         first, rest = tensors[:5], tensors[5:]
         return Maps(*first, rest[: tiers - 1], rest[tiers - 1 :])  # type: ignore[call-arg]
+
+    @property
+    def chunks(self) -> ChunkMaps:
+        return ChunkMaps(*self[:5])
 
     @property
     def heads(self) -> int:

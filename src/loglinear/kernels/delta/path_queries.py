@@ -29,79 +29,66 @@ def inner_start(n, row0):
 
 
 @triton.jit
-def store_queries(base, tile, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    pointers, inside = map_tile(base, 0, 0, K, K, C, C, BK)
+def store_queries(base, tile, S: tl.constexpr):
+    pointers, inside = map_tile(base, 0, 0, S.K, S.K, S.C, S.C, S.BK)
     tl.store(pointers, tile, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def path_queries_kernel(
-    q,
-    k,
-    sums,
-    writes,
-    entries,
+    x,
+    maps,
     inner_queries,  # [1.5 rows, H, C, K] queries before each entry within their group, nearest entry first
     group_queries,  # [rows, H, C, K] queries as seen from the start of their group; none in a sequence's first
-    row_sequence,
-    sequences,
+    table,
     T,
     N,
     NG,
     all_tokens,
     sums_stride,
-    stride_q,
-    stride_k,
-    H: tl.constexpr,
-    HEADS: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    EXACT: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    S: tl.constexpr,
 ):
     """Grid: H x rows, rows fastest. float32: scores, decays, accumulators."""
-    rows = tl.num_programs(0) // H
+    rows = tl.num_programs(0) // S.H
     pid = tl.program_id(0)
     row = pid % rows
     h = pid // rows
-    start, length, row0, _, _, _ = locate(row, row_sequence, sequences, T, N, NG, N, PACKED)
+    start, length, row0, _, _, _ = locate(row, table, T, N, NG, N, S.PACKED)
     n = row - row0
     if (length < 0) | (n == 0):
         return
-    in_chunk = tl.arange(0, C)
-    valid = in_chunk < length - n * C
-    origin = (start + n * C).to(tl.int64)
-    unit = row.to(tl.int64) * H + h
-    kept = row.to(tl.int64) * HEADS + h
-    q_head = q + origin * stride_q + h // (H // G) * K
-    k_head = k + origin * stride_k + h // (H // G) * K
-    high, low = load_sum(sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, EXACT)
-    products = local_products(q_head, k_head, stride_q, stride_k, valid, high, low, C, K, BK, EXACT, PRECISION)
-    q_tile = load_tile(q_head, stride_q, valid, C, K, BK, 0)
-    erased = load_square(writes + kept * (C * (K + V)), K + V, C, K, C, BK)
-    queries = start_queries(q_tile, products, erased, high, PRECISION)
+    in_chunk = tl.arange(0, S.C)
+    valid = in_chunk < length - n * S.C
+    origin = (start + n * S.C).to(tl.int64)
+    unit = row.to(tl.int64) * S.H + h
+    kept = row.to(tl.int64) * S.HEADS + h
+    q_head = x.q + origin * x.stride_q + h // (S.H // S.G) * S.K
+    k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
+    high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S.EXACT)
+    products = local_products(q_head, k_head, x.stride_q, x.stride_k, valid, high, low, S)
+    q_tile = load_tile(q_head, x.stride_q, valid, S.C, S.K, S.BK, 0)
+    erased = load_square(maps.writes + kept * (S.C * (S.K + S.V)), S.K + S.V, S.C, S.C, S)
+    queries = start_queries(q_tile, products, erased, high, S.PRECISION)
     slot = inner_start(n, row0)
     first_group = n < GROUP
     leaf = ((n % 2 == 1) & (n > 1)).to(tl.int32)  # no jump past the last entry of all
     if leaf == 1:
-        store_queries(inner_queries + (slot.to(tl.int64) * H + h) * (C * K), queries, K, C, BK)
-        before_sums = sums + h.to(tl.int64) * sums_stride + (origin - C)
-        erased = load_square(writes + (kept - HEADS) * (C * (K + V)), K + V, C, K, C, BK)
-        pairs = leaf_scores(
-            queries, k_head - C * stride_k, stride_k, before_sums, all_tokens, C, K, BK, EXACT, PRECISION
-        )
-        queries = leaf_jump(queries, pairs, before_sums, erased, C, PRECISION)
+        store_queries(inner_queries + (slot.to(tl.int64) * S.H + h) * (S.C * S.K), queries, S)
+        before_sums = maps.sums + h.to(tl.int64) * sums_stride + (origin - S.C)
+        erased = load_square(maps.writes + (kept - S.HEADS) * (S.C * (S.K + S.V)), S.K + S.V, S.C, S.C, S)
+        pairs = leaf_scores(queries, k_head - S.C * x.stride_k, x.stride_k, before_sums, all_tokens, S)
+        queries = leaf_jump(queries, pairs, before_sums, erased, S)
     slot += leaf
     e = n - leaf
     for _ in range(set_bits(n % GROUP) - first_group.to(tl.int32) - leaf):
-        store_queries(inner_queries + (slot.to(tl.int64) * H + h) * (C * K), queries, K, C, BK)
-        entry = entries + ((row0 + e - 1).to(tl.int64) * HEADS + h) * (K * (K + V))
-        queries = times_memory(queries, entry, 0, 0, K, K + V, K, C, BK, BK, K % BK != 0, PRECISION).to(queries.dtype)
+        store_queries(inner_queries + (slot.to(tl.int64) * S.H + h) * (S.C * S.K), queries, S)
+        entry = maps.entries + ((row0 + e - 1).to(tl.int64) * S.HEADS + h) * (S.K * (S.K + S.V))
+        queries = times_memory(queries, entry, 0, 0, S.K, S.K + S.V, S.K, S.C, S.BK, S.K % S.BK != 0, S).to(
+            queries.dtype
+        )
         slot += 1
         e -= lowbit(e)
-    last = tl.where(first_group, inner_queries + (slot.to(tl.int64) * H + h) * (C * K), group_queries + unit * (C * K))
-    store_queries(last, queries, K, C, BK)
+    last = tl.where(
+        first_group, inner_queries + (slot.to(tl.int64) * S.H + h) * (S.C * S.K), group_queries + unit * (S.C * S.K)
+    )
+    store_queries(last, queries, S)

@@ -43,52 +43,45 @@ def path_states_kernel(
     entries,  # [rows, H, K, K+V]
     states,  # [slots, H, K, V]: T_j S_j, or if MAPS [slots, H, K, K+V]: [T_j | T_j S_j]; none for j = 0
     path_starts,
-    group_sequence,
-    sequences,
+    table,
     T,
     N,
     NG,
     paths,
-    H: tl.constexpr,
-    HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
+    S: tl.constexpr,
     BM: tl.constexpr,
-    BK: tl.constexpr,
     MAPS: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Grid: groups x H x blocks of BM rows of T, blocks fastest. float32: accumulators; T is rounded before each product."""
-    WIDTH: tl.constexpr = K + V
-    STRIDE: tl.constexpr = WIDTH if MAPS else V
-    BLOCKS: tl.constexpr = (K + BM - 1) // BM
-    TILES: tl.constexpr = (V + BK - 1) // BK  # tiles of S, each as wide as A; A and these tiles take turns
+    WIDTH: tl.constexpr = S.K + S.V
+    STRIDE: tl.constexpr = WIDTH if MAPS else S.V
+    BLOCKS: tl.constexpr = (S.K + BM - 1) // BM
+    TILES: tl.constexpr = (S.V + S.BK - 1) // S.BK  # tiles of S, each as wide as A; A and these tiles take turns
     pid = tl.program_id(0)
     first_k = pid % BLOCKS * BM
-    h = pid // BLOCKS % H
-    group = pid // (BLOCKS * H)
-    _, length, row0, group0, _, sequence = locate(group, group_sequence, sequences, T, N, NG, NG, PACKED)
+    h = pid // BLOCKS % S.H
+    group = pid // (BLOCKS * S.H)
+    _, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
     m = group - group0
     count = set_bits(m)
     if (length < 0) | (count < 2):
         return
-    slot = path_start(m, sequence, path_starts, paths, PACKED)
-    nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * HEADS + h) * (K * WIDTH)
-    x = load_part(nearest, first_k, 0, K, K, WIDTH, BM, BK)
+    slot = path_start(m, sequence, path_starts, paths, S.PACKED)
+    nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
+    x = load_part(nearest, first_k, 0, S.K, S.K, WIDTH, BM, S.BK)
     f = m & (m - 1)
     for step in range((count - 1) * (TILES + 1) - 1):
         j = step // (TILES + 1) + 1
         tile = step % (TILES + 1)
         jump = tile == TILES
-        source = entries + ((row0 + f * GROUP - 1).to(tl.int64) * HEADS + h) * (K * WIDTH)
-        first = tl.where(jump, 0, K + tile * BK)
-        end = tl.where(jump, K, WIDTH)
-        MASKED: tl.constexpr = (K % BK != 0) or (V % BK != 0)
-        result = times_memory(x, source, first, 0, end, WIDTH, K, BM, BK, BK, MASKED, PRECISION).to(x.dtype)
-        target = states + ((slot + j + jump.to(tl.int32)).to(tl.int64) * H + h) * (K * STRIDE)
-        first = tl.where(jump, 0, STRIDE - V + tile * BK)
-        end = tl.where(jump, STRIDE - V, STRIDE)  # without MAPS a jump stores nothing
-        store_columns(target, result, first_k, first, end, K, STRIDE, BM, BK)
+        source = entries + ((row0 + f * GROUP - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
+        first = tl.where(jump, 0, S.K + tile * S.BK)
+        end = tl.where(jump, S.K, WIDTH)
+        MASKED: tl.constexpr = (S.K % S.BK != 0) or (S.V % S.BK != 0)
+        result = times_memory(x, source, first, 0, end, WIDTH, S.K, BM, S.BK, MASKED, S).to(x.dtype)
+        target = states + ((slot + j + jump.to(tl.int32)).to(tl.int64) * S.H + h) * (S.K * STRIDE)
+        first = tl.where(jump, 0, STRIDE - S.V + tile * S.BK)
+        end = tl.where(jump, STRIDE - S.V, STRIDE)  # without MAPS a jump stores nothing
+        store_columns(target, result, first_k, first, end, S.K, STRIDE, BM, S.BK)
         x = tl.where(jump, result, x)
         f = tl.where(jump, f & (f - 1), f)

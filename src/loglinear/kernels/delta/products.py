@@ -44,121 +44,125 @@ def load_block(base, first_row, first, low, high, stride, ROWS: tl.constexpr, BR
 
 
 @triton.jit
-def times_memory(left, base, first, low, high, stride, ROWS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
-                 BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def times_memory(
+    left,
+    base,
+    first,
+    low,
+    high,
+    stride,
+    ROWS: tl.constexpr,
+    M: tl.constexpr,
+    BN: tl.constexpr,
+    MASKED: tl.constexpr,
+    S: tl.constexpr,
+):
     """``left [M, BK]`` times columns from ``first`` on, of those in [low, high), of a matrix of ROWS <= BK rows. float32."""
-    if PRECISION == "ieee" and BK > FLOAT32_SLICE:
+    if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
         total = tl.zeros([M, BN], tl.float32)
-        for part in range(BK // FLOAT32_SLICE):
+        for part in range(S.BK // FLOAT32_SLICE):
             row = part * FLOAT32_SLICE
             tile = load_block(base, row, first, low, high, stride, ROWS, FLOAT32_SLICE, BN, MASKED)
-            part_of_left = column_slice(left, part, BK // FLOAT32_SLICE, M, FLOAT32_SLICE)
-            total = tl.dot(part_of_left, tile, total, input_precision=PRECISION)
+            part_of_left = column_slice(left, part, S.BK // FLOAT32_SLICE, M, FLOAT32_SLICE)
+            total = tl.dot(part_of_left, tile, total, input_precision=S.PRECISION)
     else:
-        tile = load_block(base, 0, first, low, high, stride, ROWS, BK, BN, MASKED)
-        total = tl.dot(left, tile, input_precision=PRECISION)
+        tile = load_block(base, 0, first, low, high, stride, ROWS, S.BK, BN, MASKED)
+        total = tl.dot(left, tile, input_precision=S.PRECISION)
     return total
 
 
 @triton.jit
-def memory_times(base, right, STRIDE: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BR: tl.constexpr,
-                 BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def memory_times(base, right, STRIDE: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, S: tl.constexpr):
     """The first K columns of a matrix of ROWS <= BR rows, ``[BR, BK]``, times ``right [BK, BN]``. float32."""
-    MASKED: tl.constexpr = (ROWS % BR != 0) or (K % BK != 0)
-    if PRECISION == "ieee" and BK > FLOAT32_SLICE:
-        total = tl.zeros([BR, BN], tl.float32)
-        for part in range(BK // FLOAT32_SLICE):
-            tile = load_block(base, 0, part * FLOAT32_SLICE, 0, K, STRIDE, ROWS, BR, FLOAT32_SLICE, MASKED)
-            part_of_right = row_slice(right, part, BK // FLOAT32_SLICE, FLOAT32_SLICE, BN)
-            total = tl.dot(tile, part_of_right, total, input_precision=PRECISION)
+    MASKED: tl.constexpr = (ROWS % BR != 0) or (S.K % S.BK != 0)
+    if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
+        total = tl.zeros([BR, S.BN], tl.float32)
+        for part in range(S.BK // FLOAT32_SLICE):
+            tile = load_block(base, 0, part * FLOAT32_SLICE, 0, S.K, STRIDE, ROWS, BR, FLOAT32_SLICE, MASKED)
+            part_of_right = row_slice(right, part, S.BK // FLOAT32_SLICE, FLOAT32_SLICE, S.BN)
+            total = tl.dot(tile, part_of_right, total, input_precision=S.PRECISION)
     else:
-        tile = load_block(base, 0, 0, 0, K, STRIDE, ROWS, BR, BK, MASKED)
-        total = tl.dot(tile, right, input_precision=PRECISION)
+        tile = load_block(base, 0, 0, 0, S.K, STRIDE, ROWS, BR, S.BK, MASKED)
+        total = tl.dot(tile, right, input_precision=S.PRECISION)
     return total
 
 
 @triton.jit
-def token_products(left, right, stride_left, stride_right, valid, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+def token_products(left, right, stride_left, stride_right, valid, S: tl.constexpr):
     """``[C, C]`` float32 products of the tokens of a chunk, each pointed at by its first token, of K columns."""
-    SLICE: tl.constexpr = FLOAT32_SLICE if (PRECISION == "ieee" and BK > FLOAT32_SLICE) else BK
-    total = tl.zeros([C, C], tl.float32)
-    rows = tl.arange(0, C)[:, None]
-    for part in range(BK // SLICE):
+    SLICE: tl.constexpr = FLOAT32_SLICE if (S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE) else S.BK
+    total = tl.zeros([S.C, S.C], tl.float32)
+    rows = tl.arange(0, S.C)[:, None]
+    for part in range(S.BK // SLICE):
         columns = part * SLICE + tl.arange(0, SLICE)[None, :]
-        inside = valid[:, None] & (columns < K)
+        inside = valid[:, None] & (columns < S.K)
         a = tl.load(left + (rows * stride_left + columns), mask=inside, other=0.0)
         b = tl.load(right + (rows * stride_right + columns), mask=inside, other=0.0)
-        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+        total = tl.dot(a, tl.trans(b), total, input_precision=S.PRECISION)
     return total
 
 
 @triton.jit
-def times_transposed(left, base, STRIDE: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
-                     PRECISION: tl.constexpr):  # fmt: skip
+def times_transposed(left, base, STRIDE: tl.constexpr, M: tl.constexpr, S: tl.constexpr):
     """``left [M, BK]`` times the transpose of the first K columns of a matrix of K rows. float32."""
-    MASKED: tl.constexpr = K % BK != 0
-    if PRECISION == "ieee" and BK > FLOAT32_SLICE:
-        total = tl.zeros([M, BK], tl.float32)
-        for part in range(BK // FLOAT32_SLICE):
-            tile = load_block(base, 0, part * FLOAT32_SLICE, 0, K, STRIDE, K, BK, FLOAT32_SLICE, MASKED)
-            part_of_left = column_slice(left, part, BK // FLOAT32_SLICE, M, FLOAT32_SLICE)
-            total = tl.dot(part_of_left, tl.trans(tile), total, input_precision=PRECISION)
+    MASKED: tl.constexpr = S.K % S.BK != 0
+    if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
+        total = tl.zeros([M, S.BK], tl.float32)
+        for part in range(S.BK // FLOAT32_SLICE):
+            tile = load_block(base, 0, part * FLOAT32_SLICE, 0, S.K, STRIDE, S.K, S.BK, FLOAT32_SLICE, MASKED)
+            part_of_left = column_slice(left, part, S.BK // FLOAT32_SLICE, M, FLOAT32_SLICE)
+            total = tl.dot(part_of_left, tl.trans(tile), total, input_precision=S.PRECISION)
     else:
-        tile = load_block(base, 0, 0, 0, K, STRIDE, K, BK, BK, MASKED)
-        total = tl.dot(left, tl.trans(tile), input_precision=PRECISION)
+        tile = load_block(base, 0, 0, 0, S.K, STRIDE, S.K, S.BK, S.BK, MASKED)
+        total = tl.dot(left, tl.trans(tile), input_precision=S.PRECISION)
     return total
 
 
 @triton.jit
-def transposed_times(base, right, STRIDE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-                     PRECISION: tl.constexpr):  # fmt: skip
+def transposed_times(base, right, STRIDE: tl.constexpr, S: tl.constexpr):
     """The transpose of the first K columns of a matrix of K rows times ``right [BK, BN]``. float32."""
-    MASKED: tl.constexpr = K % BK != 0
-    if PRECISION == "ieee" and BK > FLOAT32_SLICE:
-        total = tl.zeros([BK, BN], tl.float32)
-        for part in range(BK // FLOAT32_SLICE):
-            tile = load_block(base, part * FLOAT32_SLICE, 0, 0, K, STRIDE, K, FLOAT32_SLICE, BK, MASKED)
-            part_of_right = row_slice(right, part, BK // FLOAT32_SLICE, FLOAT32_SLICE, BN)
-            total = tl.dot(tl.trans(tile), part_of_right, total, input_precision=PRECISION)
+    MASKED: tl.constexpr = S.K % S.BK != 0
+    if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
+        total = tl.zeros([S.BK, S.BN], tl.float32)
+        for part in range(S.BK // FLOAT32_SLICE):
+            tile = load_block(base, part * FLOAT32_SLICE, 0, 0, S.K, STRIDE, S.K, FLOAT32_SLICE, S.BK, MASKED)
+            part_of_right = row_slice(right, part, S.BK // FLOAT32_SLICE, FLOAT32_SLICE, S.BN)
+            total = tl.dot(tl.trans(tile), part_of_right, total, input_precision=S.PRECISION)
     else:
-        tile = load_block(base, 0, 0, 0, K, STRIDE, K, BK, BK, MASKED)
-        total = tl.dot(tl.trans(tile), right, input_precision=PRECISION)
+        tile = load_block(base, 0, 0, 0, S.K, STRIDE, S.K, S.BK, S.BK, MASKED)
+        total = tl.dot(tl.trans(tile), right, input_precision=S.PRECISION)
     return total
 
 
 @triton.jit
-def tokens_times(tokens, stride, valid, right, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def tokens_times(tokens, stride, valid, right, BN: tl.constexpr, S: tl.constexpr):
     """The tokens of a chunk, pointed at by the first, of K columns, times ``right [BK, BN]``: ``[C, BN]`` float32."""
-    if PRECISION == "ieee" and BK > FLOAT32_SLICE:
-        total = tl.zeros([C, BN], tl.float32)
-        for part in range(BK // FLOAT32_SLICE):
+    if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
+        total = tl.zeros([S.C, BN], tl.float32)
+        for part in range(S.BK // FLOAT32_SLICE):
             columns = part * FLOAT32_SLICE + tl.arange(0, FLOAT32_SLICE)[None, :]
-            pointers = tokens + (tl.arange(0, C)[:, None] * stride + columns)
-            tile = tl.load(pointers, mask=valid[:, None] & (columns < K), other=0.0)
-            part_of_right = row_slice(right, part, BK // FLOAT32_SLICE, FLOAT32_SLICE, BN)
-            total = tl.dot(tile, part_of_right, total, input_precision=PRECISION)
+            pointers = tokens + (tl.arange(0, S.C)[:, None] * stride + columns)
+            tile = tl.load(pointers, mask=valid[:, None] & (columns < S.K), other=0.0)
+            part_of_right = row_slice(right, part, S.BK // FLOAT32_SLICE, FLOAT32_SLICE, BN)
+            total = tl.dot(tile, part_of_right, total, input_precision=S.PRECISION)
     else:
-        tile = load_tile(tokens, stride, valid, C, K, BK, 0)
-        total = tl.dot(tile, right, input_precision=PRECISION)
+        tile = load_tile(tokens, stride, valid, S.C, S.K, S.BK, 0)
+        total = tl.dot(tile, right, input_precision=S.PRECISION)
     return total
 
 
 @triton.jit
-def times_tokens(
-    left, tokens, stride, valid, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
-):
+def times_tokens(left, tokens, stride, valid, S: tl.constexpr):
     """``left [C, BK]`` times the transposed tokens of a chunk, pointed at by the first, of K columns: ``[C, C]`` float32."""
-    if PRECISION == "ieee" and BK > FLOAT32_SLICE:
-        total = tl.zeros([C, C], tl.float32)
-        for part in range(BK // FLOAT32_SLICE):
+    if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
+        total = tl.zeros([S.C, S.C], tl.float32)
+        for part in range(S.BK // FLOAT32_SLICE):
             columns = part * FLOAT32_SLICE + tl.arange(0, FLOAT32_SLICE)[None, :]
-            pointers = tokens + (tl.arange(0, C)[:, None] * stride + columns)
-            tile = tl.load(pointers, mask=valid[:, None] & (columns < K), other=0.0)
-            part_of_left = column_slice(left, part, BK // FLOAT32_SLICE, C, FLOAT32_SLICE)
-            total = tl.dot(part_of_left, tl.trans(tile), total, input_precision=PRECISION)
+            pointers = tokens + (tl.arange(0, S.C)[:, None] * stride + columns)
+            tile = tl.load(pointers, mask=valid[:, None] & (columns < S.K), other=0.0)
+            part_of_left = column_slice(left, part, S.BK // FLOAT32_SLICE, S.C, FLOAT32_SLICE)
+            total = tl.dot(part_of_left, tl.trans(tile), total, input_precision=S.PRECISION)
     else:
-        tile = load_tile(tokens, stride, valid, C, K, BK, 0)
-        total = tl.dot(left, tl.trans(tile), input_precision=PRECISION)
+        tile = load_tile(tokens, stride, valid, S.C, S.K, S.BK, 0)
+        total = tl.dot(left, tl.trans(tile), input_precision=S.PRECISION)
     return total

@@ -19,73 +19,59 @@ from loglinear.kernels.tree.place import GROUP, bit_length, locate, log2_of_powe
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths", "L", "longest"])
 def path_state_grads_kernel(
-    do,
-    level_scales,
+    x,
     group_queries,  # [rows, H, C, K] queries as seen from the start of their group
     path_grads,  # [slots, H, K, K+V], of which this kernel writes d(T S)
     path_starts,
-    group_sequence,
-    sequences,
+    table,
     T,
     N,
     NG,
     paths,
-    stride_do,
-    stride_s,
-    factor,
     L,
     longest,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    LOG_C: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    S: tl.constexpr,
 ):
     """Grid: groups x H x entries of the longest path x tiles, tiles fastest. float32: accumulator, weights."""
-    TILES_N: tl.constexpr = (V + BN - 1) // BN
-    TILES: tl.constexpr = (K + BK - 1) // BK * TILES_N
+    TILES_N: tl.constexpr = (S.V + S.BN - 1) // S.BN
+    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_N
     pid = tl.program_id(0)
-    first_n = pid % TILES_N * BN
-    first_k = pid % TILES // TILES_N * BK
+    first_n = pid % TILES_N * S.BN
+    first_k = pid % TILES // TILES_N * S.BK
     j = pid // TILES % longest
-    h = pid // (TILES * longest) % H
-    group = pid // (TILES * longest * H)
-    start, length, row0, group0, _, sequence = locate(group, group_sequence, sequences, T, N, NG, NG, PACKED)
+    h = pid // (TILES * longest) % S.H
+    group = pid // (TILES * longest * S.H)
+    start, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
     m = group - group0
     if (length < 0) | (j >= set_bits(m)):
         return
     f = m
     for _ in range(j):
         f &= f - 1
-    level = tl.minimum(log2_of_power(lowbit(f * GROUP)) + LOG_C + 1, L - 1)
+    level = tl.minimum(log2_of_power(lowbit(f * GROUP)) + S.LOG_C + 1, L - 1)
     origin = start.to(tl.int64)
-    scales = level_scales + origin * stride_s + h * L + level
-    values = do + origin * stride_do + h * V
-    count = tl.minimum((length + C - 1) // C - m * GROUP, GROUP)
-    total = tl.zeros([BK, BN], tl.float32)
+    scales = x.scales + origin * x.stride_scales + h * L + level
+    values = x.do + origin * x.stride_do + h * S.V
+    count = tl.minimum((length + S.C - 1) // S.C - m * GROUP, GROUP)
+    total = tl.zeros([S.BK, S.BN], tl.float32)
     for i in range(count):
         n = m * GROUP + i
-        place = ((row0 + n).to(tl.int64) * H + h) * (C * K)
-        queries = load_part(group_queries + place, 0, first_k, K, C, K, C, BK)
-        right = weighted_values(values, scales, n, length, first_n, stride_do, stride_s, factor, C, V, BN)
-        total = tl.dot(tl.trans(queries), right, total, input_precision=PRECISION)
-    slot = path_start(m, sequence, path_starts, paths, PACKED) + j
-    target = path_grads + (slot.to(tl.int64) * H + h) * (K * (K + V))
-    store_part(target + K, total, first_k, first_n, V, K, K + V, BK, BN)
+        place = ((row0 + n).to(tl.int64) * S.H + h) * (S.C * S.K)
+        queries = load_part(group_queries + place, 0, first_k, S.K, S.C, S.K, S.C, S.BK)
+        right = weighted_values(values, scales, n, length, first_n, x, S)
+        total = tl.dot(tl.trans(queries), right, total, input_precision=S.PRECISION)
+    slot = path_start(m, sequence, path_starts, paths, S.PACKED) + j
+    target = path_grads + (slot.to(tl.int64) * S.H + h) * (S.K * (S.K + S.V))
+    store_part(target + S.K, total, first_k, first_n, S.V, S.K, S.K + S.V, S.BK, S.BN)
 
 
 @triton.jit
-def state_product(total, gradient, entry, first_k, K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-                  BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def state_product(total, gradient, entry, first_k, BM: tl.constexpr, S: tl.constexpr):
     """Add rows ``[BM, BK]`` of ``d(T S) Sᵀ``, over tiles of V."""
-    for first in range(0, V, BV):
-        left = load_part(gradient + K, first_k, first, V, K, K + V, BM, BV)
-        right = load_part(entry + K, 0, first, V, K, K + V, BK, BV)
-        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+    for first in range(0, S.V, S.BV):
+        left = load_part(gradient + S.K, first_k, first, S.V, S.K, S.K + S.V, BM, S.BV)
+        right = load_part(entry + S.K, 0, first, S.V, S.K, S.K + S.V, S.BK, S.BV)
+        total = tl.dot(left, tl.trans(right), total, input_precision=S.PRECISION)
     return total
 
 
@@ -94,46 +80,38 @@ def transport_grads_kernel(
     entries,  # [rows, H, K, K+V]
     path_grads,  # [slots, H, K, K+V]: reads d(T_j S_j), writes dT_{j+1}; none at the last entry of a path
     path_starts,
-    group_sequence,
-    sequences,
+    table,
     T,
     N,
     NG,
     paths,
-    H: tl.constexpr,
-    HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
+    S: tl.constexpr,
     BM: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Grid: groups x H x blocks of BM rows of T, blocks fastest. float32: accumulators; dT is rounded before each product."""
-    SIZE: tl.constexpr = K * (K + V)
-    BLOCKS: tl.constexpr = (K + BM - 1) // BM
+    SIZE: tl.constexpr = S.K * (S.K + S.V)
+    BLOCKS: tl.constexpr = (S.K + BM - 1) // BM
     pid = tl.program_id(0)
     first_k = pid % BLOCKS * BM
-    h = pid // BLOCKS % H
-    group = pid // (BLOCKS * H)
-    _, length, row0, group0, _, sequence = locate(group, group_sequence, sequences, T, N, NG, NG, PACKED)
+    h = pid // BLOCKS % S.H
+    group = pid // (BLOCKS * S.H)
+    _, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
     m = group - group0
     count = set_bits(m)
     if (length < 0) | (count < 2):
         return
-    slot = path_start(m, sequence, path_starts, paths, PACKED) + count - 1
-    target = path_grads + (slot.to(tl.int64) * H + h) * SIZE
+    slot = path_start(m, sequence, path_starts, paths, S.PACKED) + count - 1
+    target = path_grads + (slot.to(tl.int64) * S.H + h) * SIZE
     rest = m - (1 << (bit_length(m) - 1))  # the bits of the entries after the next one, which has the other bits
-    entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
-    acc = tl.zeros([BM, BK], tl.float32)
-    acc = state_product(acc, target, entry, first_k, K, V, BM, BK, BV, PRECISION)
+    entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
+    acc = tl.zeros([BM, S.BK], tl.float32)
+    acc = state_product(acc, target, entry, first_k, BM, S)
     for _ in range(count - 2):
         after = acc.to(path_grads.dtype.element_ty)
-        target -= H * SIZE
-        store_part(target, after, first_k, 0, K, K, K + V, BM, BK)
+        target -= S.H * SIZE
+        store_part(target, after, first_k, 0, S.K, S.K, S.K + S.V, BM, S.BK)
         rest -= 1 << (bit_length(rest) - 1)
-        entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
-        acc = times_transposed(after, entry, K + V, K, BM, BK, PRECISION)
-        acc = state_product(acc, target, entry, first_k, K, V, BM, BK, BV, PRECISION)
-    store_part(target - H * SIZE, acc, first_k, 0, K, K, K + V, BM, BK)
+        entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
+        acc = times_transposed(after, entry, S.K + S.V, BM, S)
+        acc = state_product(acc, target, entry, first_k, BM, S)
+    store_part(target - S.H * SIZE, acc, first_k, 0, S.K, S.K, S.K + S.V, BM, S.BK)

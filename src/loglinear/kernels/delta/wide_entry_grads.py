@@ -18,28 +18,52 @@ from loglinear.kernels.tree.place import GROUP, locate, log2_of_power, lowbit, s
 
 
 @triton.jit
-def groups_sum(total, entries, states, path_grads, f, first, count, slot, row0, h, first_k, first_n, end,
-               H: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-               BT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def groups_sum(
+    total,
+    entries,
+    states,
+    path_grads,
+    f,
+    first,
+    count,
+    slot,
+    row0,
+    h,
+    first_k,
+    first_n,
+    end,
+    BT: tl.constexpr,
+    S: tl.constexpr,
+):
     """Add tile ``[BK, BN]``, as far as column ``end``, of ``count`` groups from ``first > f`` on; ``slot`` is that of first.
 
     A product is over BT of the K rows of T at a time.
     """
-    SIZE: tl.constexpr = K * (K + V)
-    PARTS: tl.constexpr = (K + BT - 1) // BT
+    SIZE: tl.constexpr = S.K * (S.K + S.V)
+    PARTS: tl.constexpr = (S.K + BT - 1) // BT
     for step in range(count * PARTS):
         m = first + step // PARTS
         row = step % PARTS * BT
         j = set_bits(m - f)
         # T_1 is the A of the nearest entry.
-        nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * HEADS + h) * SIZE
-        place = ((slot + j).to(tl.int64) * H + h) * SIZE
+        nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
+        place = ((slot + j).to(tl.int64) * S.H + h) * SIZE
         source = tl.where(j == 1, nearest, states + place)
-        left = load_block(source, row, first_k, 0, K, K + V, K, BT, BK, K % BT != 0 or K % BK != 0)
-        right = load_block(path_grads + place, row, first_n, 0, end, K + V, K, BT, BN,
-                           K % BT != 0 or K % BN != 0 or V % BN != 0)  # fmt: skip
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
-        slot += tl.where(row + BT >= K, set_bits(m), 0)
+        left = load_block(source, row, first_k, 0, S.K, S.K + S.V, S.K, BT, S.BK, S.K % BT != 0 or S.K % S.BK != 0)
+        right = load_block(
+            path_grads + place,
+            row,
+            first_n,
+            0,
+            end,
+            S.K + S.V,
+            S.K,
+            BT,
+            S.BN,
+            S.K % BT != 0 or S.K % S.BN != 0 or S.V % S.BN != 0,
+        )
+        total = tl.dot(tl.trans(left), right, total, input_precision=S.PRECISION)
+        slot += tl.where(row + BT >= S.K, set_bits(m), 0)
     return total
 
 
@@ -50,47 +74,38 @@ def wide_entry_grads_kernel(
     path_grads,  # [slots, H, K, K+V]: [dT_{j+1} | d(T_j S_j)]
     grads,  # [rows + …, H, K, K+V] by entry, or if LONG segments [levels, slots, H, K, K+V]
     path_starts,
-    group_sequence,
-    sequences,
+    table,
     T,
     N,
     NG,
     paths,
     units,
     slots,
-    H: tl.constexpr,
-    HEADS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
+    S: tl.constexpr,
     BT: tl.constexpr,
     SEGMENT: tl.constexpr,
     LONG: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Grid: [levels above SEGMENT, widest first] x groups x H x tiles, tiles fastest. float32: accumulator.
 
     A program takes the entry that ends with a group, if the window of this entry is one segment. If LONG, a program takes a
     segment that begins at a group, for one level of the tree with longer windows. Programs without work return at once.
     """
-    TILES_A: tl.constexpr = (K + BN - 1) // BN
-    TILES_N: tl.constexpr = TILES_A + (V + BN - 1) // BN
-    TILES: tl.constexpr = (K + BK - 1) // BK * TILES_N
+    TILES_A: tl.constexpr = (S.K + S.BN - 1) // S.BN
+    TILES_N: tl.constexpr = TILES_A + (S.V + S.BN - 1) // S.BN
+    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_N
     pid = tl.program_id(0)
     tile_n = pid % TILES_N
-    first_k = pid % TILES // TILES_N * BK
-    h = pid // TILES % H
-    group = pid // (TILES * H) % units
-    _, length, row0, group0, _, sequence = locate(group, group_sequence, sequences, T, N, NG, NG, PACKED)
+    first_k = pid % TILES // TILES_N * S.BK
+    h = pid // TILES % S.H
+    group = pid // (TILES * S.H) % units
+    _, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
     if length < 0:
         return
-    chunks = (length + C - 1) // C
+    chunks = (length + S.C - 1) // S.C
     groups = (chunks + GROUP - 1) // GROUP
     if LONG:
-        level = tl.num_programs(0) // (TILES * H * units) - 1 - pid // (TILES * H * units)
+        level = tl.num_programs(0) // (TILES * S.H * units) - 1 - pid // (TILES * S.H * units)
         first = group - group0
         span = (2 * SEGMENT) << level
         if (first % SEGMENT != 0) | (first // span % 2 == 0):
@@ -108,52 +123,64 @@ def wide_entry_grads_kernel(
         target = (row0 + f * GROUP - 1).to(tl.int64)
     # An entry that begins at the first chunk is the last of every path: nothing is carried past it.
     count = tl.where((tile_n < TILES_A) & (f == span), 0, count)
-    end = tl.where(tile_n < TILES_A, K, K + V)
-    first_n = tl.where(tile_n < TILES_A, tile_n * BN, K + (tile_n - TILES_A) * BN)
-    slot = path_start(first, sequence, path_starts, paths, PACKED)
+    end = tl.where(tile_n < TILES_A, S.K, S.K + S.V)
+    first_n = tl.where(tile_n < TILES_A, tile_n * S.BN, S.K + (tile_n - TILES_A) * S.BN)
+    slot = path_start(first, sequence, path_starts, paths, S.PACKED)
     # On the path of group f the entry is the nearest, and T the identity.
     nearest = ((first == f) & (count > 0)).to(tl.int32)
-    own = path_grads + (slot.to(tl.int64) * H + h) * (K * (K + V))
-    total = load_block(own, first_k, first_n, 0, end * nearest, K + V, K, BK, BN, True).to(tl.float32)
+    own = path_grads + (slot.to(tl.int64) * S.H + h) * (S.K * (S.K + S.V))
+    total = load_block(own, first_k, first_n, 0, end * nearest, S.K + S.V, S.K, S.BK, S.BN, True).to(tl.float32)
     slot += tl.where(nearest > 0, set_bits(first), 0)
-    total = groups_sum(total, entries, states, path_grads, f, first + nearest, count - nearest, slot, row0, h, first_k,
-                       first_n, end, H, HEADS, K, V, BK, BN, BT, PRECISION)  # fmt: skip
-    head = grads + (target * H + h) * (K * (K + V))
+    total = groups_sum(
+        total,
+        entries,
+        states,
+        path_grads,
+        f,
+        first + nearest,
+        count - nearest,
+        slot,
+        row0,
+        h,
+        first_k,
+        first_n,
+        end,
+        BT,
+        S,
+    )
+    head = grads + (target * S.H + h) * (S.K * (S.K + S.V))
     if tile_n < TILES_A:
-        store_part(head, total, first_k, first_n, K, K, K + V, BK, BN)
+        store_part(head, total, first_k, first_n, S.K, S.K, S.K + S.V, S.BK, S.BN)
     else:
-        store_part(head + K, total, first_k, first_n - K, V, K, K + V, BK, BN)
+        store_part(head + S.K, total, first_k, first_n - S.K, S.V, S.K, S.K + S.V, S.BK, S.BN)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "slots"])
 def segment_sums_kernel(
     segments,  # [levels, slots, H, SIZE]
     grads,  # [rows + …, H, SIZE]
-    group_sequence,
-    sequences,
+    table,
     T,
     N,
     NG,
     slots,
-    H: tl.constexpr,
-    SIZE: tl.constexpr,
-    C: tl.constexpr,
+    S: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
 ):
     """Grid: groups x H x blocks of ``[K, K+V]``, for the entries that end with a group and have long windows. float32: sum."""
+    SIZE: tl.constexpr = S.K * (S.K + S.V)
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     block = pid % BLOCKS
-    h = pid // BLOCKS % H
-    group = pid // (BLOCKS * H)
-    _, length, row0, group0, _, sequence = locate(group, group_sequence, sequences, T, N, NG, NG, PACKED)
+    h = pid // BLOCKS % S.H
+    group = pid // (BLOCKS * S.H)
+    _, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
     if length < 0:
         return
     f = group - group0 + 1
     span = lowbit(f)
-    chunks = (length + C - 1) // C
+    chunks = (length + S.C - 1) // S.C
     groups = (chunks + GROUP - 1) // GROUP
     if (span <= SEGMENT) | (f * GROUP > chunks):
         return
@@ -164,6 +191,6 @@ def segment_sums_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(count):
         source = level.to(tl.int64) * slots + ((group0 + f) // SEGMENT + i + sequence)
-        total += tl.load(segments + (source * H + h) * SIZE + elements, mask=inside, other=0.0).to(tl.float32)
-    target = grads + ((row0 + f * GROUP - 1).to(tl.int64) * H + h) * SIZE
+        total += tl.load(segments + (source * S.H + h) * SIZE + elements, mask=inside, other=0.0).to(tl.float32)
+    target = grads + ((row0 + f * GROUP - 1).to(tl.int64) * S.H + h) * SIZE
     tl.store(target + elements, total.to(grads.dtype.element_ty), mask=inside)

@@ -22,14 +22,15 @@ def at_most_zero(x):
 
 
 @triton.jit
-def load_gates(g, stride, valid, HAS_GATE: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr):
-    """Log2-decays of a chunk ``[C]``, clamped; NaN for NaN and for an infinite growth."""
-    if EXACT:
-        gate = tl.zeros([C], tl.float64)
+def gates_of(x, origin, h, valid, S: tl.constexpr):
+    """Log2-decays ``[C]`` of tokens from ``origin`` on, clamped, 0 without a gate; NaN for NaN and for an infinite growth."""
+    if S.EXACT:
+        gate = tl.zeros([S.C], tl.float64)
     else:
-        gate = tl.zeros([C], tl.float32)
-    if HAS_GATE:
-        raw = tl.load(g + tl.arange(0, C) * stride, mask=valid, other=0.0).to(gate.dtype)
+        gate = tl.zeros([S.C], tl.float32)
+    if x.g is not None:
+        first = x.g + origin * x.stride_g + h
+        raw = tl.load(first + tl.arange(0, S.C) * x.stride_g, mask=valid, other=0.0).to(gate.dtype)
         gate += tl.where(raw < float("inf"), tl.maximum(raw, GATE_FLOOR), float("nan")) * LOG2_E
     return gate
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from loglinear.kernels.tree.replay import recording
+from loglinear.kernels.tree.replay import members_of, recording
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -19,12 +19,16 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 
 def launch(kernel, programs: int, *arguments, **constants) -> None:
-    """Start ``programs`` programs of a kernel; ``constants`` are its compile-time arguments and launch options."""
-    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    """Start ``programs`` programs of a kernel.
+
+    arguments: tensors, numbers and bundles of these, in the kernel's order; constants: its compile-time arguments, which come
+    after them, and launch options.
+    """
+    device = next(x.device for x in members_of(arguments)[0] if isinstance(x, torch.Tensor))
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         compiled = kernel[(programs,)](*arguments, **constants)
     note = recording()
     if note is not None:
         values = [constants[name] for name in kernel.arg_names[len(arguments) :]]
-        note.launched(compiled, programs, [*arguments, *values])
+        note.launched(compiled, programs, arguments, values)

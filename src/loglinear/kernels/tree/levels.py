@@ -73,22 +73,42 @@ def assemble_mask(near, far, column, C: tl.constexpr):
 
 
 @triton.jit
-def path_weights(scales, stride_s, valid, row_sums, entry_log, rows, n, n0, h, L, H: tl.constexpr, C: tl.constexpr,
-                 LOG_C: tl.constexpr, TREE: tl.constexpr):  # fmt: skip
-    """``λ exp2(log-decay)`` ``[C, TREE]`` of each row towards the entry of every tree level on the path of chunk n.
+def scales_of(x, here, h, L):
+    """λ of head h at the first token of a chunk, level 0."""
+    return x.scales + here.origin * x.stride_scales + h * L
 
-    Everything that a walk needs, except the states, is loaded at once. No product of the walk waits for its weight.
+
+@triton.jit
+def chunk_scales(x, here, h, L, S: tl.constexpr):
+    """``local_scales`` of one head, times the factor of o."""
+    return local_scales(scales_of(x, here, h, L), here.valid, x.stride_scales, x.factor, L, S.C)
+
+
+@triton.jit
+def local_mask(x, sums, here, h, plane, L, S: tl.constexpr):
+    """λ times decay inside a chunk ``[C, C/SUB, SUB]``, times the factor of o; ``sums`` points at its first token."""
+    near, far = chunk_scales(x, here, h, L, S)
+    near_decay, far_decay, columns = local_decays(sums, here.size, plane, S.C, S.EXACT)
+    return assemble_mask(near * near_decay, far * far_decay, columns, S.C)
+
+
+@triton.jit
+def path_weights(x, row_sums, entry_log, at, here, h, L, S: tl.constexpr, TREE: tl.constexpr):
+    """``λ exp2(log-decay)`` ``[C, TREE]`` of each row towards the entry of every tree level on the path of a chunk.
+
+    Loads all that a walk needs but the states, at once: inside the walk no product waits for a load of its weight.
     """
+    n, n0 = here.n, at.n0
     m = tl.arange(0, TREE)
     on_path = ((n >> m) & 1 == 1) & ((n >> m << m) > n0)
-    # The logs of the entries before: a cumulative sum minus the entry's own log would lose the logs behind a reset.
+    # Logs of the entries before: a cumulative sum less the entry's own log would lose what a reset hides.
     below = tl.maximum(m - 1, 0)
     before = (m > 0) & ((n >> below) & 1 == 1) & ((n >> below << below) > n0)
-    unit = (rows + (n >> below << below) - 1).to(tl.int64) * H + h
+    unit = (at.row0 - n0 + (n >> below << below) - 1).to(tl.int64) * S.H + h
     since = tl.cumsum(tl.load(entry_log + unit, mask=before, other=0.0), axis=0)
-    level = tl.minimum(m + (LOG_C + 1), L - 1)
-    pointers = scales + tl.arange(0, C)[:, None] * stride_s + level[None, :]
-    scale = tl.load(pointers, mask=valid[:, None] & on_path[None, :], other=0.0).to(tl.float32)
+    level = tl.minimum(m + (S.LOG_C + 1), L - 1)
+    pointers = scales_of(x, here, h, L) + tl.arange(0, S.C)[:, None] * x.stride_scales + level[None, :]
+    scale = tl.load(pointers, mask=here.valid[:, None] & on_path[None, :], other=0.0).to(tl.float32)
     return scale * tl.exp2(row_sums[:, None] + since[None, :])
 
 

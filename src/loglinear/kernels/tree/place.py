@@ -5,6 +5,8 @@ A kernel computes a level from the bits of two positions, in registers. There is
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -59,18 +61,39 @@ def path_length(n, n0):
     return count
 
 
+class Place(NamedTuple):
+    """Where the sequence of a row or group lies: first token, tokens, first row, first group, the tree's number of its first
+    chunk, its own number. ``length`` is -1 for a unit past the last one, n0 is 0 unless it continues an earlier sequence.
+    """
+
+    start: Any
+    length: Any
+    row0: Any
+    group0: Any
+    n0: Any
+    sequence: Any
+
+
+class Chunk(NamedTuple):
+    """Chunk ``local`` of a sequence, chunk n of its tree: tokens from it on, which of its places hold one ``[C]``, its first
+    token (int64).
+    """
+
+    local: Any
+    n: Any
+    size: Any
+    valid: Any
+    origin: Any
+
+
 @triton.jit
-def locate(unit, unit_sequence, sequences, T, N, NG, units, PACKED: tl.constexpr):
-    """Where a row or group lies: (first token of its sequence, tokens, first row, first group, n0, sequence).
-
-    n0 is the absolute number of the sequence's first chunk: 0 unless it continues an earlier one.
-
-    PACKED reads them from tables (see problem.py); otherwise all sequences have T tokens, N chunks and NG groups, and
-    ``units`` is N or NG. tokens = -1 marks a unit past the last one.
+def locate(unit, table, T, N, NG, units, PACKED: tl.constexpr):
+    """The place of a row or group. PACKED reads ``table`` (see problem.py); otherwise all sequences have T tokens, N chunks and
+    NG groups, and ``units`` is N or NG.
     """
     if PACKED:
-        index = tl.load(unit_sequence + unit)
-        entry = sequences + tl.maximum(index, 0) * 5
+        index = tl.load(table.units + unit)
+        entry = table.sequences + tl.maximum(index, 0) * 5
         start = tl.load(entry)
         length = tl.where(index < 0, -1, tl.load(entry + 1))
         row0 = tl.load(entry + 2)
@@ -83,4 +106,15 @@ def locate(unit, unit_sequence, sequences, T, N, NG, units, PACKED: tl.constexpr
         row0 = index * N
         group0 = index * NG
         n0 = index * 0
-    return start, length, row0, group0, n0, index
+    return Place(start, length, row0, group0, n0, index)
+
+
+@triton.jit
+def chunk_of(at, row, C: tl.constexpr):
+    """The chunk of a row, in a sequence at ``at``."""
+    local = row - at.row0
+    n = at.n0 + local
+    size = at.length - local * C
+    valid = tl.arange(0, C) < size
+    origin = (at.start + local * C).to(tl.int64)
+    return Chunk(local, n, size, valid, origin)

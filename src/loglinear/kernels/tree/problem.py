@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loglinear.kernels.tree.bundles import Sizes, Table, sizes
 from loglinear.kernels.tree.place import GROUP
 from loglinear.kernels.tuning import DeltaRuleConfig, ScalarGateConfig
 from loglinear.state import CHUNK_SIZE
@@ -42,18 +43,16 @@ class Tier:
     """Groups of ``GROUP`` units in a row. The units of tier 0 are the chunks, of a higher tier the groups of the tier below.
     Unit i (1-based) of a sequence in tier t ends where entry ``i << 3 t`` of its Fenwick array does; in tiers above 0
     only whole units have maps, ``chunks >> 3 t`` of them. ``units`` and ``groups`` count those of the whole batch (at
-    most, if packed), ``sequence_units`` and ``sequence_groups`` those of one sequence. ``table`` is for
-    ``place.locate``: in tier 0 the table of the problem; above, its first token is a first unit, and its tokens are
-    chunks if packed.
+    most, if packed), ``sequence_units`` and ``sequence_groups`` those of one sequence. ``of_groups`` is
+    for ``place.locate``: in tier 0 that of the problem; above, its first token is a first unit, and its tokens are chunks
+    if packed.
     """
 
     units: int
     groups: int
     sequence_units: int
     sequence_groups: int
-    unit_sequence: Tensor | None
-    group_sequence: Tensor | None
-    table: tuple
+    of_groups: tuple[Table, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,10 @@ class Problem:
         return len(self.tables) > 0
 
     @property
+    def sequence_count(self) -> int:
+        return self.batch if self.sequences is None else self.sequences.shape[0]
+
+    @property
     def chunk_groups(self) -> int:
         """Groups of chunks in one sequence, at most."""
         return cdiv(self.chunks, GROUP.value)
@@ -110,9 +113,21 @@ class Problem:
         return max(padded(width), self.config.least_tile)
 
     @property
-    def table(self) -> tuple:
-        """The arguments by which a kernel finds its sequence: sequences, T, N, NG."""
-        return self.sequences, self.length, self.chunks, self.chunk_groups
+    def of_rows(self) -> tuple[Table, int, int, int]:
+        """The arguments by which a kernel finds the place of a row: table, T, N, NG."""
+        return Table(self.row_sequence, self.sequences), self.length, self.chunks, self.chunk_groups
+
+    @property
+    def of_groups(self) -> tuple[Table, int, int, int]:
+        """The same of a group."""
+        return Table(self.group_sequence, self.sequences), self.length, self.chunks, self.chunk_groups
+
+    def sizes(self, dtype: torch.dtype, BK: int = 0, BV: int = 0, BN: int = 0, HEADS: int = 0) -> Sizes:
+        """The sizes of a launch on inputs of this dtype, with tiles of these widths, as the compiler knows them."""
+        exact, chunk = dtype == torch.float32, self.config.chunk
+        precision = "ieee" if exact else "tf32"
+        letters = self.heads, self.groups, self.key_width, self.value_width, chunk, chunk.bit_length() - 1
+        return sizes(*letters, BK, BV, BN, HEADS, exact, self.packed, precision)
 
     @property
     def row_sequence(self) -> Tensor | None:
@@ -137,12 +152,12 @@ class Problem:
     def tiers(self) -> tuple[Tier, ...]:
         """The tree from its chunks up to the tier in which a sequence is one group."""
         sizes = self.rows, self.row_groups, self.chunks, self.chunk_groups
-        tiers = [Tier(*sizes, self.row_sequence, self.group_sequence, self.table)]
+        tiers = [Tier(*sizes, self.of_groups)]
         for total, groups in self.tier_groups[1:]:
             below = tiers[-1]
             place, sequences = self.tables[2 * len(tiers) + 1 :][:2] if self.packed else (None, None)
-            table = sequences, below.sequence_groups, self.chunks, groups
-            tiers.append(Tier(below.groups, total, below.sequence_groups, groups, below.group_sequence, place, table))
+            of_groups = Table(place, sequences), below.sequence_groups, self.chunks, groups
+            tiers.append(Tier(below.groups, total, below.sequence_groups, groups, of_groups))
         return tuple(tiers)
 
     @property
@@ -167,21 +182,6 @@ class Problem:
     @property
     def sequences(self) -> Tensor | None:
         return self.tables[1] if self.packed else None
-
-
-def common_constants(problem: Problem, dtype: torch.dtype, without: tuple[str, ...] = ()) -> dict:
-    """Compile-time arguments that all kernels over tokens share, without the arguments that a kernel does not take."""
-    constants = dict(
-        H=problem.heads,
-        G=problem.groups,
-        K=problem.key_width,
-        V=problem.value_width,
-        C=problem.config.chunk,
-        EXACT=dtype == torch.float32,
-        PACKED=problem.packed,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32",
-    )
-    return {name: value for name, value in constants.items() if name not in without}
 
 
 def set_bits_before(n: int) -> int:

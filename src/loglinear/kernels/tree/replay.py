@@ -9,7 +9,7 @@ at the same time share memory. The kernels of a call run one after the other, or
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -50,12 +50,15 @@ class Buffer:
 
 @dataclass
 class Launch:
-    """One launch: the compiled kernel, its arguments, and where addresses go: (index, input or buffer, bytes after it)."""
+    """One launch: the compiled kernel, the ``members_of`` its arguments, and where addresses go: (index among the members,
+    input or buffer, bytes after it).
+    """
 
     compiled: Any
     programs: int
     lane: int
-    arguments: list
+    members: list
+    parts: list[int | slice]
     places: list[tuple[int, int | Buffer, int]]
 
 
@@ -93,13 +96,14 @@ class Recording:
             return None
         return owners[0], tensor.data_ptr() - self.inputs[owners[0]].data_ptr()  # type: ignore[union-attr]
 
-    def launched(self, compiled, programs: int, arguments: list) -> None:
+    def launched(self, compiled, programs: int, arguments: Sequence, constants: list) -> None:
         """Note a launch. The interpreter compiles nothing, so there ``compiled`` is None and nothing can be repeated."""
         places: list[tuple[int, int | Buffer, int]] = []
-        for index, argument in enumerate(arguments):
-            if not isinstance(argument, Tensor):
+        members, parts = members_of(arguments)
+        for index, member in enumerate(members):
+            if not isinstance(member, Tensor):
                 continue
-            place = self.place(argument)
+            place = self.place(member)
             if place is None:
                 self.complete = False
                 continue
@@ -107,11 +111,12 @@ class Recording:
                 place[0].last = len(self.launches)
                 place[0].lanes.add(self.lane)
             places.append((index, *place))
-            arguments[index] = 0
+            members[index] = 0
         if compiled is None:
             self.complete = False
         elif self.complete:
-            self.launches.append(Launch(compiled, programs, self.lane, arguments, places))
+            parts += range(len(members), len(members) + len(constants))
+            self.launches.append(Launch(compiled, programs, self.lane, members + constants, parts, places))
 
     def finish(self, results: tuple[Tensor | None, ...]) -> Tape | None:
         """The tape, or None where a launch or a result used memory that is neither an input's nor scratch."""
@@ -133,7 +138,8 @@ class Recording:
                     offset += 0 if id(where) in bases else where.offset
                     where = bases.get(id(where), last)
                 addresses.append((index, where, offset))
-            launches.append((starter(launch.compiled, launch.programs), launch.lane, launch.arguments, addresses))
+            start = starter(launch.compiled, launch.programs)
+            launches.append((start, launch.lane, launch.members, launch.parts, addresses))
         shapes = [None if x is None else (x.shape, x.dtype) for x in results]
         return Tape(shapes, arena, launches, self.fork, self.join)
 
@@ -142,6 +148,24 @@ class Recording:
         buffer.beside = buffer.first < self.join and buffer.last >= self.fork >= 0
         if buffer.beside and len(buffer.lanes) > 1:
             buffer.first, buffer.last = min(buffer.first, self.fork), max(buffer.last, self.join - 1)
+
+
+def members_of(arguments: Sequence) -> tuple[list, list[int | slice]]:
+    """The arguments with the members of each bundle in its place, and where each argument is in this list.
+
+    Triton's launcher takes a bundle as a tuple. A bundle holds no other bundle.
+    """
+    members: list = []
+    parts: list[int | slice] = []
+    for x in arguments:
+        first = len(members)
+        if isinstance(x, tuple):
+            members += x
+            parts.append(slice(first, len(members)))
+        else:
+            members.append(x)
+            parts.append(first)
+    return members, parts
 
 
 def spans(x: Tensor, address: int) -> bool:
@@ -185,7 +209,7 @@ class Tape:
 
     results: list[tuple[torch.Size, torch.dtype] | None]
     scratch: int
-    launches: list[tuple[Callable, int, list, list[tuple[int, int, int]]]]
+    launches: list[tuple[Callable, int, list, list[int | slice], list[tuple[int, int, int]]]]
     fork: int
     join: int
 
@@ -195,15 +219,16 @@ class Tape:
         base = [0 if x is None else x.data_ptr() for x in (*inputs, *results, memory)]
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         streams = [stream] if self.fork < 0 else [stream, second_stream(device).cuda_stream]
-        for number, (start, lane, arguments, addresses) in enumerate(self.launches):
+        for number, (start, lane, members, parts, addresses) in enumerate(self.launches):
             if number == self.fork:
                 second_stream(device).wait_stream(torch.cuda.current_stream(device))
             elif number == self.join:
                 torch.cuda.current_stream(device).wait_stream(second_stream(device))
-            arguments = arguments.copy()
+            members = members.copy()
             for index, where, offset in addresses:
-                arguments[index] = base[where] + offset
-            start(streams[lane], arguments)
+                members[index] = base[where] + offset
+            given = tuple(members)
+            start(streams[lane], [given[part] for part in parts])
         if self.join == len(self.launches):
             torch.cuda.current_stream(device).wait_stream(second_stream(device))
         return tuple(results)

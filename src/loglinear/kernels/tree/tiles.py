@@ -34,6 +34,18 @@ def store_tile(base, stride, valid, tile, C: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
+def load_tokens(pointer, stride, head, chunk, C: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, first):
+    """``load_tile`` of a chunk's tokens, of one of the heads ``[tokens, heads, WIDTH]`` at ``pointer``."""
+    return load_tile(pointer + chunk.origin * stride + head * WIDTH, stride, chunk.valid, C, WIDTH, TILE, first)
+
+
+@triton.jit
+def store_tokens(pointer, stride, head, chunk, tile, C: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, first):
+    """Write where ``load_tokens`` reads."""
+    store_tile(pointer + chunk.origin * stride + head * WIDTH, stride, chunk.valid, tile, C, WIDTH, TILE, first)
+
+
+@triton.jit
 def state_tile(base, first_k, first_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """Pointers and mask of tile ``[BK, BV]`` of one state ``[K, V]``."""
     rows = first_k + tl.arange(0, BK)
@@ -62,3 +74,15 @@ def store_state(
             tl.store(pointers, tile.to(base.dtype.element_ty))
         else:
             tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_entry(states, unit, first_k, first_v, S: tl.constexpr):
+    """Tile ``[BK, BV]`` of state ``unit`` (int64) of ``states [units, K, V]``."""
+    return load_state(states + unit * (S.K * S.V), first_k, first_v, S.K, S.V, S.BK, S.BV)
+
+
+@triton.jit
+def store_entry(states, unit, tile, active, first_k, first_v, S: tl.constexpr):
+    """Write what ``load_entry`` reads, if active."""
+    store_state(states + unit * (S.K * S.V), tile, active, first_k, first_v, S.K, S.V, S.BK, S.BV)

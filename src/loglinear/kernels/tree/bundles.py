@@ -1,0 +1,92 @@
+"""BUNDLES: what a kernel takes together. NamedTuples of pointers with their strides, and one of sizes that the compiler knows.
+
+A number in a bundle that is 1 or a multiple of 16 gets a kernel of its own from Triton. Sizes that change from call to call, T, N,
+NG, L and their kin, are therefore parameters of their own: ``do_not_specialize`` does not reach into a bundle.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The inputs of a call and the gradient of its output, with the distance of two tokens of each; None where absent.
+
+    ``scales`` is λ. ``factor`` is the factor of o.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    beta: Any
+    scales: Any
+    do: Any
+    stride_q: Any
+    stride_k: Any
+    stride_v: Any
+    stride_g: Any
+    stride_beta: Any
+    stride_scales: Any
+    stride_do: Any
+    factor: Any
+
+
+def gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scales: Tensor,
+    do: Tensor | None,
+    factor: float,
+) -> Inputs:
+    """Inputs that are laid out by ``problem.token_rows``."""
+    tensors = q, k, v, g, beta, scales, do
+    return Inputs(*tensors, *(None if x is None else x.stride(1) for x in tensors), factor)
+
+
+class Table(NamedTuple):
+    """Tables of packed sequences, None if not packed: the sequence of each row or group, and the facts of each sequence."""
+
+    units: Any
+    sequences: Any
+
+
+class Sizes(NamedTuple):
+    """Sizes of a launch, compile-time constants: letters of the legend; BK, BV, BN tiles; EXACT: sums of logs are pairs.
+
+    HEADS: heads side by side in the maps of the delta rule. PRECISION: of products.
+    """
+
+    H: Any
+    G: Any
+    K: Any
+    V: Any
+    C: Any
+    LOG_C: Any
+    BK: Any
+    BV: Any
+    BN: Any
+    HEADS: Any
+    EXACT: Any
+    PACKED: Any
+    PRECISION: Any
+
+    def __hash__(self) -> int:
+        """Triton's constants have none of their own in 3.4."""
+        return hash(tuple(getattr(x, "value", x) for x in self))
+
+
+@lru_cache(maxsize=1024)
+def sizes(*values: int | bool | str) -> Sizes:
+    """Sizes of these values, in the order of the fields: Triton's constants, which may stand in a shape, or the values
+    themselves for the interpreter, which knows no constants.
+    """
+    return Sizes(*values) if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(x) for x in values))
