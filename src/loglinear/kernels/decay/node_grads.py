@@ -18,7 +18,7 @@ from loglinear.kernels.tree.tiles import load_tile, store_entry
 def chunk_weight(x, sums, h, level, origin, valid, L, S: tl.constexpr):
     """``λ exp2(log-decay since the chunk began)`` ``[C]`` of a chunk's tokens, λ of one level; ``sums`` points at token 0.
 
-    Loaded one step ahead of its use: as one number a token it can not be copied to shared memory in the background.
+    Loaded one step ahead of its use: as one number a token it cannot be copied to shared memory in the background.
     """
     in_chunk = tl.arange(0, S.C)
     scales = x.scales + h * L + level + origin * x.stride_scales

@@ -1,7 +1,7 @@
 """BUNDLES: what a kernel takes together. NamedTuples of pointers with their strides, and one of sizes that the compiler knows.
 
-A number in a bundle that is 1 or a multiple of 16 gets a kernel of its own from Triton. Sizes that change from call to call, T, N,
-NG, L and their kin, are therefore parameters of their own: ``do_not_specialize`` does not reach into a bundle.
+A number in a bundle that is 1 or a multiple of 16 gets a kernel of its own from Triton. Sizes that change from call to call
+(T, N, NG, L and their kin) are therefore parameters of their own: ``do_not_specialize`` does not reach into a bundle.
 """
 
 from __future__ import annotations
