@@ -242,7 +242,18 @@ def test_mistakes_are_named_in_one_line(options, message, train_options, tmp_pat
 def test_every_field_of_a_model_is_an_option():
     data = {"vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
     others = {"use_cache", "decoding_entry_dtype", "keys_to_ignore_at_inference"}
-    assert {field.name for field in fields(ModelConfig)} | data | others == set(LogLinearConfig.__annotations__)
+    # Of checkpoints that other libraries have trained: a converted folder has them, and a new run has the defaults.
+    converted = {"mixer_norm_eps", "level_scale_bias"} | {
+        f"mamba_{name}"
+        for name in ("use_bias", "conv_bias", "norm", "norm_groups", "norm_before_gate", "dt_limit", "skip_per_channel")
+    }
+    converted |= {
+        f"delta_{name}"
+        for name in ("conv_bias", "gate_activation", "decay", "use_beta", "neg_eigval", "qk_activation", "qk_norm")
+    }
+    assert {field.name for field in fields(ModelConfig)} | data | others | converted == set(
+        LogLinearConfig.__annotations__
+    )
     assert get_args(Mixer) == MIXERS
 
 
