@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import loglinear.layers.mamba2
+import loglinear.layers.mixer
 from loglinear import fenwick, log_linear_attention, log_linear_delta_rule
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -108,13 +108,13 @@ def test_out_of_memory_is_tried_again_with_checkpoints_and_ends_no_run(command, 
 
 
 def test_nothing_is_timed_when_a_gradient_is_wrong(command, monkeypatch, capsys):
-    mix = loglinear.layers.mamba2.mix
+    mix = loglinear.layers.mixer.mix
 
     def forgetful(inputs, *rest):
         decay = 1.0 if inputs["v"].dtype == torch.float64 else 1.5
         return mix({**inputs, "g": decay * inputs["g"]}, *rest)
 
-    monkeypatch.setattr(loglinear.layers.mamba2, "mix", forgetful)
+    monkeypatch.setattr(loglinear.layers.mixer, "mix", forgetful)
     assert command("--models", "mamba2", "--lengths", "128", "--steps", "2") == []
     assert "nothing timed: ArithmeticError: the gradient of" in capsys.readouterr().out
 

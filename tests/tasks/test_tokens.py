@@ -103,7 +103,14 @@ def test_a_tokenizer_fits_the_model_that_was_made_for_it_and_a_larger_embedding(
 )
 def test_a_tokenizer_that_does_not_fit_is_named_with_both_numbers(model, message, tokenizer):
     config = SimpleNamespace(
-        **{"vocab_size": 300, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **model}
+        **{
+            "model_type": "loglinear",
+            "vocab_size": 300,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            **model,
+        }
     )
     config.get_text_config = lambda: config
     with pytest.raises(ValueError, match=message):
