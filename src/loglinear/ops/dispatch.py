@@ -38,8 +38,6 @@ def check_backend(backend: Backend) -> None:
 
 def attention(inputs: Inputs, backend: Backend = "auto") -> bool:
     """Whether the kernels take a call of an op: CUDA, at most 32 bits, K up to 256, V up to 1,024, enough shared memory."""
-    if backend == "torch" or not (inputs.q.is_cuda or backend == "triton"):
-        return False
     return _takes(inputs.transition().op, inputs.v, lambda: _why_not(inputs), backend)
 
 
@@ -65,8 +63,6 @@ def step(
             return f"a state of chunks of {chunk_size} tokens, where kernels take {STEP_CHUNKS}"
         return why_unfit(q.device, SCALAR_GATE, int(q.shape[3]))  # no step needs more
 
-    if backend == "torch" or not (q.is_cuda or backend == "triton"):
-        return False
     return _takes("a decoding step", v, lambda: wide_heads(q, v) or why_not(), backend)
 
 
@@ -88,10 +84,12 @@ def wide_heads(q: Tensor, v: Tensor) -> str | None:
 
 def on_kernels(what: str, x: Tensor) -> bool:
     """Whether kernels take tensors like x at all: on CUDA, at most 32 bits, with Triton installed."""
-    return x.is_cuda and _takes(what, x, lambda: None, "auto")
+    return _takes(what, x, lambda: None, "auto")
 
 
 def _takes(what: str, x: Tensor, why_not: Callable[[], str | None], backend: Backend) -> bool:
+    if backend == "torch" or (backend == "auto" and not x.is_cuda):
+        return False
     if not x.is_cuda:
         reason: str | None = f"tensors on {x.device.type}, where kernels need CUDA"
     elif x.dtype == torch.float64:
