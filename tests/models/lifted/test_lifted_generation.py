@@ -60,6 +60,14 @@ def test_token_for_token(pair, prompt, way):
     assert torch.equal(text(after, prompt, **WAYS[way]), text(before, prompt, **WAYS[way]))
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "olmo_hybrid"])
+def test_the_other_families_write_the_same(make_family, prompt, family):
+    before = make_family(family, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    after = copy.deepcopy(before)
+    loglinear.lift(after, num_levels=6)
+    assert torch.equal(text(after, prompt, do_sample=False), text(before, prompt, do_sample=False))
+
+
 @pytest.mark.parametrize("way", ["greedy", "beams", "static"])
 def test_left_padding(pair, prompt, way):
     before, after = pair
