@@ -48,8 +48,9 @@ CHANNEL_DELTA_RULE = Transition("delta rule with a gate per channel", *_DELTA, p
 
 def transition_of(delta_rule: bool, per_channel: bool) -> Transition:
     """The transition with these two properties."""
-    with_gate = (CHANNEL_GATE, CHANNEL_DELTA_RULE) if per_channel else (SCALAR_GATE, DELTA_RULE)
-    return with_gate[delta_rule]
+    if delta_rule:
+        return CHANNEL_DELTA_RULE if per_channel else DELTA_RULE
+    return CHANNEL_GATE if per_channel else SCALAR_GATE
 
 
 def is_per_channel(g: Tensor | None) -> bool:
