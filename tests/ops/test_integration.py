@@ -16,6 +16,8 @@ from oracle import SAME_NUMBERS, error, gradients
 
 gates = pytest.mark.parametrize("gate", ["scalar", "delta"])
 both_forms = pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 @pytest.fixture
@@ -60,19 +62,23 @@ def test_compiled_with_states(compiled):
     assert max(map(error, meaning(state), meaning(eager))) <= SAME_NUMBERS
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @gates
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("missing", ["nothing", "g", "level_scales"])
-def test_opcheck(gate, packed, missing):
-    """Schema, fake implementation, autograd registration, and AOT dispatch with static and dynamic shapes."""
-    x = inputs(gate, B=1 if packed else 2, T=C + 3, grad=True)
+def test_opcheck(device, gate, packed, missing):
+    """Schema, fake implementation, autograd registration, and AOT dispatch with static and dynamic shapes.
+
+    With what kernels keep: tests/kernels/on_device/test_compiled.py.
+    """
+    x = inputs(gate, B=1 if packed else 2, T=C + 3, dtype=torch.float64 if device == "cpu" else torch.float32)
     names = ("q", "k", "v", "g", "beta", "level_scales")
-    args = [None if name == missing else x.get(name) for name in names]
-    bounds = torch.tensor([0, 9, C + 3]) if packed else None
-    rest = 0.5, bounds, None, 0, "" if missing == "g" else "maps", "auto"
+    args = [None if name == missing or name not in x else x[name].to(device).requires_grad_() for name in names]
+    bounds = torch.tensor([0, 9, C + 3], device=device) if packed else None
+    rest = 0.5, bounds, None, 0, "maps" if device == "cpu" and missing != "g" else "", "auto"
     torch.library.opcheck(torch.ops.loglinear.attention.default, (*args, *rest))
     args = [None if value is None else value.detach() for value in args]
-    backward = (torch.randn_like(x["v"]), *args, *rest, [])
+    backward = (torch.randn_like(args[2]), *args, *rest, [])
     before = [value.clone() if isinstance(value, torch.Tensor) else value for value in backward]
     torch.library.opcheck(torch.ops.loglinear.attention_backward.default, backward)
     assert all(torch.equal(v, old) for v, old in zip(backward, before) if isinstance(v, torch.Tensor))

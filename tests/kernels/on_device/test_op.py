@@ -21,7 +21,7 @@ rules = pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
 
 @pytest.fixture(autouse=True)
 def poisoned_scratch():
-    """Plain memory here: opcheck compares storage offsets, and a guard band is one."""
+    """Plain memory here: the compiler and opcheck compare storage offsets, and a guard band is one."""
 
 
 def make(delta, dtype=torch.float32, requires_grad=True, T=300, H=2, G=1):
@@ -98,13 +98,6 @@ def test_compile(delta, dynamic):
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic)
     for got, want in zip(gradients(compiled, inputs, gradient), gradients(op, inputs, gradient)):
         assert torch.equal(got, want)
-
-
-@rules
-def test_opcheck(delta):
-    q, k, v, g, *rate, scales = make(delta)
-    beta = rate[0] if delta else None
-    torch.library.opcheck(torch.ops.loglinear.attention.default, (q, k, v, g, beta, scales, 1.0, None, ""))
 
 
 @rules
