@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from loglinear.cli import main
 from loglinear.cli.errors import parse
 from loglinear.cli.train import TrainArgs
-from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.models import MIXERS, LogLinearConfig, LogLinearForCausalLM
 from loglinear.models.causal import OutputLayer
-from loglinear.models.configuration import MIXERS
 from loglinear.tasks.lm.config import DataConfig
 from loglinear.training.checkpoints import complete_checkpoints
 from loglinear.training.config import Mixer, ModelConfig, OptimizerConfig, TrainConfig
@@ -254,7 +253,7 @@ def test_every_field_of_a_model_is_an_option():
     assert {field.name for field in fields(ModelConfig)} | data | others | converted == set(
         LogLinearConfig.__annotations__
     )
-    assert get_args(Mixer) == MIXERS
+    assert get_args(Mixer) == tuple(MIXERS)
 
 
 def test_options_of_a_model_reach_it():

@@ -33,7 +33,7 @@ def test_reference_names_everything_public(site):
         described |= {name.split(".")[-1] for name in re.findall(r'id="?(loglinear\.[\w.]+)', page.read_text("utf-8"))}
     public = {name for module in MODULES for name in importlib.import_module(module).__all__}
     public |= set(importlib.import_module("loglinear")._MODELS)
-    constants = {"MIXERS", "MixerState"}  # a tuple of names, and a union of the states that are described
+    constants = {"MIXERS", "MixerState"}  # a table, and a union of the states that are described
     assert public - constants - described == set()
 
 

@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 def model() -> LogLinearForCausalLM:
-    config = LogLinearConfig(mixer=[MIXERS[0], "attention"], vocab_size=256, hidden_size=64, num_hidden_layers=2)
+    config = LogLinearConfig(mixer=[*MIXERS][:2], vocab_size=256, hidden_size=64, num_hidden_layers=2)
     made = LogLinearForCausalLM(config)
     report: LiftReport = lift(made)
     graph: type[DecodingGraph] = DecodingGraph

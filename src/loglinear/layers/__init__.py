@@ -22,8 +22,10 @@ from loglinear.layers.mamba2 import LogLinearMamba2
 from loglinear.layers.mixer import RecurrentMixer, Streams
 from loglinear.layers.norm import GatedRMSNorm, OutputGate, RMSNorm, SumRMSNorm
 from loglinear.layers.state import KVDecodingState, KVState, LinearDecodingState, MixerState, RecurrentMixerState
+from loglinear.layers.table import MIXERS, MixerKind
 
 __all__ = [
+    "MIXERS",
     "GatedRMSNorm",
     "KVDecodingState",
     "KVState",
@@ -31,6 +33,7 @@ __all__ = [
     "LinearDecodingState",
     "LogLinearGatedDeltaNet",
     "LogLinearMamba2",
+    "MixerKind",
     "MixerState",
     "OutputGate",
     "RMSNorm",

@@ -42,7 +42,7 @@ class LogLinearMamba2(RecurrentMixer):
             each normalised by itself. norm_before_gate: whether the norm comes before the gate.
         skip_per_channel: whether D has a number for each channel of x, not one for each head. level_scale_bias: of λ's
             projection.
-        dt_limit: least and greatest time step; a step is clamped after its softplus.
+        dt_limit: least and greatest time step, to which a step is clamped after its softplus; None: no limits.
         in_multiplier: of the input of ``in_proj``. in_multipliers: of its outputs z, x, B, C and dt; None is 1.
 
     The fields from use_bias on are what published Mamba-2 models differ in. On CUDA the fields of the norm, conv_activation
@@ -73,7 +73,7 @@ class LogLinearMamba2(RecurrentMixer):
         norm: bool = True,
         norm_groups: int = 1,
         norm_before_gate: bool = False,
-        dt_limit: tuple[float, float] = NO_LIMIT,
+        dt_limit: Sequence[float] | None = None,
         skip_per_channel: bool = False,
         level_scale_bias: bool = False,
         in_multiplier: float = 1.0,
@@ -82,6 +82,7 @@ class LogLinearMamba2(RecurrentMixer):
         super().__init__()
         if min(num_heads, num_groups) < 1 or num_heads % num_groups:
             raise ValueError(f"num_heads must be a positive multiple of num_groups={num_groups}: got {num_heads}")
+        dt_limit = NO_LIMIT if dt_limit is None else dt_limit
         if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
             raise ValueError(
                 f"dt_limit must be a least and a greatest time step, 0 <= least <= greatest: got {dt_limit}"

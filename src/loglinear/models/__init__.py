@@ -10,9 +10,10 @@ except ModuleNotFoundError as error:
     raise explained(error, "loglinear.models") from None
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
+from loglinear.layers.table import MIXERS
 from loglinear.models.cache import cache_nbytes, restore_cache, snapshot_cache
 from loglinear.models.causal import LogLinearForCausalLM
-from loglinear.models.configuration import MIXERS, LogLinearConfig, opened_as_ours
+from loglinear.models.configuration import LogLinearConfig, opened_as_ours
 from loglinear.models.decoding import DecodingGraph
 from loglinear.models.foreign.conversion import ConversionReport, convert
 from loglinear.models.foreign.options import TRANSLATIONS

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from loglinear.fenwick import num_levels
 from loglinear.layers.level_scale import OFFSETS
+from loglinear.layers.table import MIXERS
 from loglinear.models.foreign.options import translated
 
 _MULTIPLES = {
@@ -20,24 +21,13 @@ _MULTIPLES = {
     "num_attention_heads": "num_key_value_heads",
 }
 
-# Mixer name to the kind of cache its layers need; transformers looks cache classes up by these names.
-LAYER_TYPES = {
-    "log_linear_mamba2": "loglinear_recurrent",
-    "mamba2": "loglinear_recurrent",
-    "log_linear_gated_deltanet": "loglinear_recurrent",
-    "gated_deltanet": "loglinear_recurrent",
-    "attention": "loglinear_attention",
-}
-MIXERS = tuple(LAYER_TYPES)
-LIFTED = {name.removeprefix("log_linear_"): name for name in MIXERS if name.startswith("log_linear_")}  # by linear twin
-
 
 class LogLinearConfig(PreTrainedConfig):
     """Configuration of ``LogLinearModel``. The defaults are the Log-Linear Mamba-2 of the paper (825M parameters).
 
     Args:
-        mixer: one of ``"log_linear_mamba2"``, ``"mamba2"``, ``"log_linear_gated_deltanet"``, ``"gated_deltanet"``,
-            ``"attention"`` for all layers, or a list with one for each.
+        mixer: a name in ``loglinear.models.MIXERS`` for all layers, such as ``"log_linear_gated_deltanet"``, ``"mamba2"`` or
+            ``"attention"``, or a list with one for each.
         vocab_size: token ids. hidden_size: width of the residual stream. num_hidden_layers: blocks of mixer and MLP.
         intermediate_size: inner width of the SwiGLU MLP; None is 8/3 · hidden_size rounded up to a multiple
             of 64, and 0 leaves the MLPs out.
@@ -152,10 +142,9 @@ class LogLinearConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Kind of cache that each layer needs (``DynamicCache(config=...)`` and ``StaticCache`` read it)."""
-        return [
-            LAYER_TYPES[name] for name in self.layer_mixers[: self.num_hidden_layers]
-        ]  # assistant_early_exit: fewer
+        """Kind of cache that each layer needs: ``DynamicCache(config=...)`` and ``StaticCache`` look it up by this name."""
+        names = self.layer_mixers[: self.num_hidden_layers]  # assistant_early_exit: fewer
+        return ["loglinear_recurrent" if MIXERS[name].recurrent else "loglinear_attention" for name in names]
 
     @property
     def num_levels(self) -> int:
@@ -198,7 +187,7 @@ class LogLinearConfig(PreTrainedConfig):
 
     def _check_mixers(self) -> None:
         names = [self.mixer] if isinstance(self.mixer, str) else self.mixer
-        if not isinstance(names, list) or any(name not in LAYER_TYPES for name in names):
+        if not isinstance(names, list) or any(name not in MIXERS for name in names):
             raise ValueError(f"mixer must be one of {list(MIXERS)} or a list of them: got {self.mixer!r}")
         if isinstance(self.mixer, list) and len(names) != self.num_hidden_layers:
             raise ValueError(

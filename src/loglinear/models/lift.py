@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from loglinear import fenwick
 from loglinear.layers import LevelScale
-from loglinear.models.configuration import LIFTED, LogLinearConfig
+from loglinear.layers.table import LIFTED
+from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.levels import FIELD, Trained, check_trained, describe_base, train_only
 from loglinear.models.lifted.folder import name_method
 from loglinear.models.lifted.kinds import KINDS, is_attention, kind_of

@@ -19,9 +19,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
-from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2, RMSNorm, SoftmaxAttention, SumRMSNorm
+from loglinear.layers import RMSNorm, SumRMSNorm
 from loglinear.layers.initialization import StatedInit
-from loglinear.layers.mamba2 import NO_LIMIT
+from loglinear.layers.table import MIXERS
 from loglinear.models.cache import MixerCacheLayer, check_cache, check_past
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.foreign.loading import from_foreign
@@ -30,54 +30,6 @@ from loglinear.models.outputs import FIELD, NAMES, ModelOutput, one_cache
 from loglinear.ops import pointwise
 from loglinear.ops.checks import values_are_known
 from loglinear.ops.fused import silu_times
-
-# Arguments of the mixers that are fields of the config behind "mamba_" and "delta_".
-MAMBA2_FIELDS = ("use_bias", "conv_bias", "norm", "norm_groups", "norm_before_gate", "skip_per_channel")
-DELTA_FIELDS = ("conv_bias", "gate_activation", "decay", "use_beta", "neg_eigval", "qk_activation", "qk_norm")
-
-
-def _fields(config: LogLinearConfig, prefix: str, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(config, f"{prefix}_{name}") for name in names}
-
-
-def build_mixer(config: LogLinearConfig, name: str) -> nn.Module:
-    """The mixer called ``name`` in ``config.mixer``, at the config's sizes."""
-    if name == "attention":
-        return SoftmaxAttention(
-            config.hidden_size,
-            num_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            num_kv_heads=config.num_key_value_heads,
-            rope_theta=config.rope_theta,
-        )
-    shared: dict[str, Any] = {
-        "num_levels": config.num_levels,
-        "conv_width": config.conv_size,
-        "norm_eps": config.mixer_norm_eps,
-        "log_linear": name.startswith("log_linear_"),
-        "level_scale_start": config.level_scale_start,
-    }
-    if name.endswith("mamba2"):
-        return LogLinearMamba2(
-            config.hidden_size,
-            num_heads=config.mamba_num_heads,
-            head_dim=config.mamba_head_dim,
-            state_size=config.mamba_state_size,
-            num_groups=config.mamba_num_groups,
-            **_fields(config, "mamba", MAMBA2_FIELDS),
-            dt_limit=tuple(config.mamba_dt_limit or NO_LIMIT),  # type: ignore[arg-type]
-            level_scale_bias=config.level_scale_bias,
-            **shared,
-        )
-    return LogLinearGatedDeltaNet(
-        config.hidden_size,
-        num_heads=config.delta_num_heads,
-        num_key_heads=config.delta_num_key_heads,
-        key_dim=config.delta_key_dim,
-        value_dim=config.delta_value_dim,
-        **_fields(config, "delta", DELTA_FIELDS),
-        **shared,
-    )
 
 
 class LogLinearMLP(nn.Module):
@@ -101,7 +53,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx, self.config = layer_idx, config
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = build_mixer(config, config.layer_mixers[layer_idx])
+        self.mixer = MIXERS[config.layer_mixers[layer_idx]].build(config)
         self.mlp_norm = SumRMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
         self.mlp = LogLinearMLP(config) if config.intermediate_size else None
 

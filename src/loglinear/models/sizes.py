@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from loglinear.layers.table import LIFTED, MIXERS
 from loglinear.models.causal import LogLinearForCausalLM
 from loglinear.models.configuration import LogLinearConfig
-
-# Each linear model with its log-linear twin.
-TWINS = {"Mamba-2": ("mamba2", "log_linear_mamba2"), "Gated DeltaNet": ("gated_deltanet", "log_linear_gated_deltanet")}
 
 
 def paper_config(mixer: str) -> LogLinearConfig:
@@ -33,10 +31,10 @@ def parameter_table() -> str:
     """A Markdown table: parameters of each model of the paper, and the parameters that the log-linear form adds."""
     rows = ["| model | parameters | log-linear adds |", "|---|---|---|"]
     rows.append(f"| Transformer | {count_parameters(paper_config('attention')):,} | |")
-    for name, (linear, log_linear) in TWINS.items():
+    for linear, log_linear in LIFTED.items():
         base, more = count_parameters(paper_config(linear)), count_parameters(paper_config(log_linear))
-        rows.append(f"| {name} | {base:,} | |")
-        rows.append(f"| Log-Linear {name} | {more:,} | {more - base:,} ({(more - base) / base:.2%}) |")
+        rows.append(f"| {MIXERS[linear].title} | {base:,} | |")
+        rows.append(f"| {MIXERS[log_linear].title} | {more:,} | {more - base:,} ({(more - base) / base:.2%}) |")
     return "\n".join(rows)
 
 

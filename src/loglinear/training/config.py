@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from loglinear.layers.table import MIXERS
 from loglinear.tasks.lm.config import DataConfig
 
 Precision = Literal["auto", "float32", "bfloat16"]
-Mixer = Literal["log_linear_mamba2", "mamba2", "log_linear_gated_deltanet", "gated_deltanet", "attention"]
+if TYPE_CHECKING:
+    Mixer = str
+else:
+    Mixer = Literal[tuple(MIXERS)]
 
 
 class Contradiction(ValueError):

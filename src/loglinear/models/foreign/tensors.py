@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loglinear.layers import LogLinearMamba2
+from loglinear.layers.table import MIXERS
+
 if TYPE_CHECKING:
     from loglinear.models.configuration import LogLinearConfig
 
@@ -30,7 +33,7 @@ Recipes = dict[str, list[Piece]]
 
 def recipes(config: LogLinearConfig, ours: Shapes) -> Recipes:
     """The pieces of each of ``ours``, the tensors of a model of ``config`` without those of a lift."""
-    mamba = config.layer_mixers[0].endswith("mamba2")
+    mamba = MIXERS[config.layer_mixers[0]].layer is LogLinearMamba2
     found: Recipes = {}
     for name in ours:
         parts = name.split(".")

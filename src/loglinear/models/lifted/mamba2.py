@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loglinear.layers.mamba2 import NO_LIMIT, LogLinearMamba2
+from loglinear.layers.mamba2 import LogLinearMamba2
 from loglinear.models.lifted.mixer import LiftedMixer, check_convolution
 
 
@@ -37,7 +37,7 @@ class LiftedMamba2(LiftedMixer, LogLinearMamba2):
             "num_groups": original.n_groups,
             "conv_width": original.conv_kernel_size,
             "conv_activation": original.activation,
-            "dt_limit": NO_LIMIT if limit is None else tuple(limit),
+            "dt_limit": limit,
             "in_multiplier": getattr(original, "ssm_in_multiplier", 1.0),
             **norm_fields(original.norm),
         }
