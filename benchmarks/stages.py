@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import delta as delta_rule
-from loglinear.kernels.tree.replay import tape_of
+from loglinear.kernels.tree.replay import plans_of
 from loglinear.kernels.tuning import (
     DeltaRuleConfig,
     Launch,
@@ -42,7 +42,7 @@ def recording():
         launches.append((self.fn.__name__, lambda: run(self, *args, grid=grid, warmup=False, **kwargs)))
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    tape_of.cache_clear()  # a replayed call does not pass by here
+    plans_of.cache_clear()  # a replayed call does not pass by here
     with mock.patch.object(JITFunction, "run", record):
         yield launches
 
@@ -98,7 +98,7 @@ def time_kernels(shape: Shape, config: Config, repetitions: int) -> dict[str, fl
             times[name] = times.get(name, 0.0) + begin.elapsed_time(end) / repetitions
         return compiled
 
-    tape_of.cache_clear()
+    plans_of.cache_clear()
     with mock.patch.object(JITFunction, "run", timed):
         forward_and_backward(x, do, config)
     torch.cuda.synchronize()

@@ -72,7 +72,7 @@ def launches(delta: bool, T: int = 16384, H: int = 16, G: int = 1, K: int = 128,
     module = delta_rule if delta else scalar_gate
     if delta:
         x["beta"] = meta(2, T, H, kind=torch.float32)
-    replay.tape_of.cache_clear()
+    replay.plans_of.cache_clear()
     with recording() as found:
         module.forward(**x)
         module.backward(x["v"], **x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,23 +14,18 @@ from triton.runtime.jit import JITFunction
 from loglinear import DecodingState
 from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import delta as delta_rule
-from loglinear.kernels.tree import replay
+from loglinear.kernels.tree import launching, replay
 from loglinear.kernels.tree.launching import launch, scratch
 
 
 class Compiled:
-    """Stands for a compiled kernel: notes every launch that a tape makes of it."""
-
-    function, packed_metadata = "function", "metadata"
+    """Stands for a compiled kernel: notes the grid, the stream and the arguments of every launch that a plan makes of it."""
 
     def __init__(self, name):
         self.name, self.calls = name, []
 
     def __getitem__(self, grid):
-        return None
-
-    def run(self, *arguments):
-        self.calls.append(arguments)
+        return lambda *arguments, stream: self.calls.append((grid, stream, *arguments))
 
 
 class Kernel:
@@ -48,11 +44,11 @@ class Kernel:
 
 @pytest.fixture
 def host(monkeypatch):
-    """A stream on the CPU, and an empty memory of tapes."""
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-    replay.tape_of.cache_clear()
+    """A stream on the CPU, and no plans yet."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    replay.plans_of.cache_clear()
     yield
-    replay.tape_of.cache_clear()
+    replay.plans_of.cache_clear()
 
 
 def two_stages(first, second):
@@ -78,12 +74,11 @@ def test_the_second_call_repeats_the_launches_with_its_own_addresses(host):
     assert result.shape == a.shape
     assert (first.launches, second.launches) == (1, 1)
     (call,) = first.compiled.calls
-    assert call[:6] == (5, 1, 1, 7, "function", "metadata")
-    assert call[9] == a.data_ptr()
-    middle = call[10]
-    assert call[11:] == (0.5, 4)
+    assert call[:3] == ((5, 1, 1), 7, a.data_ptr())
+    middle = call[3]
+    assert call[4:] == (0.5, 4)
     (call,) = second.compiled.calls
-    assert call[9:] == (middle + 12, b.data_ptr(), result.data_ptr(), 8)
+    assert call[2:] == (middle + 12, b.data_ptr(), result.data_ptr(), 8)
 
 
 class Bundle(NamedTuple):
@@ -109,7 +104,7 @@ def test_bundles_keep_their_form_and_get_the_new_addresses(host):
     x = torch.zeros(4)
     (result,) = replay.replay(function, [x])
     (call,) = kernel.compiled.calls
-    (address, absent, middle, stride), last, constant = call[9:]
+    (address, absent, middle, stride), last, constant = call[2:]
     assert (address, absent, stride, last) == (x.data_ptr() + 4, None, 16, result.data_ptr())
     assert abs(middle - result.data_ptr()) >= 16
     assert constant == (1, 2)
@@ -146,7 +141,7 @@ def test_repeated_calls_give_every_kernel_arguments_of_its_signature(host, monke
         module.backward(o, **x, **options)
     for recorded, fake in compiled:
         (call,) = fake.calls
-        given, wanted = call[9:], source(recorded).signature.values()
+        given, wanted = call[2:], source(recorded).signature.values()
         assert len(given) == len(wanted)
         for value, kind in zip(given, wanted):
             assert fits(value, kind), f"{value} for {kind} of {fake.name}"
@@ -197,7 +192,7 @@ def test_a_step_is_repeated_on_another_state(host, monkeypatch, delta):
     for part, kernel in kernels.items():
         assert kernel.launches == 1
         (given,) = kernel.compiled.calls
-        arguments = dict(zip(real[part].arg_names, given[9:]))
+        arguments = dict(zip(real[part].arg_names, given[2:]))
         for key in wanted.keys() & arguments.keys():
             assert arguments[key] == wanted[key], f"{key} of {part}"
         for key in {"reach", "read"} & arguments.keys() & found.keys():  # scratch that one launch leaves to another
@@ -228,71 +223,18 @@ def test_an_error_leaves_no_recording_behind(host):
 
     with pytest.raises(RuntimeError, match="no memory"):
         replay.replay(fails, [torch.zeros(1)])
-    assert replay.recording() is None
+    assert launching.recording() is None
 
 
-class Stream:
-    """Stands for a stream: notes what it waits for, and when, among the launches of ``kernels``."""
-
-    def __init__(self, number, kernels):
-        self.cuda_stream, self.kernels, self.waits = number, kernels, []
-
-    def wait_stream(self, other):
-        self.waits.append((other.cuda_stream, sum(len(kernel.compiled.calls) for kernel in self.kernels)))
-
-
-def test_two_lanes_run_on_two_streams_between_a_fork_and_a_join(host, monkeypatch):
-    """Each lane finds its own scratch, though one is recorded after the other, and what both read stays where it is."""
-    make, use, add = Kernel("x", "y"), Kernel("shared", "own", "y"), Kernel("a", "b", "y")
-    main, second = (Stream(number, (make, use, add)) for number in (7, 8))
-    monkeypatch.setattr(replay, "second_stream", lambda device: second)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-
-    def function(inputs):
-        (x,) = inputs
-
-        def fresh():
-            return scratch((100,), x.dtype, x.device)
-
-        shared, results = fresh(), (fresh(), fresh())
-        launch(make, 1, x, shared)
-        with replay.two_lanes() as choose:
-            for lane in (0, 1, 0, 1):
-                choose(lane)
-                own = fresh()
-                launch(make, 1, x, own)
-                launch(use, 1, shared, own, results[lane])
-                del own
-        last = fresh()
-        launch(add, 1, *results, last)
-        return (last,)
-
-    replay.replay(function, [torch.zeros(4)])
-    replay.replay(function, [torch.zeros(4)])
-    assert [call[3] for call in make.compiled.calls] == [7, 7, 8, 7, 8]
-    assert [call[3] for call in use.compiled.calls] == [7, 8, 7, 8]
-    assert add.compiled.calls[0][3] == 7
-    assert second.waits == [(7, 1)]
-    assert main.waits == [(8, 9)]
-    made = [call[9:] for call in make.compiled.calls]
-    used = [call[9:] for call in use.compiled.calls]
-    (shared,) = {arguments[0] for arguments in used}
-    assert shared == made[0][1]
-    own = [arguments[1] for arguments in used]
-    results = [arguments[2] for arguments in used]
-    assert own == [arguments[1] for arguments in made[1:]]
-    assert (own[:2], results[:2]) == (own[2:], results[2:])
-    assert add.compiled.calls[0][9:11] == tuple(results[:2])
-    places = [shared, *own[:2], *results[:2]]
-    assert all(abs(one - other) >= 400 for one, other in itertools.combinations(places, 2))
-
-
-def test_buffers_share_memory_only_if_they_never_meet():
+def test_scratch_shares_memory_only_if_no_launch_needs_both():
     sizes, lives = (300, 40, 500, 300, 1, 700), ((0, 1), (0, 5), (1, 2), (2, 3), (3, 3), (4, 5))
-    buffers = [replay.Buffer(0, size, *life) for size, life in zip(sizes, lives)]
-    total = replay.lay_out(buffers)
-    for a, b in itertools.combinations(buffers, 2):
+    pieces = [
+        replay.Life(number, *life) for number, life in enumerate((size, *life) for size, life in zip(sizes, lives))
+    ]
+    offsets, total = replay.lay_out(pieces)
+    for a, b in itertools.combinations(pieces, 2):
         if a.first <= b.last and b.first <= a.last:
-            assert a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
-    assert all(b.offset % replay.ALIGNMENT == 0 and b.offset + b.size <= total for b in buffers)
-    assert total < sum(sizes)
+            begin, other = offsets[a.number], offsets[b.number]
+            assert begin + a.size <= other or other + b.size <= begin
+    assert all(offsets[x.number] % replay.ALIGNMENT == 0 and offsets[x.number] + x.size <= total for x in pieces)
+    assert total == 1064  # what launch 1 needs, 300, 40 and 500 bytes, the first two of them aligned

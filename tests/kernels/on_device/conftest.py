@@ -29,15 +29,18 @@ def poisoned_scratch(monkeypatch):
 
     buffers = []
 
-    def scratch(shape, dtype, device):
+    def memory(shape, dtype, device):
         size = torch.Size(shape).numel()
-        buffer = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
-        buffer[:GUARD] = buffer[GUARD + size :] = 7.0
+        nan = (
+            float("nan") if dtype.is_floating_point else 255
+        )  # all bits of a replayed call's scratch: NaN in every dtype
+        buffer = torch.full((size + 2 * GUARD,), nan, dtype=dtype, device=device)
+        buffer[:GUARD] = buffer[GUARD + size :] = 7
         buffers.append((buffer, size))
         return buffer[GUARD : GUARD + size].view(shape)
 
-    monkeypatch.setattr(launching, "scratch", scratch)
+    monkeypatch.setattr(launching, "memory", memory)
     yield
     for buffer, size in buffers:
-        assert (buffer[:GUARD] == 7.0).all(), "a kernel wrote before its tensor"
-        assert (buffer[GUARD + size :] == 7.0).all(), "a kernel wrote after its tensor"
+        assert (buffer[:GUARD] == 7).all(), "a kernel wrote before its tensor"
+        assert (buffer[GUARD + size :] == 7).all(), "a kernel wrote after its tensor"

@@ -167,9 +167,9 @@ def test_slices_of_heads(monkeypatch, H, G):
     results = []
     for allowed in (memory.UNSLICED, 0):
         monkeypatch.setattr(memory, "UNSLICED", allowed)
-        replay.tape_of.cache_clear()  # a recorded call would not look at the allowance again
+        replay.plans_of.cache_clear()  # a recorded call would not look at the allowance again
         results.append(gradients(op, inputs, gradient))
-    replay.tape_of.cache_clear()
+    replay.plans_of.cache_clear()
     assert chosen[0] == H
     assert chosen[1] < H
     for whole, sliced in zip(*results):

@@ -17,11 +17,6 @@ from loglinear.kernels.tree import replay
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="the interpreter has nothing to replay")]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_scratch():
-    """The recorded call needs scratch that ``replay`` knows; here the arena of the replayed one is poisoned."""
-
-
 def make(device, delta: bool, T: int, seed: int, packed: bool) -> tuple[dict, torch.Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
     B = 1 if packed else 2
@@ -38,6 +33,13 @@ def make(device, delta: bool, T: int, seed: int, packed: bool) -> tuple[dict, to
     if packed:
         x["cu_seqlens"] = torch.tensor([0, 70, 70, T - 1 - 10 * seed, T], device=device, dtype=torch.int32)
     return x, normal(B, T, 4, 64).bfloat16()
+
+
+def noted_plays(monkeypatch) -> list:
+    """A list that grows by one with each replayed call."""
+    played, play = [], replay.Plan.play
+    monkeypatch.setattr(replay.Plan, "play", lambda *arguments: played.append(1) or play(*arguments))
+    return played
 
 
 @pytest.mark.parametrize("sliced", [False, True])
@@ -61,16 +63,9 @@ def test_same_bits(device, monkeypatch, delta, keep, packed, sliced):
 
     recorded = []
     for seed in range(3):
-        replay.tape_of.cache_clear()
+        replay.plans_of.cache_clear()
         recorded.append(both(seed))
-    plain = replay.arena
-    played = []
-
-    def arena(size, device):
-        played.append(size)
-        return plain(size, device).fill_(255)  # NaN in every floating-point dtype
-
-    monkeypatch.setattr(replay, "arena", arena)
+    played = noted_plays(monkeypatch)
     for seed, expected in enumerate(recorded):
         for got, want in zip(both(seed), expected):
             assert torch.equal(got, want)
@@ -82,22 +77,21 @@ def test_steps_of_same_bits(device, monkeypatch, delta):
     """At every position of two chunks and a bit, closings included; the state too."""
     x, _ = make(device, delta, 150, 0, packed=False)
     run = decoding.delta_step if delta else decoding.scalar_step
-    played, play = [], replay.Tape.play
-    monkeypatch.setattr(replay.Tape, "play", lambda *arguments: played.append(1) or play(*arguments))
+    played = noted_plays(monkeypatch)
 
     def steps(recorded: bool):
         state = DecodingState.empty(2, 4, 2, 64, 64, 4096, torch.bfloat16, delta_rule=delta, device=device)
         outputs = []
         for t in range(150):
             if recorded:
-                replay.tape_of.cache_clear()
+                replay.plans_of.cache_clear()
             outputs.append(run(**{name: y[:, t : t + 1].clone() for name, y in x.items()}, state=state))
             state.position += 1
         return [torch.cat(outputs, 1), *state._tensors()]
 
     want = steps(recorded=True)
     assert not played
-    replay.tape_of.cache_clear()
+    replay.plans_of.cache_clear()
     got = steps(recorded=False)
     assert len(played) == 149
     for one, other in zip(got, want):

@@ -33,7 +33,7 @@ from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.head_sums import sum_heads
 from loglinear.kernels.tree.place import GROUP
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
-from loglinear.kernels.tree.replay import replay, two_lanes
+from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config
 
 
@@ -308,10 +308,8 @@ def run_backward(inputs: list, scale: float, config: DeltaRuleConfig, kept: int)
         backward_of_heads(problem, x, out, maps)
     else:
         part = dataclasses.replace(problem, heads=count, groups=cdiv(count, per_group))
-        with two_lanes() as choose:
-            for number, first in enumerate(range(0, problem.heads, count)):
-                choose(number % 2)
-                own = heads_of(x, out, first, count, per_group)
-                backward_of_heads(part, *own, None if maps is None else maps.part(first, count))
+        for first in range(0, problem.heads, count):
+            own = heads_of(x, out, first, count, per_group)
+            backward_of_heads(part, *own, None if maps is None else maps.part(first, count))
     dq, dk = sum_heads(out.dq, q), sum_heads(out.dk, k)
     return dq, dk, out.dv, out.dg, out.dbeta, out.dscales

@@ -115,7 +115,7 @@ def keeps_maps(problem: Problem, size: int) -> bool:
 def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
     """Heads of a slice: whole groups or a part of one. ``kept``: maps are there.
 
-    All, or as many that the intermediates of two slices, which are worked on side by side, fit into the memory that is left.
+    As many that the intermediates fit into the memory that is left: a slice begins when the one before it has ended.
     Heads do not meet but in the sums over a group, which are in a fixed order, so this changes no bit.
     """
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
@@ -128,4 +128,4 @@ def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
     allowed = max(left, UNSLICED) // max((elements + (0 if kept else maps)) * size, 1)
     per_group = problem.heads_per_group
     fitting = [n for n in range(1, H + 1) if H % n == 0 and (n % per_group == 0 or per_group % n == 0)]
-    return max((n for n in fitting if n <= allowed // 2 or n == H <= allowed), default=1)
+    return max((n for n in fitting if n <= allowed), default=1)

@@ -1,21 +1,41 @@
-"""LAUNCHING: scratch memory and launches of kernels, both noted by a recording if there is one (replay.py)."""
+"""LAUNCHING: scratch memory and launches of kernels. A recording, if there is one, notes both (replay.py)."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
-from loglinear.kernels.tree.replay import members_of, recording
+if TYPE_CHECKING:
+    from loglinear.kernels.tree.replay import Recording
+
+_local = threading.local()
+
+
+def recording() -> Recording | None:
+    """The recording of this thread, if a call is being recorded."""
+    return getattr(_local, "recording", None)
+
+
+def record(note: Recording | None) -> None:
+    """Begin to note what this thread allocates and launches, or end it with None."""
+    _local.recording = note
+
+
+def memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory. Tests replace it by memory full of NaN."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory for results and intermediates. Tests replace it by memory full of NaN."""
-    memory = torch.empty(shape, dtype=dtype, device=device)
-    note = recording()
+    """Uninitialised memory for results and intermediates."""
+    made, note = memory(shape, dtype, device), recording()
     if note is not None:
-        note.allocated(memory)
-    return memory
+        note.allocated(made)
+    return made
 
 
 def launch(kernel, programs: int, *arguments, **constants) -> None:
@@ -24,11 +44,15 @@ def launch(kernel, programs: int, *arguments, **constants) -> None:
     arguments: tensors, numbers and bundles of these, in the kernel's order; constants: its compile-time arguments, which come
     after them, and launch options.
     """
-    device = next(x.device for x in members_of(arguments)[0] if isinstance(x, torch.Tensor))
+    device = next(x.device for x in members_of(arguments) if isinstance(x, torch.Tensor))
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         compiled = kernel[(programs,)](*arguments, **constants)
     note = recording()
     if note is not None:
-        values = [constants[name] for name in kernel.arg_names[len(arguments) :]]
-        note.launched(compiled, programs, arguments, values)
+        note.launched(compiled, programs, [*arguments, *(constants[x] for x in kernel.arg_names[len(arguments) :])])
+
+
+def members_of(arguments: Sequence) -> list:
+    """The arguments, with the members of each bundle in its place. A bundle holds no other bundle."""
+    return [member for x in arguments for member in (x if isinstance(x, tuple) else (x,))]

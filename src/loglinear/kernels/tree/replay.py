@@ -1,171 +1,106 @@
-"""REPLAY: the first call of a kind is recorded while it runs, and later calls repeat its launches from one allocation.
+"""REPLAY: the first call of a kind is recorded while it runs, and later calls repeat its launches.
 
-Below some thousand tokens the host is slower than the GPU. The host works out sizes, allocates thirty tensors, and Triton
-checks every argument of every launch. This work takes ten times as long as the launches themselves and depends on dtypes,
-shapes, strides and alignments alone. It is therefore done once for each kind of call. Scratch tensors that are never alive
-at the same time share memory. The kernels of a call run one after the other, or in two lanes side by side (``two_lanes``).
+Below some thousand tokens the host is slower than the GPU. It works out sizes, and Triton checks every argument of every
+launch. This work takes several times as long as the launches themselves, and it depends on dtypes, shapes, strides and
+alignments alone. It is therefore done once for each kind of call.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ALIGNMENT = 256  # bytes, of every buffer in the arena
-_local = threading.local()
+from loglinear.kernels.tree import launching
+
+ALIGNMENT = 256  # bytes, of every piece of scratch
 
 
-@dataclass
-class Buffer:
-    """Scratch of a recorded call, alive from launch ``first`` to launch ``last``. Sizes and addresses in bytes.
+@dataclass(frozen=True)
+class Place:
+    """An address: a tensor, by its number (inputs first, then scratch), and the bytes to skip."""
 
-    lanes: the lanes of the launches that use it. beside: whether one of these may run beside launches of the other lane.
+    number: int
+    offset: int
+
+
+class Step(NamedTuple):
+    """One launch of a plan: the scratch it needs first (number, shape, dtype), the kernel, where its arguments are in the table
+    (a slice for a bundle), and the numbers of the scratch that no later launch needs.
     """
 
-    address: int
+    made: list[tuple[int, torch.Size, torch.dtype]]
+    start: Callable
+    picks: list[int | slice]
+    done: list[int]
+
+
+class Life(NamedTuple):
+    """A piece of scratch: its number, its bytes, and the first and the last launch that take it."""
+
+    number: int
     size: int
     first: int
-    last: int = -1
-    offset: int = 0
-    lanes: set[int] = field(default_factory=set)
-    beside: bool = False
-
-    def holds(self, address: int) -> bool:
-        return self.address <= address < self.address + max(self.size, 1)
-
-    def meets(self, other: Buffer) -> bool:
-        """Whether both buffers may be alive at the same time."""
-        if self.last < 0 or other.last < 0:
-            return False
-        together = self.first <= other.last and other.first <= self.last
-        return together or (self.beside and other.beside and self.lanes != other.lanes)
-
-
-@dataclass
-class Launch:
-    """One launch: the compiled kernel, the ``members_of`` its arguments, and where addresses go: (index among the members,
-    input or buffer, bytes after it).
-    """
-
-    compiled: Any
-    programs: int
-    lane: int
-    members: list
-    parts: list[int | slice]
-    places: list[tuple[int, int | Buffer, int]]
+    last: int
 
 
 @dataclass
 class Recording:
-    """The record of a running call. Inputs are known by identity, or their parts by address; scratch by address."""
+    """The record of a running call: scratch as (address, bytes, shape, dtype), and launches as (kernel, arguments)."""
 
     inputs: list[Tensor | None]
-    buffers: list[Buffer] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)
+    scratch: list[tuple[int, int, torch.Size, torch.dtype]] = field(default_factory=list)
+    launches: list[tuple[Callable, list]] = field(default_factory=list)
     complete: bool = True
-    lane: int = 0
-    fork: int = -1  # the first launch of the lanes, if there are any
-    join: int = -1  # the first launch after them
 
-    def allocated(self, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        self.buffers.append(Buffer(tensor.data_ptr(), size, len(self.launches)))
+    def allocated(self, x: Tensor) -> None:
+        self.scratch.append((x.data_ptr(), max(x.numel() * x.element_size(), 1), x.shape, x.dtype))
 
-    def find(self, tensor: Tensor) -> Buffer | None:
-        """The newest buffer that holds the tensor: memory of an older buffer may have been given out again."""
-        return next((b for b in reversed(self.buffers) if b.holds(tensor.data_ptr())), None)
+    def launched(self, compiled: Any, programs: int, arguments: list) -> None:
+        """Note a launch. The interpreter compiles nothing: ``compiled`` is None there, and nothing can be repeated."""
+        placed = [tuple(map(self.place, x)) if isinstance(x, tuple) else self.place(x) for x in arguments]
+        self.complete = self.complete and compiled is not None
+        if self.complete:
+            self.launches.append((compiled[(programs, 1, 1)], placed))
 
-    def place(self, tensor: Tensor) -> tuple[int | Buffer, int] | None:
-        """(number of the input or buffer that the tensor is a part of, bytes before it); None if not exactly one fits."""
-        given = next((i for i, x in enumerate(self.inputs) if x is tensor), None)
-        if given is not None:
-            return given, 0
-        buffer = self.find(tensor)
-        if buffer is not None:
-            return buffer, tensor.data_ptr() - buffer.address
+    def place(self, x: Any) -> Any:
+        """The place of a tensor, and anything else as it is. Memory that is no input's and no scratch ends the record."""
+        if not isinstance(x, Tensor):
+            return x
+        address, count = x.data_ptr(), len(self.inputs)
+        same = [i for i, y in enumerate(self.inputs) if y is x]
+        if same:
+            return Place(same[0], 0)
+        for number in reversed(range(len(self.scratch))):  # the newest first: memory is given out again
+            begin, size, *_ = self.scratch[number]
+            if begin <= address < begin + size:
+                return Place(count + number, address - begin)
         # A part of exactly one input: inputs of the next call may share no memory where inputs of this call do.
-        owners = [i for i, x in enumerate(self.inputs) if x is not None and spans(x, tensor.data_ptr())]
-        if len(owners) != 1:
-            return None
-        return owners[0], tensor.data_ptr() - self.inputs[owners[0]].data_ptr()  # type: ignore[union-attr]
+        owners = [
+            Place(i, address - y.data_ptr()) for i, y in enumerate(self.inputs) if y is not None and spans(y, address)
+        ]
+        self.complete = self.complete and len(owners) == 1
+        return owners[0] if owners else None
 
-    def launched(self, compiled, programs: int, arguments: Sequence, constants: list) -> None:
-        """Note a launch. The interpreter compiles nothing, so there ``compiled`` is None and nothing can be repeated."""
-        places: list[tuple[int, int | Buffer, int]] = []
-        members, parts = members_of(arguments)
-        for index, member in enumerate(members):
-            if not isinstance(member, Tensor):
-                continue
-            place = self.place(member)
-            if place is None:
-                self.complete = False
-                continue
-            if isinstance(place[0], Buffer):
-                place[0].last = len(self.launches)
-                place[0].lanes.add(self.lane)
-            places.append((index, *place))
-            members[index] = 0
-        if compiled is None:
-            self.complete = False
-        elif self.complete:
-            parts += range(len(members), len(members) + len(constants))
-            self.launches.append(Launch(compiled, programs, self.lane, members + constants, parts, places))
+    def plan(self, results: tuple[Tensor | None, ...]) -> Plan | None:
+        """The plan; None if a launch or a result used memory that is neither an input's nor whole scratch."""
+        places = [self.place(x) for x in results]
+        whole = all(x is None or (x.offset == 0 and x.number >= len(self.inputs)) for x in places if self.complete)
+        return Plan(self, [None if x is None else x.number for x in places]) if self.complete and whole else None
 
-    def finish(self, results: tuple[Tensor | None, ...]) -> Tape | None:
-        """The tape, or None where a launch or a result used memory that is neither an input's nor scratch."""
-        kept = [None if x is None else self.find(x) for x in results]
-        whole = all(x is None or (b is not None and b.address == x.data_ptr()) for x, b in zip(results, kept))
-        if not (self.complete and whole):
-            return None
-        bases = {id(b): len(self.inputs) + i for i, b in enumerate(kept) if b is not None}
-        transient = [b for b in self.buffers if id(b) not in bases]
-        for buffer in transient:
-            self._note_lanes(buffer)
-        arena = lay_out(transient)
-        last = len(self.inputs) + len(kept)
-        launches = []
-        for launch in self.launches:
-            addresses = []
-            for index, where, offset in launch.places:
-                if isinstance(where, Buffer):
-                    offset += 0 if id(where) in bases else where.offset
-                    where = bases.get(id(where), last)
-                addresses.append((index, where, offset))
-            start = starter(launch.compiled, launch.programs)
-            launches.append((start, launch.lane, launch.members, launch.parts, addresses))
-        shapes = [None if x is None else (x.shape, x.dtype) for x in results]
-        return Tape(shapes, arena, launches, self.fork, self.join)
-
-    def _note_lanes(self, buffer: Buffer) -> None:
-        """A buffer of both lanes is alive as long as they are: neither knows how far the other has come."""
-        buffer.beside = buffer.first < self.join and buffer.last >= self.fork >= 0
-        if buffer.beside and len(buffer.lanes) > 1:
-            buffer.first, buffer.last = min(buffer.first, self.fork), max(buffer.last, self.join - 1)
-
-
-def members_of(arguments: Sequence) -> tuple[list, list[int | slice]]:
-    """The arguments with the members of each bundle in its place, and where each argument is in this list.
-
-    Triton's launcher takes a bundle as a tuple. A bundle holds no other bundle.
-    """
-    members: list = []
-    parts: list[int | slice] = []
-    for x in arguments:
-        first = len(members)
-        if isinstance(x, tuple):
-            members += x
-            parts.append(slice(first, len(members)))
-        else:
-            members.append(x)
-            parts.append(first)
-    return members, parts
+    def lives(self, without: list[int | None]) -> list[Life]:
+        """Of the scratch that launches take, but for some numbers."""
+        found: dict[int, Life] = {}
+        for step, (_, arguments) in enumerate(self.launches):
+            for x in launching.members_of(arguments):
+                if isinstance(x, Place) and x.number >= len(self.inputs) and x.number not in without:
+                    size = self.scratch[x.number - len(self.inputs)][1]
+                    found[x.number] = found.get(x.number, Life(x.number, size, step, step))._replace(last=step)
+        return list(found.values())
 
 
 def spans(x: Tensor, address: int) -> bool:
@@ -174,135 +109,95 @@ def spans(x: Tensor, address: int) -> bool:
     return x.numel() > 0 and x.data_ptr() <= address <= x.data_ptr() + last * x.element_size()
 
 
-def lay_out(buffers: list[Buffer]) -> int:
-    """Give each buffer the lowest offset that is free of those it ``meets``. Returns the bytes needed."""
-    placed: list[Buffer] = []
-    for buffer in buffers:
-        neighbours = sorted((b for b in placed if b.meets(buffer)), key=lambda b: b.offset)
-        for other in neighbours:
-            if buffer.offset + buffer.size <= other.offset:
-                break
-            buffer.offset = max(buffer.offset, -(-(other.offset + other.size) // ALIGNMENT) * ALIGNMENT)
-        placed.append(buffer)
-    return max((b.offset + b.size for b in placed), default=0)
+def lay_out(lives: list[Life]) -> tuple[dict[int, int], int]:
+    """(offset of each piece by its number, bytes of all). Pieces share bytes if no launch lies in the lives of both."""
+    placed: list[tuple[int, int, Life]] = []  # (begin, end, piece)
+    for life in sorted(lives, key=lambda x: -x.size):
+        begin = 0
+        for other_begin, other_end, other in sorted(placed):
+            if life.first <= other.last and other.first <= life.last and begin + life.size > other_begin:
+                begin = max(begin, -(-other_end // ALIGNMENT) * ALIGNMENT)
+        placed.append((begin, begin + life.size, life))
+    return {life.number: begin for begin, _, life in placed}, max((end for _, end, _ in placed), default=0)
 
 
-def starter(compiled, programs: int) -> Callable:
-    """``start(stream, arguments)``: Triton's own launcher, without the search for the stream and the hooks of profilers."""
-    compiled[(programs, 1, 1)]  # loads the kernel's code onto the device
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+class Plan:
+    """A call of one kind, ready to be repeated.
 
-    def start(stream: int, arguments: list) -> None:
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+    ``table`` has the arguments of all launches. A call writes the addresses of its tensors into a copy, and each launch picks
+    its own. Results are allocated one by one, all other scratch as one piece of memory.
+    """
 
-    return start
-
-
-def arena(size: int, device: torch.device) -> Tensor:
-    """Memory for all scratch of a replayed call. Tests fill it with NaN."""
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
-@dataclass
-class Tape:
-    """A call of one kind, ready to be repeated: its results' shapes, bytes of scratch, and launches."""
-
-    results: list[tuple[torch.Size, torch.dtype] | None]
-    scratch: int
-    launches: list[tuple[Callable, int, list, list[int | slice], list[tuple[int, int, int]]]]
-    fork: int
-    join: int
+    def __init__(self, note: Recording, results: list[int | None]) -> None:
+        offsets, self.scratch = lay_out(note.lives(results))
+        self.results = [None if x is None else note.scratch[x - len(note.inputs)][2:] for x in results]
+        tensors = [*range(len(note.inputs)), *results]
+        self.addresses: list[list[tuple[int, int]]] = [[] for _ in (*tensors, "memory")]  # (index in the table, offset)
+        self.table: list = []
+        self.launches: list[tuple[Callable, list[int | slice]]] = []
+        for start, arguments in note.launches:
+            picks: list[int | slice] = []
+            for x in arguments:
+                begin = len(self.table)
+                for y in launching.members_of([x]):
+                    if isinstance(y, Place):
+                        own = tensors.index(y.number) if y.number in tensors else -1
+                        self.addresses[own].append((len(self.table), y.offset + offsets.get(y.number, 0)))
+                    self.table.append(None if isinstance(y, Place) else y)
+                picks.append(slice(begin, len(self.table)) if isinstance(x, tuple) else begin)
+            self.launches.append((start, picks))
 
     def play(self, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
-        results = [None if x is None else torch.empty(x[0], dtype=x[1], device=device) for x in self.results]
-        memory = arena(self.scratch, device) if self.scratch else None
-        base = [0 if x is None else x.data_ptr() for x in (*inputs, *results, memory)]
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        streams = [stream] if self.fork < 0 else [stream, second_stream(device).cuda_stream]
-        for number, (start, lane, members, parts, addresses) in enumerate(self.launches):
-            if number == self.fork:
-                second_stream(device).wait_stream(torch.cuda.current_stream(device))
-            elif number == self.join:
-                torch.cuda.current_stream(device).wait_stream(second_stream(device))
-            members = members.copy()
-            for index, where, offset in addresses:
-                members[index] = base[where] + offset
-            given = tuple(members)
-            start(streams[lane], [given[part] for part in parts])
-        if self.join == len(self.launches):
-            torch.cuda.current_stream(device).wait_stream(second_stream(device))
-        return tuple(results)
+        """The results for other inputs of the same kind, on the current stream."""
+        results = tuple(None if x is None else launching.memory(*x, device) for x in self.results)
+        memory = launching.memory((self.scratch,), torch.uint8, device) if self.scratch else None
+        table = self.table.copy()
+        for x, addresses in zip((*inputs, *results, memory), self.addresses):
+            if addresses:
+                base = x.data_ptr()  # type: ignore[union-attr]
+                for index, offset in addresses:
+                    table[index] = base + offset
+        stream = torch.cuda.current_stream(device).cuda_stream
+        for start, picks in self.launches:
+            start(*[table[x] if type(x) is int else tuple(table[x]) for x in picks], stream=stream)
+        return results
 
 
 @lru_cache(maxsize=512)
-def tape_of(*kind) -> list[Tape | None]:
-    """The tape of one kind of call, in a list: empty until there is a tape, ``[None]`` if the call cannot be repeated."""
+def plans_of(*kind: Any) -> list[Plan | None]:
+    """The plan of one kind of call, in a list: empty until there is one, ``[None]`` if the call cannot be repeated."""
     return []
 
 
-def recording() -> Recording | None:
-    """The recording of this thread, if a call is being recorded."""
-    return getattr(_local, "recording", None)
-
-
-def second_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of lane 1, one for each thread and device."""
-    streams = _local.__dict__.setdefault("streams", {})
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
-    return streams[device]
-
-
-@contextmanager
-def two_lanes() -> Iterator[Callable[[int], None]]:
-    """Yields a function ``choose(lane)``. Within the block, launches belong to the lane, 0 or 1, that it chose last.
-
-    The lanes are repeated on two streams: while a kernel of one lane runs out of programs or waits for memory, a kernel of
-    the other lane has work. No launch of one lane may therefore read memory that a launch of the other lane writes. Each
-    lane takes its own scratch. A call may use this once.
-    """
-    note = recording() or Recording([])
-    assert note.fork < 0
-    note.fork = len(note.launches)
-
-    def choose(lane: int) -> None:
-        note.lane = lane
-
-    yield choose
-    note.lane, note.join = 0, len(note.launches)
-
-
 def replay(
-    function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor | None], *settings
+    function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor | None], *settings: Any
 ) -> tuple[Tensor | None, ...]:
-    """``function(inputs, *settings)``, from its tape if there is one.
+    """``function(inputs, *settings)``, by its plan if there is one.
 
     Args:
-        function: allocates and launches by ``launching``, and does nothing else on the device. Its
-            results are whole scratch buffers.
+        function: allocates and launches by ``launching``, and does nothing else on the device. Its results are whole scratch.
         inputs: at least one tensor; all on one device. settings: hashable; with the inputs' dtypes, shapes, strides and
             alignment they decide all that the function does.
     """
-    device = next(x for x in inputs if x is not None).device
+    device = next(x.device for x in inputs if x is not None)
     kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
-    tapes = tape_of(function, device, *settings, *kind)
+    plans = plans_of(function, device, *settings, *kind)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _run(tapes, function, inputs, settings, device)
-    return _run(tapes, function, inputs, settings, device)
+            return _run(plans, function, inputs, settings, device)
+    return _run(plans, function, inputs, settings, device)
 
 
-def _run(tapes, function, inputs, settings, device):
-    if not tapes:
-        # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
-        own = [None if x is None else x.detach() for x in inputs]
-        _local.recording = note = Recording(own)
-        try:
-            results = function(own, *settings)
-        finally:
-            _local.recording = None
-        tapes.append(note.finish(results))
-        return results
-    if tapes[0] is None:
-        return function(inputs, *settings)
-    return tapes[0].play(inputs, device)
+def _run(plans, function, inputs, settings, device):
+    if plans:
+        return function(inputs, *settings) if plans[0] is None else plans[0].play(inputs, device)
+    # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
+    own = [None if x is None else x.detach() for x in inputs]
+    note = Recording(own)
+    launching.record(note)
+    try:
+        results = function(own, *settings)
+    finally:
+        launching.record(None)
+    plans.append(note.plan(results))
+    return results
