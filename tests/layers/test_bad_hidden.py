@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from test_mixers import HIDDEN, RECURRENT, make
+from test_mixers import HIDDEN, PIECES, make
 
 from loglinear.layers import ShortConvolution
 
+RECURRENT = [name for name in PIECES if name != "attention"]
 T = 100
 BAD = (torch.nan, torch.inf)
 POSITIONS = (0, 1, 40, 63, 64, 70, T - 1)

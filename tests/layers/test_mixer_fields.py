@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_mixers import read
 
 from loglinear.fenwick import level
-from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2
+from loglinear.layers import LogLinearGatedDeltaNet, LogLinearGLA, LogLinearKDA, LogLinearMamba2, LogLinearRetention
 
 HIDDEN, HEADS, GROUPS, K, V = 12, 4, 2, 5, 6
 
@@ -40,7 +41,19 @@ MAMBA2 = {
     "multipliers": {"in_multiplier": 0.6, "in_multipliers": [0.5, 0.7, 1.3, 1.1, 0.9], "use_bias": True},
     "activation of the convolution": {"conv_activation": "sigmoid"},
 }
-CASES = [*(("delta", name) for name in DELTA), *(("mamba2", name) for name in MAMBA2)]
+KDA = {
+    "a bound": {"decay_bound": -5.0},
+    "whole matrices, relu gate": {"decay_rank": 0, "gate_rank": 0, "gate_activation": "relu"},
+    "narrow matrices, biases": {"decay_rank": 2, "gate_rank": 3, "gate_bias": True, "conv_bias": True},
+    "no convolution, beta times two": {"conv_width": 0, "neg_eigval": True},
+}
+GLA = {
+    "convolution with biases": {"conv_width": 4, "conv_bias": True, "decay_normalizer": 2.0},
+    "no gate, relu": {"gate_activation": None, "qk_activation": "relu", "decay_rank": 3},
+    "a least decay, one norm": {"decay_min": -0.05, "norm_per_head": False, "gate_activation": "sigmoid"},
+}
+FIELDS = {"delta": DELTA, "mamba2": MAMBA2, "kda": KDA, "gla": GLA}
+CASES = [(kind, name) for kind, fields in FIELDS.items() for name in fields]
 
 
 def make(kind, name, log_linear=True):
@@ -49,8 +62,12 @@ def make(kind, name, log_linear=True):
     common = {"num_levels": 5, "log_linear": log_linear}
     if kind == "delta":
         mixer = LogLinearGatedDeltaNet(HIDDEN, HEADS, K, V, GROUPS, **common, **DELTA[name])
-    else:
+    elif kind == "mamba2":
         mixer = LogLinearMamba2(HIDDEN, HEADS, V, K, GROUPS, **common, **MAMBA2[name])
+    else:
+        mixer = {"kda": LogLinearKDA, "gla": LogLinearGLA}[kind](
+            HIDDEN, HEADS, K, V, GROUPS, **common, **FIELDS[kind][name]
+        )
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return mixer.double()
@@ -146,11 +163,52 @@ def mamba2_definition(
     return mixer.out_proj(y * gate if norm_before_gate else y)
 
 
+def heads_of(x, count, width):
+    """``[T, HEADS, width]`` of ``count`` heads, each serving several."""
+    return x.view(-1, count, width).repeat_interleave(HEADS // count, 1)
+
+
+def kda_definition(mixer, hidden, decay_bound=None, gate_activation="sigmoid", **fields):
+    keys, values = GROUPS * K, HEADS * V
+    widths = [values if mixer.gate_proj is None else mixer.gate_proj.in_features]
+    widths += [HEADS * K if mixer.decay_proj is None else mixer.decay_proj.in_features, HEADS]
+    x, gate, f, b = mixer.in_proj(hidden).split([2 * keys + values, *widths], dim=-1)
+    q, k, v = F.silu(convolved(mixer, x)).split([keys, keys, values], dim=-1)
+    q, k = (heads_of(x, GROUPS, K) for x in (q, k))
+    q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    gate = gate if mixer.gate_proj is None else mixer.gate_proj(gate)
+    f = ((f if mixer.decay_proj is None else mixer.decay_proj(f)) + mixer.dt_bias).view(-1, HEADS, K)
+    rate = mixer.A_log.exp()[:, None]
+    g = -rate * torch.log1p(f.exp()) if decay_bound is None else decay_bound / (1 + torch.exp(-rate * f))
+    beta = torch.sigmoid(b) * (2 if fields.get("neg_eigval") else 1)
+    o = normed(read(mixer, hidden, q, k, v.view(-1, HEADS, V), g, beta), mixer.norm.weight).flatten(1)
+    return mixer.out_proj(o * (gate.relu() if gate_activation == "relu" else torch.sigmoid(gate)))
+
+
+def gla_definition(mixer, hidden, gate_activation="silu", qk_activation=None, norm_per_head=True, **fields):
+    q, k, v, gate = HEADS * K, GROUPS * K, GROUPS * V, 0 if gate_activation is None else HEADS * V
+    x, gate, low = mixer.in_proj(hidden).split([q + k + v, gate, fields.get("decay_rank", 16)], dim=-1)
+    x = F.silu(convolved(mixer, x)) if fields.get("conv_width") else x
+    q, k, v = x.split([q, k, v], dim=-1)
+    q, k, v = heads_of(q, HEADS, K), heads_of(k, GROUPS, K), heads_of(v, GROUPS, V)
+    q, k = (x.relu() if qk_activation == "relu" else x for x in (q, k))
+    g = torch.log(torch.sigmoid(mixer.decay_proj(low))) / fields.get("decay_normalizer", 16)
+    g = heads_of(g.clamp(min=fields.get("decay_min", -math.inf)), GROUPS, K)
+    o = read(mixer, hidden, q, k, v, g)
+    o = normed(o if norm_per_head else o.flatten(1), mixer.norm.weight).reshape(len(o), -1)
+    if gate_activation is not None:
+        o = o * (torch.sigmoid(gate) if gate_activation == "sigmoid" else F.silu(gate))
+    return mixer.out_proj(o)
+
+
+DEFINITIONS = {"delta": delta_definition, "mamba2": mamba2_definition, "kda": kda_definition, "gla": gla_definition}
+
+
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=[" ".join(case) for case in CASES])
 @torch.no_grad()
 def test_equals_the_definition_whole_and_in_pieces(kind, name):
     """20 tokens need 6 levels and there are 5. The pieces are a prefill, single tokens and a few, in place and not."""
-    definition, fields = (delta_definition, DELTA) if kind == "delta" else (mamba2_definition, MAMBA2)
+    definition, fields = DEFINITIONS[kind], FIELDS[kind]
     for log_linear in (True, False):
         mixer, hidden = make(kind, name, log_linear), torch.randn(1, 20, HIDDEN, dtype=torch.float64)
         want = definition(mixer, hidden[0], **fields[name])
@@ -193,3 +251,13 @@ def test_values_that_do_not_exist_are_named():
         LogLinearMamba2(HIDDEN, HEADS, V, K, norm_groups=5)
     with pytest.raises(ValueError, match=r"activation must be one of .*: got 'gelu'"):
         LogLinearMamba2(HIDDEN, HEADS, V, K, conv_activation="gelu")
+    with pytest.raises(ValueError, match=r"decay_bound must be negative, the log of a decay: got 5\.0"):
+        LogLinearKDA(HIDDEN, HEADS, K, V, decay_bound=5.0)
+    with pytest.raises(ValueError, match=r"gate_bias must be false where the output gate is one matrix"):
+        LogLinearKDA(HIDDEN, HEADS, K, V, gate_rank=0, gate_bias=True)
+    with pytest.raises(ValueError, match="decay_rank must be at least 1: got 0"):
+        LogLinearGLA(HIDDEN, HEADS, K, V, decay_rank=0)
+    with pytest.raises(ValueError, match=r"decays must be one of \['retention', 'slopes'\]: got 'alibi'"):
+        LogLinearRetention(HIDDEN, HEADS, K, V, decays="alibi")
+    with pytest.raises(ValueError, match=r"key_dim must be even \(rotary positions turn pairs\): got 5"):
+        LogLinearRetention(HIDDEN, HEADS, 5, V)

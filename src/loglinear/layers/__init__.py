@@ -17,10 +17,13 @@ from loglinear.layers.attention import SoftmaxAttention
 from loglinear.layers.context import set_context_group
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.gated_deltanet import LogLinearGatedDeltaNet
+from loglinear.layers.gla import LogLinearGLA
+from loglinear.layers.kda import LogLinearKDA
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.mamba2 import LogLinearMamba2
 from loglinear.layers.mixer import RecurrentMixer, Streams
 from loglinear.layers.norm import GatedRMSNorm, OutputGate, RMSNorm, SumRMSNorm
+from loglinear.layers.retention import LogLinearRetention
 from loglinear.layers.state import KVDecodingState, KVState, LinearDecodingState, MixerState, RecurrentMixerState
 from loglinear.layers.table import MIXERS, MixerKind
 
@@ -31,8 +34,11 @@ __all__ = [
     "KVState",
     "LevelScale",
     "LinearDecodingState",
+    "LogLinearGLA",
     "LogLinearGatedDeltaNet",
+    "LogLinearKDA",
     "LogLinearMamba2",
+    "LogLinearRetention",
     "MixerKind",
     "MixerState",
     "OutputGate",

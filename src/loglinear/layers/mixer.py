@@ -21,7 +21,7 @@ from loglinear.layers.initialization import StatedInit
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.linear import project, projections
 from loglinear.layers.norm import OutputGate, RMSNorm
-from loglinear.layers.recurrence import convolve, mix
+from loglinear.layers.recurrence import convolve, mix, positions
 from loglinear.layers.state import RecurrentMixerState
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -33,11 +33,12 @@ class Streams(NamedTuple):
 
     Attributes:
         conv: ``[B, T, channels]``, to be convolved. gate: ``[B, T, H·V]``, of the output; no columns without a gate.
-        rate: ``[B, T, H]``, the raw time step or decay rate; no columns without a decay. strength: ``[B, T, H]``, raw β;
-            no columns where it is 1, None without the delta rule.
+        rate: ``[B, T, H]``, the raw time step or decay rate, or one for each key channel, ``[B, T, H·K]``; no columns without
+            a decay. strength: ``[B, T, H]``, raw β; no columns where it is 1, None without the delta rule.
         dl: ``[B, T, H·L]``, λ's projection; None in a linear model, and where ``LevelScale`` is to make it.
         joined: ``[B, T, columns]``, of which the first four are columns in the order of the mixer's own projection. None
             where there is no such tensor; the step kernels need one.
+        position: int64 ``[B, T]``, tokens before each one; None unless the mixer ``reads_positions``.
     """
 
     conv: Tensor
@@ -46,6 +47,7 @@ class Streams(NamedTuple):
     strength: Tensor | None = None
     dl: Tensor | None = None
     joined: Tensor | None = None
+    position: Tensor | None = None
 
 
 class RecurrentMixer(StatedInit):
@@ -61,6 +63,7 @@ class RecurrentMixer(StatedInit):
     out_proj: nn.Module
     context_group: ProcessGroup | None = None  # set_context_group
     unit_length: bool = False  # whether the sequence mixing divides q and k by their lengths
+    reads_positions: bool = False  # whether ``inputs`` needs ``streams.position``
 
     @abstractmethod
     def project(self, hidden: Tensor) -> Streams:
@@ -74,17 +77,20 @@ class RecurrentMixer(StatedInit):
             mixed: ``[B, T, channels]``, ``streams.conv`` behind the convolution.
 
         Returns:
-            q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g ``[B, T, H]`` and, for the delta rule, beta ``[B, T, H]``; and the skip
-            ``[B, T, H, V]`` or None.
+            q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g ``[B, T, H]`` or ``[B, T, H, K]`` and, for the delta rule, beta
+            ``[B, T, H]``; and the skip ``[B, T, H, V]`` or None.
         """
 
     @abstractmethod
     def outputs(self, o: Tensor, gate: Tensor, skip: Tensor | None) -> Tensor:
         """``[B, T, hidden_size]`` of o ``[B, T, H, V]``: norm, output gate and projection."""
 
-    @abstractmethod
     def fused_step(self, streams: Streams, state: RecurrentMixerState) -> Tensor:
-        """The output projection's input ``[B, T, H·V]``, by the kernels of a step; ``state`` takes the tokens in."""
+        """The output projection's input ``[B, T, H·V]``, by the kernels of a step; ``state`` takes the tokens in.
+
+        A mixer without such kernels gives a reason in ``unfused`` in place of this method.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no kernels of a step: {self.unfused()}")
 
     def unfused(self) -> str | None:
         """The field that the kernels of a step do not know; None if they know all."""
@@ -102,6 +108,8 @@ class RecurrentMixer(StatedInit):
         streams = self.project(hidden)
         if state is not None and step.takes(self, streams.joined, state, cu_seqlens):
             return self.out_proj(self.fused_step(streams, state)), state if output_state else None
+        if self.reads_positions:
+            streams = streams._replace(position=positions(hidden, state, cu_seqlens, self.context_group))
         mixed, conv_tail = convolve(self.conv, streams.conv, state, cu_seqlens, self.context_group)
         inputs, skip = self.inputs(mixed, streams)
         scales = None if self.level_scale is None else self.level_scale(hidden, streams.dl)

@@ -1,4 +1,4 @@
-"""RECURRENCE: the sequence mixing of both recurrent mixers, ordinary or in place.
+"""RECURRENCE: the sequence mixing of all recurrent mixers, ordinary or in place.
 
 With a state for decoding, short calls go through the step ops. These ops wait for nothing and allocate only their result.
 Long and packed calls go through the ordinary op, and their result is copied back into the same buffers. Under autograd every
@@ -18,10 +18,12 @@ from torch import Tensor
 from loglinear.decoding_state import DecodingState
 from loglinear.distributed import context_parallel_attention, context_parallel_delta_rule, previous_inputs
 from loglinear.layers.conv import ShortConvolution
+from loglinear.layers.packing import check_packed, locate_tokens
 from loglinear.layers.state import LinearDecodingState, RecurrentMixerState, copy_tensors_
 from loglinear.ops import log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.ops.attention import attend
 from loglinear.state import LinearState, LogLinearState, check_dtype
+from loglinear.transition import is_per_channel
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -49,6 +51,21 @@ def convolve(
     return y[:, conv.keep :], next_tail
 
 
+def positions(
+    x: Tensor, state: RecurrentMixerState | None, cu_seqlens: Tensor | None, context_group: ProcessGroup | None
+) -> Tensor:
+    """int64 ``[B, T]``: tokens of its own sequence before each token of x ``[B, T, ...]``. Waits for nothing."""
+    batch, length = x.shape[:2]
+    if cu_seqlens is not None:
+        check_packed(x, "hidden", cu_seqlens)
+        sequence, position = locate_tokens(cu_seqlens, length)
+        return (position if state is None else position + state.position[sequence]).unsqueeze(0)
+    position = torch.arange(length, device=x.device).expand(batch, -1)
+    if context_group is not None:
+        return position + context_group.rank() * length  # spans are equal
+    return position if state is None else position + state.position.unsqueeze(-1)
+
+
 def mix(
     inputs: dict[str, Tensor],
     level_scales: Tensor | None,
@@ -63,7 +80,8 @@ def mix(
     """o ``[B, T, H, V]`` and the state after the last token (None unless asked for).
 
     Args:
-        inputs: q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g ``[B, T, H]``; with beta ``[B, T, H]`` it is the delta rule.
+        inputs: q, k ``[B, T, G, K]``, v ``[B, T, H, V]``, g ``[B, T, H]`` or ``[B, T, H, K]``; with beta ``[B, T, H]`` it is
+            the delta rule.
         level_scales: λ ``[B, T, H, L]``; None is the linear model.
         conv_tail: the convolution's next tail; where ``writes_into(state)``, ``state.conv`` has it already.
         context_group: ranks that share the sequence (``set_context_group``).
@@ -163,7 +181,8 @@ def linear_step(
 ) -> Tensor:
     """o ``[B, 1, H, V]`` for one token of every row of the linear model, which ``state`` takes in. Waits for nothing.
 
-    ``S ← e^g S + k vᵀ``, with the delta rule ``S ← e^g S + β k (v - e^g kᵀS)ᵀ``; ``o = qᵀS``. unit_length: as in ``mix``.
+    ``S ← e^g S + k vᵀ``, with the delta rule ``S ← e^g S + β k (v - kᵀ e^g S)ᵀ``; ``o = qᵀS``. A gate of each key channel
+    multiplies the rows of S. unit_length: as in ``mix``.
     """
     memory, groups = state.state, q.shape[2]
     check_dtype("state.memory.state", memory.dtype, (torch.float64, torch.float32))
@@ -172,7 +191,8 @@ def linear_step(
         if unit_length:
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
         S = memory.unflatten(1, (groups, -1))  # [B, G, H/G, K, V], a view
-        S.mul_(g[:, 0].to(memory.dtype).exp().unflatten(1, (groups, -1))[..., None, None])
+        kept = g[:, 0].to(memory.dtype).exp().unflatten(1, (groups, -1))
+        S.mul_(kept.unsqueeze(-1) if is_per_channel(g) else kept[..., None, None])
         new = v[:, 0].to(memory.dtype).unflatten(1, (groups, -1)).unsqueeze(-2)  # [B, G, H/G, 1, V]
         if beta is not None:
             known = k[:, :, None, None] @ S

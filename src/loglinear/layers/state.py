@@ -35,7 +35,7 @@ class LinearDecodingState(LinearState):
 
 @dataclass
 class RecurrentMixerState:
-    """State of a Mamba-2 or Gated DeltaNet mixer, linear or log-linear.
+    """State of a recurrent mixer, linear or log-linear.
 
     Attributes:
         conv: ``[B, W - 1, channels]``, the last inputs of the short convolution.

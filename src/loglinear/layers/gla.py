@@ -1,0 +1,59 @@
+"""LogLinearGLA: gated linear attention that reads O(log T) states; with ``log_linear=False`` it is gated linear attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loglinear.layers.initialization import wide
+from loglinear.layers.linear import project
+from loglinear.layers.linear_attention import LinearAttention
+from loglinear.layers.mixer import Streams
+
+
+class LogLinearGLA(LinearAttention):
+    """Log-Linear GLA mixer: each key channel of each head has a decay of its own.
+
+    ``g = logsigmoid(decay_proj(x)) / decay_normalizer``, and ``decay_proj`` is a product of two narrow matrices.
+
+    Args:
+        decay_rank: width between these two. decay_normalizer: a larger number forgets more slowly.
+        decay_min: the least g; None is no limit.
+        The others: as in ``LinearAttention``.
+
+    Source: Yang et al. 2024 (Gated Linear Attention), section 4; Guo et al. 2025, section 3.4 (levels).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        *args: Any,
+        decay_rank: int = 16,
+        decay_normalizer: float = 16.0,
+        decay_min: float | None = None,
+        **options: Any,
+    ) -> None:
+        if decay_rank < 1:
+            raise ValueError(f"decay_rank must be at least 1: got {decay_rank}")
+        if decay_normalizer <= 0:
+            raise ValueError(f"decay_normalizer must be positive: got {decay_normalizer}")
+        super().__init__(hidden_size, num_heads, key_dim, value_dim, *args, rate_width=decay_rank, **options)
+        self.decay_normalizer, self.decay_min = decay_normalizer, decay_min
+        self.decay_proj = nn.Linear(decay_rank, self.num_kv_heads * key_dim)
+
+    def project(self, hidden: Tensor) -> Streams:
+        streams = super().project(hidden)
+        return streams._replace(rate=project(streams.rate, self.decay_proj))
+
+    def decay(self, streams: Streams) -> Tensor:
+        g = F.logsigmoid(wide(streams.rate)) / self.decay_normalizer
+        g = g if self.decay_min is None else g.clamp_min(self.decay_min)
+        return g.unflatten(-1, (self.num_kv_heads, -1))
+
+    def unfused(self) -> str | None:
+        return "gates per key channel"
