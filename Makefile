@@ -38,8 +38,8 @@ docs-serve: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lint: setup
-	$(BIN)/ruff check src tests benchmarks experiments examples docs/*.py
-	$(BIN)/ruff format --check src tests benchmarks experiments examples docs/*.py
+	$(BIN)/ruff check src tests benchmarks examples docs/*.py
+	$(BIN)/ruff format --check src tests benchmarks examples docs/*.py
 	$(BIN)/mypy
 	$(BIN)/python docs/prose.py
 
@@ -47,10 +47,10 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 
 test-newest: .venv-newest/.installed
-	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2 --dist worksteal -m 'not slow and not default_packages' $(PINNED)
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest --pins newest -n 2 --dist worksteal -m 'not slow and not default_packages' $(PINNED)
 
 test-oldest: .venv-oldest/.installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m 'not slow and not default_packages' $(PINNED)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest --pins oldest -n 2 --dist worksteal -m 'not slow and not default_packages' $(PINNED)
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-oldest out build dist *.egg-info src/*.egg-info

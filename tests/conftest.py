@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,37 +31,78 @@ def seed():
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--pins", default="default", help="the set of constraints/ that a fresh environment gets")
+
+
 @pytest.fixture(scope="session")
-def distributions(tmp_path_factory) -> dict[str, Path]:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``once(name, make)``: a folder that ``make`` fills; workers of one run share the folder, and the first one fills it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        with FileLock(base / f"{name}.lock"):
+            if not (base / f"{name}.made").exists():
+                make(base / name)
+                (base / f"{name}.made").touch()
+        return base / name
+
+    return folder
+
+
+def finish(*command: object) -> None:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def distributions(once) -> dict[str, Path]:
     """``sdist`` and ``wheel`` of a copy of the sources: a build folder left in the tree could hide a missing file.
 
     The wheel is built from the sdist.
     """
-    copy = tmp_path_factory.mktemp("sources")
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("src", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", copy / "dist", copy]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (sdist,), (wheel,) = (copy / "dist").glob("*.tar.gz"), (copy / "dist").glob("*.whl")
+
+    def build(copy: Path) -> None:
+        copy.mkdir()
+        for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
+            shutil.copy(ROOT / name, copy)
+        for name in ("src", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        finish(sys.executable, "-m", "build", "--no-isolation", "--outdir", copy / "dist", copy)
+
+    folder = once("sources", build) / "dist"
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return {"sdist": sdist, "wheel": wheel}
 
 
 @pytest.fixture(scope="session")
-def installed(distributions, tmp_path_factory) -> Path:
-    """The folder of programs of a fresh environment: our wheel is installed, and the packages around this test are seen."""
-    home = tmp_path_factory.mktemp("installed")
-    folder = home / sysconfig.get_path("purelib", "venv", {"base": "."})
-    programs = home / sysconfig.get_path("scripts", "venv", {"base": "."})
-    for command in (
-        [sys.executable, "-m", "venv", "--without-pip", home],
-        [sys.executable, "-m", "pip", "--python", programs / "python", "install", "-q", "--no-deps", "--no-index",
-         distributions["wheel"]],
-    ):  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-    # A path file in a folder that is itself named by a path file is not read: the checkout stays out of sight.
-    (folder / "packages.pth").write_text(sysconfig.get_path("purelib") + os.linesep, encoding="utf-8")
-    return programs
+def environment(distributions, once, pytestconfig) -> Callable[[str], Path]:
+    """``environment(extras)``: the folder of programs of an empty environment that got the wheel and what it asks for.
+
+    uv takes the versions of ``--pins`` from the registry, or from its cache. Without a registry the tests skip; with CI=true
+    they fail.
+    """
+    uv, pins = [sys.executable, "-m", "uv"], ROOT / "constraints" / f"{pytestconfig.getoption('pins')}.txt"
+    links = [word for folder in os.environ.get("PIP_FIND_LINKS", "").split() for word in ("--find-links", folder)]
+
+    def make(extras: str) -> Path:
+        def install(home: Path) -> None:
+            finish(*uv, "venv", "--no-project", "--python", sys.executable, home)
+            finish(*uv, "pip", "install", "--python", home, *links, "-c", pins, f"{distributions['wheel']}{extras}")
+
+        try:
+            home = once(f"installed{extras}", install)
+        except AssertionError as reason:
+            if "Failed to fetch" not in str(reason) or os.environ.get("CI") == "true":
+                raise
+            pytest.skip(f"no package registry can be reached: {reason}")
+        return home / sysconfig.get_path("scripts", "venv", {"base": "."})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def installed(environment) -> Path:
+    """The folder of programs of such an environment, with what the commands and the server ask for."""
+    return environment("[cli,serve]")
