@@ -38,8 +38,8 @@ docs-serve: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 lint: setup
-	$(BIN)/ruff check src tests benchmarks examples docs/*.py
-	$(BIN)/ruff format --check src tests benchmarks examples docs/*.py
+	$(BIN)/ruff check src tests benchmarks experiments examples docs/*.py
+	$(BIN)/ruff format --check src tests benchmarks experiments examples docs/*.py
 	$(BIN)/mypy
 	$(BIN)/python docs/prose.py
 

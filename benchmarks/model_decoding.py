@@ -2,7 +2,7 @@
 
     python benchmarks/model_decoding.py                     # 21 layers of width 1,536, one row, contexts of 1K to 1M
     python benchmarks/model_decoding.py --B 16 --models log_linear_gated_deltanet gated_deltanet attention
-    python benchmarks/model_decoding.py --figure docs/figures/decoding.png    # draws the rows there are, times nothing
+    python experiments/decoding_figure.py --figure docs/figures/decoding.png    # draws the rows
 
 A token goes the way of ``generate`` with a static cache: the replay of a CUDA graph and a greedy choice, nothing waited for. No
 long prompt is read: states have random contents at a position shortly before the context's end, where the bits of the chunk's
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -31,7 +30,6 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 sys.path.insert(0, str(Path(__file__).parent))
-from decoding_figure import UNMASKED, draw_decoding
 from loglinear.decoding_state import DecodingState
 from loglinear.layers import RecurrentMixerState, SoftmaxAttention
 from loglinear.layers.state import KVDecodingState
@@ -42,6 +40,7 @@ from measure import RESULTS, append, environment
 from ops_cpu import machine
 
 NAME = "model_decoding"
+UNMASKED = "attention without mask"
 SIZES = ("B", "hidden_size", "layers", "vocab_size", "dtype", "entries")  # columns, and options
 CONTEXTS = [1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20]
 # Relative error of the last logits of two layers against one pass in the same dtype, by the coarser of weights and entries.
@@ -75,9 +74,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=192, help="tokens timed: three chunks, so three closings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument(
-        "--figure", type=Path, help="PNG to draw from the rows of this batch and these sizes; an SVG stands beside it"
-    )
     parser.add_argument("--commit", help="hash to record where the checkout has no .git")
     args = parser.parse_args()
     if min(args.contexts) < args.steps + 8:
@@ -222,32 +218,8 @@ def run(args: argparse.Namespace) -> None:
         del model
 
 
-def draw(args: argparse.Namespace) -> None:
-    """The figure: milliseconds a token, and bytes of state, against context; a curve for each model that has rows."""
-    rows = [json.loads(line) for line in (args.results / f"{NAME}.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "ms" in row and all(row[key] == getattr(args, key) for key in SIZES)]
-    rows = [row for row in rows if row["model"] in args.models and args.kv_heads in (None, row["kv_heads"])]
-    if not rows:
-        raise SystemExit(f"no rows of these sizes in {args.results / NAME}.jsonl: run this command without --figure")
-    device = rows[-1].get("gpu") or rows[-1]["cpu"]
-    newest = {(row["model"], row["context"]): row for row in rows if device in (row.get("gpu"), row.get("cpu"))}
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in newest.values()))
-    note = (
-        f"{args.layers} layers of width {args.hidden_size}, batch of {args.B}, {args.dtype}; {device}; commit {commits}"
-    )
-    curves = {
-        name: sorted((row for (model, _), row in newest.items() if model == name), key=lambda row: row["context"])
-        for name in args.models
-    }
-    draw_decoding({name: curve for name, curve in curves.items() if curve}, note, args.figure)
-
-
 def main() -> None:
-    args = arguments()
-    if args.figure is not None:
-        draw(args)
-    else:
-        run(args)
+    run(arguments())
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@
     python benchmarks/training.py --models log_linear_mamba2 "transformer, flash attention 2" --lengths 16384
     python benchmarks/training.py --tokens 131072 --checkpointing always --lengths 16384 131072 --models log_linear_mamba2
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python benchmarks/training.py --longest    # that trains: 256K, 512K, 1M
-    python benchmarks/training.py --figure docs/figures/training.png    # draws the rows there are, times nothing
 
 A step is a step of `loglinear train --compile`: float32 weights, bfloat16 autocast, compiled blocks, the norm of the gradient
 clipped, fused AdamW; `--tokens` a step, or one row where the context is longer. Blocks are compiled again for every length, and
 activations are checkpointed where they do not fit otherwise (a column says so). A time is the median over the steps, its spread
 the 20th and 80th percentile; parts come from one more step under the profiler (`training_parts.py` says how they are told
 apart), and peak memory from the timed steps. Model FLOPs: `training_models.py`.
+
+`python experiments/training_page.py` makes a page and a figure of the rows.
 
 First of all two layers of each model, eager, are checked: gradients against the same weights in float64 and plain PyTorch.
 A failure, for want of memory or of a package, is a line without a row. The next model or length then goes on.
@@ -42,8 +43,8 @@ from measure import RESULTS, append, environment
 from ops_cpu import machine
 from training_models import COLUMNS, Column, Size, build, checkpoint_activations, model_flops, update
 from training_parts import Weights, milliseconds_by_part, profile
-from training_report import NAME, draw, report
 
+NAME = "training"
 LENGTHS = [1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15, 1 << 16, 1 << 17]
 COMPARED = [1 << 14, 1 << 16]  # where all columns are timed
 LONGEST = [1 << 18, 1 << 19, 1 << 20]
@@ -75,8 +76,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--old-fla", help="folder with flash-linear-attention 0.2.2, unpacked")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--figure", type=Path, help="PNG to draw from the rows of these sizes; an SVG stands beside it")
-    parser.add_argument("--commits", nargs="+", help="whose rows --figure draws; default: those of the newest day")
     parser.add_argument("--commit", help="hash to record where the checkout has no .git")
     args = parser.parse_args()
     if args.steps < 1:
@@ -237,14 +236,14 @@ def show(name: str, length: int, row: dict) -> None:
         print(f"    {parts}  idle {idle:.1f};  outside products and op {row['outside_share']:.1%}", flush=True)
 
 
-def time_column(name: str, common: dict, args: argparse.Namespace) -> list[dict]:
-    """Rows of one model, appended as they come."""
-    column, rows = COLUMNS[name], []
+def time_column(name: str, common: dict, args: argparse.Namespace) -> None:
+    """Append the rows of one model as they come."""
+    column = COLUMNS[name]
     try:
         error = check(name, args)
     except Exception as reason:  # a peer that is not installed or not right is no reason to leave out the others
         print(f"{name:30s}  nothing timed: {type(reason).__name__}: {reason}", flush=True)
-        return []
+        return
     size = Size(args.hidden_size, args.layers, args.attention_layers, args.vocab_size, common["context"])
     model = build(size.config(column.mixer), column, args.device)
     model.config.residual_in_fp32 = args.residual == "float32"
@@ -259,13 +258,11 @@ def time_column(name: str, common: dict, args: argparse.Namespace) -> list[dict]
         row = attempt(trainer, length, args)
         show(name, length, row)
         if "error" not in row:
-            rows.append({**common, **about, **row})
-            append(NAME, rows[-1:], args.results)
-    return rows
+            append(NAME, [{**common, **about, **row}], args.results)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Time every column, then print the figures that the rows give."""
+    """Time every column."""
     names = args.models or list(COLUMNS)
     common = machine(torch.get_num_threads()) if args.device == "cpu" else environment()
     common["commit"] = args.commit or common["commit"]
@@ -274,21 +271,15 @@ def run(args: argparse.Namespace) -> None:
     common |= {"compiled": "no" if args.eager else "for all lengths" if args.dynamic else "for the length"}
     common["allocator"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     common["context"] = max(length for name in names for length in lengths_of(name, args))
-    rows: list[dict] = []
     for name in names:
-        rows += time_column(name, common, args)
+        time_column(name, common, args)
         gc.collect()
         if args.device != "cpu":
             torch.cuda.empty_cache()
-    print(report(rows))
 
 
 def main() -> None:
-    args = arguments()
-    if args.figure is not None:
-        draw(args)
-    else:
-        run(args)
+    run(arguments())
 
 
 if __name__ == "__main__":

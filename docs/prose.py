@@ -28,7 +28,7 @@ from proselint.tools import LintFile
 ROOT = Path(__file__).parents[1]
 VOCABULARY = ROOT / "docs" / "vocabulary.toml"
 PAGES = ("*.md", "docs/**/*.md", "examples/*.md")
-CODE = ("src/**/*.py", "benchmarks/**/*.py", "docs/*.py", "examples/*.py", "runs/*.py")
+CODE = ("src/**/*.py", "benchmarks/*.py", "experiments/**/*.py", "docs/*.py", "examples/*.py")
 DATED = ("lab-notes.md",)
 
 # Keyboards have straight quotes and three dots, "resume" is an option, and a range of tokens is no date.

@@ -47,7 +47,7 @@ def model_of(mixer, **options):
     return build(Size(64, 2, 2, 50, 256).config(mixer, **options), Column(mixer), "cpu")
 
 
-def test_rows_and_figure(command, tmp_path, capsys):
+def test_rows(command, capsys):
     rows = command("--models", "log_linear_mamba2", FLASH, CUDNN, "--lengths", "128", "512", "--steps", "3")
     assert [(row["model"], row["B"], row["T"]) for row in rows] == [
         ("log_linear_mamba2", 2, 128), ("log_linear_mamba2", 1, 512), (FLASH, 2, 128), (FLASH, 1, 512),
@@ -60,12 +60,6 @@ def test_rows_and_figure(command, tmp_path, capsys):
         assert row["first_loss"] < 6
         assert not row["checkpointing"]
     assert f"{CUDNN:30s}  nothing timed" in capsys.readouterr().out
-    figure = tmp_path / "figures" / "training.png"
-    command("--figure", str(figure))
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in figure.with_suffix(".svg").read_text()
-    with pytest.raises(SystemExit, match="no rows of these sizes"):
-        command("--figure", str(figure), "--residual", "bfloat16")
 
 
 def test_checkpoints_may_be_kept_in_the_hosts_memory_and_change_no_loss(command, monkeypatch):
@@ -356,23 +350,3 @@ def test_a_profiled_step_names_the_operators_that_parts_go_by():
     assert times["loss"] >= 3
     assert times["optimiser"] == len(list(model.parameters()))
     assert times["other"] == times["norms"] == 0
-
-
-def test_report():
-    from training_report import FLASH, report
-
-    def row(model, T, rate, **more):
-        return {"model": model, "T": T, "tokens_per_s": rate, "checkpointing": T > 1 << 16, "longest": False, **more}
-
-    rows = [row("log_linear_mamba2", 1 << n, rate) for n, rate in ((12, 10), (13, 9), (16, 8), (17, 6))]
-    rows += [row(FLASH, 1 << n, rate) for n, rate in ((12, 12), (13, 9), (16, 2))]
-    rows += [row("log_linear_mamba2", 1 << 14, 8, outside_share=0.3), row("mamba2, ssd", 1 << 14, 10)]
-    rows += [row("log_linear_mamba2", 1 << 19, 5) | {"longest": True, "peak_bytes": 3 << 30}]
-    assert report(rows).splitlines() == [
-        "Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 64K: 4.00x (required 3.0x)",
-        "Log-Linear Mamba-2 over Mamba-2 with SSD at 16K: 0.80x (required 0.95x)",
-        "Log-Linear Mamba-2 at 131K over 16K: 0.75x (required 0.75x; only one of them checkpoints activations)",
-        "Log-Linear Mamba-2 is faster than the Transformer, FlashAttention-2: from 8,192 tokens on (required 8,192)",
-        "log_linear_mamba2 outside of products and op at 16K: 30.0% (required at most 35%)",
-        "longest context in one step: 524,288 tokens, 3.0 GiB (required 524,288)",
-    ]

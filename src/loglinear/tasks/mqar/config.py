@@ -149,7 +149,7 @@ PRESETS = {
             initial_decay=0.05,
         ),
     ),
-    # One GPU; runs/mqar.sh says how long.
+    # One GPU; experiments/runs/mqar.sh says how long.
     "full": Grid(
         models=tuple(MODELS),
         widths=(16, 32, 64),

@@ -1,7 +1,11 @@
-"""The figure of ``model_decoding.py``: time of a token and memory of the state against context, a curve for each model."""
+"""The figure of whole models that decode: time of a token and memory of the state against context, a curve for each model.
+
+python experiments/decoding_figure.py --figure docs/figures/decoding.png    # from rows of benchmarks/model_decoding.py
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from loglinear.tasks.style import (
@@ -19,6 +23,7 @@ from loglinear.tasks.style import (
     token_axis,
     tokens,
 )
+from reporting.rows import read
 
 UNMASKED = "attention without mask"
 LINEAR = ("mamba2", "gated_deltanet")
@@ -73,3 +78,42 @@ def _title(curves: dict[str, list[dict]]) -> str:
     longest = max(one.keys() & other.keys())
     ours, theirs = f"{one[longest]:.1f} ms with Log-Linear Mamba-2", f"{other[longest]:.1f} ms with a Transformer"
     return f"At a context of {tokens(longest)} tokens the next token takes {ours} and {theirs}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", type=Path, required=True, help="PNG; an SVG stands beside it")
+    parser.add_argument("--results", type=Path, help="folder of the rows; none: the committed ones")
+    parser.add_argument("--models", nargs="+", default=[OURS, "mamba2", SOFTMAX, UNMASKED])
+    parser.add_argument("--kv-heads", type=int, help="of softmax attention; default: any")
+    sizes = {
+        "B": 1,
+        "hidden_size": 1536,
+        "layers": 21,
+        "vocab_size": 32_000,
+        "dtype": "bfloat16",
+        "entries": "bfloat16",
+    }
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    args = parser.parse_args()
+    rows = [row for row in read("model_decoding", args.results) if "ms" in row]
+    rows = [row for row in rows if all(row[key] == getattr(args, key) for key in sizes)]
+    rows = [row for row in rows if row["model"] in args.models and args.kv_heads in (None, row["kv_heads"])]
+    if not rows:
+        raise SystemExit("no rows of these sizes: python benchmarks/model_decoding.py writes them")
+    device = rows[-1].get("gpu") or rows[-1]["cpu"]
+    newest = {(row["model"], row["context"]): row for row in rows if device in (row.get("gpu"), row.get("cpu"))}
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in newest.values()))
+    width = f"{args.layers} layers of width {args.hidden_size}, batch of {args.B}, {args.dtype}"
+    curves = {
+        name: sorted((row for (model, _), row in newest.items() if model == name), key=lambda row: row["context"])
+        for name in args.models
+    }
+    curves = {name: curve for name, curve in curves.items() if curve}
+    for path in draw_decoding(curves, f"{width}; {device}; commit {commits}", args.figure):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

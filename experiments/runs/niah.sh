@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Needle in a haystack and recall on real text for any number of trained models, each after the same fine-tune.
 #
-#   runs/niah.sh OUTPUT CHECKPOINT...
+#   experiments/runs/niah.sh OUTPUT CHECKPOINT...
 #
 # The models must share tokenizer and data, as runs of `loglinear train` with one --data and --cache do; they then see the
 # same needles in the same text. Fine-tuned on up to 16K tokens, tested to 64K. Models that are done are skipped.
@@ -9,7 +9,7 @@ set -euo pipefail
 output=$1
 shift
 if [ "$(basename -a "$@" | sort | uniq -d)" ]; then
-    echo "runs/niah.sh: two checkpoints of one name would share a folder below $output" >&2
+    echo "experiments/runs/niah.sh: two checkpoints of one name would share a folder below $output" >&2
     exit 1
 fi
 for checkpoint in "$@"; do

@@ -1,4 +1,4 @@
-"""From runs to rows: ``python benchmarks/lift.py OUT`` collects those of runs/lift.sh and prints what the pairs differ by.
+"""From runs to rows: ``python experiments/lift.py OUT`` collects those of runs/lift.sh and prints what the pairs differ by.
 
 Rows go to results/lift.jsonl (losses) and results/lift_needles.jsonl (needles after a short fine-tune).
 
@@ -14,9 +14,8 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from collect import further_tunes, language_row
+from collect import commit, further_tunes, language_row
 from lift_figure import draw_lift
-from measure import commit
 from reporting.rows import RESULTS, merge, read
 
 KINDS = ("plain", "lifted")

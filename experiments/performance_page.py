@@ -1,4 +1,4 @@
-"""docs/performance.md and the chart of the README from committed rows alone: ``python benchmarks/performance_page.py``.
+"""docs/performance.md and the chart of the README from committed rows alone: ``python experiments/performance_page.py``.
 
 A test compares the committed page with what the committed rows give.
 """
@@ -6,16 +6,14 @@ A test compares the committed page with what the committed rows give.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-sys.path.insert(0, str(Path(__file__).parent))
 from reporting import comparisons as compare
 from reporting.comparisons import Comparison
 from reporting.front import draw_front
-from reporting.rows import LABELS, PAIRS, RESULTS, read, seeds_of
+from reporting.rows import LABELS, PAIRS, read, seeds_of
 from reporting.text import table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -26,8 +24,8 @@ EVEN = 0.995  # below this, two digits show that it is slower
 
 HEAD = """# Performance
 
-Every number on this page is a committed row of `benchmarks/results`. A command wrote the row after it had checked the result.
-The command `python benchmarks/performance_page.py` makes this page and its chart from the rows.
+Every number on this page is a committed row of `benchmarks/results` or `experiments/results`. A command wrote the row after
+it had checked the result. The command `python experiments/performance_page.py` makes this page and its chart from the rows.
 
 Each ratio has one direction. "2.00 times faster" means: the other takes twice the time. **A number below 1 means that ours is
 slower** (or takes more memory), and it stands in bold type. Both numbers of a ratio were measured at one commit: where several
@@ -179,8 +177,8 @@ def quality(rows: list[dict]) -> list[str]:
         )
     first = next(iter(next(iter(runs.values())).values()))
     about = (
-        f"`runs/lm.sh`; {first['gpu']}. Language models trained on {first['tokens'] / 1e6:.0f}M tokens of C at a context of "
-        f"{first['arguments']['context']:,} tokens. Lower is better."
+        f"`experiments/runs/lm.sh`; {first['gpu']}. Language models trained on {first['tokens'] / 1e6:.0f}M tokens of C at "
+        f"a context of {first['arguments']['context']:,} tokens. Lower is better."
     )
     heads = ["model", "parameters", "perplexity by seed", "mean", "commits"]
     said = [sentence for pair in PAIRS for sentence in twins(runs, *pair)]
@@ -213,7 +211,7 @@ def twins(runs: dict, linear: str, log_linear: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--results", type=Path, help="folder of all rows; none: the committed ones")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of performance.md and figures/")
     options = parser.parse_args()
     rows = {name: read(name, options.results) for name in NAMES}

@@ -1,4 +1,4 @@
-"""docs/results.md and its figures from committed rows alone: ``python benchmarks/report.py``.
+"""docs/results.md and its figures from committed rows alone: ``python experiments/report.py``.
 
 Every number and every sentence about a number comes from the rows. A test compares the committed page with the page that the
 committed rows give. The meaning of the numbers is written by hand in docs/results_notes.md, and each note goes to the end of
@@ -21,12 +21,12 @@ HEAD = """# Results
 
 This page compares softmax attention, two linear models, and their log-linear twins at equal width, data and steps. The tasks
 are multi-query associative recall, language modelling on C files, recall in that text, and needle in a haystack. The command
-`python benchmarks/report.py` makes the page from the rows in `benchmarks/results`. Only the paragraphs under "Reading" are
+`python experiments/report.py` makes the page from the rows in `experiments/results`. Only the paragraphs under "Reading" are
 written by hand (`docs/results_notes.md`).
 
 A difference counts here if it is further from 0 than two standard errors, in every seed. Losses are compared sequence by
 sequence on the same text. These standard errors concern the text alone. Two trainings of one model differ too, so seeds are
-listed singly. `runs/` has the commands.
+listed singly. `experiments/runs/` has the commands.
 """
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from loglinear.tasks.style import NAMES, bars, canvas, in_bytes, save, styled, tokens
 from reporting.rows import seeds_of
-from training_report import FLASH
+from reporting.training import FLASH
 
 OURS, LINEAR, SOFTMAX = "log_linear_mamba2", "mamba2", "attention"
 CONTEXT = 1 << 20

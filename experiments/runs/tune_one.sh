@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One fine-tune of runs/tunes.sh and its test, in OUTPUT/RUN/tuned-STEPS-SEED and niah-STEPS-SEED.
+# One fine-tune of tunes.sh and its test, in OUTPUT/RUN/tuned-STEPS-SEED and niah-STEPS-SEED.
 #
-#   OUTPUT=FOLDER runs/tune_one.sh RUN STEPS SEED
+#   OUTPUT=FOLDER experiments/runs/tune_one.sh RUN STEPS SEED
 set -euo pipefail
 run=$OUTPUT/$1 name=$2-$3
 context=${CONTEXT:-16384} # from the environment for trying it out, as SAMPLES is

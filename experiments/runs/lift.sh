@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Is lifting worth it? Linear language models of about 39M parameters, trained on 201M tokens as in runs/lm.sh, go on twice with
-# the same 101M tokens in the same order: as they are, and lifted (runs/lift_one.sh). Pairs share everything but the levels.
+# Is lifting worth it? Linear language models of about 39M parameters, trained on 201M tokens as in lm.sh, go on twice with
+# the same 101M tokens in the same order: as they are, and lifted (lift_one.sh). Pairs share everything but the levels.
 #
-#   runs/lift.sh FOLDER [OUTPUT]     FOLDER holds linux-c-long.{train,valid}.jsonl, or the same as .jsonl.xz
+#   experiments/runs/lift.sh FOLDER [OUTPUT]     FOLDER holds linux-c-long.{train,valid}.jsonl, or the same as .jsonl.xz
 #
 # Device time: on two H200s 21 minutes without the evaluations, two jobs to a GPU (ff79fd8).
 #
 # The GPUs of the machine take jobs from one queue. Started again, it goes on, and what is done is not done again.
-# `python benchmarks/lift.py OUTPUT` collects the rows and prints the differences of the pairs.
+# `python experiments/lift.py OUTPUT` collects the rows and prints the differences of the pairs.
 set -euo pipefail
 export DATA=$1 OUTPUT=${2:-out/lift}
 here=$(dirname "$0")

@@ -8,29 +8,30 @@ from pathlib import Path
 
 from loglinear.tasks.mqar.config import MODELS
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[1] / "results"  # of trained models
+TIMED = Path(__file__).parents[2] / "benchmarks" / "results"
 LABELS = {mixer: label for label, mixer in MODELS.items()}  # mixer of a configuration to name in tables
 PAIRS = (("mamba2", "log_linear_mamba2"), ("gated_deltanet", "log_linear_gated_deltanet"))
 SOFTMAX = "attention"
+IDENTITY = {
+    "lm": ("name",),
+    "lift": ("name",),
+    "lift_needles": ("name", "steps", "tune_seed"),
+    "niah": ("name", "kind", "context", "depth"),
+    "tunes": ("name", "steps", "tune_seed"),
+    "mqar": ("cell",),
+}
 DIGITS = 6  # significant ones kept: a hundredth of any standard error here
 
 
 def identity(name: str) -> Callable[[dict], str]:
     """The fields that two rows of ``results/<name>.jsonl`` have in common if they measure the same."""
-    fields = {
-        "lm": ("name",),
-        "lift": ("name",),
-        "lift_needles": ("name", "steps", "tune_seed"),
-        "niah": ("name", "kind", "context", "depth"),
-        "tunes": ("name", "steps", "tune_seed"),
-        "mqar": ("cell",),
-    }[name]
-    return lambda row: json.dumps([row[field] for field in fields], sort_keys=True)
+    return lambda row: json.dumps([row[field] for field in IDENTITY[name]], sort_keys=True)
 
 
-def read(name: str, folder: Path = RESULTS) -> list[dict]:
-    """The rows of ``<folder>/<name>.jsonl``, none if there is no such file."""
-    path = folder / f"{name}.jsonl"
+def read(name: str, folder: Path | None = None) -> list[dict]:
+    """The rows of ``<folder>/<name>.jsonl``, none if there is no such file; by default those that are committed."""
+    path = (folder or (RESULTS if name in IDENTITY else TIMED)) / f"{name}.jsonl"
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One model of runs/lm.sh: training, loss by position, repeats, definitions asked for again and λ by level; for the first seed
+# One model of lm.sh: training, loss by position, repeats, definitions asked for again and λ by level; for the first seed
 # also needles, after the same short fine-tune for all. `prepare` only tokenizes.
 #
-#   DATA=FOLDER OUTPUT=FOLDER runs/lm_one.sh MIXER LAYERS SEED
+#   DATA=FOLDER OUTPUT=FOLDER experiments/runs/lm_one.sh MIXER LAYERS SEED
 set -euo pipefail
 . "$(dirname "$0")/lm_settings.sh"
 

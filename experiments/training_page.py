@@ -1,7 +1,9 @@
-"""The tables of docs/training.md from committed rows alone: ``python benchmarks/training_page.py``.
+"""The tables of docs/training.md from committed rows alone: ``python experiments/training_page.py``.
 
 The command writes the text between the marks, and a test compares this text with the text that the committed rows give. The
 rest of the page is written by hand. A ratio compares rows of one commit, the newest commit that has both.
+
+    python experiments/training_page.py --figure docs/figures/training.png    # draws the rows, and makes no page
 """
 
 from __future__ import annotations
@@ -10,12 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from measure import RESULTS
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from reporting.rows import read as rows_of
 from reporting.text import table
+from reporting.training import FASTER, FLASH, NAME, SHOWN, draw, figures
 from training_parts import PARTS
-from training_report import FASTER, FLASH, NAME, SHOWN, figures
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 BEGIN, END = "<!-- rows -->", "<!-- /rows -->"
@@ -108,7 +109,7 @@ def filled(text: str, rows: list[dict]) -> str:
     return f"{before}{BEGIN}\n\n{tables(rows)}\n\n{END}{after}"
 
 
-def read(results: Path = RESULTS) -> list[dict]:
+def read(results: Path | None = None) -> list[dict]:
     """The rows of one width and vocabulary, the paper's, on GPUs."""
     return [
         row
@@ -117,14 +118,38 @@ def read(results: Path = RESULTS) -> list[dict]:
     ]
 
 
+def drawn(options: argparse.Namespace) -> list[dict]:
+    """The rows of the figure: steps of these sizes. Exits where there are none."""
+    same = ("hidden_size", "vocab_size", "tokens", "residual")
+    rows = [row for row in rows_of(NAME, options.results) if not row["longest"]]
+    rows = [row for row in rows if all(row[key] == getattr(options, key) for key in same)]
+    rows = [row for row in rows if options.models is None or row["model"] in options.models]
+    if not rows:
+        raise SystemExit("no rows of these sizes: python benchmarks/training.py writes them")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--results", type=Path, help="folder of the rows; none: the committed ones")
     parser.add_argument("--page", type=Path, default=PAGE, help="page whose tables are made again")
+    parser.add_argument("--figure", type=Path, help="PNG to draw in place of the page; an SVG stands beside it")
+    of = parser.add_argument_group("rows of the figure")
+    of.add_argument("--models", nargs="+", help="default: all")
+    of.add_argument("--commits", nargs="+", default=(), help="default: those of the newest day")
+    of.add_argument("--hidden-size", type=int, default=1536)
+    of.add_argument("--vocab-size", type=int, default=32_000)
+    of.add_argument("--tokens", type=int, default=1 << 15, help="of a step")
+    of.add_argument("--residual", default="float32", help="dtype of the stream")
     options = parser.parse_args()
-    text = filled(options.page.read_text(encoding="utf-8"), read(options.results))
-    options.page.write_text(text, encoding="utf-8")
-    print(options.page)
+    if options.figure is not None:
+        made = draw(drawn(options), options.commits, options.figure)
+    else:
+        text = filled(options.page.read_text(encoding="utf-8"), read(options.results))
+        options.page.write_text(text, encoding="utf-8")
+        made = [options.page]
+    for path in made:
+        print(path)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loglinear.tasks.style import in_bytes, name_of, tokens
-from training_report import SHOWN
+from reporting.training import SHOWN
 
 OURS = "loglinear"
 SOFTMAX = "attention"

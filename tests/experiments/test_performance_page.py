@@ -38,7 +38,7 @@ def committed():
 
 def test_the_committed_page_is_what_the_committed_rows_give(committed):
     text = (DOCS / "performance.md").read_text(encoding="utf-8")
-    assert text == page(committed), "run python benchmarks/performance_page.py"
+    assert text == page(committed), "run python experiments/performance_page.py"
     assert {name for name in re.findall(r"\((figures/\w+\.svg)\)", text) if not (Path(DOCS) / name).exists()} == set()
 
 
@@ -93,7 +93,7 @@ def test_every_command_and_its_rows_have_a_table(committed):
     for name in set(NAMES) - {"lm", "context_parallel"}:
         assert f"`python benchmarks/{name}.py`" in text
     assert "benchmarks/context_parallel.py`" in text
-    assert "runs/lm.sh" in text
+    assert "experiments/runs/lm.sh" in text
     assert not re.search(r"log_linear_|gated_deltanet|None|nan", text)
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Language modelling: five models of about 40M parameters on the same 201M tokens at a context of 16,384, two seeds for the
-# linear models and their log-linear twins, and what each of them remembers (runs/lm_one.sh).
+# linear models and their log-linear twins, and what each of them remembers (lm_one.sh).
 #
-#   runs/lm.sh FOLDER [OUTPUT]     FOLDER holds linux-c-long.{train,valid}.jsonl, or the same as .jsonl.xz
+#   experiments/runs/lm.sh FOLDER [OUTPUT]     FOLDER holds linux-c-long.{train,valid}.jsonl, or the same as .jsonl.xz
 #
 # Device time: a model took 5 to 6 minutes of one H200 (0bb4eb9), and with the needles, which only first seeds have, some 3 more.
 # For all nine about an hour by estimate, which as many GPUs divide as there are.

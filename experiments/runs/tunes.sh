@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Needles again: models of runs/lm.sh after other fine-tunes, with another seed of the samples or for longer. Says whether a
+# Needles again: models of lm.sh after other fine-tunes, with another seed of the samples or for longer. Says whether a
 # difference between two models is one of the models or of the moment at which a short fine-tune happens to end.
 #
-#   runs/tunes.sh OUTPUT RUN...     OUTPUT is that of runs/lm.sh, RUN the name of a model there, as gated_deltanet-s0
+#   experiments/runs/tunes.sh OUTPUT RUN...     OUTPUT is that of experiments/runs/lm.sh, RUN the name of a model there, as gated_deltanet-s0
 #
 # Device time: two fine-tunes of 400 steps side by side on one H200, with their tests, took 2 min 20 s (762b638); 1,600 steps take
 # four minutes by estimate. The GPUs of the machine take fine-tunes from one queue; started again, it goes on, and what is done is

@@ -8,7 +8,7 @@
 # Started again, it goes on where it stopped: a cell (model, width, length, pairs, state, learning rate, seed) whose row is in
 # rows.jsonl is skipped. Copy the output folder off the machine when a lease ends, and back before the next.
 #
-#   runs/mqar.sh [OUTPUT [WORKERS [AT_ONCE]]]     processes on all GPUs together, and models at a time in each
+#   experiments/runs/mqar.sh [OUTPUT [WORKERS [AT_ONCE]]]     processes on all GPUs together, and models at a time in each
 set -euo pipefail
 output=${1:-out/mqar-full}
 options=(${2:+--workers "$2"} ${3:+--at-once "$3"})

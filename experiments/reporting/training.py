@@ -1,12 +1,11 @@
-"""A summary of the rows of the training benchmark: the required ratios, and a figure of tokens per second against context."""
+"""Rows of training steps: the required ratios, and a figure of tokens per second against context."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from loglinear.tasks.style import COLORS, bars, canvas, label_ends, plain_axis, save, styled, token_axis, tokens
-from reporting.rows import read
 
 NAME = "training"
 FLASH = "transformer, flash attention 2"
@@ -52,11 +51,6 @@ OVERTAKES = 1 << 13  # tokens, from which on
 FASTER = "Log-Linear Mamba-2 is faster than the Transformer, FlashAttention-2"
 
 
-def report(rows: list[dict]) -> str:
-    """The figures that rows of one process give, a line each, with what is required."""
-    return "\n".join(f"{what}: {figure}" for what, figure in figures(rows).items())
-
-
 def figures(rows: list[dict]) -> dict[str, str]:
     """The ratios of the rows of one process, as text: the figure and its requirement."""
     rate = {(row["model"], row["T"]): row for row in rows if not row["longest"]}
@@ -95,32 +89,22 @@ def overtakes(rows: list[dict]) -> int | None:
     return ahead
 
 
-def draw(args: argparse.Namespace) -> None:
-    """The figure: tokens a second against context, a curve for each model that has rows of these sizes at ``--commits``, or of
-    the newest day.
+def draw(rows: list[dict], commits: Sequence[str], path: Path) -> list[Path]:
+    """The figure: tokens a second against context, a curve for each model.
+
+    ``rows``: of steps of one size. The figure has the rows of ``commits``, or of the newest day, of one machine.
     """
-    path: Path = args.results / f"{NAME}.jsonl"
-    rows = read(NAME, args.results)
-    same = ("hidden_size", "vocab_size", "tokens", "residual")
-    rows = [row for row in rows if not row["longest"] and all(row[key] == getattr(args, key) for key in same)]
-    rows = [row for row in rows if args.models is None or row["model"] in args.models]
-    if not rows:
-        raise SystemExit(f"no rows of these sizes in {path}: run this command without --figure")
     device, day = rows[-1].get("gpu") or rows[-1]["cpu"], max(row["date"][:10] for row in rows)
     rows = [row for row in rows if device in (row.get("gpu"), row.get("cpu"))]
-    rows = [row for row in rows if row["commit"] in args.commits] if args.commits else _of(rows, day)
+    rows = [row for row in rows if (row["commit"] in commits if commits else row["date"][:10] == day)]
     newest = {(row["model"], row["T"]): row for row in rows}
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in newest.values()))
-    note = f"width {args.hidden_size}, {args.tokens:,} tokens a step or one sequence; {device}; commits {commits}"
-    _draw(newest, note, args.figure)
-
-
-def _of(rows: list[dict], day: str) -> list[dict]:
-    return [row for row in rows if row["date"][:10] == day]
+    drawn = ", ".join(dict.fromkeys(row["commit"] for row in newest.values()))
+    size = f"width {rows[-1]['hidden_size']}, {rows[-1]['tokens']:,} tokens a step or one sequence"
+    return _draw(newest, f"{size}; {device}; commits {drawn}", path)
 
 
 @styled
-def _draw(newest: dict[tuple[str, int], dict], note: str, path: Path) -> None:
+def _draw(newest: dict[tuple[str, int], dict], note: str, path: Path) -> list[Path]:
     """Above: curves of the models timed at several lengths. Below: all models at the length that most of them have."""
     figure, panels = canvas(_title(newest), (2, 1), (4.8, 2.5), right=3.5, gaps=(0.5, 0.85), note=note)
     (upper, lower), ends = panels[:, 0], []
@@ -145,7 +129,7 @@ def _draw(newest: dict[tuple[str, int], dict], note: str, path: Path) -> None:
     rates = {name: newest[name, length]["tokens_per_s"] for name in by_length[length]}
     bars(lower, {SHOWN[name]: rate for name, rate in rates.items()}, lambda rate: f"{rate / 1e3:.3g}K")
     lower.set_title(f"tokens per second at {tokens(length)}")
-    save(figure, path)
+    return save(figure, path)
 
 
 def _title(newest: dict[tuple[str, int], dict]) -> str:

@@ -3,6 +3,7 @@
 import pytest
 
 import training_page
+from reporting.training import FLASH, figures
 from training_page import PAGE, filled, newest, read, required, steps
 
 
@@ -15,7 +16,7 @@ def row(model, T, commit, rate, **more):
 
 def test_the_committed_page_is_made_of_the_committed_rows():
     text = PAGE.read_text(encoding="utf-8")
-    assert filled(text, read()) == text, "run python benchmarks/training_page.py"
+    assert filled(text, read()) == text, "run python experiments/training_page.py"
 
 
 def test_a_ratio_is_of_the_newest_commit_that_has_both():
@@ -71,3 +72,33 @@ def test_every_column_has_a_name():
 def test_a_page_without_marks_is_an_error(text):
     with pytest.raises(ValueError, match="must have <!-- rows -->"):
         filled(text, [])
+
+
+def test_what_is_required():
+    def rated(model, T, rate, **more):
+        return {"model": model, "T": T, "tokens_per_s": rate, "checkpointing": T > 1 << 16, "longest": False, **more}
+
+    rows = [rated("log_linear_mamba2", 1 << n, rate) for n, rate in ((12, 10), (13, 9), (16, 8), (17, 6))]
+    rows += [rated(FLASH, 1 << n, rate) for n, rate in ((12, 12), (13, 9), (16, 2))]
+    rows += [rated("log_linear_mamba2", 1 << 14, 8, outside_share=0.3), rated("mamba2, ssd", 1 << 14, 10)]
+    rows += [rated("log_linear_mamba2", 1 << 19, 5) | {"longest": True, "peak_bytes": 3 << 30}]
+    assert [f"{what}: {figure}" for what, figure in figures(rows).items()] == [
+        "Log-Linear Mamba-2 over the Transformer, FlashAttention-2, at 64K: 4.00x (required 3.0x)",
+        "Log-Linear Mamba-2 over Mamba-2 with SSD at 16K: 0.80x (required 0.95x)",
+        "Log-Linear Mamba-2 at 131K over 16K: 0.75x (required 0.75x; only one of them checkpoints activations)",
+        "Log-Linear Mamba-2 is faster than the Transformer, FlashAttention-2: from 8,192 tokens on (required 8,192)",
+        "log_linear_mamba2 outside of products and op at 16K: 30.0% (required at most 35%)",
+        "longest context in one step: 524,288 tokens, 3.0 GiB (required 524,288)",
+    ]
+
+
+def test_the_figure_has_the_rows_of_one_size(tmp_path, monkeypatch):
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["training_page.py", "--figure", str(tmp_path / "training.png"), *options])
+        training_page.main()
+
+    run("--models", "log_linear_mamba2", FLASH)
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "training.svg").read_text()
+    with pytest.raises(SystemExit, match="no rows of these sizes"):
+        run("--residual", "float16")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One linear model of runs/lift.sh: its training, both continuations, and their losses by position and by distance of repeats, at
+# One linear model of lift.sh: its training, both continuations, and their losses by position and by distance of repeats, at
 # the trained context and at four times as much.
 #
-#   DATA=FOLDER OUTPUT=FOLDER runs/lift_one.sh MIXER SEED
+#   DATA=FOLDER OUTPUT=FOLDER experiments/runs/lift_one.sh MIXER SEED
 set -euo pipefail
 . "$(dirname "$0")/lm_settings.sh"
 run=$OUTPUT/$1-s$2

@@ -1,4 +1,4 @@
-"""From run folders to committed rows: ``python benchmarks/collect.py OUT``, then ``python benchmarks/report.py``.
+"""From run folders to committed rows: ``python experiments/collect.py OUT``, then ``python experiments/report.py``.
 
 Reads what is finished of the runs OUT/<name>-s<seed> and of OUT/mqar, says what is missing, and writes
 results/{lm,niah,tunes,mqar}.jsonl. Collecting again replaces rows of the same identity: a model's name, and a cell of the
@@ -11,10 +11,12 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from measure import commit
 from reporting.rows import LABELS, PAIRS, RESULTS, merge
 
