@@ -250,6 +250,13 @@ def test_every_field_of_a_model_is_an_option():
         f"delta_{name}"
         for name in ("conv_bias", "gate_activation", "decay", "use_beta", "neg_eigval", "qk_activation", "qk_norm")
     }
+    converted |= {
+        f"kda_{name}" for name in ("conv_bias", "decay_rank", "gate_rank", "gate_bias", "decay_bound", "neg_eigval")
+    }
+    converted |= {
+        f"{kind}_{name}" for kind in ("gla", "retnet") for name in ("conv_bias", "qk_activation", "gate_activation")
+    }
+    converted |= {"gla_decay_rank", "gla_decay_normalizer", "gla_decay_min"}
     assert {field.name for field in fields(ModelConfig)} | data | others | converted == set(
         LogLinearConfig.__annotations__
     )

@@ -50,7 +50,7 @@ KDA = {
 GLA = {
     "convolution with biases": {"conv_width": 4, "conv_bias": True, "decay_normalizer": 2.0},
     "no gate, relu": {"gate_activation": None, "qk_activation": "relu", "decay_rank": 3},
-    "a least decay, one norm": {"decay_min": -0.05, "norm_per_head": False, "gate_activation": "sigmoid"},
+    "a least decay, sigmoid gate": {"decay_min": -0.05, "gate_activation": "sigmoid"},
 }
 FIELDS = {"delta": DELTA, "mamba2": MAMBA2, "kda": KDA, "gla": GLA}
 CASES = [(kind, name) for kind, fields in FIELDS.items() for name in fields]
@@ -185,7 +185,7 @@ def kda_definition(mixer, hidden, decay_bound=None, gate_activation="sigmoid", *
     return mixer.out_proj(o * (gate.relu() if gate_activation == "relu" else torch.sigmoid(gate)))
 
 
-def gla_definition(mixer, hidden, gate_activation="silu", qk_activation=None, norm_per_head=True, **fields):
+def gla_definition(mixer, hidden, gate_activation="silu", qk_activation=None, **fields):
     q, k, v, gate = HEADS * K, GROUPS * K, GROUPS * V, 0 if gate_activation is None else HEADS * V
     x, gate, low = mixer.in_proj(hidden).split([q + k + v, gate, fields.get("decay_rank", 16)], dim=-1)
     x = F.silu(convolved(mixer, x)) if fields.get("conv_width") else x
@@ -195,7 +195,7 @@ def gla_definition(mixer, hidden, gate_activation="silu", qk_activation=None, no
     g = torch.log(torch.sigmoid(mixer.decay_proj(low))) / fields.get("decay_normalizer", 16)
     g = heads_of(g.clamp(min=fields.get("decay_min", -math.inf)), GROUPS, K)
     o = read(mixer, hidden, q, k, v, g)
-    o = normed(o if norm_per_head else o.flatten(1), mixer.norm.weight).reshape(len(o), -1)
+    o = normed(o, mixer.norm.weight).flatten(1)
     if gate_activation is not None:
         o = o * (torch.sigmoid(gate) if gate_activation == "sigmoid" else F.silu(gate))
     return mixer.out_proj(o)

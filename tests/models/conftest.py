@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-from loglinear.models import MIXERS, LogLinearConfig, LogLinearForCausalLM
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 
 VOCAB = 61
 PAD, BOS, EOS = 0, 1, 2
 HYBRID = ["log_linear_mamba2", "attention", "log_linear_gated_deltanet"]
+KIMI = ["kda", "kda", "attention"]
+# The fixed decays are the scalar gate to a model; of the linear twins, gla and retnet keep what the others keep.
+MIXERS = [
+    *("log_linear_mamba2", "mamba2", "log_linear_gated_deltanet", "gated_deltanet"),
+    *("log_linear_kda", "log_linear_gla", "log_linear_retnet", "attention"),
+]
 
 
 def tiny_config(mixer, **overrides):
@@ -25,6 +31,14 @@ def tiny_config(mixer, **overrides):
         "delta_num_key_heads": 2,
         "delta_key_dim": 6,
         "delta_value_dim": 8,
+        "kda_num_heads": 4,
+        "kda_num_key_heads": 2,
+        "kda_value_dim": 8,
+        "gla_num_heads": 4,
+        "gla_num_kv_heads": 2,
+        "retnet_num_heads": 4,
+        "retnet_num_kv_heads": 2,
+        "lightning_num_heads": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "initializer_range": 0.3,  # far from uniform predictions, so that a wrong state shows in the tokens
@@ -46,7 +60,13 @@ def every(mixers):
     ]
 
 
-@pytest.fixture(params=[*every(MIXERS), pytest.param(HYBRID, id="hybrid")])
+@pytest.fixture(
+    params=[
+        *every(MIXERS),
+        pytest.param(HYBRID, id="hybrid"),
+        pytest.param(KIMI, id="kimi", marks=pytest.mark.default_packages),
+    ]
+)
 def mixer(request):
     return request.param
 

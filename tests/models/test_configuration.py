@@ -14,6 +14,11 @@ def test_widths_follow_the_hidden_size():
     assert config.mamba_num_heads == 8
     assert (config.delta_num_heads, config.delta_num_key_heads) == (6, 6)
     assert (config.delta_key_dim, config.delta_value_dim) == (32, 64)
+    assert (config.kda_num_heads, config.kda_num_key_heads, config.kda_key_dim, config.kda_value_dim) == (2, 2, 128, 128)
+    assert (config.kda_decay_rank, config.kda_gate_rank) == (128, 128)
+    assert (config.gla_num_heads, config.gla_num_kv_heads, config.gla_key_dim, config.gla_value_dim) == (4, 4, 32, 64)
+    assert (config.retnet_num_kv_heads, config.retnet_key_dim, config.retnet_value_dim) == (8, 32, 64)
+    assert (config.lightning_num_heads, config.lightning_head_dim) == (2, 128)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 4, 64)
     assert LogLinearConfig(hidden_size=256, mamba_num_heads=5).mamba_num_heads == 5
 
@@ -48,6 +53,9 @@ def test_a_saved_config_is_complete_and_comes_back(tmp_path):
         ({"mamba_num_groups": 5}, "mamba_num_heads must be a multiple of mamba_num_groups=5: got 48"),
         ({"delta_num_key_heads": 4}, "delta_num_heads must be a multiple of delta_num_key_heads=4: got 6"),
         ({"num_key_value_heads": 7}, "num_attention_heads must be a multiple of num_key_value_heads=7: got 24"),
+        ({"kda_num_key_heads": 5}, "kda_num_heads must be a multiple of kda_num_key_heads=5: got 12"),
+        ({"kda_decay_rank": -1}, "kda_decay_rank must be at least 0: got -1"),
+        ({"mixer": "retnet", "retnet_key_dim": 5}, r"retnet_key_dim must be even \(rotary positions turn pairs\): got 5"),
         ({"decoding_entry_dtype": "float16"}, "decoding_entry_dtype must be 'float32' or 'bfloat16': got 'float16'"),
         ({"mixer": "attention", "head_dim": 5}, r"head_dim must be even \(rotary positions turn pairs\): got 5"),
     ],
@@ -95,6 +103,25 @@ def test_where_level_scales_start_is_saved(make_model, tokens, tmp_path):
     torch.testing.assert_close(model(ids).logits, linear(ids).logits, rtol=0, atol=1e-9)
 
 
+@torch.no_grad()
+def test_the_pattern_of_kimi_linear(make_model, tokens):
+    """KDA three times and attention once: a step after a prefill is the whole call."""
+    for mixers in (["kda"] * 3 + ["attention"], ["log_linear_kda"] * 3 + ["attention"]):
+        model, ids = make_model(mixers, num_hidden_layers=4), tokens(1, 30)
+        assert model.config.layer_types == ["loglinear_recurrent"] * 3 + ["loglinear_attention"]
+        cache = model(ids[:, :29]).past_key_values
+        step = model(ids[:, 29:], past_key_values=cache).logits
+        torch.testing.assert_close(step, model(ids).logits[:, 29:], rtol=0, atol=1e-9)
+
+
+def test_decays_of_lightning_attention_follow_the_layer(make_model):
+    """The first layer has the slopes of ALiBi, the last one nearly none, as in MiniMax's models."""
+    layers = make_model("lightning", lightning_num_heads=4).model.layers
+    slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256])
+    for i, factor in enumerate((1 + 1e-5, 0.5 + 1.25e-5, 1.5e-5)):
+        torch.testing.assert_close(layers[i].mixer.log_decay(torch.device("cpu")), -slopes * factor, rtol=1e-4, atol=0)
+
+
 VARIANTS = {
     "mamba_use_bias": ("mamba2", True),
     "mamba_conv_bias": ("mamba2", False),
@@ -111,6 +138,22 @@ VARIANTS = {
     "delta_neg_eigval": ("gated_deltanet", True),
     "delta_qk_activation": ("gated_deltanet", "elu"),
     "delta_qk_norm": ("gated_deltanet", "sum"),
+    "kda_conv_bias": ("kda", True),
+    "kda_decay_rank": ("kda", 0),
+    "kda_gate_rank": ("log_linear_kda", 3),
+    "kda_gate_bias": ("kda", True),
+    "kda_decay_bound": ("log_linear_kda", -5.0),
+    "kda_neg_eigval": ("kda", True),
+    "gla_conv_size": ("log_linear_gla", 3),
+    "gla_qk_activation": ("gla", "relu"),
+    "gla_gate_activation": ("gla", None),
+    "gla_decay_rank": ("gla", 4),
+    "gla_decay_normalizer": ("gla", 2.0),
+    "gla_decay_min": ("log_linear_gla", -0.01),
+    "retnet_conv_size": ("retnet", 3),
+    "retnet_qk_activation": ("retnet", "relu"),
+    "retnet_gate_activation": ("log_linear_retnet", "sigmoid"),
+    "lightning_head_dim": ("log_linear_lightning", 5),
     "conv_size": ("gated_deltanet", 0),
     "mixer_norm_eps": ("mamba2", 1.0),
 }

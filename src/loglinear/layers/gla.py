@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loglinear.layers.initialization import wide
+from loglinear.layers.level_scale import Start
 from loglinear.layers.linear import project
 from loglinear.layers.linear_attention import LinearAttention
 from loglinear.layers.mixer import Streams
@@ -32,17 +31,32 @@ class LogLinearGLA(LinearAttention):
         num_heads: int,
         key_dim: int,
         value_dim: int,
-        *args: Any,
+        num_kv_heads: int | None = None,
+        num_levels: int = 15,
+        conv_width: int = 0,
+        norm_eps: float = 1e-6,
+        log_linear: bool = True,
+        level_scale_start: Start = "paper",
+        *,
+        conv_bias: bool = False,
+        qk_activation: str = "identity",
+        gate_activation: str | None = "silu",
         decay_rank: int = 16,
         decay_normalizer: float = 16.0,
         decay_min: float | None = None,
-        **options: Any,
     ) -> None:
         if decay_rank < 1:
             raise ValueError(f"decay_rank must be at least 1: got {decay_rank}")
         if decay_normalizer <= 0:
             raise ValueError(f"decay_normalizer must be positive: got {decay_normalizer}")
-        super().__init__(hidden_size, num_heads, key_dim, value_dim, *args, rate_width=decay_rank, **options)
+        super().__init__(
+            *(hidden_size, num_heads, key_dim, value_dim, num_kv_heads),
+            *(num_levels, conv_width, norm_eps, log_linear, level_scale_start),
+            conv_bias=conv_bias,
+            qk_activation=qk_activation,
+            gate_activation=gate_activation,
+            rate_width=decay_rank,
+        )
         self.decay_normalizer, self.decay_min = decay_normalizer, decay_min
         self.decay_proj = nn.Linear(decay_rank, self.num_kv_heads * key_dim)
 

@@ -6,16 +6,22 @@ q, k and v, one norm over all heads, and slower decays in later layers.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from loglinear.layers.attention import rotary
+from loglinear.layers.level_scale import Start
 from loglinear.layers.linear_attention import LinearAttention
 from loglinear.layers.mixer import Streams
 
 Decays = Literal["retention", "slopes"]
+
+
+def lightning_factor(layer: int, layers: int) -> float:
+    """The factor of the logs of the decays in layer 0 … layers - 1 of a MiniMax model: later layers forget more slowly."""
+    return 1 - layer / (layers - 1 + 1e-5) + 1e-5
 
 
 def fixed_decays(kind: Decays, heads: int, device: torch.device) -> Tensor:
@@ -46,11 +52,21 @@ class LogLinearRetention(LinearAttention):
         num_heads: int,
         key_dim: int,
         value_dim: int,
-        *args: Any,
+        num_kv_heads: int | None = None,
+        num_levels: int = 15,
+        conv_width: int = 0,
+        norm_eps: float = 1e-6,
+        log_linear: bool = True,
+        level_scale_start: Start = "paper",
+        *,
+        conv_bias: bool = False,
+        conv_activation: str | None = None,
+        qk_activation: str = "identity",
+        gate_activation: str | None = "silu",
+        norm_per_head: bool = True,
         decays: Decays = "retention",
         decay_factor: float = 1.0,
         rotary_base: float | None = 10_000.0,
-        **options: Any,
     ) -> None:
         if decays not in get_args(Decays):
             raise ValueError(f"decays must be one of {list(get_args(Decays))}: got {decays!r}")
@@ -58,7 +74,15 @@ class LogLinearRetention(LinearAttention):
             raise ValueError(f"decay_factor must be positive: got {decay_factor}")
         if rotary_base is not None and key_dim % 2:
             raise ValueError(f"key_dim must be even (rotary positions turn pairs): got {key_dim}")
-        super().__init__(hidden_size, num_heads, key_dim, value_dim, *args, **options)
+        super().__init__(
+            *(hidden_size, num_heads, key_dim, value_dim, num_kv_heads),
+            *(num_levels, conv_width, norm_eps, log_linear, level_scale_start),
+            conv_bias=conv_bias,
+            conv_activation=conv_activation,
+            qk_activation=qk_activation,
+            gate_activation=gate_activation,
+            norm_per_head=norm_per_head,
+        )
         self.decays, self.decay_factor, self.rotary_base = decays, decay_factor, rotary_base
         self.reads_positions = rotary_base is not None
 

@@ -18,7 +18,21 @@ from loglinear.models.foreign.options import translated
 _MULTIPLES = {
     "mamba_num_heads": "mamba_num_groups",
     "delta_num_heads": "delta_num_key_heads",
+    "kda_num_heads": "kda_num_key_heads",
+    "gla_num_heads": "gla_num_kv_heads",
+    "retnet_num_heads": "retnet_num_kv_heads",
     "num_attention_heads": "num_key_value_heads",
+}
+
+
+# Integers that may be 0; the others are at least 1.
+_MAY_BE_ZERO = {
+    "intermediate_size",
+    "conv_size",
+    "gla_conv_size",
+    "retnet_conv_size",
+    "kda_decay_rank",
+    "kda_gate_rank",
 }
 
 
@@ -32,17 +46,29 @@ class LogLinearConfig(PreTrainedConfig):
         intermediate_size: inner width of the SwiGLU MLP; None is 8/3 · hidden_size rounded up to a multiple
             of 64, and 0 leaves the MLPs out.
         max_position_embeddings: longest context with a λ for every level. Longer inputs work; the last level is shared.
-        conv_size: taps of the short convolutions; 0 leaves their activations alone.
+        conv_size: taps of the short convolutions in Mamba-2, Gated DeltaNet and KDA mixers; 0 leaves their activations alone.
+        gla_conv_size, retnet_conv_size: of those in GLA and RetNet mixers, which have none by default.
         level_scale_start: where the λ of log-linear mixers start: ``"paper"``, near ln 2 on every level, or ``"one"``, near 1,
             which is the linear model.
         mamba_head_dim, mamba_num_heads, mamba_state_size, mamba_num_groups: V, H, K, G of the Mamba-2 mixers;
             num_heads None makes the inner width twice hidden_size.
         delta_num_heads, delta_num_key_heads, delta_key_dim, delta_value_dim: H, G, K, V of the Gated DeltaNet mixers;
             None: G = H, keys of 3/4 · hidden_size together, values twice as wide as keys.
+        kda_num_heads, kda_num_key_heads, kda_key_dim, kda_value_dim: H, G, K, V of the KDA mixers; None: heads of 128, G = H.
+        gla_num_heads, gla_num_kv_heads, gla_key_dim, gla_value_dim: H, key/value heads, K, V of the GLA mixers; None: all
+            queries with own keys, keys of hidden_size / 2 and values of hidden_size together.
+        retnet_num_heads, retnet_num_kv_heads, retnet_key_dim, retnet_value_dim: the same of the RetNet mixers; None: keys of
+            hidden_size together, values twice as wide as keys.
+        lightning_num_heads, lightning_head_dim: H and K = V of the lightning attention mixers; None: heads of 128.
         mamba_use_bias, mamba_conv_bias, mamba_norm, mamba_norm_groups, mamba_norm_before_gate, mamba_dt_limit,
         mamba_skip_per_channel: fields of ``LogLinearMamba2`` by these names without their first word.
         delta_conv_bias, delta_gate_activation, delta_decay, delta_use_beta, delta_neg_eigval, delta_qk_activation,
         delta_qk_norm: fields of ``LogLinearGatedDeltaNet``, likewise.
+        kda_conv_bias, kda_decay_rank, kda_gate_rank, kda_gate_bias, kda_decay_bound, kda_neg_eigval: fields of
+            ``LogLinearKDA``, likewise.
+        gla_conv_bias, gla_qk_activation, gla_gate_activation, gla_decay_rank, gla_decay_normalizer, gla_decay_min: fields of
+            ``LogLinearGLA``, likewise.
+        retnet_conv_bias, retnet_qk_activation, retnet_gate_activation: fields of ``LogLinearRetention``, likewise.
         level_scale_bias: whether λ's projections in Mamba-2 mixers have a bias.
         num_attention_heads, num_key_value_heads, head_dim: of softmax attention; None: heads of 64, all with own keys.
         rope_theta: base of the rotary frequencies of softmax attention.
@@ -93,6 +119,37 @@ class LogLinearConfig(PreTrainedConfig):
     delta_neg_eigval: bool = False
     delta_qk_activation: str = "silu"
     delta_qk_norm: str = "l2"
+    kda_num_heads: int = None  # type: ignore[assignment]
+    kda_num_key_heads: int = None  # type: ignore[assignment]
+    kda_key_dim: int = None  # type: ignore[assignment]
+    kda_value_dim: int = None  # type: ignore[assignment]
+    kda_conv_bias: bool = False
+    kda_decay_rank: int = None  # type: ignore[assignment]
+    kda_gate_rank: int = None  # type: ignore[assignment]
+    kda_gate_bias: bool = False
+    kda_decay_bound: float | None = None
+    kda_neg_eigval: bool = False
+    gla_num_heads: int = 4
+    gla_num_kv_heads: int = None  # type: ignore[assignment]
+    gla_key_dim: int = None  # type: ignore[assignment]
+    gla_value_dim: int = None  # type: ignore[assignment]
+    gla_conv_size: int = 0
+    gla_conv_bias: bool = False
+    gla_qk_activation: str = "identity"
+    gla_gate_activation: str | None = "silu"
+    gla_decay_rank: int = 16
+    gla_decay_normalizer: float = 16.0
+    gla_decay_min: float | None = None
+    retnet_num_heads: int = 8
+    retnet_num_kv_heads: int = None  # type: ignore[assignment]
+    retnet_key_dim: int = None  # type: ignore[assignment]
+    retnet_value_dim: int = None  # type: ignore[assignment]
+    retnet_conv_size: int = 0
+    retnet_conv_bias: bool = False
+    retnet_qk_activation: str = "identity"
+    retnet_gate_activation: str | None = "silu"
+    lightning_num_heads: int = None  # type: ignore[assignment]
+    lightning_head_dim: int = None  # type: ignore[assignment]
     level_scale_bias: bool = False
     num_attention_heads: int = None  # type: ignore[assignment]
     num_key_value_heads: int = None  # type: ignore[assignment]
@@ -164,8 +221,9 @@ class LogLinearConfig(PreTrainedConfig):
             raise ValueError(f"level_scale_start must be one of {list(OFFSETS)}: got {self.level_scale_start!r}")
         if self.decoding_entry_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"decoding_entry_dtype must be 'float32' or 'bfloat16': got {self.decoding_entry_dtype!r}")
-        if "attention" in self.layer_mixers and self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (rotary positions turn pairs): got {self.head_dim}")
+        for field, kinds in {"head_dim": ("attention",), "retnet_key_dim": ("retnet", "log_linear_retnet")}.items():
+            if any(name in kinds for name in self.layer_mixers) and getattr(self, field) % 2:
+                raise ValueError(f"{field} must be even (rotary positions turn pairs): got {getattr(self, field)}")
 
     def _check_integers(self) -> None:
         for name, kind in LogLinearConfig.__annotations__.items():
@@ -174,7 +232,7 @@ class LogLinearConfig(PreTrainedConfig):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer: got {value!r}")
-            least = 0 if name in ("intermediate_size", "conv_size") else 1
+            least = 0 if name in _MAY_BE_ZERO else 1
             if value < least:
                 raise ValueError(f"{name} must be at least {least}: got {value}")
 
@@ -208,6 +266,20 @@ class LogLinearConfig(PreTrainedConfig):
         default("delta_num_key_heads", self.delta_num_heads)
         default("delta_key_dim", max(1, 3 * hidden // (4 * self.delta_num_heads)))
         default("delta_value_dim", 2 * self.delta_key_dim)
+        default("kda_num_heads", max(1, hidden // 128))
+        default("kda_num_key_heads", self.kda_num_heads)
+        default("kda_key_dim", max(1, hidden // self.kda_num_heads))
+        default("kda_value_dim", self.kda_key_dim)
+        default("kda_decay_rank", self.kda_value_dim)
+        default("kda_gate_rank", self.kda_value_dim)
+        default("gla_num_kv_heads", self.gla_num_heads)
+        default("gla_key_dim", max(1, hidden // (2 * self.gla_num_heads)))
+        default("gla_value_dim", max(1, hidden // self.gla_num_heads))
+        default("retnet_num_kv_heads", self.retnet_num_heads)
+        default("retnet_key_dim", max(2, hidden // (2 * self.retnet_num_heads) * 2))
+        default("retnet_value_dim", 2 * self.retnet_key_dim)
+        default("lightning_num_heads", max(1, hidden // 128))
+        default("lightning_head_dim", max(1, hidden // self.lightning_num_heads))
         default("num_attention_heads", max(1, hidden // 64))
         default("num_key_value_heads", self.num_attention_heads)
         default("head_dim", hidden // self.num_attention_heads)

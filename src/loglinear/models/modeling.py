@@ -53,7 +53,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx, self.config = layer_idx, config
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = MIXERS[config.layer_mixers[layer_idx]].build(config)
+        self.mixer = MIXERS[config.layer_mixers[layer_idx]].build(config, layer_idx)
         self.mlp_norm = SumRMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
         self.mlp = LogLinearMLP(config) if config.intermediate_size else None
 

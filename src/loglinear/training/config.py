@@ -52,10 +52,42 @@ class ModelConfig:
     """Width of a key of the Gated DeltaNet mixers; none: 3/4 of hidden_size for delta_num_heads keys together."""
     delta_value_dim: int | None = None
     """Width of a value head of the Gated DeltaNet mixers; none: twice delta_key_dim."""
+    kda_num_heads: int | None = None
+    """Value heads of the KDA mixers; none: heads of 128."""
+    kda_num_key_heads: int | None = None
+    """Heads of queries and keys of the KDA mixers, each shared by as many value heads; none: kda_num_heads."""
+    kda_key_dim: int | None = None
+    """Width of a key of the KDA mixers; none: hidden_size over kda_num_heads."""
+    kda_value_dim: int | None = None
+    """Width of a value head of the KDA mixers; none: kda_key_dim."""
+    gla_num_heads: int | None = None
+    """Query heads of the GLA mixers; none: 4."""
+    gla_num_kv_heads: int | None = None
+    """Heads of keys and values of the GLA mixers; none: gla_num_heads."""
+    gla_key_dim: int | None = None
+    """Width of a key of the GLA mixers; none: half of hidden_size for gla_num_heads keys together."""
+    gla_value_dim: int | None = None
+    """Width of a value head of the GLA mixers; none: hidden_size over gla_num_heads."""
+    gla_conv_size: int | None = None
+    """Taps of the short convolutions of the GLA mixers; none: no convolution."""
+    retnet_num_heads: int | None = None
+    """Query heads of the RetNet mixers; none: 8."""
+    retnet_num_kv_heads: int | None = None
+    """Heads of keys and values of the RetNet mixers; none: retnet_num_heads."""
+    retnet_key_dim: int | None = None
+    """Width of a key of the RetNet mixers, even; none: hidden_size over retnet_num_heads."""
+    retnet_value_dim: int | None = None
+    """Width of a value head of the RetNet mixers; none: twice retnet_key_dim."""
+    retnet_conv_size: int | None = None
+    """Taps of the short convolutions of the RetNet mixers; none: no convolution."""
+    lightning_num_heads: int | None = None
+    """Heads of the lightning attention mixers; none: heads of 128."""
+    lightning_head_dim: int | None = None
+    """Width of a head of the lightning attention mixers; none: hidden_size over lightning_num_heads."""
     level_scale_start: Literal["paper", "one"] | None = None
     """Where the λ of log-linear mixers start: near ln 2 on every level, or near 1, as their linear twins; none: paper."""
     conv_size: int | None = None
-    """Taps of the short convolutions of all mixers but attention; none: 4."""
+    """Taps of the short convolutions of the Mamba-2, Gated DeltaNet and KDA mixers; none: 4."""
     num_attention_heads: int | None = None
     """Heads of the attention mixer; none: heads of 64."""
     num_key_value_heads: int | None = None
