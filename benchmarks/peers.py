@@ -12,13 +12,12 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from loglinear import log_linear_attention, log_linear_delta_rule
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,6 @@ def differentiable(shape: Shape) -> tuple[Tensor, ...]:
     return tuple(x.requires_grad_() for x in inputs(shape).values())
 
 
-def loglinear_op(shape: Shape) -> Run:
-    leaves = differentiable(shape)
-    return Run(lambda: log_linear_attention(*leaves)[0], leaves)
-
-
 def delta_inputs(shape: Shape, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
     """q, k, v, g, beta, level_scales of a Gated DeltaNet layer: keys of unit length, β in (0, 1)."""
     x = inputs(shape, device, seed)
@@ -87,9 +81,20 @@ def delta_inputs(shape: Shape, device: str = "cuda", seed: int = 0) -> dict[str,
     return {"q": x["q"], "k": k, "v": x["v"], "g": x["g"], "beta": beta, "level_scales": x["level_scales"]}
 
 
-def loglinear_delta(shape: Shape) -> Run:
-    leaves = tuple(x.requires_grad_() for x in delta_inputs(shape).values())
-    return Run(lambda: log_linear_delta_rule(*leaves)[0], leaves)
+def channel_inputs(shape: Shape, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
+    """``inputs`` with g ``[B, T, H, K]``: the log of a sigmoid over 16, as in a layer of gated linear attention."""
+    return inputs(shape, device, seed) | {"g": _channel_gate(shape, device, seed)}
+
+
+def channel_delta_inputs(shape: Shape, device: str = "cuda", seed: int = 0) -> dict[str, Tensor]:
+    """``delta_inputs`` with the gate of ``channel_inputs``."""
+    return delta_inputs(shape, device, seed) | {"g": _channel_gate(shape, device, seed)}
+
+
+def _channel_gate(shape: Shape, device: str, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed + 2)
+    x = torch.randn(shape.B, shape.T, shape.H, shape.K, generator=generator, device=device)
+    return torch.nn.functional.logsigmoid(x) / 16
 
 
 def fla_gated_delta(shape: Shape, folder: str | None = None) -> Run:
@@ -225,26 +230,37 @@ def softmax_attention(shape: Shape, heads: int, width: int, backend: SDPBackend)
     return Run(call, (q, k, v))
 
 
-def peers(heads: int, width: int) -> dict[str, Callable[[Shape], Run]]:
-    """All peers by name. Softmax attention runs at ``heads`` heads of ``width``."""
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    return {
-        "fla log_linear_attn": fla_log_linear,
-        "fla simple_gla": fla_simple_gla,
-        "mamba2 ssd chunk 64": lambda shape: mamba2_ssd(shape, 64),
-        "mamba2 ssd chunk 128": lambda shape: mamba2_ssd(shape, 128),
-        "mamba2 ssd chunk 256": lambda shape: mamba2_ssd(shape, 256),
-        f"flash attention 2, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, flash),
-        f"cudnn attention, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, cudnn),
-    }
+def fla_gla(shape: Shape) -> Run:
+    from fla.ops.gla import chunk_gla
+
+    q, k, v, g, _ = (x.requires_grad_() for x in channel_inputs(shape).values())
+    return Run(lambda: chunk_gla(q, k, v, g, scale=1.0)[0], (q, k, v, g))
 
 
-def delta_peers(heads: int, width: int, old_fla: str) -> dict[str, Callable[[Shape], Run]]:
-    """The same for the delta rule; ``old_fla`` is a folder with flash-linear-attention 0.2.2, whose backward runs on Hopper."""
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+def fla_kda(shape: Shape) -> Run:
+    from fla.ops.kda import chunk_kda
+
+    q, k, v, g, beta, _ = (x.requires_grad_() for x in channel_delta_inputs(shape).values())
+    beta = beta.detach().to(shape.dtype).requires_grad_()
+    return Run(lambda: chunk_kda(q, k, v, g, beta, scale=1.0)[0], (q, k, v, g, beta))
+
+
+# Other libraries' ops of each transition, by their names in rows.
+GATED: dict[str, Callable[[Shape], Run]] = {
+    "fla log_linear_attn": fla_log_linear,
+    "fla simple_gla": fla_simple_gla,
+    **{f"mamba2 ssd chunk {chunk}": partial(mamba2_ssd, chunk=chunk) for chunk in (64, 128, 256)},
+}
+OLD = "fla 0.2.2 gated_delta_rule"  # whose backward runs on Hopper
+DELTA: dict[str, Callable[[Shape], Run]] = {"fla gated_delta_rule": fla_gated_delta, OLD: fla_gated_delta}
+CHANNEL_GATED: dict[str, Callable[[Shape], Run]] = {"fla gla": fla_gla}
+CHANNEL_DELTA: dict[str, Callable[[Shape], Run]] = {"fla kda": fla_kda}
+
+
+def softmax_peers(heads: int, width: int) -> dict[str, Callable[[Shape], Run]]:
+    """Softmax attention at ``heads`` heads of ``width``, by name."""
+    backends = {"flash attention 2": SDPBackend.FLASH_ATTENTION, "cudnn attention": SDPBackend.CUDNN_ATTENTION}
     return {
-        "fla gated_delta_rule": fla_gated_delta,
-        "fla 0.2.2 gated_delta_rule": lambda shape: fla_gated_delta(shape, old_fla),
-        f"flash attention 2, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, flash),
-        f"cudnn attention, {heads}x{width}": lambda shape: softmax_attention(shape, heads, width, cudnn),
+        f"{name}, {heads}x{width}": partial(softmax_attention, heads=heads, width=width, backend=backend)
+        for name, backend in backends.items()
     }

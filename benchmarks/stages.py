@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from unittest import mock
 
@@ -47,14 +48,13 @@ def recording():
         yield launches
 
 
-def time_stages(x: dict[str, Tensor], do: Tensor, config: ScalarGateConfig, budget_ms: int) -> dict:
-    """Scalar gate: kernel -> (median, 20th, 80th percentile), cold cache; a kernel launched twice is two entries."""
+def time_stages(call: Callable[[], object], budget_ms: int) -> dict[str, tuple[float, float, float]]:
+    """Kernel of a call -> (median, 20th, 80th percentile), cold cache; a kernel launched twice is two entries."""
     with recording() as launches:
-        scalar_gate.forward(**x, config=config)
-        scalar_gate.backward(do, **x, config=config)
-    times: dict = {}
-    for name, call in launches:
-        times[name if name not in times else f"{name} (again)"] = milliseconds(call, budget_ms)
+        call()
+    times: dict[str, tuple[float, float, float]] = {}
+    for name, launch in launches:
+        times[name if name not in times else f"{name} (again)"] = milliseconds(launch, budget_ms)
     return times
 
 
@@ -111,19 +111,29 @@ def uniform(config: Config, launch: Launch) -> Config:
     return dataclasses.replace(config, **launches)
 
 
-def candidates(delta: bool) -> list[tuple[str, Config]]:
-    """Configurations worth timing, with their names: chunk, warps, depth and tile, the same for all kernels."""
+def scalar_candidates() -> list[tuple[str, Config]]:
+    """Configurations of the scalar gate worth timing, with their names: chunk, warps, depth and tile, alike for all kernels."""
     shapes = [(64, 4, (1, 2, 3), (64,)), (64, 8, (1, 2, 3), (64,)), (128, 8, (1, 2, 3), (64,))]
-    if delta:
-        shapes = [(64, 4, (1, 2, 3), (32, 64, 128)), (64, 8, (2, 3), (64, 128)), (128, 8, (1, 2, 3), (32, 64, 128))]
-    found: list[tuple[str, Config]] = []
-    for chunk, warps, depths, tiles in shapes:
-        for stages in depths:
-            for tile in tiles:
-                launch = Launch(warps, stages, tile, block_k=128 if delta else None)
-                base = uniform_delta_config(chunk, launch) if delta else low_precision_config(chunk, warps, heads=12)
-                found.append((f"chunk {chunk} warps {warps} stages {stages} tile {tile}", uniform(base, launch)))
-    return found
+    return _candidates(shapes, lambda chunk, launch: low_precision_config(chunk, launch.warps, heads=12), None)
+
+
+def delta_candidates() -> list[tuple[str, Config]]:
+    """The same for the delta rule."""
+    shapes = [(64, 4, (1, 2, 3), (32, 64, 128)), (64, 8, (2, 3), (64, 128)), (128, 8, (1, 2, 3), (32, 64, 128))]
+    return _candidates(shapes, uniform_delta_config, 128)
+
+
+def _candidates(shapes: list[tuple], build: Callable[[int, Launch], Config], block_k: int | None) -> list:
+    launches = [
+        (chunk, Launch(warps, depth, tile, block_k=block_k))
+        for chunk, warps, depths, tiles in shapes
+        for depth in depths
+        for tile in tiles
+    ]
+    return [
+        (f"chunk {chunk} warps {x.warps} stages {x.stages} tile {x.block_v}", uniform(build(chunk, x), x))
+        for chunk, x in launches
+    ]
 
 
 def time_candidate(shape: Shape, label: str, config: Config, repetitions: int, compiled, turn, found) -> None:
@@ -142,12 +152,11 @@ def time_candidate(shape: Shape, label: str, config: Config, repetitions: int, c
     found.put((label, times))
 
 
-def sweep(shape: Shape, delta: bool, repetitions: int = 5, patience: float = 300.0) -> list[dict]:
-    """Rows of every kernel under every candidate, and a line for each candidate and for the best of each kernel.
+def sweep(shape: Shape, named: list[tuple[str, Config]], repetitions: int = 5, patience: float = 300.0) -> list[dict]:
+    """Rows of every kernel under every candidate by name, and a line for each candidate and for the best of each kernel.
 
     All candidates compile side by side; timing starts when they have, or after ``patience`` seconds.
     """
-    named = candidates(delta)
     context = multiprocessing.get_context("spawn")
     compiled, turn, found = context.Semaphore(0), context.Lock(), context.Queue()
     turn.acquire()

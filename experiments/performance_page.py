@@ -47,8 +47,8 @@ def page(rows: dict[str, list[dict]]) -> str:
     for command, line in compare.cpu_growth(rows["decoding_cpu"], rows["ops_cpu"]):
         cpu.setdefault(command, []).append(line)
     groups = [
-        ("Ops: scalar gate (Log-Linear Mamba-2)", "scalar_gate.py", [*ops[0], *growth[0]]),
-        ("Ops: delta rule (Log-Linear Gated DeltaNet)", "delta_rule.py", [*ops[1], *growth[1]]),
+        ("Ops: scalar gate (Log-Linear Mamba-2)", "ops.py scalar_gate", [*ops[0], *growth[0]]),
+        ("Ops: delta rule (Log-Linear Gated DeltaNet)", "ops.py delta_rule", [*ops[1], *growth[1]]),
         ("Training steps", "training.py", compare.training(training)),
         ("Several GPUs", "multi_gpu.py`, `torchrun --nproc-per-node 2 benchmarks/context_parallel.py", gpus),
         ("Decoding: one layer", "decoding.py", compare.decoding_ops(rows["decoding"])),
@@ -59,8 +59,8 @@ def page(rows: dict[str, list[dict]]) -> str:
     memory = [
         ("Memory: state of a whole model", "model_decoding.py", compare.decoding_models(rows["model_decoding"], True)),
         ("Memory: a training step", "training.py", compare.training(training, memory=True)),
-        ("Memory: scalar gate", "scalar_gate.py", compare.ops(rows["scalar_gate"], memory=True)),
-        ("Memory: delta rule", "delta_rule.py", compare.ops(rows["delta_rule"], memory=True)),
+        ("Memory: scalar gate", "ops.py scalar_gate", compare.ops(rows["scalar_gate"], memory=True)),
+        ("Memory: delta rule", "ops.py delta_rule", compare.ops(rows["delta_rule"], memory=True)),
     ]
     lines = [*HEAD.splitlines(), "", *slower(groups)]
     for title, command, found in groups:

@@ -52,7 +52,9 @@ def test_files_named_in_the_docs_exist():
     named = {
         (page.name, path)
         for page in PAGES
-        for path in re.findall(r"`((?:src|tests|docs|benchmarks|experiments|reference|examples)/[\w./]+?)/?`", text(page))
+        for path in re.findall(
+            r"`((?:src|tests|docs|benchmarks|experiments|reference|examples)/[\w./]+?)/?`", text(page)
+        )
     }
     assert len(named) > 5
     roots = (ROOT, ROOT / "src" / "loglinear")

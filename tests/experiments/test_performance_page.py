@@ -90,8 +90,10 @@ def test_numbers_just_below_one_are_not_called_slower():
 
 def test_every_command_and_its_rows_have_a_table(committed):
     text = page(committed)
-    for name in set(NAMES) - {"lm", "context_parallel"}:
+    for name in set(NAMES) - {"lm", "context_parallel", "scalar_gate", "delta_rule"}:
         assert f"`python benchmarks/{name}.py`" in text
+    assert "`python benchmarks/ops.py scalar_gate`" in text
+    assert "`python benchmarks/ops.py delta_rule`" in text
     assert "benchmarks/context_parallel.py`" in text
     assert "experiments/runs/lm.sh" in text
     assert not re.search(r"log_linear_|gated_deltanet|None|nan", text)
