@@ -1,7 +1,7 @@
 """The command line: ``loglinear COMMAND``. Each command is a module here, imported only when it is asked for.
 
 A command's module holds ``<Command>Args``, a dataclass whose fields are the options, and a function of the command's
-name that takes it. Both are found by name, as is ``parse`` in a module that reads its options from elsewhere, too. A
+name that takes it. ``main`` finds both by name. A module that also reads options from a file has a function ``parse``. A
 command of ``PROGRAMS`` is a program of another package: its function takes the words as they are.
 """
 
@@ -43,10 +43,10 @@ FAILURE, USAGE, INTERRUPTED, CLOSED, TERMINATED = 1, 2, 130, 141, 143
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status.
 
-    0; 1 for a failure, of which the user learns in one line; 2 for options that cannot be used, also because a record or a
-    checkpoint says otherwise; 130 when interrupted, 143 at SIGTERM; 141 when nobody reads the output any more. A ValueError
-    or a file that cannot be read or written is the user's to mend and prints as one line; with LOGLINEAR_TRACEBACK=1 in the
-    environment it keeps its traceback, as every other error does.
+    0: success. 1: a failure, printed as one line. 2: options that cannot be used, or that contradict a record or a
+    checkpoint. 130: interrupted. 143: SIGTERM. 141: the reader of the output has gone. The user can mend a ValueError and a
+    file that cannot be read or written, so these print as one line. With LOGLINEAR_TRACEBACK=1 in the environment they keep
+    their traceback, as every other error does.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 return _run(argv)
             finally:
-                sys.stdout.flush()  # what cannot be written fails here, not at the interpreter's end
+                sys.stdout.flush()  # an output that cannot be written fails here, not when the interpreter ends
     except BrokenPipeError:
         _forget_output()
         return CLOSED
@@ -120,7 +120,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _forget_output() -> None:
-    """Nobody reads the standard output: the interpreter's last flush must not fail on it."""
+    """The reader of the standard output has gone. The interpreter's last flush must not fail on it."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -1,4 +1,7 @@
-"""A checkpoint and the text of its run, as the record beside it tells: what `evaluate`, `niah`, `generate` and `demo` share."""
+"""A checkpoint, and the text of its run by the record beside it.
+
+`evaluate`, `niah`, `generate` and `demo` share this module.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises FileNotFoundError if there is neither, ValueError for a tokenizer that is not the model's.
     """
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it warns of texts longer than the context, which these models take
+    logging.set_verbosity_error()  # transformers warns of texts beyond the context, but these models take them
     folder = model_folder(path, "checkpoint")
     record = read_record(folder) or read_record(folder.parent)
     tokenizer = load_tokenizer(str(folder))
@@ -51,8 +54,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def check_checkpoints(arguments: Sequence[str]) -> None:
     """Raise ValueError if ``arguments`` of another program name a checkpoint with a tokenizer that is not the model's.
 
-    They are looked for as FOLDER and as lm-eval's pretrained=FOLDER,tokenizer=FOLDER. The other program
-    handles folders without a tokenizer that loads.
+    A checkpoint is named as FOLDER or as lm-eval's pretrained=FOLDER,tokenizer=FOLDER. A folder whose tokenizer does not
+    load is left to the other program.
     """
     for word in arguments:
         settings = dict(part.partition("=")[::2] for part in word.removeprefix("--model_args=").split(","))
@@ -90,7 +93,8 @@ class TextOptions(Protocol):
 def open_text(options: TextOptions, trained: dict, of_run: Data | None, validation_fraction: float) -> Source:
     """The text that ``options`` name, otherwise ``of_run``, read as the run's arguments ``trained`` tell.
 
-    Raises Contradiction if neither names one, or if the run's own text is asked for in another way than it was read.
+    Raises Contradiction if neither names a text, or if the options would read the run's own text in another way than the
+    run did.
     """
     own = options.data is None
     data = of_run if options.data is None else options.data

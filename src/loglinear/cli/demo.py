@@ -1,7 +1,7 @@
 """``loglinear demo``: the effect of log-linear attention on one machine without a GPU, in a few minutes.
 
 Two language models that differ in one word, the mixer, read the same sequences of Python source in the same order. The
-demo reports what came out, whichever of the two is better.
+demo reports the losses of both, whichever model is better.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def parse(kind: Any, argv: Sequence[str], prog: str) -> Any:
     try:
         with redirect_stdout(printed), redirect_stderr(printed), _wide_terminal():
             return tyro.cli(kind, args=argv, prog=prog, config=config)
-    except ValueError as error:  # of the dataclass itself, in early versions of tyro
+    except ValueError as error:  # early versions of tyro let an error of the dataclass through
         raise UsageError(as_typed(str(error), option_types(kind))) from error
     except SystemExit as stop:
         printed.seek(0)
@@ -47,7 +47,7 @@ def parse(kind: Any, argv: Sequence[str], prog: str) -> Any:
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether what tyro prints is what was asked for: help, or a script that completes commands."""
+    """Whether the user asked for text that tyro prints: help, or a script that completes commands."""
     return any(word in ("-h", "--help") or word.startswith("--tyro-") for word in argv)
 
 

@@ -100,7 +100,7 @@ def evaluate(args: EvaluateArgs) -> dict:
     result = {"checkpoint": str(checkpoint.folder), **described, **summary(losses, args.buckets)}
     before = output / "loss_by_position.json"
     if before.exists() and _text_of(json.loads(before.read_text(encoding="utf-8"))) != _text_of(result):
-        for name in get_args(Measure):  # of other text: not to be taken for measures of this evaluation
+        for name in get_args(Measure):  # older measures may be of other text
             for suffix in ("json", "png", "svg"):
                 (output / f"{name}.{suffix}").unlink(missing_ok=True)
     write_atomically(output / "loss_by_position.json", json.dumps(result, indent=2) + "\n")
@@ -121,7 +121,7 @@ def evaluate(args: EvaluateArgs) -> dict:
 
 
 def _text_of(result: dict) -> list:
-    """Which sequences an evaluation is of."""
+    """The text and the sequences of an evaluation, for its report."""
     return [result.get(name) for name in ("hash", "side", "context", "packing", "sequences")]
 
 
@@ -159,7 +159,7 @@ def _measure(
 
 
 def sequences(args: EvaluateArgs, checkpoint: Checkpoint) -> tuple[Windows, dict]:
-    """The sequences to evaluate on and, for the report, where they come from."""
+    """The sequences to evaluate on, and their source for the report."""
     from loglinear.tasks.lm.tokens import Windows, tokenize
     from loglinear.training.model import longest_context
 

@@ -1,4 +1,4 @@
-"""``loglinear generate``: stream the continuation of a prompt, and print how much memory the past takes.
+"""``loglinear generate``: stream the continuation of a prompt, and print how many bytes hold the past.
 
 The cache is static, so on CUDA ``generate`` decodes in a CUDA graph (``models/decoding.py``).
 """
@@ -33,7 +33,7 @@ class GenerateArgs:
     max_new_tokens: int = 200
     """Tokens to generate at most; the end-of-text token ends a text earlier."""
     context: int | None = None
-    """Tokens to have room for, at least prompt and new tokens together; None is as many."""
+    """Tokens to have room for: at least the prompt and the new tokens together; None: exactly these."""
     temperature: float = 0.8
     """Below 1 prefers likely tokens; 0 takes the likeliest (greedy)."""
     top_p: float = 0.95
@@ -65,14 +65,14 @@ def generate(args: GenerateArgs) -> str:
 
 
 def continue_text(checkpoint: Checkpoint, prompt: str, args: GenerateArgs, stream: bool) -> tuple[str, str]:
-    """The continuation of ``prompt``, and a line that says in how many bytes and how fast the model remembered it."""
+    """The continuation of ``prompt``, and a line with the bytes of the state and the time per token."""
     from transformers import StaticCache, TextStreamer, set_seed
 
     from loglinear.models import LogLinearForCausalLM
     from loglinear.training.config import Contradiction
 
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
-    foreign = not isinstance(model, LogLinearForCausalLM)  # trained on texts that its tokenizer begins as it likes
+    foreign = not isinstance(model, LogLinearForCausalLM)  # its tokenizer may begin a text with a token of its own
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=foreign, return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -104,7 +104,7 @@ def continue_text(checkpoint: Checkpoint, prompt: str, args: GenerateArgs, strea
 
 
 class Clock:
-    """A stopping criterion that never stops, and notes when each token was there (``generate`` has read it by the next)."""
+    """A stopping criterion that never stops. It notes the time of each token, which ``generate`` has read by the next token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,4 +1,4 @@
-"""``loglinear lift``: a linear model becomes log-linear, in a new folder, and says the same until it is trained."""
+"""``loglinear lift``: write a linear model as a log-linear one that gives the same outputs until it is trained."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _load(folder: str, dtype: str) -> PreTrainedModel:
 
 
 def _lifted(model: PreTrainedModel, args: LiftArgs) -> LiftReport:
-    """Lift ``model`` as the options say. Raises Contradiction for levels of another model, and for one without mixers."""
+    """Lift ``model`` as the options say. Raises Contradiction for levels of another model, and for a model without mixers."""
     from loglinear.models import LiftReport, load_levels
     from loglinear.models import lift as run
     from loglinear.models.levels import level_scales
@@ -116,7 +116,7 @@ def _lifted(model: PreTrainedModel, args: LiftArgs) -> LiftReport:
 
 
 def _copy_tokenizer(folder: str, output: Path, console: Console) -> None:
-    """Save the tokenizer of ``folder`` beside the lifted model; say so where there is none."""
+    """Save the tokenizer of ``folder`` beside the lifted model, or print that the folder has no tokenizer."""
     from transformers import AutoTokenizer
 
     try:
@@ -126,12 +126,13 @@ def _copy_tokenizer(folder: str, output: Path, console: Console) -> None:
 
 
 def _write_record(args: LiftArgs, folder: str, report: LiftReport) -> None:
-    """The record of a run of ours tells of the run that came before and, under "lift", of this command."""
+    """Write a record for a run of this library: the record of the run before and, under "lift", this command."""
     from loglinear.training.record import read_record, versions, write_record
 
     before = read_record(Path(folder)) or read_record(Path(folder).parent)
     if before is None:
         return
-    kept = {name: before.get(name, {}) for name in ("arguments", "data", "model")}  # its metrics are of before
+    # The metrics in it are those of the linear model.
+    kept = {name: before.get(name, {}) for name in ("arguments", "data", "model")}
     lifted = {"checkpoint": folder, "layers": report.lifted, "added": report.added, "versions": versions()}
     write_record(args.output, {"status": "complete", **kept, "lift": lifted})

@@ -59,7 +59,7 @@ def draw_masks(tokens: int, seed: int) -> Figure:
     figure.subplots_adjust(left=0.045, right=0.93, top=0.89, bottom=0.1)
     colors = LinearSegmentedColormap.from_list(
         "mask", list(MASK_COLORS)
-    )  # matplotlib 3.8: a tuple of two is one color and its alpha
+    )  # matplotlib 3.8 reads a tuple of two as one color and its alpha
     x = example_inputs(tokens, seed)
     future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1).numpy()
     for axes, row in zip(grid.flat, TABLE):

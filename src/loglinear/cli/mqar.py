@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from loglinear.tasks.mqar.report import Result
 
-# The finding of docs/results.md at sizes that the small preset does not reach.
+# docs/results.md has this finding at sizes that the small preset does not reach.
 FULL_GRID = (
     "A setting of one layer and 64 tokens, chosen because the log-linear model seemed to gain most there. On the full grid "
     "(docs/results.md) log-linear models are ahead of their linear twins at some sizes, level or behind at others, and behind "
@@ -80,7 +80,7 @@ class MqarArgs:
         self.grid()
 
     def grid(self) -> Grid:
-        """The preset with the given options in its place. Raises ValueError for options that cannot be run."""
+        """The preset, with the given options in place of its own. Raises ValueError for options that cannot be run."""
         grid = PRESETS[self.preset]
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         given["matched_state"] = grid.matched_state or self.matched_state
@@ -102,7 +102,10 @@ class MqarArgs:
 
 
 def mqar(args: MqarArgs) -> list[Result]:
-    """Train missing models, print the table and its verdicts, write figure and numbers. Returns the results."""
+    """Train the models that have no row yet, print the table and its verdicts, write figure and numbers.
+
+    Returns the results.
+    """
     import json
     from dataclasses import asdict
 

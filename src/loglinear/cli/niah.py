@@ -70,7 +70,7 @@ NiahArgs = Union[  # noqa: UP007 - annotated subcommands
 
 
 def niah(args: DataArgs | FinetuneArgs | EvaluateArgs) -> Any:
-    """Run one of the three."""
+    """Run one of the three commands: data, finetune or evaluate."""
     from rich.console import Console
 
     console = Console(soft_wrap=True)
@@ -111,7 +111,7 @@ def write_data(args: DataArgs, console: Console) -> int:
 
 
 def finetune(args: FinetuneArgs, console: Console) -> list[dict]:
-    """Fine-tune and save: the record tells of the run that came before and, under "niah", of this one."""
+    """Fine-tune and save. The record holds the run before and, under "niah", this fine-tune."""
     import torch
     from transformers import set_seed
 
@@ -205,7 +205,7 @@ def evaluate(args: EvaluateArgs, console: Console) -> dict:
 def open_samples(
     task: TaskConfig, tokenizer: PreTrainedTokenizerFast, record: dict | None, side: Side
 ) -> tuple[Samples, dict]:
-    """Samples whose haystack is the training or the validation text, and where that comes from."""
+    """Samples whose haystack is the training or the validation text, and the source of this text."""
     from loglinear.cli.checkpoint import open_text
     from loglinear.tasks.lm.config import DataConfig
     from loglinear.tasks.lm.tokens import tokenize
@@ -231,7 +231,7 @@ def open_samples(
 
 
 def _flat(config: Any) -> dict:
-    """The fields of a dataclass, ready for JSON: not where the cache lies."""
+    """The fields of a dataclass, ready for JSON, without the folder of the cache."""
     fields = dataclasses.asdict(config)
     fields.pop("cache", None)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}

@@ -1,4 +1,4 @@
-"""OFFLINE: ``--offline``, which the programs of other packages have only as variables of the environment."""
+"""OFFLINE: the option ``--offline`` for programs of other packages, which read variables of the environment instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OFFLINE = "ask no server for models and data sets (HF_HUB_OFFLINE=1, HF_DATASETS
 
 
 def offline(words: Sequence[str]) -> list[str]:
-    """``words`` without ``--offline``, which is done. Call it before a library of Hugging Face is imported."""
+    """Obey ``--offline`` and return ``words`` without it. Call this before a library of Hugging Face is imported."""
     if "--offline" in words:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     return [word for word in words if word != "--offline"]

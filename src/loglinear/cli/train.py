@@ -1,7 +1,7 @@
 """``loglinear train``: the options are ``TrainConfig``'s; the work is ``loglinear.training.run``'s.
 
-Options may also come from a file, from the record of a run, or from a checkpoint. They are then read as if they had been
-typed, and what is typed takes their place.
+Options may also come from a file, from the record of a run, or from a checkpoint. The command reads them as if the user had
+typed them. A typed option takes the place of an option from elsewhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DISTRIBUTED: one sequence over the ranks of a process group, for sequences longer than one device holds.
 
-Rank r of R holds tokens ``[r·T, (r + 1)·T)`` of a sequence of R·T, the same T on every rank, a multiple of ``CHUNK_SIZE``. The
-functions here are called with these T tokens by all ranks of the group at once, and by their backward passes too: a rank that
-leaves a call out, or takes no backward pass through it, leaves the others waiting.
+Rank r of R holds tokens ``[r·T, (r + 1)·T)`` of a sequence of R·T, the same T on every rank, a multiple of ``CHUNK_SIZE``.
+All ranks of the group call the functions here at once, each with its T tokens. All ranks also go backward through the
+result. If one rank leaves out a call or its backward pass, the other ranks wait for it without end.
 """
 
 from loglinear.distributed.context import (

@@ -49,12 +49,12 @@ def context_parallel_attention(
     *,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """``log_linear_attention`` of one sequence over the ranks of ``group``; every rank gives its span and gets its part of o.
+    """``log_linear_attention`` of one sequence over the ranks of ``group``. Each rank gives its span and gets o of that span.
 
     Args:
         q, k: ``[B, T, G, K]``. v: ``[B, T, H, V]``. g: ``[B, T, H]`` or None. level_scales: λ ``[B, T, H, L]`` or None for the
-            linear model. scale: factor of q. All as in the op, T the tokens of this rank; L is the whole sequence's.
-        group: ranks in the order of their spans.
+            linear model. scale: factor of q. All are as in the op: T counts the tokens of this rank, and L the levels of
+            the whole sequence. group: the process group; its ranks are in the order of their spans.
 
     Returns:
         o ``[B, T, H, V]``, with gradients to the inputs of all ranks. Every rank must go backward through its o.
@@ -80,8 +80,8 @@ def context_parallel_delta_rule(
 ) -> Tensor:
     """``log_linear_delta_rule`` of one sequence over the ranks of ``group``, as ``context_parallel_attention``.
 
-    On all ranks but the first a second, linear call of the op (with values of width K) makes the queries and the matrix of a
-    block: its cost is that of the rank's own part times about 2K / (K + V).
+    Every rank but the first calls the op a second time, without a tree and with values of width K. This call makes the
+    queries and the matrix of a block, and costs about 2K / (K + V) of the rank's first call.
     """
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
@@ -167,7 +167,7 @@ def _gather(
 
 
 def _check_lengths(q: Tensor, group: dist.ProcessGroup) -> None:
-    """Raise unless all ranks gave spans of one length; on CUDA the device does, so that the host need not wait."""
+    """Raise ValueError if the spans differ in length. On CUDA the device checks the lengths, so that the host need not wait."""
     own = torch.tensor([q.shape[1]], device=q.device)
     lengths = own.new_empty(group.size())
     dist.all_gather(list(lengths.split(1)), own, group=group)

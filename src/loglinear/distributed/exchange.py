@@ -30,22 +30,22 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dthrough: Tensor, dreceived: Tensor) -> tuple[Tensor, Tensor, None]:
-        # The transpose of an all-gather. A sum in the order of the ranks here, not one by the backend: always the same bits.
+        # The transpose of an all-gather. The sum runs in the order of the ranks, so its bits are always the same.
         returned = torch.empty_like(dreceived, memory_format=torch.contiguous_format)
         dist.all_to_all_single(returned, dreceived.contiguous(), group=ctx.group)
         return dthrough, returned.sum(0), None
 
 
 def exchange(through: Tensor, sent: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """``through`` as it is, and ``[R, *sent.shape]``: what each rank of the group sent, of one shape and dtype on all of them.
+    """``through`` as it is, and ``[R, *sent.shape]``: the tensor ``sent`` of every rank, of one shape and dtype on all ranks.
 
-    Gradients of what the others received come back to ``sent``. The loss must depend on ``through``.
+    The gradients that the other ranks have for ``sent`` come back to it. The loss must depend on ``through``.
     """
     return _Exchange.apply(through, sent, group)
 
 
 def outside_graphs(function: Function) -> Function:
-    """``function``, which the compiler leaves as it is: a process group is no part of a graph."""
+    """``function``, left out of compiled graphs: a graph cannot hold a process group."""
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 

@@ -1,1 +1,1 @@
-"""Other people's trainers that run our models; each module needs the package it is named after, and is imported by it."""
+"""Models of this library in other trainers. Each module is named after a package, needs that package, and is imported by it."""

@@ -52,7 +52,10 @@ class LogLinearTitan(BaseModel):
             self.fields = {**self.fields, "max_position_embeddings": config.training.seq_len}
 
         def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-            """Parameters, and six operations for each of them but the input embeddings: mixing itself is not counted."""
+            """Parameters, and floating-point operations of a token: six for each parameter outside the input embeddings.
+
+            The mixing of tokens is not counted.
+            """
             config = self.model_config()
             parameters = count_parameters(config)
             return parameters, 6 * (parameters - config.vocab_size * config.hidden_size)
@@ -72,9 +75,9 @@ class LogLinearTitan(BaseModel):
 
     @torch.no_grad()
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
-        """The model's own initialisation, one module at a time, of which each process keeps its shard.
+        """Initialise the model as transformers does, one module at a time. Each process keeps its shard of a module.
 
-        Every process draws the same numbers: torchtitan seeds them alike.
+        Every process draws the same numbers, because torchtitan gives all processes one seed.
         """
         for module in self.causal.modules():
             shards = dict(module.named_parameters(recurse=False))
@@ -86,7 +89,7 @@ class LogLinearTitan(BaseModel):
                 module._parameters[name] = parameter
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits ``[B, T, vocab_size]`` of tokens ``[B, T]``; a document starts where ``positions`` do not go on by one."""
+        """Logits ``[B, T, vocab_size]`` of tokens ``[B, T]``. A document starts where ``positions`` do not grow by one."""
         with torch.autocast(tokens.device.type, self.autocast_dtype, self.autocast_dtype != torch.float32):
             return self.causal(input_ids=tokens, position_ids=positions, use_cache=False).logits
 
@@ -120,7 +123,7 @@ def parallelize(
 
 
 def model_spec(flavor: str, **fields) -> ModelSpec:
-    """The model of these fields of ``LogLinearConfig``, for a configuration of one's own."""
+    """The model with these fields of ``LogLinearConfig``, for your own configuration."""
     return ModelSpec(
         name="loglinear",
         flavor=flavor,
@@ -141,7 +144,7 @@ def _groups(learning_rate: float) -> Iterator[ParamGroupConfig]:
 
 def _configuration(spec: ModelSpec, training: TrainingConfig, learning_rate: float, dataset: str) -> Trainer.Config:
     warmup = max(1, training.steps // 20)
-    training.disable_cuda_graphs = True  # where documents end is read on the host
+    training.disable_cuda_graphs = True  # the host reads where documents end
     return Trainer.Config(
         model_spec=spec,
         loss=CrossEntropyLoss.Config(global_vocab_size=spec.model.fields["vocab_size"]),
@@ -163,7 +166,7 @@ def log_linear_mamba2_800m() -> Trainer.Config:
 
 
 def log_linear_gated_deltanet_800m() -> Trainer.Config:
-    """The paper's Log-Linear Gated DeltaNet, likewise."""
+    """The paper's Log-Linear Gated DeltaNet: layers, contexts and steps as above."""
     training = TrainingConfig(local_batch_size=4, seq_len=16_384, steps=100_000)
     spec = model_spec("800M", mixer="log_linear_gated_deltanet", vocab_size=32_000)
     return _configuration(spec, training, 3e-4, "c4")

@@ -19,7 +19,7 @@ from loglinear.tasks.mqar.config import MODELS
 
 INK = "#737b86"  # text
 FAINT = "#8a929c"  # axes and reference lines
-# A family has one hue; the log-linear model is the darker of the two. Told apart with every kind of colour blindness.
+# A family has one hue, and its log-linear model is darker. The colours differ with every kind of colour blindness.
 COLORS = {
     "Log-Linear Mamba-2": "#1a6fd8",
     "Mamba-2": "#4a9ae0",
@@ -27,7 +27,7 @@ COLORS = {
     "Gated DeltaNet": "#e07b1a",
     "Transformer": "#00936b",
 }
-SPARE = ("#a349a4", "#8a7a00", "#b0456b", *COLORS.values())  # of other names
+SPARE = ("#a349a4", "#8a7a00", "#b0456b", *COLORS.values())  # for other names
 HEAT = ("#eef3f8", "#9cc3e6", "#4a9ae0", "#1a6fd8", "#0a3d80")  # from none to all
 NAMES = {mixer: name for name, mixer in MODELS.items()}
 TITLE, LABEL = 0.24, 0.17  # inches of a line of the title, and between two labels
@@ -58,7 +58,7 @@ def canvas(
     """
     rows, columns = panels
     width = left + columns * size[0] + (columns - 1) * gaps[0] + right
-    for name in COLORS:  # is not broken
+    for name in COLORS:  # a name is not broken into lines
         title = title.replace(name, name.replace(" ", "\u00a0"))
     lines = textwrap.wrap(title, int(9.6 * width), break_on_hyphens=False)  # characters of a bold line
     top = 0.2 + TITLE * len(lines) + 0.25
@@ -91,7 +91,7 @@ def name_of(model: str) -> str:
 
 
 def colors_of(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each name. ``Mamba-2, K 144`` has that of Mamba-2; what is left over has the first colours not taken."""
+    """A colour for each name. ``Mamba-2, K 144`` has the colour of Mamba-2. Other names have the first colours not taken."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(names):
         known = COLORS.get(name_of(name.split(",")[0]))
@@ -193,7 +193,7 @@ def bars(panel, values: dict[str, float], write=plain) -> None:
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
-    """The sorted ``places`` in 0 to 1, at least ``gap`` from each other and moved as little as that takes."""
+    """The sorted ``places`` in 0 to 1, moved as little as needed to be at least ``gap`` apart."""
     groups: list[list[float]] = []  # [mean place, members]
     for place in places:
         groups.append([place, 1])

@@ -1,4 +1,4 @@
-"""One rule for every file that a killed process may leave behind: it appears under its name only when it is whole."""
+"""One rule for every file, so that a killed process leaves no part of one: a file gets its name only when it is whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of writing name ``path``: a full disk is reported without a name."""
+    """Give an error of writing the name ``path``. The system reports a full disk without a name."""
     try:
         yield
     except OSError as error:
@@ -25,7 +25,7 @@ def naming(path: Path) -> Iterator[None]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill, renamed to ``folder`` at the end of the ``with`` block.
 
-    If another process finished the same folder first, its work stays and ours is thrown away.
+    If another process has finished the same folder first, that folder stays, and the temporary folder is deleted.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
@@ -39,7 +39,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader, or the next run, sees the old content or the new and nothing between."""
+    """Write ``text``. A reader, or the next run, sees the old content or the new content and nothing between."""
     unfinished = path.with_name(f"{path.name}.tmp")
     with naming(path), unfinished.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)

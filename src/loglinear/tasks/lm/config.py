@@ -24,10 +24,10 @@ class DataConfig:
     ('data/**/*.txt'); Hugging Face datasets (NAME or NAME:CONFIG); or stdlib: the sources of this Python's standard library.
     Several are read in the order given, the files of a folder or pattern in the order of their names, and no file twice."""
     validation_data: Data | None = None
-    """Validate on all of this (same kinds as --data) instead of on a share of --data."""
+    """Validate on all of this text (same kinds as --data) instead of on a share of --data."""
     streaming: bool = False
-    """Read Hugging Face datasets row by row, from their first row on, and copy to --cache what is read (compressed) instead of
-    the whole dataset. The split and the hash are those of the documents read."""
+    """Read Hugging Face datasets row by row, from their first row on. Only the rows that are read are copied to --cache,
+    compressed. The split and the hash are those of the documents read."""
     max_documents: int | None = None
     """Read at most this many documents of --data, and as many of --validation-data."""
     validation_fraction: float = 0.02

@@ -28,13 +28,12 @@ Kind = Literal["stdlib", "file", "folder", "dataset"]
 class Source:
     """Documents of one input, in a fixed order, split by document.
 
-    Names in ``data`` are read in their order; a folder and a glob stand for their files in the order of the names. A file
-    that several names stand for is read once. Empty documents hold nothing and are left out.
+    Names in ``data`` are read in their order. A folder and a glob stand for their files in the order of the names. A file is
+    read once, even if several names stand for it. Empty documents are left out.
 
-    A lone document cannot be split by document: its last ``validation_fraction`` of characters is then the validation
-    side.
+    A single document cannot be split by document. Its last ``validation_fraction`` of characters is then the validation side.
 
-    max_documents: how many are read at most. stream_to: a cache folder; datasets are then copied to it row by row (``hub.py``).
+    max_documents: the most documents to read. stream_to: a cache folder to which datasets are copied row by row (``hub.py``).
     """
 
     data: Data
@@ -62,7 +61,7 @@ class Source:
 
     @cached_property
     def digests(self) -> list[bytes]:
-        """Hash of each document, in order: one pass over the input, of which nothing else stays in memory."""
+        """Hash of each document, in order. This takes one pass over the input, and only the hashes stay in memory."""
         digests = [_digest(text) for text in self._read()]
         if not digests:
             raise ValueError(f"data: no text found in {self.label!r}")
@@ -99,7 +98,7 @@ class Source:
                         yield from read_file(file, self.text_field)
 
     def inputs(self) -> list[tuple[str, Kind]]:
-        """Every name that is read and its kind, with globs resolved. Raises FileNotFoundError for a missing one."""
+        """Every name that is read and its kind, with globs resolved. Raises FileNotFoundError for a missing file."""
         given = [os.path.expanduser(name) for name in names_of(self.data)]
         names = [name for one in given for name in (matches(one) if is_glob(one) else [one])]
         return [(name, self._kind(name)) for name in names]
@@ -117,7 +116,7 @@ class Source:
         return "dataset"
 
     def _looks_like_a_path(self, name: str) -> bool:
-        """A dataset is called ``name`` or ``owner/name``; anything else that is not there is a missing file."""
+        """Whether ``name`` must be a missing file: datasets are called ``name`` or ``owner/name``."""
         marks = name.startswith((".", "/")) or "\\" in name or name.count("/") > 1
         return marks or name.endswith((*self.suffixes, ".gz", ".xz"))
 
@@ -127,6 +126,6 @@ def _digest(text: str) -> bytes:
 
 
 def _stdlib() -> Iterator[str]:
-    """Sources of this Python's standard library. Some of its tests are not UTF-8 on purpose: such bytes are read as U+FFFD."""
+    """Sources of this Python's standard library. Bytes that are not UTF-8, which some of its tests hold, are read as U+FFFD."""
     for file in files_below(Path(sysconfig.get_path("stdlib")), (".py",)):
         yield file.read_bytes().decode("utf-8", errors="replace")

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from loglinear.models import LogLinearForCausalLM
 from loglinear.tasks.lm.tokens import Windows
 
-TOKENS_PER_HEAD_CALL = 4096  # logits are computed this many at a time: all of them at 131,072 x 32,000 fill 16 GiB
+# Positions whose logits are computed at once: 131,072 positions x 32,000 tokens would fill 16 GiB.
+TOKENS_PER_HEAD_CALL = 4096
 
 
 @torch.inference_mode()
@@ -42,7 +43,7 @@ def position_losses(
             if isinstance(model, LogLinearForCausalLM):
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 head = model.get_output_embeddings()
-            else:  # what stands between hidden states and logits is its own affair
+            else:  # other models may do more between hidden states and logits
                 hidden, head = model(input_ids=ids, use_cache=False).logits, torch.nn.Identity()
             losses[start:stop] = _token_losses(head, hidden, ids).cpu().numpy()
         if on_batch is not None:
@@ -51,12 +52,12 @@ def position_losses(
 
 
 def column_logits(model: PreTrainedModel, ids: Tensor, columns: Tensor) -> Tensor:
-    """Logits ``[B, len(columns), vocabulary]`` behind some columns of ids ``[B, T]``; no others are ever in memory."""
+    """Logits ``[B, len(columns), vocabulary]`` behind some columns of ids ``[B, T]``. No other logits are ever in memory."""
     return model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on ``device``. A GPU fetches it when its turn comes: the host goes on at once."""
+    """A copy of a CPU tensor on ``device``. The host does not wait for a GPU to fetch it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -78,7 +79,7 @@ class Mean:
 
     @classmethod
     def over_sequences(cls, losses: np.ndarray) -> Mean:
-        """Of ``[sequences, positions]``. Sequences are the independent samples: tokens of one text are not."""
+        """The mean of ``[sequences, positions]``. Sequences are the independent samples; tokens of one text are not."""
         means = losses.mean(axis=1, dtype=np.float64)
         error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else 0.0
         return cls(float(means.mean()), float(error))
@@ -120,8 +121,9 @@ def summary(losses: np.ndarray, buckets: int = 32) -> dict:
 def per_sequence(losses: np.ndarray, buckets: int = 16) -> dict:
     """Mean losses of single sequences in ``buckets`` ranges of positions, rounded to 1e-5 nats.
 
-    Two models on the same sequences differ by far less than the sequences do; only these numbers can show it. ``edges``:
-    bucket ``i`` holds the positions ``edges[i] .. edges[i + 1] - 1``. ``losses``: ``[sequences][buckets]``.
+    Sequences differ from each other by far more than two models differ on one sequence. These numbers let models be compared
+    sequence by sequence. ``edges``: bucket ``i`` holds the positions ``edges[i] .. edges[i + 1] - 1``. ``losses``:
+    ``[sequences][buckets]``.
     """
     edges = _edges(losses.shape[1], buckets)
     means = np.add.reduceat(losses.astype(np.float64), edges[:-1], axis=1) / np.diff(edges)

@@ -16,8 +16,8 @@ def draw_losses(
 ) -> list[Path]:
     """Save PNG and SVG of the loss by position of each model, from its ``position_losses`` on the same sequences.
 
-    With several models a lower panel shows each one minus the first, sequence by sequence, so that what makes a
-    sequence hard for both cancels. Bands are one standard error. A line stands at the end of ``trained_context`` tokens if
+    With several models a lower panel shows each model minus the first, sequence by sequence. A sequence that is hard for
+    both models then does not blur the difference. Bands are one standard error. A line marks ``trained_context`` tokens if
     the sequences are longer.
     """
     first_name, *other_names = losses

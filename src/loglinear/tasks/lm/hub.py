@@ -1,8 +1,8 @@
 """Hugging Face datasets: texts of the ``train`` split, by NAME, NAME:CONFIG or from a folder that `datasets` wrote.
 
-`datasets` copies a dataset whole into its own cache before the first row is read. A stream is copied too, row by row and
-compressed, up to a number of documents: everything that needs the texts more than once (their hash, the split, a new
-tokenizer) then reads the copy, and the copy takes less room than the tokens made of it.
+`datasets` copies a whole dataset into its own cache before it gives the first row. A stream is copied here, row by row and
+compressed, up to a number of documents. The hash, the split and a new tokenizer need the texts more than once and read this
+copy. The copy takes less room than the tokens made of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_dataset(name: str, text_field: str) -> Iterator[str]:
 
 
 def read_stream(name: str, text_field: str, most: int | None, cache: Path) -> Iterator[str]:
-    """The first ``most`` texts of a dataset, from a copy in ``cache``; it is made unless there is one of these very files."""
+    """The first ``most`` texts of a dataset, from a copy in ``cache``. The copy is made unless these very files have one."""
     import datasets
 
     if _is_saved(Path(name)):
@@ -49,7 +49,7 @@ def read_stream(name: str, text_field: str, most: int | None, cache: Path) -> It
     with _one_line(name, "no file or folder and no dataset that loads"):
         builder = datasets.load_dataset_builder(*_path_and_config(name))
         stream = builder.as_streaming_dataset(split="train")
-    # The hash of a builder is that of its files: their commit on the hub, or their times on this disk.
+    # The hash of a builder identifies its files, by their commit on the hub or their times on this disk.
     identity = json.dumps([name, builder.config_id, builder.hash, text_field, most])
     folder = cache / f"stream-{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}"
     if not folder.exists():
@@ -86,7 +86,7 @@ def _one_line(name: str, otherwise: str) -> Iterator[None]:
 
 
 def _texts(rows: Any, name: str, text_field: str) -> Iterator[str]:
-    columns = rows.column_names  # of a stream they may be unknown until there is a row
+    columns = rows.column_names  # a stream may not know its columns before its first row
     if columns is not None:
         if text_field not in columns:
             raise ValueError(f"text_field: {name!r} has no column {text_field!r}, only {columns}")

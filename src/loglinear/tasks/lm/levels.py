@@ -47,7 +47,7 @@ def mean_level_scales(
     }
 
     def add(name: str, module: torch.nn.Module, inputs: tuple, scales: Tensor) -> None:
-        # Autocast would make a matrix product of einsum and round the sums to bfloat16.
+        # Under autocast einsum would be a matrix product, and would round the sums to bfloat16.
         weighted = (scales.float() * counts[name].unsqueeze(1)).sum((0, 1))
         sums[name] = sums.get(name, 0) + weighted.double()
 
@@ -58,7 +58,7 @@ def mean_level_scales(
             stop = min(start + batch_size, len(windows))
             ids = to_device(torch.stack([windows[index]["input_ids"] for index in range(start, stop)]), device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                # A mask would pack the rows into one, and a cache costs memory: neither is needed.
+                # No mask, which would pack the sequences into one row, and no cache, which costs memory.
                 model.base_model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:

@@ -1,8 +1,8 @@
 """Recall in running text: the loss where the last tokens have been seen before, by how far back that was.
 
-A token counts if the ``NGRAM`` tokens before it occurred earlier in its sequence. Its distance is that to the token which
-followed them the last time. Where that was the same token, the text repeats itself there and a model that remembers
-can know it: those are kept apart as "repeated".
+A token counts if the ``NGRAM`` tokens before it occurred earlier in its sequence. Its distance is the distance to the token
+that followed them the last time. If the two tokens are equal, the text repeats itself, and a model that remembers can know
+the token. Such tokens are counted apart as "repeated".
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def repeat_distances(ids: np.ndarray, ngram: int = NGRAM) -> tuple[np.ndarray, n
     codes = _ngram_codes(np.asarray(ids, np.int64), ngram)[: max(length - ngram, 0)]
     order = np.argsort(codes, kind="stable")
     same = codes[order[1:]] == codes[order[:-1]]
-    later, earlier = order[1:][same] + ngram, order[:-1][same] + ngram  # the tokens that follow the two
+    later, earlier = order[1:][same] + ngram, order[:-1][same] + ngram  # the tokens behind two equal runs
     distances[later - 1] = later - earlier
     held[later - 1] = ids[later] == ids[earlier]
     return distances, held
 
 
 def _ngram_codes(ids: np.ndarray, ngram: int) -> np.ndarray:
-    """A number for each run of ``ngram`` tokens, equal for equal runs and nothing else."""
+    """A number for each run of ``ngram`` tokens. Two numbers are equal if and only if their runs are."""
     first = codes = np.unique(ids, return_inverse=True)[1]
     for n in range(1, min(ngram, len(ids))):
         # Both factors are below T after the renumbering, so the product fits.
@@ -47,9 +47,10 @@ def _ngram_codes(ids: np.ndarray, ngram: int) -> np.ndarray:
 def by_distance(ids: np.ndarray, losses: np.ndarray, ngram: int = NGRAM) -> list[dict]:
     """Loss in ranges of distance that double: of ``ids [sequences, T]`` and ``losses [sequences, T - 1]``.
 
-    Each row: ``first`` and ``last`` distance in tokens (0, 0: no repeat), and for all tokens and for the repeated ones
-    their number, loss and standard error in nats. Sequences are the independent samples. Empty ranges are left out.
-    ``repeated_sums`` and ``repeated_counts`` are of single sequences, so that models can be compared on each.
+    Each row has the ``first`` and ``last`` distance in tokens (0, 0: no repeat). It has the number, the loss and the
+    standard error (in nats) of all tokens and of the repeated tokens. Sequences are the independent samples. Empty ranges
+    are left out. ``repeated_sums`` and ``repeated_counts`` have a number for each sequence, so that models can be compared
+    on each.
     """
     found = [repeat_distances(row, ngram) for row in ids]
     distances, held = np.stack([row[0] for row in found]), np.stack([row[1] for row in found])
@@ -75,7 +76,7 @@ def _mean(count_name: str, name: str, losses: np.ndarray, chosen: np.ndarray) ->
     if not total:
         return {count_name: 0, name: None, f"{name}_standard_error": None}
     mean = sums.sum() / total
-    error = None  # one sequence cannot tell
+    error = None  # one sequence has no spread
     if sequences > 1:
         error = math.sqrt(((sums - mean * counts) ** 2).sum() * sequences / (sequences - 1)) / total
     return {count_name: total, name: float(mean), f"{name}_standard_error": error}
@@ -97,7 +98,7 @@ def draw_repeats(results: dict[str, list[dict]], path: Path) -> list[Path]:
             if len(mean):
                 ends.append((mean[-1], f"{name}: {label}", colors[name]))
     distances = [row["first"] for rows in results.values() for row in rows if row["first"]]
-    if distances:  # an axis of no distances has no logarithm
+    if distances:  # without distances there is no logarithmic axis
         token_axis(panel, distances)
     panel.set_xlabel(f"tokens since the last {NGRAM} tokens occurred before")
     panel.set_ylabel("loss (nats per token)")

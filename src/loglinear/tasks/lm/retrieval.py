@@ -25,7 +25,7 @@ from loglinear.tasks.style import canvas, colors_of, label_ends, save, styled, t
 
 LEAD = 256  # tokens of the file kept before the definition
 BATCH_TOKENS = 65536  # of a forward pass
-PADDING = 256  # sequences are padded to a multiple of this: every new length sets up kernels and scratch again
+PADDING = 256  # sequences are padded to a multiple of this, because every new length sets up kernels and scratch again
 PER_FILE = 4  # questions from one file at most, so that no file with a table of constants decides the score
 # `#define NAME value` of C, `NAME = value` of Python. A value of one character is too easily guessed.
 DEFINITION = re.compile(
@@ -37,7 +37,7 @@ DEFINITION = re.compile(
 
 @dataclass(frozen=True)
 class Question:
-    """One sequence: int64 ``ids``, of which ``ids[answer:]`` are asked for. ``distance`` is from answer to answer.
+    """One sequence: int64 ``ids``. The model is asked for ``ids[answer:]``. ``distance`` counts tokens from answer to answer.
 
     ``own``: share of the tokens in between that are of the file itself.
     """
@@ -50,7 +50,7 @@ class Question:
     value: str
 
     def without(self, lead: int, length: int) -> Question:
-        """The same question with the definition, ``length`` tokens from ``lead`` on, cut out."""
+        """The same question without the definition, which is the ``length`` tokens from ``lead`` on."""
         ids = np.concatenate([self.ids[:lead], self.ids[lead + length :]])
         return Question(ids, self.answer - length, self.distance, self.own, self.name, self.value)
 
@@ -84,7 +84,7 @@ class _File:
 def definitions(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[list[Definition], Counter[str]]:
     """Definitions of ``text``, tokenized with these character ``offsets``, and how often each name is defined.
 
-    A name that is defined twice is not asked for, nor one whose definition's borders are no borders of tokens.
+    A name is left out if it is defined twice, or if its definition does not begin and end at borders of tokens.
     """
     matches = [(match, "c" if match["c"] else "py") for match in DEFINITION.finditer(text)]
     names = Counter(match[group] for match, group in matches)
@@ -159,12 +159,13 @@ def retrieve(
     dtype: torch.dtype = torch.float32,
     on_question: Callable[[int], None] | None = None,
 ) -> list[dict]:
-    """Ask every question once with and once without its definition, those of one distance side by side.
+    """Ask every question once with and once without its definition. Questions of one distance run side by side.
 
-    A row for each distance, shares with standard errors: ``exact`` and ``without``, where the likeliest token is right at
-    every place of the value, which is what greedy decoding writes; the loss of the value in nats per token, with and
-    without; and ``own``, the share of the text in between that is of the same file. ``right`` has a 1 for each question with
-    its definition that was answered exactly, a 0 for the others, in order. ``on_question``: number of questions asked.
+    Each distance has a row. ``exact`` and ``without`` are shares, with standard errors, of questions with and without the
+    definition: the likeliest token is right at every place of the value, so greedy decoding would write the value. The
+    losses of the value are in nats per token. ``own`` is the share of the text in between that is of the same file.
+    ``right`` has a number for each question with its definition, in order: 1 if it was answered exactly, otherwise 0.
+    ``on_question`` is called with the number of questions asked.
     """
     model.eval()
     waiting: dict[int, list[Question]] = {}

@@ -1,7 +1,7 @@
 """Text files: which files a name stands for, and the documents in each. A file that is no text is refused, never repaired.
 
-A file holds one document. A ``.jsonl`` or ``.json`` holds one a line. Either may be compressed: ``.gz`` or ``.xz`` behind
-the name.
+A file holds one document. A ``.jsonl`` or ``.json`` holds one document a line. All may be compressed, with ``.gz`` or
+``.xz`` behind the name.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def matches(pattern: str) -> list[str]:
 
 
 def is_glob(name: str) -> bool:
-    """Whether a name is a pattern: one of a file that exists is none."""
+    """Whether a name is a pattern. The name of a file that exists is no pattern."""
     return glob.has_magic(name) and not Path(name).exists()
 
 
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files whose names end in one of ``suffixes``, in the order of their names, without packages installed there.
+    """Files whose names end in one of ``suffixes``, in the order of their names, without installed packages.
 
     Raises FileNotFoundError if there is none.
     """
@@ -81,7 +81,7 @@ def _lines(file: IO[bytes], path: Path, text_field: str) -> Iterator[str]:
 def decode(content: bytes, where: str, start: int = 0) -> str:
     """``content`` as text. Raises ValueError for NUL bytes and for bytes that are not UTF-8.
 
-    The message begins with ``where`` and counts bytes from ``start``, in what the file unpacks to if it is compressed.
+    The message begins with ``where`` and counts bytes from ``start``. In a compressed file it counts unpacked bytes.
     """
     wrong = content.find(b"\0")
     try:
@@ -96,7 +96,7 @@ def decode(content: bytes, where: str, start: int = 0) -> str:
 
 
 def check_text(value: object, where: str, text_field: str) -> str:
-    """``value`` if it is a string that UTF-8 can hold: JSON and Arrow can hold half of a surrogate pair, too."""
+    """``value`` if it is a string that UTF-8 can hold. JSON and Arrow can also hold half of a surrogate pair."""
     if not isinstance(value, str):
         raise ValueError(f"{where}: {text_field!r} must hold a string, not {type(value).__name__}")
     try:

@@ -16,8 +16,8 @@ from loglinear.models import LogLinearConfig
 from loglinear.tasks.lm.atomic import atomic_folder
 
 END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|pad|>"  # a token of its own: an embedding that pads is not trained
-TRAINING_CHARACTERS = 100_000_000  # the merges hardly change beyond this, while the trainer's memory grows
+PADDING = "<|pad|>"  # a token of its own, because the embedding of padding is not trained
+TRAINING_CHARACTERS = 100_000_000  # more text hardly changes the merges, but takes more memory
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -41,7 +41,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
 
 
 def cached_tokenizer(documents: Iterable[str], data_hash: str, vocab_size: int, cache: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that ``documents`` give, read from ``cache`` when the data with this hash gave it before."""
+    """The tokenizer trained on ``documents``, or read from ``cache`` if data with this hash gave one before."""
     folder = cache / f"tokenizer-{data_hash}-{vocab_size}"
     if not folder.exists():
         with atomic_folder(folder) as unfinished:
@@ -72,7 +72,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def num_ids(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the largest id: the entries of an embedding that has one for each. Ids may have gaps."""
+    """One more than the largest id: the size of an embedding that has an entry for each id. Ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 

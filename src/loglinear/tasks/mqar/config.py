@@ -17,7 +17,7 @@ MODELS = {
     "Gated DeltaNet": "gated_deltanet",
     "Log-Linear Gated DeltaNet": "log_linear_gated_deltanet",
 }
-VALUE_DIM = 32  # V of every recurrent model; with width/16 heads the values together are twice the width, as in Mamba-2
+VALUE_DIM = 32  # V of every recurrent model; the values of all width/16 heads are twice the width, as in Mamba-2
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Recipe:
     """The options that every cell of a run has in common."""
 
     steps: int
-    """Optimizer steps of each model, after each of which the sequences are new ones."""
+    """Optimizer steps of each model. Every step has new sequences."""
     batch_tokens: int
     """Tokens of a step, whatever the length of the sequences."""
     vocab_size: int
@@ -39,14 +39,15 @@ class Recipe:
     weight_decay: float
     """Of matrices; norms, biases and gates do not decay."""
     held_out: int
-    """Sequences per number of pairs that choose the learning rate, and as many others for the table."""
+    """Sequences for each number of pairs that choose the learning rate. The table comes from as many other sequences."""
     equal_shares: bool = False
-    """Whether each number of pairs has the same share in the loss; otherwise each answer has, and many pairs outweigh few."""
+    """Whether each number of pairs has the same share in the loss. Otherwise each answer has the same share, and many pairs
+    outweigh few pairs."""
     tied: bool = False
     """Whether the output layer is the embedding, as in Zoology's models: what reads a value then serves all values."""
     output_scale: float = 0.1
-    """Of the initial output projections: what a layer adds starts small beside the embeddings. Normalised layers drown them
-    otherwise, and Gated DeltaNet stays at chance (docs/lab-notes.md)."""
+    """Factor on the initial output projections, so that the output of a layer starts small beside the embeddings. Otherwise
+    normalised layers drown the embeddings, and Gated DeltaNet stays at chance (docs/lab-notes.md)."""
     initial_decay: float = 1.0
     """Factor on the initial decay rates of recurrent models: as published, a head may forget within ten tokens."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -78,7 +79,7 @@ class Cell:
 
     @property
     def state_floats(self) -> int | None:
-        """Numbers that a layer of a recurrent model keeps at most of one sequence; None for the Transformer."""
+        """Most numbers that a layer of a recurrent model keeps of one sequence; None for the Transformer."""
         if self.model == "Transformer":
             return None
         # A token sees at most one state for each level.

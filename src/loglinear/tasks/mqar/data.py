@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 POWER = 0.01  # the exponent a of Zoology; 1 would be uniform
-ROWS_AT_ONCE = 16_384  # drawing keys takes a number per row and vocabulary entry: 64 MiB at 2,048 entries
+ROWS_AT_ONCE = 16_384  # sequences drawn at once: each takes a number per vocabulary entry, 64 MiB at 2,048 entries
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Sequences, and what is asked of them.
+    """Sequences with their queries and answers.
 
     Attributes:
         tokens: int64 ``[..., rows, T]``.
@@ -44,7 +44,7 @@ class Recall:
 
 
 def check_sizes(length: int, pairs: int, vocab_size: int) -> None:
-    """Raise ValueError where a sequence cannot hold the pairs and their queries, or the vocabulary not the keys."""
+    """Raise ValueError if a sequence has no room for the pairs and their queries, or the vocabulary has too few keys."""
     if pairs < 1 or 4 * pairs > length:
         raise ValueError(f"pairs must be 1 to a quarter of the length {length}, two tokens each way: got {pairs}")
     if pairs > vocab_size // 2 - 1:
@@ -111,7 +111,7 @@ def draw_batches(
 
     Args:
         rows: a multiple of the length of ``mixture``; the first rows have the first number of pairs.
-        apart_from: ``fingerprints`` of sequences that must not be drawn; those that are, are drawn again.
+        apart_from: ``fingerprints`` of sequences that must not be drawn. A sequence with such a fingerprint is drawn again.
 
     Raises:
         ValueError: sizes do not fit, or so few sequences exist that none apart from those are found.
@@ -129,7 +129,7 @@ def draw_batches(
 
 
 def fingerprints(tokens: Tensor) -> Tensor:
-    """int64 ``[rows]`` for tokens ``[rows, T]``: equal for equal rows, for others with a chance of about 2^-64."""
+    """int64 ``[rows]`` for tokens ``[rows, T]``. Equal rows have equal numbers; other rows have them with a chance of 2^-64."""
     mixing = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**63), 2**63 - 1, (tokens.shape[1],), generator=mixing).to(tokens.device)
     return (tokens * factors).sum(1)  # modulo 2^64

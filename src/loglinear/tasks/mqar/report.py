@@ -43,7 +43,10 @@ def validation_accuracy(row: dict) -> float:
 
 
 def best_rate(rows: list[dict]) -> float:
-    """The learning rate of the row with the best validation accuracy; of equals the lowest loss, as chance is a tie."""
+    """The learning rate of the row with the best validation accuracy.
+
+    Among equal rows, as at chance, the lowest loss decides.
+    """
     best = max(rows, key=lambda row: (validation_accuracy(row), -row["final_loss"]))
     return best["cell"]["learning_rate"]
 
@@ -71,7 +74,7 @@ def results(rows: list[dict]) -> list[Result]:
 
 
 def verdicts(found: list[Result]) -> list[str]:
-    """Each log-linear model beside its linear twin of the same widths, and beside one whose state is as large or larger."""
+    """Each log-linear model beside its linear twin of the same widths, and beside a twin whose state is as large or larger."""
     linear = {(r.model, r.width, r.length, r.state_size): r for r in found}
     lines = []
     for result in found:
@@ -114,7 +117,7 @@ def _compare(one: Result, other: Result, condition: str) -> str:
     both = one.by_seed.keys() & other.by_seed.keys()
     ahead = sum(one.by_seed[seed]["mean"] > other.by_seed[seed]["mean"] for seed in both)
     numbers += f"; {one.model} ahead with {ahead} of {len(both)} seeds"
-    # Twice the standard error of a difference of means; with one seed there is nothing to go by.
+    # Twice the standard error of a difference of means. One seed has no standard error.
     seeds = min(one.seeds, other.seeds)
     error = ((spread_a**2 + spread_b**2) / seeds) ** 0.5
     if seeds < 2 or abs(a - b) <= 2 * error:

@@ -21,7 +21,7 @@ from loglinear.tasks.mqar.config import Cell, Grid
 from loglinear.tasks.mqar.report import best_rate
 from loglinear.tasks.mqar.side_by_side import Share, start_worker, work
 
-LOOK = 0.5  # seconds without a row until the workers are asked for errors
+LOOK = 0.5  # seconds to wait for a row before a look at the workers' errors
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -101,7 +101,7 @@ def _next_row(share: Share, crew: list[Future]) -> tuple[Cell, dict]:
             return share.rows.get(timeout=LOOK)
         except Empty:
             for worker in crew:
-                if worker.done():  # they never are, while it is not over, but by an error
+                if worker.done():  # before the end, a worker stops only by an error
                     worker.result()
                     raise RuntimeError("a worker process ended before its cells were done") from None
 
@@ -122,7 +122,7 @@ def _append(path: Path, row: dict) -> None:
 
 
 def _drop_cut_line(path: Path) -> None:
-    """A row after a half-written line would be lost with it."""
+    """Cut off a half-written last line: a row behind it could not be read."""
     if path.exists():
         content = path.read_bytes()
         if not content.endswith(b"\n"):

@@ -20,7 +20,7 @@ import torch
 from loglinear.tasks.mqar.config import Cell
 from loglinear.tasks.mqar.train import Training, training
 
-PAUSE = 0.001  # seconds to the next look, where every cell waits for the device
+PAUSE = 0.001  # seconds to the next look while every cell waits for the device
 
 
 @dataclass(eq=False)
@@ -33,15 +33,16 @@ class _Running:
 def side_by_side(
     cells: Iterator[Cell | None], at_once: int, device: str, over: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[Cell, dict]]:
-    """(cell, row) of every cell as it ends; ``at_once`` of them take turns until it is ``over``.
+    """(cell, row) of every cell as it ends. ``at_once`` cells take turns until ``over`` says so.
 
-    None among ``cells`` says that there is not yet another one.
+    None among ``cells`` says that the next cell is not known yet.
     """
     running: list[_Running] = []
     more = True
     while (more or running) and not over():
         moved = False
-        if more and len(running) < at_once:  # one a round: it takes its time, and the others' queues run dry
+        # One new cell a round: its start takes time, and the queues of the others run dry.
+        if more and len(running) < at_once:
             try:
                 cell = next(cells)
             except StopIteration:
@@ -88,7 +89,7 @@ def start_worker(share: Share) -> None:
     _share = share
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // share.workers))
     if share.device == "cuda":
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # or eight streams would be all that overlap
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # otherwise only eight streams overlap
         with share.started.get_lock():
             number, share.started.value = share.started.value, share.started.value + 1
         torch.cuda.set_device(number % torch.cuda.device_count())

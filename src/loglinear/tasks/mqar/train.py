@@ -22,8 +22,9 @@ from loglinear.tasks.mqar.data import Recall, draw_batches, fingerprints
 
 BATCHES_AT_ONCE = 32  # drawn ahead, on the device
 HELD_OUT_SEED = 0
-SEED_STRIDE = 1_000_000  # of training sequences, more than a run has steps; the CPU's generator reads 32 bits of a seed
-EAGER_STEPS = 3  # before a graph is recorded: kernels compile, optimizer states come to be
+# Between seeds of training sequences: more than a run has steps; the CPU's generator reads 32 bits of a seed.
+SEED_STRIDE = 1_000_000
+EAGER_STEPS = 3  # before a graph is recorded: they compile kernels and make the optimizer's states
 CLIP = 1.0
 Training = Generator[torch.cuda.Event | None, None, dict]
 
@@ -65,10 +66,10 @@ def build_model(cell: Cell) -> LogLinearForCausalLM:
 
 
 def training(cell: Cell, device: str = "cpu") -> Training:
-    """Train and evaluate a turn at a time; the last one returns the row: accuracy by number of pairs and what it took.
+    """Train and evaluate one turn at a time. The last turn returns the row: accuracy by number of pairs, seconds and versions.
 
-    Between turns no stream is current and the host waits for nothing, so that others can have theirs. A turn yields
-    an event that has to happen before the next turn, or None. The row's seconds include the turns of others.
+    Between turns no stream is current and the host waits for nothing, so that other cells can take turns. A turn yields
+    an event that has to happen before the next turn, or None. The row's seconds include the turns of other cells.
     """
     started = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
@@ -84,7 +85,7 @@ def training(cell: Cell, device: str = "cpu") -> Training:
         with _on(stream):
             losses.append(steps(block))
             now = stream.record_event() if stream else None
-        yield before  # one block is on the device, one more waits there
+        yield before  # the device computes one block, and one more waits
         before = now
     with _on(stream):
         right = [count_right(model, cell, recall) for recall in (validation, test)]
@@ -130,9 +131,10 @@ def held_out(cell: Cell, device: str) -> tuple[Recall, Recall]:
 def training_blocks(
     cell: Cell, device: str, apart_from: Tensor, stream: torch.cuda.Stream | None = None
 ) -> Iterator[Recall]:
-    """A new batch for each step, ``[batches, ...]`` at a time: the same ones for every model of one seed.
+    """A new batch for each step, ``[batches, ...]`` at a time: the same batches for every model of one seed.
 
-    Drawing waits for the device. On a GPU it has a stream of its own, which is never far behind, for use on ``stream``.
+    Drawing makes the host wait for the device. On a GPU it therefore has a stream of its own, with little work on it. The
+    batches are for use on ``stream``.
     """
     recipe = cell.recipe
     sizes = (cell.batch_size, cell.length, cell.pairs, recipe.vocab_size)
@@ -151,7 +153,7 @@ def training_blocks(
 
 
 def answer_logits(model: LogLinearForCausalLM, cell: Cell, tokens: Tensor, queries: Tensor) -> Tensor:
-    """float32 ``[asked, vocab_size]``: logits where something is asked, for tokens ``[rows, T]``."""
+    """float32 ``[asked, vocab_size]``: logits at the queries, for tokens ``[rows, T]``."""
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=cell.recipe.precision == "bfloat16"):
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
     return model.lm_head(hidden[queries].float())
@@ -160,7 +162,7 @@ def answer_logits(model: LogLinearForCausalLM, cell: Cell, tokens: Tensor, queri
 class TrainingSteps:
     """The optimizer steps of one cell, a block of batches per call. On CUDA a step is a graph that finds its batch itself.
 
-    All batches must have the same shapes, and no block be larger than the first. On CUDA, calls are made on ``stream``.
+    All batches must have the same shapes, and no block may be larger than the first. On CUDA, make the calls on ``stream``.
     """
 
     def __init__(self, model: LogLinearForCausalLM, cell: Cell, stream: torch.cuda.Stream | None = None) -> None:
@@ -211,7 +213,7 @@ class TrainingSteps:
         return self._step(*batch)
 
     def _on_device(self) -> None:
-        """A step of which the host knows nothing but that it is one."""
+        """A step that finds its batch and its learning rate on the device. The host gives it no numbers."""
         assert self.inputs is not None
         rate, batch = self.rate_table.index_select(0, self.place), self.place % BATCHES_AT_ONCE
         for group in self.optimizer.param_groups:
@@ -233,7 +235,7 @@ class TrainingSteps:
         return loss.detach()
 
     def _record(self) -> None:
-        """Record the step (nothing runs on the device); on failure all steps are eager from now on."""
+        """Record the step without running it. If recording fails, all steps from now on are eager."""
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own gradients are made in its memory
         graph = torch.cuda.CUDAGraph()
         try:
@@ -246,7 +248,7 @@ class TrainingSteps:
 
 
 def answer_shares(cell: Cell) -> Tensor:
-    """float32 ``[asked]`` with sum 1: the weight of each answer of a batch when each number of pairs has the same share."""
+    """float32 ``[asked]`` with sum 1: the weight of each answer of a batch if all numbers of pairs have the same share."""
     asked = torch.tensor([cell.batch_size // len(cell.pairs) * pairs for pairs in cell.pairs])
     return (1 / (len(asked) * asked)).repeat_interleave(asked)
 

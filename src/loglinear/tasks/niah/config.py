@@ -9,7 +9,7 @@ from typing import Literal
 from loglinear.tasks.lm.config import Data, DataConfig
 
 Kind = Literal["number", "word", "multi-key", "multi-value"]
-MOST_NEEDLES = 1000  # half of the keys, pairs of words, that training or test can have
+MOST_NEEDLES = 1000  # half of the keys that training or test can have; a key is a pair of words
 KINDS: tuple[Kind, ...] = ("number", "word", "multi-key", "multi-value")
 
 
@@ -18,7 +18,7 @@ class TaskConfig:
     """The needles and the haystack."""
 
     kinds: tuple[Kind, ...] = KINDS
-    """number: one seven-digit number; word: one pair of words; multi-key: a number among those of other keys;
+    """number: one seven-digit number; word: one pair of words; multi-key: one number among the numbers of other keys;
     multi-value: all numbers of one key, in the order of the text."""
     needles: int = 4
     """Needles in a sample of multi-key and multi-value; the others have one."""

@@ -29,7 +29,7 @@ class Sample:
     """One text with its question and answer.
 
     ids: int64 ``[context]``; the answer is its end. spans: ``[start, stop)`` of the tokens of each value of the answer.
-    depth: share of the haystack before the needle asked for; of multi-value, before value number ``placed``.
+    depth: share of the haystack before the needle that is asked for; for multi-value, before value number ``placed``.
     """
 
     ids: np.ndarray
@@ -48,7 +48,7 @@ class Sample:
 class Haystack:
     """Running text of any length, from documents that are repeated if they are too few.
 
-    The end-of-text tokens are left out: a text that says that it is over invites a model to forget.
+    The end-of-text tokens are left out, because a model may forget the past behind such a token.
     """
 
     def __init__(self, tokens: Tokens, end_of_text: int):

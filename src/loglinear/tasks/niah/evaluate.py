@@ -51,7 +51,7 @@ def score_samples(
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[tuple[Sample, Score]]:
-    """Score samples of any lengths, those of one length best together: a batch holds about ``batch_tokens`` tokens.
+    """Score samples of any lengths. A batch holds samples of one length, about ``batch_tokens`` tokens: sort them by length.
 
     The model runs where its parameters are, under autocast if ``dtype`` is not float32. ``on_batch`` is called with the
     number of samples done. The ids of a sample are not kept: those of the result are empty.
@@ -59,7 +59,7 @@ def score_samples(
     model.eval()
     device = next(model.parameters()).device
     done: list[Sample] = []
-    rows: list[tuple[Tensor, Tensor]] = []  # stay on the device to the end: the host makes samples while it computes
+    rows: list[tuple[Tensor, Tensor]] = []  # on the device, so that the host makes samples while the device computes
     for batch in _batches(samples, batch_tokens):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits, targets = answer_logits(model, batch)
@@ -94,14 +94,14 @@ def _score(sample: Sample, right: np.ndarray, loss: np.ndarray) -> Score:
 
 
 def _without_ids(sample: Sample) -> Sample:
-    shape = np.broadcast_to(np.int64(0), len(sample.ids))  # the length stays, in eight bytes
+    shape = np.broadcast_to(np.int64(0), len(sample.ids))  # keeps the length, in eight bytes
     return Sample(shape, sample.spans, sample.kind, sample.depth, sample.placed, sample.key, sample.values)
 
 
 def table(scored: Sequence[tuple[Sample, Score]]) -> list[dict]:
     """A row for every kind, length and depth: shares of samples, their standard errors, and the mean loss in nats.
 
-    ``right`` has a 1 for each exact answer, a 0 for the others, in order: models are compared on the same samples.
+    ``right`` has a number for each sample, in order: 1 for an exact answer, otherwise 0. Models are compared sample by sample.
     """
     cells: dict[tuple[str, int, float], list[Score]] = {}
     for sample, score in scored:
