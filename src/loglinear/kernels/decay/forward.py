@@ -34,7 +34,7 @@ class States(NamedTuple):
     group_log: Tensor
     entries: Tensor | None
     group_states: Tensor | None
-    checks: Tensor
+    checks: Tensor | None
 
 
 def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
