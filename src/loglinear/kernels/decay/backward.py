@@ -58,7 +58,7 @@ def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
     tile_k, tile_v, tiles = state_tiles(problem, launch)
     launching.launch(
         window_grads_kernel, levels * problem.row_groups * H * tiles,
-        x, states, node_grads, segments, *problem.of_groups, states.sums.stride(0), problem.levels, problem.row_groups, slots,
+        x, problem.levels, states, node_grads, segments, *problem.of_groups, states.sums.stride(0), problem.row_groups, slots,
         S=problem.sizes(dtype, BK=tile_k, BV=tile_v), SEGMENT=segment, HIGH_LEVELS=levels, **launch.options,
     )  # fmt: skip
     if segment_levels:
@@ -79,7 +79,7 @@ def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: 
     chunk_grads = launching.scratch(shape, x.v.dtype, x.v.device)
     launching.launch(
         chunk_grads_kernel, problem.row_groups * problem.heads * tiles,
-        x, states, node_grads, chunk_grads, gains, *problem.of_groups, states.sums.stride(0), problem.levels,
+        x, problem.levels, states, node_grads, chunk_grads, gains, *problem.of_groups, states.sums.stride(0),
         S=problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v), **launch.options,
     )  # fmt: skip
     return chunk_grads
@@ -97,7 +97,7 @@ def launch_rows(kernel, launch: Launch, problem: Problem, x: Inputs, states: Sta
     tile_k, tile_v = problem.tile(problem.key_width), min(launch.block_v, problem.tile(problem.value_width))
     launching.launch(
         kernel, problem.rows * blocks,
-        x, states, *arguments, *problem.of_rows, problem.tokens, states.sums.stride(0), problem.levels,
+        x, problem.levels, states, *arguments, *problem.of_rows, problem.tokens, states.sums.stride(0),
         S=problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v), HEADS=heads, **constants, **launch.options,
     )  # fmt: skip
 

@@ -114,6 +114,7 @@ def descend(base, begin: tl.constexpr, end: tl.constexpr, x, sums, chunk_log, ch
 @triton.jit(do_not_specialize=["T", "N", "NG", "sums_stride", "L"])
 def chunk_grads_kernel(
     x,
+    L,
     states,
     node_grads,
     chunk_grads,  # [rows, H, K, V]
@@ -123,7 +124,6 @@ def chunk_grads_kernel(
     N,
     NG,
     sums_stride,
-    L,
     S: tl.constexpr,
 ):
     """Grid: groups x H x tiles, tiles fastest. float32: accumulators, weights, inner products."""

@@ -84,7 +84,7 @@ def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
     launching.launch(
         output_kernel, problem.rows * problem.heads * cdiv(problem.value_width, tile_v),
-        x, states, o, *problem.of_rows, problem.tokens, states.sums.stride(0), problem.levels,
+        x, problem.levels, states, o, *problem.of_rows, problem.tokens, states.sums.stride(0),
         S=problem.sizes(x.v.dtype, BK=problem.tile(problem.key_width), BV=tile_v), TREE=padded(problem.tree_levels),
         TILES=states.checks.shape[2], **launch.options,
     )  # fmt: skip

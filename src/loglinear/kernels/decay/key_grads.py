@@ -13,6 +13,7 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tile
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def key_grads_kernel(
     x,
+    L,
     states,
     chunk_grads,
     score_grads,
@@ -23,7 +24,6 @@ def key_grads_kernel(
     NG,
     all_tokens,
     sums_stride,
-    L,
     S: tl.constexpr,
     HEADS: tl.constexpr,
 ):

@@ -46,6 +46,7 @@ def level_gradients(pairs, scales, decays, diagonal, factor, L, S: tl.constexpr,
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def local_grads_kernel(
     x,
+    L,
     states,
     score_grads,  # [rows, H / HEADS, C, C]
     dscales,
@@ -56,7 +57,6 @@ def local_grads_kernel(
     NG,
     all_tokens,
     sums_stride,
-    L,
     S: tl.constexpr,
     HEADS: tl.constexpr,
     LEVELS: tl.constexpr,

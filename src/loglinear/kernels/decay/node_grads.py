@@ -39,6 +39,7 @@ def chunk_gradient(x, h, weight, origin, valid, first_k, first_v, S: tl.constexp
 @triton.jit(do_not_specialize=["T", "N", "NG", "sums_stride", "L", "groups", "slots"])
 def window_grads_kernel(
     x,
+    L,
     states,
     node_grads,  # [groups, H, K, V]
     segments,  # [levels, slots, H, K, V], for levels of more than SEGMENT groups
@@ -47,7 +48,6 @@ def window_grads_kernel(
     N,
     NG,
     sums_stride,
-    L,
     groups,
     slots,
     S: tl.constexpr,

@@ -68,7 +68,7 @@ def attend_to_previous(acc, q_tile, weight, k, v, sums, x, plane, first_v, S: tl
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def output_kernel(
-    x, states, o, table, T, N, NG, all_tokens, sums_stride, L, S: tl.constexpr, TREE: tl.constexpr, TILES: tl.constexpr
+    x, L, states, o, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, TREE: tl.constexpr, TILES: tl.constexpr
 ):
     """Grid: tiles of V x H x rows, rows fastest, so that running programs share the entries of few heads in L2.
 

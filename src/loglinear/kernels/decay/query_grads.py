@@ -45,6 +45,7 @@ def path_step(x, entry_log, at, here, e, h, L, S: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def query_grads_kernel(
     x,
+    L,
     states,
     score_grads,
     dq,  # [H / HEADS / G, B*T, G, K], float32 partial sums unless the first size is 1
@@ -56,7 +57,6 @@ def query_grads_kernel(
     NG,
     all_tokens,
     sums_stride,
-    L,
     S: tl.constexpr,
     HEADS: tl.constexpr,
     LEVELS: tl.constexpr,

@@ -14,6 +14,7 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def value_grads_kernel(
     x,
+    L,
     states,
     chunk_grads,
     dv,
@@ -24,7 +25,6 @@ def value_grads_kernel(
     NG,
     all_tokens,
     sums_stride,
-    L,
     S: tl.constexpr,
     HEADS: tl.constexpr,
 ):

@@ -87,8 +87,8 @@ def launch_path_grads(
     launch = problem.config.path_grads
     launching.launch(
         path_grads_kernel, problem.rows * H,
-        x, maps.chunks, states, *queries, inner_grads, query_grads, out, problem.path_starts, *problem.of_rows,
-        problem.path_entries, problem.tokens, maps.sums.stride(0), problem.levels,
+        x, problem.levels, maps.chunks, states, *queries, inner_grads, query_grads, out, problem.path_starts, *problem.of_rows,
+        problem.path_entries, problem.tokens, maps.sums.stride(0),
         S=problem.sizes(x.v.dtype, problem.tile(K), tiles(problem, launch, problem.value_width)[0], HEADS=maps.heads),
         LEVELS=padded(problem.levels), **launch.options,
     )  # fmt: skip
@@ -102,7 +102,7 @@ def launch_entry_grads(problem: Problem, x: Inputs, inner_queries: Tensor, inner
     block = min(launch.block_v, problem.tile(max(K, V)))
     launching.launch(
         entry_grads_kernel, problem.rows * H * (cdiv(K, block) + cdiv(V, block)),
-        x, inner_queries, inner_grads, grads, *problem.of_rows, problem.levels,
+        x, problem.levels, inner_queries, inner_grads, grads, *problem.of_rows,
         S=problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block), **launch.options,
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def launch_transport_grads(problem: Problem, x: Inputs, maps: Maps, group_querie
     block, blocks = tiles(problem, launch, V)
     launching.launch(
         path_state_grads_kernel, problem.row_groups * H * problem.high_levels * blocks,
-        x, group_queries, path_grads, problem.path_starts, *problem.of_groups, problem.path_entries, problem.levels,
+        x, problem.levels, group_queries, path_grads, problem.path_starts, *problem.of_groups, problem.path_entries,
         problem.high_levels, S=problem.sizes(dtype, BK=problem.tile(K), BN=block), **launch.options,
     )  # fmt: skip
     if problem.chunk_groups > FIRST_OF_TWO:
@@ -195,7 +195,7 @@ def launch_score_grads(
     gains = launching.scratch((H, problem.tokens if x.g is not None else 0), torch.float32, x.v.device)
     launching.launch(
         score_grads_kernel, problem.rows * H,
-        x, maps.chunks, query_grads, scores, out, gains, *problem.of_rows, problem.tokens, maps.sums.stride(0), problem.levels,
+        x, problem.levels, maps.chunks, query_grads, scores, out, gains, *problem.of_rows, problem.tokens, maps.sums.stride(0),
         S=problem.sizes(x.v.dtype, tile_k, tile_v, HEADS=maps.heads), LEVELS=padded(problem.levels), **launch.options,
     )  # fmt: skip
     return scores, gains

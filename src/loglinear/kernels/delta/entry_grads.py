@@ -63,6 +63,7 @@ def window_sum(
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
 def entry_grads_kernel(
     x,
+    L,
     inner_queries,
     inner_grads,
     grads,  # [rows + …, H, K, K+V] by entry
@@ -70,7 +71,6 @@ def entry_grads_kernel(
     T,
     N,
     NG,
-    L,
     S: tl.constexpr,
 ):
     """Grid: rows x H x tiles, tiles fastest. float32: accumulator, weights. Programs of whole groups return at once."""

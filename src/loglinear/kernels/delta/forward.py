@@ -91,8 +91,8 @@ def launch_output(problem: Problem, x: Inputs, maps: Maps, states: Tensor) -> Te
     o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
     launching.launch(
         output_kernel, problem.rows * problem.heads * cdiv(problem.value_width, tile),
-        x, maps.chunks, states, o, problem.path_starts, *problem.of_rows, problem.path_entries, problem.tokens,
-        maps.sums.stride(0), problem.levels, S=problem.sizes(x.v.dtype, BK=tile), **launch.options,
+        x, problem.levels, maps.chunks, states, o, problem.path_starts, *problem.of_rows, problem.path_entries, problem.tokens,
+        maps.sums.stride(0), S=problem.sizes(x.v.dtype, BK=tile), **launch.options,
     )  # fmt: skip
     return o
 

@@ -77,6 +77,7 @@ def walk(acc, queries, entries, states, rows, n, slot, scales, valid, L, h, firs
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths", "all_tokens", "sums_stride", "L"])
 def output_kernel(
     x,
+    L,
     maps,
     states,  # [slots, H, K, V]
     o,
@@ -88,7 +89,6 @@ def output_kernel(
     paths,
     all_tokens,
     sums_stride,
-    L,
     S: tl.constexpr,
 ):
     """Grid: tiles of V, each as wide as K, x H x rows, rows fastest: running programs share the entries of few heads in L2.

@@ -92,6 +92,7 @@ def leaf_gradient(
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths", "all_tokens", "sums_stride", "L"])
 def path_grads_kernel(
     x,
+    L,
     maps,
     states,  # [slots, H, K, K+V], as path_states leaves them
     inner_queries,  # [1.5 rows, H, C, K] queries before each entry within their group
@@ -107,7 +108,6 @@ def path_grads_kernel(
     paths,
     all_tokens,
     sums_stride,
-    L,
     S: tl.constexpr,
     LEVELS: tl.constexpr,
 ):

@@ -72,6 +72,7 @@ def query_gain(q_head, stride_q, query_grads, valid, TILE: tl.constexpr, S: tl.c
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def score_grads_kernel(
     x,
+    L,
     maps,
     query_grads,
     scores,  # [rows, H, PLANES, C, C]
@@ -83,7 +84,6 @@ def score_grads_kernel(
     NG,
     all_tokens,
     sums_stride,
-    L,
     S: tl.constexpr,
     LEVELS: tl.constexpr,
 ):

@@ -20,6 +20,7 @@ from loglinear.kernels.tree.place import GROUP, bit_length, locate, log2_of_powe
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths", "L", "longest"])
 def path_state_grads_kernel(
     x,
+    L,
     group_queries,  # [rows, H, C, K] queries as seen from the start of their group
     path_grads,  # [slots, H, K, K+V], of which this kernel writes d(T S)
     path_starts,
@@ -28,7 +29,6 @@ def path_state_grads_kernel(
     N,
     NG,
     paths,
-    L,
     longest,
     S: tl.constexpr,
 ):
