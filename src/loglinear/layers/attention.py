@@ -125,7 +125,7 @@ class SoftmaxAttention(nn.Module):
         if state is not None:
             state = state.ordinary()
             row = torch.arange(rows, device=q.device).unsqueeze(-1)
-            # Rows behind the last token of a sequence are written over here before any query can see them.
+            # Places behind the last token of a sequence are written over here before any query can see them.
             k, v = (
                 torch.cat([old.to(new.dtype), torch.zeros_like(new)], dim=1).index_put((row, place), new)
                 for old, new in ((state.keys, k), (state.values, v))

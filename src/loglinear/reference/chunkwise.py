@@ -65,15 +65,15 @@ def chunkwise(
     )
 
     def chunks(x: Tensor, opened: Tensor | None) -> Tensor:
-        """``[B, T, ...]`` -> ``[N, C, ...]``; empty slots hold zeros, which write nothing and decay nothing."""
+        """``[B, T, ...]`` -> ``[N, C, ...]``; empty places hold zeros, which write nothing and decay nothing."""
         flat = x.reshape(-1, *x.shape[2:])
         if layout.regular:
             return flat.reshape(layout.num_chunks, chunk_size, *x.shape[2:])
-        slots = flat.new_zeros(layout.num_chunks * chunk_size, *x.shape[2:]).index_copy(0, layout.place, flat)
+        places = flat.new_zeros(layout.num_chunks * chunk_size, *x.shape[2:]).index_copy(0, layout.place, flat)
         if opened is not None:
             live = opened.reshape(-1, *x.shape[2:]).index_select(0, layout.open_from)
-            slots = slots.index_copy(0, layout.open_place, live.to(slots.dtype))
-        return slots.reshape(layout.num_chunks, chunk_size, *x.shape[2:])
+            places = places.index_copy(0, layout.open_place, live.to(places.dtype))
+        return places.reshape(layout.num_chunks, chunk_size, *x.shape[2:])
 
     opened = (tree.open_k, tree.open_v, tree.open_g, tree.open_beta) if tree is not None else (None,) * 4
     k, v, g = chunks(k, opened[0]), chunks(v, opened[1]), chunks(g, opened[2])
@@ -81,18 +81,19 @@ def chunkwise(
     given, beta_given = (k, v, g), beta
     k, v, g, beta, bad = without_bad_tokens(k, v, g, beta)
     spoiled, spoiled_slots = spoiled_by(bad, layout.run, layout.spans)
-    group = v.shape[2] // k.shape[2]
-    rows = [x.transpose(1, 2) for x in (chunks(q, None), k, v, g)]
-    query, key = (x if group == 1 else x.repeat_interleave(group, 1) for x in rows[:2])
-    transition = transition_of(rows[3], beta.transpose(1, 2) if beta is not None else None, key)
-    span = transition.span(query, key, rows[2])
+    heads_per_group = v.shape[2] // k.shape[2]
+    query, key, value, gate = (x.transpose(1, 2) for x in (chunks(q, None), k, v, g))
+    if heads_per_group > 1:
+        query, key = (x.repeat_interleave(heads_per_group, 1) for x in (query, key))
+    transition = transition_of(gate, beta.transpose(1, 2) if beta is not None else None, key)
+    span = transition.span(query, key, value)
     final: LogLinearState | LinearState
     if level_scales is None:
-        out, final = _linear(span, rows[2], transition, layout, state, positions)
+        out, final = _linear(span, value, transition, layout, state, positions)
         final.state = spoil(final.state, spoiled_slots[:, 0])
     else:
         scales = chunks(level_scales, None).transpose(1, 2)
-        out, entries, decay = _tree(span, rows[2], scales, transition, layout, tree)
+        out, entries, decay = _tree(span, value, scales, transition, layout, tree)
         open_k, open_v, open_g = (_open_tokens(x, layout) for x in given)
         rate = None if beta_given is None else _open_tokens(beta_given, layout)
         entries = spoil(entries, spoiled_slots)
@@ -115,8 +116,8 @@ def _chunk_mask(scales: Tensor) -> Tensor:
     index = level_matrix(size, device=scales.device).clamp_(max=levels - 1)
     past = torch.ones_like(index).tril_().bool()
     one_hot = F.one_hot(index, levels).masked_fill(~past.unsqueeze(-1), 0).mT.to(scales.dtype)  # [t, level, s]
-    rows = scales[..., :levels].permute(2, 0, 1, 3).reshape(size, n * heads, levels)
-    return torch.bmm(rows, one_hot).reshape(size, n, heads, size).permute(1, 2, 0, 3)
+    by_token = scales[..., :levels].permute(2, 0, 1, 3).reshape(size, n * heads, levels)
+    return torch.bmm(by_token, one_hot).reshape(size, n, heads, size).permute(1, 2, 0, 3)
 
 
 def _tree(
@@ -142,8 +143,8 @@ def _tree(
     for m, (chunk, entry) in enumerate(layout.reads):
         q, w, a = query.index_select(0, chunk), weight.index_select(0, chunk), maps.index_select(0, entry)
         scale = by_level[min(chunk_level + m, len(by_level) - 1)].index_select(0, chunk)
-        row = scale * (w + decay.index_select(0, entry)[..., None]).exp()
-        out.index_add_(0, chunk, row.unsqueeze(-1) * (q @ states.index_select(0, entry)))
+        factor = scale * (w + decay.index_select(0, entry)[..., None]).exp()
+        out.index_add_(0, chunk, factor.unsqueeze(-1) * (q @ states.index_select(0, entry)))
         jumped, weighed = transition.jump(q, w, a)
         if jumped is not q:
             query.index_copy_(0, chunk, jumped)
@@ -166,13 +167,13 @@ def _final(
     weight = states.new_zeros(count, head[0])
     carried = transition.identity(states.new_zeros(count, *head))
     lazy = weight.shape == carried.shape
-    for m, (row, entry) in enumerate(layout.final_reads):
-        slot = torch.full_like(row, m)
-        after, state = carried.index_select(0, row), states.index_select(0, entry)
+    for m, (sequence, entry) in enumerate(layout.final_reads):
+        slot = torch.full_like(sequence, m)
+        after, state = carried.index_select(0, sequence), states.index_select(0, entry)
         log = decay.index_select(0, entry)
-        entries = entries.index_put((row, slot), state if lazy else transition.act(after, state, log))
-        logs = logs.index_put((row, slot), log + after) if lazy else logs
-        carried = carried.index_copy(0, row, transition.compose(after, maps.index_select(0, entry)))
+        entries = entries.index_put((sequence, slot), state if lazy else transition.act(after, state, log))
+        logs = logs.index_put((sequence, slot), log + after) if lazy else logs
+        carried = carried.index_copy(0, sequence, transition.compose(after, maps.index_select(0, entry)))
     return entries, logs
 
 

@@ -20,9 +20,9 @@ class Layout:
     """Index tensors (int64) for S sequences cut into N chunks of C tokens.
 
     Attributes:
-        place: ``[tokens]``, the slot of each new token among the N·C slots of the chunks.
-        open_from, open_place: the live tokens of the initial open chunks among S·C, and their slots.
-        regular: tokens lie in the slots in order and fill them, so that placing is a reshape.
+        place: ``[tokens]``, the place of each new token among the N·C places of the chunks.
+        open_from, open_place: the live tokens of the initial open chunks among S·C, and their places.
+        regular: tokens lie in the places in order and fill them, so that placing is a reshape.
         builds: per level m the triples (entry, earlier entry to fold in): ``e`` and ``e - 2**m``.
         reads: per level m the pairs (chunk, entry): chunks with bit m of their index set, and what they read there.
         final_reads: the same for the path of the state after the last token, (sequence, entry).
