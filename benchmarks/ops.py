@@ -42,8 +42,8 @@ class Rule:
     Attributes:
         shape: the default sizes. softmax: heads and width of softmax attention beside it.
         inputs: of the op, by name. op: ours. peers: the others by their names in rows.
-        config: the kernels' configuration for a dtype, K and V; candidates: the configurations that --sweep tries. Either may be
-            None.
+        config: the kernels' configuration for a dtype, K and V; candidates: the configurations that --sweep tries. Either may
+            be None.
     """
 
     shape: Shape

@@ -19,7 +19,9 @@ from torch._subclasses import FakeTensor
 
 from loglinear.transition import Transition, is_per_channel, transition_of
 
-CHUNK_SIZE = 64  # tokens per leaf of the tree in every state: K·V of a leaf state equals its raw keys at K = V = 64
+# Tokens per leaf of the tree in every state, and in the kernels these or a part of them (kernels/tuning.py): K·V of a leaf
+# state equals its raw keys at K = V = 64.
+CHUNK_SIZE = 64
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of inputs
 SUMS = FLOATS[:3]  # dtypes of what sums over many tokens: it leaves the range of float16
 

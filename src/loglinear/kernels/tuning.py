@@ -1,7 +1,8 @@
 """The tiles of each kernel: a table, not a search. Dtype and widths alone choose the tiles, never T or B.
 
 Results must not depend on batch neighbours, and another chunk size is another order of summation. Nothing here may
-therefore look at the number of tokens or sequences.
+therefore look at the number of tokens or sequences. The chunks of kernels are parts of a state's chunk, ``CHUNK_SIZE``: a call
+may then go on from a state.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from loglinear.kernels.devices import AMPLE
+from loglinear.state import CHUNK_SIZE
 
 # Triton 3.6 reads past the end of shared memory on Hopper where a 16-bit tile narrower than 64 columns (128 bytes, a whole
 # swizzle) enters one product as it is and another transposed: wrong results at some widths, a fault at others.
@@ -76,14 +78,14 @@ def scalar_gate_config(
         return float32_config(max(key_width, 16))
     if key_width > 128 or value_width > 128:
         warps = 8 if key_width > 128 else 4
-        config = low_precision_config(chunk=64, warps=warps)
+        config = low_precision_config(CHUNK_SIZE, warps=warps)
         if value_width <= 128:
             return config
         # These kernels unroll their tiles of V: loaded ahead, these would not fit into shared memory (Triton 3.6).
         one_by_one = Launch(warps=warps, stages=1)
         return dataclasses.replace(config, local=one_by_one, value=one_by_one)
     # Depths measured one kernel at a time: H200, Triton 3.6, bf16, B=2, T=16,384, H=48, G=1, K=128, V=64, 2026-11-22.
-    config = low_precision_config(chunk=64, warps=4)
+    config = low_precision_config(CHUNK_SIZE, warps=4)
     if value_width > 64 and shared_memory < AMPLE:
         return config
     deep = Launch(warps=4, stages=3)
@@ -115,7 +117,7 @@ def float32_config(key_width: int) -> ScalarGateConfig:
     """Float32 inputs: IEEE products on the ordinary units, so tiles are small."""
     small = Launch(warps=4, stages=1, block_v=32)
     return ScalarGateConfig(
-        chunk=32,
+        chunk=CHUNK_SIZE // 2,
         heads=4,
         segment=8,
         least_tile=16,
@@ -163,9 +165,9 @@ class DeltaRuleConfig:
 def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> DeltaRuleConfig:
     """The configuration for inputs of this dtype and these widths."""
     if dtype == torch.float32:
-        return uniform_delta_config(32, Launch(warps=8 if key_width > 64 else 4, stages=1, block_v=32))
+        return uniform_delta_config(CHUNK_SIZE // 2, Launch(warps=8 if key_width > 64 else 4, stages=1, block_v=32))
     if key_width > 128:
-        return uniform_delta_config(64, Launch(warps=8, stages=1, block_v=64), least_tile=LEAST_TILE)
+        return uniform_delta_config(CHUNK_SIZE, Launch(warps=8, stages=1, block_v=64), least_tile=LEAST_TILE)
     return NARROW_DELTA_RULE
 
 
@@ -176,7 +178,7 @@ def uniform_delta_config(chunk: int, launch: Launch, segment: int = 8, least_til
 
 # The best of each kernel, measured: H200, Triton 3.6, bf16, B=2, T=16,384, H=G=16, K=V=128, 2026-11-22.
 NARROW_DELTA_RULE = DeltaRuleConfig(
-    chunk=64,
+    chunk=CHUNK_SIZE,
     segment=8,
     least_tile=LEAST_TILE,
     chunk_maps=Launch(warps=4, stages=2, block_v=64),

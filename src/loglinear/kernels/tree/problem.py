@@ -272,10 +272,12 @@ def packed_tables(
 
 
 def kernel_chunks(chunk: int) -> int:
-    """Chunks of the kernels in one of a state. A state ends where a chunk of its own does, so there must be a whole number."""
-    assert CHUNK_SIZE % chunk == 0, (
-        f"kernels in chunks of {chunk} tokens cannot go on from states in chunks of {CHUNK_SIZE}"
-    )
+    """Chunks of the kernels in one of a state. A state ends where a chunk of its own does, so there must be a whole number.
+
+    Raises ValueError where there is not: the kernels would begin at other tokens.
+    """
+    if CHUNK_SIZE % chunk:
+        raise ValueError(f"config.chunk must divide a state's chunk of {CHUNK_SIZE} tokens (CHUNK_SIZE): got {chunk}")
     return CHUNK_SIZE // chunk
 
 
