@@ -32,7 +32,7 @@ from transformers import StaticCache
 sys.path.insert(0, str(Path(__file__).parent))
 from loglinear.decoding_state import DecodingState
 from loglinear.layers import RecurrentMixerState, SoftmaxAttention
-from loglinear.layers.state import KVDecodingState
+from loglinear.layers.state import KVState
 from loglinear.models import MIXERS, LogLinearConfig, LogLinearForCausalLM, cache_nbytes, restore_cache, snapshot_cache
 from loglinear.models.cache import mixer_layers
 from loglinear.models.decoding import DecodingGraph
@@ -131,7 +131,7 @@ def cache_at(model: LogLinearForCausalLM, batch: int, context: int, position: in
         names = ("state",)
         if isinstance(memory, DecodingState):
             names = ("entries", "open_k", "open_v")
-        elif isinstance(memory, KVDecodingState):
+        elif isinstance(memory, KVState):
             names = ("keys", "values")
         for x in (getattr(memory, name) for name in names):
             x.normal_()

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.state import (
     CHUNK_SIZE,
     FLOATS,
     LogLinearState,
-    TensorState,
+    SlotState,
     check_chunk_size,
     check_dtype,
     has_values,
+    joined,
     one_of,
 )
 from loglinear.transition import Transition, is_per_channel, transition_of
@@ -36,8 +36,11 @@ ENTRY_DTYPES = (torch.float32, torch.bfloat16)  # float64 where all is
 
 
 @dataclass
-class DecodingState(TensorState):
+class DecodingState(SlotState):
     """State of log-linear attention after ``position`` tokens, for ``log_linear_attention_step`` and its delta rule.
+
+    The layout is that of ``LogLinearState``; an axis of length 2C holds two of its C. The class is a second one because steps
+    write in place, which no gradient survives, and keep what the delta rule makes of β.
 
     With n = position // C the number of the open chunk, its tokens stand at places ``(n % 2) * C + i`` of the axes of
     length 2C, live when ``i < position % C``. Slot m holds the bucket of ``2**m`` closed chunks and is live exactly when bit m
@@ -124,68 +127,77 @@ class DecodingState(TensorState):
         """
         if not isinstance(state, LogLinearState):
             raise TypeError(f"state must be a LogLinearState: got {type(state).__name__}")
-        size, (batch, slots, heads, key_width, value_width) = state.chunk_size, state.entries.shape
-        seen = int(state.position.max()) if batch and has_values(state.position) else 0
-        if seen > max_context:
-            raise ValueError(f"max_context must be at least the state's position, {seen}: got {max_context}")
-        delta_rule, groups = state.open_beta is not None, state.open_k.shape[2]
-        per_channel = state.transition.per_channel
+        _check_room(state, max_context)
+        batch, heads, _, key_width, value_width = state.entries.shape
+        transition = state.transition
         made = DecodingState.empty(
-            batch, heads, groups, key_width, value_width, max_context, dtype or state.open_k.dtype, entry_dtype,
-            delta_rule, state.device, size, per_channel,
+            batch, heads, state.open_k.shape[1], key_width, value_width, max_context, dtype or state.open_k.dtype,
+            entry_dtype, "beta" in transition.gates, state.device, state.chunk_size, transition.per_channel,
         )  # fmt: skip
-        made.position.copy_(state.position)
-        used = min(slots, made.entries.shape[2])  # further ones are dead
-        entries, log = state.entries.transpose(1, 2)[:, :, :used], state.decay.transpose(1, 2)[:, :, :used]
-        if made.decay is None:
-            made.entries[:, :, :used] = entries * log.exp()[..., None, None].to(entries.dtype)
+        return made._write(state)
+
+    def take_(self, state: LogLinearState) -> DecodingState:
+        """Become the past of ``state``, of the same sizes, in place; waits for the device once. Everything is written once."""
+        _check_room(state, self.max_context)
+        return self._write(state)
+
+    @torch.no_grad()
+    def _write(self, state: LogLinearState) -> DecodingState:
+        used = min(state.entries.shape[2], self.entries.shape[2])  # further ones are dead
+        entries, log = state.entries[:, :, :used], state.decay[:, :, :used]
+        if self.decay is None:
+            torch.mul(entries, log.exp()[..., None, None].to(entries.dtype), out=self.entries[:, :, :used])
         else:
-            made.entries[:, :, :used] = entries
-            made.decay[..., :used] = log.unsqueeze(1)
-        # Both halves: what is not live is never read.
-        made.open_k.copy_(state.open_k.transpose(1, 2).repeat(1, 1, 2, 1))
-        made.open_v.copy_(state.open_v.transpose(1, 2))
-        made.open_g.copy_(torch.cat([state.open_g.transpose(1, 2)] * 2, 2))
-        if made.open_solve is not None and state.open_beta is not None:
-            solve = _solve(state.open_k.transpose(1, 2), state.open_g.transpose(1, 2), state.open_beta.transpose(1, 2))
-            made.open_solve.copy_(solve.repeat(1, 1, 2, 1))
-        return made
+            self.entries[:, :, :used] = entries
+            self.decay[..., :used] = log.unsqueeze(1)
+        self.position.copy_(state.position)
+        self.open_v.copy_(state.open_v)
+        solve = None if state.open_beta is None else _solve(state.open_k, state.open_g, state.open_beta)
+        for buffer, opened in ((self.open_k, state.open_k), (self.open_g, state.open_g), (self.open_solve, solve)):
+            if buffer is not None and opened is not None:  # both halves: what is not live is never read
+                buffer.unflatten(2, (2, -1)).copy_(opened.unsqueeze(2))
+        return self
+
+    def as_state(self) -> LogLinearState:
+        """The same past as the initial state of one call. Entries and values are views of the buffers, and dead parts of all
+        tensors hold any numbers, which no call reads.
+        """
+        odd = self.position // self.chunk_size % 2 == 1
+
+        def half(x: Tensor, axis: int = 2) -> Tensor:
+            x = x if axis == 1 else x.unflatten(2, (2, -1))
+            return torch.where(odd.view(-1, *(1,) * (x.dim() - 2)), x.select(axis, 1), x.select(axis, 0))
+
+        logs = self.open_g.dtype
+        beta = None
+        if self.open_solve is not None:
+            beta = half(self.open_solve.unflatten(2, (2, -1)).diagonal(dim1=-2, dim2=-1).flatten(2))
+        return LogLinearState(
+            self.position,
+            self.entries,
+            self.entries.new_zeros(self.entries.shape[:3], dtype=logs) if self.decay is None else half(self.decay, 1),
+            half(self.open_k),
+            self.open_v,
+            half(self.open_g),
+            beta,
+            self.chunk_size,
+        )
 
     def to_state(self) -> LogLinearState:
         """The same past as the initial state of an ordinary call; everything copied."""
-        size, slots = self.chunk_size, self.entries.shape[2]
-        chunk, used = self.position // size, self.position % size
-        live = torch.arange(size, device=self.device) < used[:, None]  # [B, C]
-        alive = (chunk[:, None] >> torch.arange(slots, device=self.device)) & 1 == 1  # [B, M]
-        odd = chunk % 2 == 1
+        state, wide = self.as_state(), self.open_g.dtype
+        slots, places = (torch.arange(n, device=self.device) for n in (self.entries.shape[2], self.chunk_size))
+        alive = (self.position // self.chunk_size)[:, None] >> slots & 1 == 1  # [B, M]
+        live = places < (self.position % self.chunk_size)[:, None]  # [B, C]
 
-        def half(x: Tensor, axis: int) -> Tensor:
-            even, other = x.chunk(2, axis)
-            return torch.where(odd.view(-1, *(1,) * (x.dim() - 1)), other, even)
+        def kept(name: str, x: Tensor) -> Tensor:
+            if name == "position":
+                return x.clone()
+            where = alive if name in ("entries", "decay") else live
+            return torch.where(where.view(len(x), 1, -1, *(1,) * (x.dim() - 3)), x, 0).to(wide)
 
-        def opened(x: Tensor) -> Tensor:
-            x = x.transpose(1, 2)
-            return torch.where(live.view(*live.shape, *(1,) * (x.dim() - 2)), x, 0)
-
-        wide = self.open_g.dtype
-        entries = torch.where(alive[:, :, None, None, None], self.entries.transpose(1, 2), 0).to(wide)
-        if self.decay is None:
-            decay = entries.new_zeros(entries.shape[:3])
-        else:
-            decay = torch.where(alive[:, :, None], half(self.decay, 1).squeeze(1).transpose(1, 2), 0)
-        rate = None
-        if self.open_solve is not None:
-            rate = opened(half(self.open_solve, 2).diagonal(dim1=-2, dim2=-1)).contiguous()
-        return LogLinearState(
-            self.position.clone(),
-            entries.contiguous(),
-            decay.contiguous(),
-            opened(half(self.open_k, 2)).to(wide).contiguous(),
-            opened(self.open_v).to(wide).contiguous(),
-            opened(half(self.open_g, 2)).contiguous(),
-            rate,
-            size,
-        )
+        copied: dict[str, Any] = {name: kept(name, x) for name, x in state._named()}
+        return dataclasses.replace(state, **copied)
 
     @property
     def transition(self) -> Transition:
@@ -199,11 +211,7 @@ class DecodingState(TensorState):
 
     def grow(self, max_context: int) -> DecodingState:
         """A state with slots for ``max_context`` tokens, at least as many as now, in new buffers (so not inside a graph)."""
-        more = max(slots_for(max_context, self.chunk_size) - self.entries.shape[2], 0)
-        grown = self.clone()
-        grown.entries = F.pad(grown.entries, (0, 0, 0, 0, 0, more))
-        grown.decay = None if grown.decay is None else F.pad(grown.decay, (0, more))
-        return grown
+        return self.clone().with_slots(slots_for(max_context, self.chunk_size))
 
     def copy_rows_(self, index: Tensor, other: DecodingState, other_index: Tensor) -> DecodingState:
         """Row ``index[i]`` of this state becomes row ``other_index[i]`` of another, in place (int64 ``[n]`` both)."""
@@ -236,23 +244,16 @@ class DecodingState(TensorState):
             )
         return list(zip(self._tensors(), other._tensors()))
 
-    def _named(self) -> list[tuple[str, Tensor]]:
-        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return [(name, value) for name, value in values if isinstance(value, Tensor)]
-
     @staticmethod
     def stack(states: Sequence[DecodingState]) -> DecodingState:
         """The rows of several states as one, with the slots of the largest; everything copied."""
         if not states:
             raise ValueError("states must hold at least one state: got none")
-        most = max(state.max_context for state in states)
-        states = [state if state.max_context == most else state.grow(most) for state in states]
+        most = max(state.entries.shape[2] for state in states)
+        states = [state.with_slots(most) for state in states]
         for i, state in enumerate(states):
             states[0]._pairs(state, f"states[{i}]", rows=False)
-        joined: dict[str, Any] = {
-            name: torch.cat([getattr(state, name) for state in states]) for name, _ in states[0]._named()
-        }
-        return dataclasses.replace(states[0], **joined)
+        return joined(states) if len(states) > 1 else states[0].clone()
 
     def split(self) -> list[DecodingState]:
         """One state for each row; everything copied."""
@@ -308,6 +309,12 @@ class DecodingState(TensorState):
                 raise ValueError(f"{name}.{field} must be on {device}: got {tensor.device}")
             if not tensor.is_contiguous():
                 raise ValueError(f"{name}.{field} must be contiguous: got strides {list(tensor.stride())}")
+
+
+def _check_room(state: LogLinearState, max_context: int) -> None:
+    seen = int(state.position.max()) if state.batch_size and has_values(state.position) else 0
+    if seen > max_context:
+        raise ValueError(f"max_context must be at least the state's position, {seen}: got {max_context}")
 
 
 Kinds = Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]

@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
@@ -62,16 +63,11 @@ class TensorState:
     _stored_as: Sequence[torch.dtype] = SUMS  # what ``to`` takes
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        changed: dict[str, Any] = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = fn(value)
+        changed: dict[str, Any] = {name: fn(tensor) for name, tensor in self._named()}
         return dataclasses.replace(self, **changed)  # type: ignore[type-var]
 
     def _tensors(self) -> list[Tensor]:
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-        return [value for value in values if isinstance(value, Tensor)]
+        return [tensor for _, tensor in self._named()]
 
     @property
     def batch_size(self) -> int:
@@ -86,6 +82,10 @@ class TensorState:
     def nbytes(self) -> int:
         """Bytes held by all tensors of the state."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return [(name, value) for name, value in values if isinstance(value, Tensor)]
 
     def clone(self) -> Self:
         """A state that shares no storage with this one."""
@@ -113,27 +113,57 @@ class TensorState:
         check_dtype("dtype", dtype, self._stored_as)
         wide = torch.promote_types(dtype, torch.float32)
         cast: dict[str, Any] = {
-            field.name: value.to(device, wide if field.name in self._wide else dtype)
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if isinstance(value := getattr(self, field.name), Tensor) and value.is_floating_point()
+            name: tensor.to(device, wide if name in self._wide else dtype)
+            for name, tensor in self._named()
+            if tensor.is_floating_point()
         }
         return dataclasses.replace(self, position=self.position.to(device), **cast)  # type: ignore[type-var]
 
 
+class SlotState(TensorState):
+    """A state with slots: ``entries [B, H, M, K, V]``, and ``decay``, whose last axis is M, or None."""
+
+    entries: Tensor
+    decay: Tensor | None
+
+    def with_slots(self, slots: int) -> Self:
+        """This state with at least so many slots; those that are added are dead."""
+        more = max(slots - self.entries.shape[2], 0)
+        decay = None if self.decay is None else F.pad(self.decay, (0, more))
+        return dataclasses.replace(self, entries=F.pad(self.entries, (0, 0, 0, 0, 0, more)), decay=decay)  # type: ignore[type-var]
+
+
+State = TypeVar("State", bound=TensorState)
+
+
+def joined(states: Sequence[State]) -> State:
+    """The rows of several states as one state, with the slots of the largest; one state as it is."""
+    if len(states) == 1:
+        return states[0]
+    most = max((state.entries.shape[2] for state in states if isinstance(state, SlotState)), default=0)
+    grown = [state.with_slots(most) if isinstance(state, SlotState) else state for state in states]
+    values: dict[str, Any] = {
+        name: torch.cat([getattr(state, name) for state in grown]) for name, _ in grown[0]._named()
+    }
+    return dataclasses.replace(grown[0], **values)  # type: ignore[type-var]
+
+
 @dataclass
-class LogLinearState(TensorState):
+class LogLinearState(SlotState):
     """State of log-linear attention after ``position`` tokens: O(log T) buckets and the raw tokens of the open chunk.
 
     Slot m of ``entries`` holds the bucket of ``2**m`` closed chunks on the query path of chunk ``position // C`` and is
     live exactly when bit m of that integer is set. Every live bucket is seen from the end of the last closed chunk:
     its true value is ``exp(decay) * entries``, so that time passing rewrites the log and not the matrix.
 
+    ``DecodingState`` has the same layout, in buffers that steps write into.
+
     Attributes:
         position: int64 ``[B]``, tokens seen by each row.
-        entries: ``[B, M, H, K, V]``; dead slots hold zeros.
-        decay: float32 (float64 in float64) ``[B, M, H]``, natural log.
-        open_k: ``[B, C, G, K]``, open_v: ``[B, C, H, V]``, open_g: ``[B, C, H]`` or ``[B, C, H, K]`` (log decay), open_beta:
-            ``[B, C, H]`` or None (no delta rule); token i of the open chunk is live when ``i < position % C``, others hold
+        entries: ``[B, H, M, K, V]``; dead slots hold zeros.
+        decay: float32 (float64 in float64) ``[B, H, M]``, natural log.
+        open_k: ``[B, G, C, K]``, open_v: ``[B, H, C, V]``, open_g: ``[B, H, C]`` or ``[B, H, C, K]`` (log decay), open_beta:
+            ``[B, H, C]`` or None (no delta rule); token i of the open chunk is live when ``i < position % C``, others hold
             zeros.
         chunk_size: C, a power of two.
     """

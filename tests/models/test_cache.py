@@ -106,5 +106,5 @@ def test_foreign_caches_are_refused(make_model, tokens, mixer):
 def test_a_cache_of_the_linear_twin_is_refused(make_model, tokens, linear):
     cache = make_model(linear)(tokens(1, 4)).past_key_values
     for length in (1, 2):
-        with pytest.raises(TypeError, match="must be a LogLinearState with level_scales: got LinearDecodingState"):
+        with pytest.raises(TypeError, match="must be a LogLinearState with level_scales: got LinearState"):
             make_model("log_linear_" + linear)(tokens(1, length), past_key_values=cache)

@@ -43,8 +43,8 @@ def live(state):
     memory = state.memory
     if isinstance(memory, LogLinearState):
         slots = (longest // memory.chunk_size).bit_length()  # what is further back is room
-        assert not memory.entries[:, slots:].any()
-        memory = dataclasses.replace(memory, entries=memory.entries[:, :slots], decay=memory.decay[:, :slots])
+        assert not memory.entries[:, :, slots:].any()
+        memory = dataclasses.replace(memory, entries=memory.entries[:, :, :slots], decay=memory.decay[:, :, :slots])
     return [state.conv, *memory._tensors()]
 
 

@@ -239,8 +239,8 @@ CASES = {
     "another chunk size": (
         state(chunk_size=2 * C),
         ValueError,
-        "initial_state.open_k must have shape [B, C, G, K] = [2, 128, 2, 3]",
-        "got [2, 64, 2, 3]",
+        "initial_state.open_k must have shape [B, G, C, K] = [2, 2, 128, 3]",
+        "got [2, 2, 64, 3]",
     ),
     "entries of 8 bits": (
         state(entries=STATES["scalar"].entries.to(torch.float8_e4m3fn)),
@@ -251,11 +251,11 @@ CASES = {
     "entries of another width": (
         state(entries=STATES["scalar"].entries[..., :4]),
         ValueError,
-        "initial_state.entries must have shape [B, M, H, K, V]",
-        "got [2, 1, 4, 3, 4]",
+        "initial_state.entries must have shape [B, H, M, K, V]",
+        "got [2, 4, 1, 3, 4]",
     ),
     "entries without their slots": (
-        state(entries=STATES["scalar"].entries[:, :0], decay=STATES["scalar"].decay[:, :0]),
+        state(entries=STATES["scalar"].entries[:, :, :0], decay=STATES["scalar"].decay[:, :, :0]),
         ValueError,
         "initial_state.entries must have",
         "got",
@@ -274,7 +274,7 @@ CASES = {
     ),
     **{
         f"{name} of another shape": (
-            state("delta", **{name: getattr(STATES["delta"], name)[:, : C // 2 if "open" in name else 0]}),
+            state("delta", **{name: getattr(STATES["delta"], name)[:, :, : C // 2 if "open" in name else 0]}),
             ValueError,
             f"initial_state.{name} must have shape",
             "got [2, ",

@@ -106,7 +106,7 @@ def test_a_state_says_it_and_spares_the_rest(kind, s):
 def test_a_closed_slot_is_spoilt_by_its_own_tokens_and_by_later_ones(gate):
     x = inputs(gate, B=1, T=3 * C + 7, K=4, V=3)  # slot 1 holds chunks 0 and 1, slot 0 chunk 2
     for s, spoilt_slots in ((5, [1]), (C + 5, [1]), (2 * C, [0, 1]), (3 * C + 1, [])):
-        entries = run(spoilt(x, "v", torch.nan, s)[0])[1].entries[0, :, HEAD]
+        entries = run(spoilt(x, "v", torch.nan, s)[0])[1].entries[0, HEAD]
         assert [m for m in (0, 1) if entries[m].isnan().any()] == spoilt_slots, s
 
 

@@ -8,7 +8,7 @@ from calls import C, inputs, rows, tokens
 from test_step import assert_states_equal, empty, full, poisoned, prefilled, relative, steps
 
 from loglinear import DecodingState, LinearState
-from loglinear.layers import KVState, LinearDecodingState, LogLinearMamba2, RecurrentMixerState
+from loglinear.layers import KVState, LogLinearMamba2, RecurrentMixerState
 
 GATES = ("scalar", "delta")
 LENGTHS = (0, C - 1, 3 * C + 5)
@@ -243,13 +243,13 @@ def test_a_linear_state_for_decoding_is_never_narrow():
     assert ready.to(dtype=torch.float64).memory.state.dtype == torch.float64
     mixer, made = (
         LogLinearMamba2(8, 2, 4, 4, log_linear=False),
-        LinearDecodingState(torch.tensor([2]), torch.ones(1, 2, 4, 4).bfloat16()),
+        LinearState(torch.tensor([2]), torch.ones(1, 2, 4, 4).bfloat16()),
     )
     with (
         pytest.raises(TypeError, match=r"state.memory.state must be float64 or float32: got torch\.bfloat16"),
         torch.no_grad(),
     ):
-        mixer(torch.ones(1, 1, 8), RecurrentMixerState(torch.zeros(1, 3, 16), made))
+        mixer(torch.ones(1, 1, 8), RecurrentMixerState(torch.zeros(1, 3, 16), made, in_place=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

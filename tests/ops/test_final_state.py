@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from loglinear.ops.final_state import final_state
+from loglinear.ops import segments
+from loglinear.ops.inputs import Inputs
 from loglinear.reference.chunkwise import chunkwise
 
 FIELDS = ("entries", "decay", "open_k", "open_v", "open_g")
@@ -16,6 +17,14 @@ def make(batch, length, heads=4, groups=2, resets=False):
     if resets:
         g[:, 40::97] = float("-inf")
     return [x.requires_grad_() for x in (q, k, v, g)]
+
+
+def final_state(k, v, g, lengths, packed):
+    """Beside an o that is known: any numbers."""
+    scales = torch.ones(*v.shape[:3], 9, dtype=v.dtype)
+    o, state = segments.attend(Inputs(k, k, v, g, None, scales), 1.0, lengths, packed, None, True, v)
+    assert o is v or torch.equal(o, v)
+    return state
 
 
 def reference(q, k, v, g, lengths):

@@ -95,9 +95,9 @@ def test_rows_at_different_positions(kind):
         want = [alone[:, n:], *meaning(alone_state)]
         have = [o[[i]], *meaning(state.reorder(torch.tensor([i])))]
         if not kind.get("linear"):  # a row has the slots of its longest neighbour; those beyond its own are empty
-            slots = alone_state.entries.shape[1]
-            assert have[1][:, slots:].eq(0).all()
-            have[1] = have[1][:, :slots]
+            slots = alone_state.entries.shape[2]
+            assert have[1][:, :, slots:].eq(0).all()
+            have[1] = have[1][:, :, :slots]
         assert max(error(*pair) for pair in zip(have, want, strict=True)) <= SAME_NUMBERS, n
         for name, *pair in zip(x, gradients(have, x.values()), gradients(want, x.values())):
             assert error(*pair) <= SAME_NUMBERS, (n, name)
@@ -122,8 +122,8 @@ def test_gradients_of_the_state_s_own_tensors(kind):
     assert all(torch.equal(value, old) for value, old in zip(leaves.values(), before))
     alive = dict(zip(leaves, slow))
     assert all(gradient.isfinite().all() and gradient.norm() > 0 for gradient in slow)
-    assert (alive["open_k"][0, 2:] == 0).all()  # tokens that do not exist
-    assert (alive["entries"][0, 1:] == 0).all()  # buckets that do not exist: position // C is 1
+    assert (alive["open_k"][0, :, 2:] == 0).all()  # tokens that do not exist
+    assert (alive["entries"][0, :, 1:] == 0).all()  # buckets that do not exist: position // C is 1
 
 
 @tree_kinds
@@ -162,7 +162,7 @@ def test_open_tokens_have_the_gradient_of_tokens(kind):
     leaves = {f"open_{name}": getattr(state, f"open_{name}").requires_grad_() for name in names}
     o, _ = run(tokens(x, n, n + C), state)
     for name, have in zip(names, gradients(o, leaves.values())):
-        assert error(have[:, :20], wanted[name][:, 2 * C : n]) <= SAME_NUMBERS, name
+        assert error(have.transpose(1, 2)[:, :20], wanted[name][:, 2 * C : n]) <= SAME_NUMBERS, name
 
 
 # ------------------------------------------------------------------------------------------------- state as a value
@@ -326,9 +326,9 @@ def test_slots_are_the_query_path():
     assert state.chunk_size == C
     for row, length in enumerate(lengths):
         live = {fenwick.lowbit(e).bit_length() - 1 for e in fenwick.query_path(length // C)}
-        for slot in range(state.entries.shape[1]):
-            assert state.entries[row, slot].ne(0).any() == (slot in live), (row, slot)
-            assert slot in live or state.decay[row, slot].eq(0).all()
+        for slot in range(state.entries.shape[2]):
+            assert state.entries[row, :, slot].ne(0).any() == (slot in live), (row, slot)
+            assert slot in live or state.decay[row, :, slot].eq(0).all()
         for name in ("open_k", "open_v", "open_g", "open_beta"):
-            tokens_live = getattr(state, name)[row].flatten(1).ne(0).any(1).tolist()
+            tokens_live = getattr(state, name)[row].transpose(0, 1).flatten(1).ne(0).any(1).tolist()
             assert tokens_live == [i < length % C for i in range(C)], (row, name)

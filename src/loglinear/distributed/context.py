@@ -20,7 +20,7 @@ from loglinear.distributed.exchange import exchange, outside_graphs
 from loglinear.fenwick import aligned_blocks
 from loglinear.ops import checks
 from loglinear.ops.attention import outside_autocast, units
-from loglinear.ops.blocks import Map, Slot, append, carried, from_nothing, read
+from loglinear.ops.blocks import Map, Query, Slot, append, carried, from_nothing, read, wide_dtype
 from loglinear.ops.inputs import Inputs
 from loglinear.state import CHUNK_SIZE
 
@@ -108,8 +108,8 @@ def _attention(
         raise ValueError(f"q must hold a multiple of {CHUNK_SIZE} tokens on every rank: got T={length}")
     _check_lengths(q, group)
     with without_autocast:
-        wide = torch.promote_types(v.dtype, torch.float32)
-        gate = torch.zeros(v.shape[:3], dtype=wide, device=v.device) if g is None else g
+        gate = v.new_zeros(v.shape[:3]) if g is None else g
+        gate = gate.to(torch.promote_types(v.dtype, torch.float32))
         return _over_ranks(Inputs(q if scale == 1.0 else q * scale, k, v, gate, beta, level_scales), group)
 
 
@@ -123,7 +123,7 @@ def _over_ranks(whole: Inputs, group: dist.ProcessGroup) -> Tensor:
         tokens = slice(*(CHUNK_SIZE * (end - own[0].start) for end in (block.start, block.stop)))
         inputs = whole.part(slice(None), tokens)
         o, state = from_nothing(inputs, with_state=block is not last)
-        query, transition = carried(inputs, needed=block is not first)
+        query, transition = carried(inputs) if block is not first else (Query(inputs.q), None)
         outputs.append(o)
         maps.append(Map(transition, state))
         queries.append((query, inputs))
@@ -147,10 +147,9 @@ def _gather(
 ) -> tuple[Tensor, list[list[Map]]]:
     """``through``, and the maps of all blocks of every rank, in float32 (float64)."""
     (batch, _, heads, value_width), width = whole.v.shape, whole.q.shape[3]
-    wide = torch.promote_types(whole.v.dtype, torch.float32)
+    wide = wide_dtype(whole)
     span = {"log": [], "logs": [width], "matrix": [width, width]}[whole.transition().span]
-    shapes = [[batch, heads, *span]]
-    shapes.append([batch, heads, width, value_width])
+    shapes = [[batch, heads, *span], [batch, heads, width, value_width]]
     sizes = [math.prod(shape) for shape in shapes]
     nothing = [whole.v.new_zeros(size, dtype=wide) for size in sizes]
     parts: list[Tensor] = []

@@ -24,16 +24,14 @@ from loglinear.layers.mamba2 import LogLinearMamba2
 from loglinear.layers.mixer import RecurrentMixer, Streams
 from loglinear.layers.norm import GatedRMSNorm, OutputGate, RMSNorm, SumRMSNorm
 from loglinear.layers.retention import LogLinearRetention
-from loglinear.layers.state import KVDecodingState, KVState, LinearDecodingState, MixerState, RecurrentMixerState
+from loglinear.layers.state import KVState, MixerState, RecurrentMixerState
 from loglinear.layers.table import MIXERS, MixerKind
 
 __all__ = [
     "MIXERS",
     "GatedRMSNorm",
-    "KVDecodingState",
     "KVState",
     "LevelScale",
-    "LinearDecodingState",
     "LogLinearGLA",
     "LogLinearGatedDeltaNet",
     "LogLinearKDA",

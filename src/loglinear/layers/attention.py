@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loglinear.layers.initialization import wide
 from loglinear.layers.packing import locate_tokens
-from loglinear.layers.state import KVDecodingState, KVState
+from loglinear.layers.state import KVState
 from loglinear.ops import checks
 from loglinear.state import CHUNK_SIZE
 
@@ -119,7 +119,7 @@ class SoftmaxAttention(nn.Module):
         seen = state.position if state else torch.zeros(rows, dtype=torch.int64, device=q.device)
         place = seen.unsqueeze(-1) + torch.arange(length, device=q.device)  # [n, T], in each row's own count
         q, k = rotary(place, self.rope_theta, q, k)
-        if isinstance(state, KVDecodingState) and not torch.is_grad_enabled():
+        if state is not None and state.in_place and not torch.is_grad_enabled():
             return self._attend_in_place(q, k, v, state, place, new_tokens), state if output_state else None
         visible = None
         if state is not None:
@@ -134,7 +134,7 @@ class SoftmaxAttention(nn.Module):
         return self._softmax(q, k, v, visible), KVState(seen + new_tokens, k, v) if output_state else None
 
     def _attend_in_place(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KVDecodingState, place: Tensor, new_tokens: Tensor | int
+        self, q: Tensor, k: Tensor, v: Tensor, state: KVState, place: Tensor, new_tokens: Tensor | int
     ) -> Tensor:
         """Rows ``[n, T, heads, W]`` at ``place [n, T]``, written into the buffers of ``state``.
 

@@ -1,9 +1,9 @@
 """RECURRENCE: the sequence mixing of all recurrent mixers, ordinary or in place.
 
 With a state for decoding, short calls go through the step ops. These ops wait for nothing and allocate only their result.
-Long and packed calls go through the ordinary op, and their result is copied back into the same buffers. Under autograd every
-call is functional. With a context group the tokens are this rank's span of one sequence over all ranks of the group. Such a
-call refuses every argument that belongs to a whole sequence (states, packing).
+Long and packed calls go through the ordinary op, which reads the buffers, and its final state is written into them once. Under
+autograd every call is functional. With a context group the tokens are this rank's span of one sequence over all ranks of the
+group. Such a call refuses every argument that belongs to a whole sequence (states, packing).
 
 Legend: B rows, T tokens, H value heads, G q/k groups, K, V widths.
 """
@@ -19,7 +19,7 @@ from loglinear.decoding_state import DecodingState
 from loglinear.distributed import context_parallel_attention, context_parallel_delta_rule, previous_inputs
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.packing import check_packed, locate_tokens
-from loglinear.layers.state import LinearDecodingState, RecurrentMixerState, copy_tensors_
+from loglinear.layers.state import RecurrentMixerState, copy_tensors_
 from loglinear.ops import log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.ops.attention import attend
 from loglinear.state import LinearState, LogLinearState, check_dtype
@@ -148,7 +148,7 @@ def _mix_in_place(
 ) -> Tensor:
     """o of an ordinary call or a step; ``memory`` takes the tokens in."""
     length = inputs["q"].shape[1]
-    if isinstance(memory, LinearDecodingState):
+    if isinstance(memory, LinearState):
         if cu_seqlens is None and length == 1 and level_scales is None:
             return linear_step(**inputs, state=memory, unit_length=unit_length)
         o, after = _ordinary(inputs, level_scales, memory, True, cu_seqlens, cu_seqlens_cpu, unit_length)
@@ -164,9 +164,9 @@ def _mix_in_place(
                 **inputs, level_scales=level_scales, state=memory, use_qk_l2norm_in_kernel=unit_length
             )
         return log_linear_attention_step(**inputs, level_scales=level_scales, state=memory)
-    o, after = _ordinary(inputs, level_scales, memory.to_state(), True, cu_seqlens, cu_seqlens_cpu, unit_length)
+    o, after = _ordinary(inputs, level_scales, memory.as_state(), True, cu_seqlens, cu_seqlens_cpu, unit_length)
     assert isinstance(after, LogLinearState)
-    memory.restore_(DecodingState.from_state(after, memory.max_context, memory.entries.dtype, memory.open_k.dtype))
+    memory.take_(after)
     return o
 
 
@@ -175,7 +175,7 @@ def linear_step(
     k: Tensor,
     v: Tensor,
     g: Tensor,
-    state: LinearDecodingState,
+    state: LinearState,
     beta: Tensor | None = None,
     unit_length: bool = False,
 ) -> Tensor:

@@ -8,29 +8,15 @@ tokens into them and returns the same object, so that a CUDA graph finds everyth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.decoding_state import DecodingState
-from loglinear.state import FLOATS, LinearState, LogLinearState, TensorState, check_dtype
-
-
-@dataclass
-class LinearDecodingState(LinearState):
-    """The state of the plain linear model, updated in place. It holds any number of tokens.
-
-    Every token is added to it, so it is float32 or float64: in a dtype with fewer bits it would stop growing.
-    """
-
-    _wide = frozenset({"position", "state"})
-
-    def to_state(self) -> LinearState:
-        """The same past as the initial state of an ordinary call; everything copied."""
-        return LinearState(self.position.clone(), self.state.clone())
+from loglinear.state import FLOATS, SUMS, LinearState, LogLinearState, TensorState, check_dtype
 
 
 @dataclass
@@ -40,10 +26,16 @@ class RecurrentMixerState:
     Attributes:
         conv: ``[B, W - 1, channels]``, the last inputs of the short convolution.
         memory: the state of the sequence operation, O(1) (linear) or O(log T) (log-linear) in size.
+        in_place: whether this is a state for decoding, which a ``DecodingState`` always makes it. Every token is added to a
+            linear one: it is then float32 or float64, for in a dtype with fewer bits it would stop growing.
     """
 
     conv: Tensor
     memory: LogLinearState | LinearState | DecodingState
+    in_place: bool = False
+
+    def __post_init__(self) -> None:
+        self.in_place = self.in_place or isinstance(self.memory, DecodingState)
 
     @property
     def position(self) -> Tensor:
@@ -58,11 +50,6 @@ class RecurrentMixerState:
     def nbytes(self) -> int:
         """Bytes held by all tensors of the state."""
         return self.conv.numel() * self.conv.element_size() + self.memory.nbytes
-
-    @property
-    def in_place(self) -> bool:
-        """Whether this is a state for decoding."""
-        return isinstance(self.memory, (DecodingState, LinearDecodingState))
 
     @property
     def max_context(self) -> int | None:
@@ -80,29 +67,28 @@ class RecurrentMixerState:
         """
         dtype = dtype or self.conv.dtype
         check_dtype("dtype", dtype, FLOATS)
-        memory = self.ordinary().memory
-        ready: DecodingState | LinearDecodingState
+        memory, conv = self.ordinary().memory, self.conv.to(dtype, copy=True).contiguous()
         if isinstance(memory, LogLinearState):
-            ready = DecodingState.from_state(memory, max_context, entry_dtype, dtype)
-        else:
-            assert isinstance(memory, LinearState)
-            wide = torch.promote_types(memory.state.dtype, torch.float32)
-            ready = LinearDecodingState(
-                memory.position.clone(), memory.state.to(wide, copy=True, memory_format=torch.contiguous_format)
-            )
-        return RecurrentMixerState(self.conv.to(dtype, copy=True).contiguous(), ready)
+            return RecurrentMixerState(conv, DecodingState.from_state(memory, max_context, entry_dtype, dtype))
+        assert isinstance(memory, LinearState)
+        wide = torch.promote_types(memory.state.dtype, torch.float32)
+        held = memory.state.to(wide, copy=True, memory_format=torch.contiguous_format)
+        return RecurrentMixerState(conv, LinearState(memory.position.clone(), held), in_place=True)
 
     def ordinary(self) -> RecurrentMixerState:
         """The same past as an ordinary state; a state for decoding is copied, any other is returned as it is."""
-        if not isinstance(self.memory, (DecodingState, LinearDecodingState)):
+        if not self.in_place:
             return self
-        return RecurrentMixerState(self.conv.clone(), self.memory.to_state())
+        memory = self.memory
+        return RecurrentMixerState(
+            self.conv.clone(), memory.to_state() if isinstance(memory, DecodingState) else memory.clone()
+        )
 
     def grow(self, max_context: int) -> RecurrentMixerState:
         """A state for decoding with room for ``max_context`` tokens, in new buffers."""
         if not isinstance(self.memory, DecodingState):
             return self
-        return RecurrentMixerState(self.conv, self.memory.grow(max_context))
+        return replace(self, memory=self.memory.grow(max_context))
 
     def restore_(self, other: RecurrentMixerState) -> RecurrentMixerState:
         """Become a copy of ``other``, a state for decoding of the same sizes; the buffers stay where they are."""
@@ -111,19 +97,25 @@ class RecurrentMixerState:
 
     def reorder(self, index: Tensor) -> RecurrentMixerState:
         """Rows ``index`` (int64 ``[B']``), in that order; rows may repeat or be left out (beam search)."""
-        return RecurrentMixerState(self.conv.index_select(0, index.to(self.conv.device)), self.memory.reorder(index))
+        return replace(
+            self, conv=self.conv.index_select(0, index.to(self.conv.device)), memory=self.memory.reorder(index)
+        )
 
     def clone(self) -> RecurrentMixerState:
         """A state that shares no storage with this one."""
-        return RecurrentMixerState(self.conv.clone(), self.memory.clone())
+        return replace(self, conv=self.conv.clone(), memory=self.memory.clone())
 
     def detach(self) -> RecurrentMixerState:
         """The same storage, cut from the autograd graph."""
-        return RecurrentMixerState(self.conv.detach(), self.memory.detach())
+        return replace(self, conv=self.conv.detach(), memory=self.memory.detach())
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> RecurrentMixerState:
         """Move to ``device`` and/or store as ``dtype``, float64, float32 or bfloat16; see ``TensorState.to``."""
-        return RecurrentMixerState(self.conv.to(device=device, dtype=dtype), self.memory.to(device, dtype))
+        conv, memory = self.conv.to(device=device, dtype=dtype), self.memory
+        if dtype is not None and self.in_place and isinstance(memory, LinearState):
+            check_dtype("dtype", dtype, SUMS)
+            dtype = torch.promote_types(dtype, torch.float32)
+        return replace(self, conv=conv, memory=memory.to(device, dtype))
 
     def _tensors(self) -> list[Tensor]:
         return [self.conv, *self.memory._tensors()]
@@ -139,13 +131,14 @@ class KVState(TensorState):
     Attributes:
         position: int64 ``[B]``, tokens seen by each row.
         keys, values: ``[B, S, heads, width]``; S >= every position.
+        in_place: whether this is a state for decoding. Columns of a call must then fit behind every position.
     """
 
     position: Tensor
     keys: Tensor
     values: Tensor
+    in_place: bool = False
 
-    in_place: ClassVar[bool] = False
     _stored_as = FLOATS
 
     @property
@@ -155,7 +148,7 @@ class KVState(TensorState):
 
     def for_decoding(
         self, max_context: int, entry_dtype: torch.dtype = torch.float32, dtype: torch.dtype | None = None
-    ) -> KVDecodingState:
+    ) -> KVState:
         """The same past in buffers of ``max_context`` tokens, to be updated in place (``entry_dtype`` is not for these)."""
         check_dtype("dtype", dtype or self.keys.dtype, FLOATS)
         used = min(self.keys.shape[1], max_context)  # what lies further back has no meaning
@@ -167,42 +160,31 @@ class KVState(TensorState):
         )
         keys[:, :used] = self.keys[:, :used]
         values[:, :used] = self.values[:, :used]
-        return KVDecodingState(self.position.clone(), keys, values)
+        return KVState(self.position.clone(), keys, values, in_place=True)
 
     def crop(self, tokens: Tensor | int) -> KVState:
-        """The state ``tokens`` tokens (an int, or ``[B]``) earlier, without the tokens that were guessed wrongly."""
+        """The state ``tokens`` tokens (an int, or ``[B]``) earlier; a state for decoding goes back in place."""
+        if self.in_place:
+            self.position -= tokens
+            return self
         position = self.position - tokens
         used = max(position.tolist(), default=0)
         return KVState(position, self.keys[:, :used], self.values[:, :used])
 
     def ordinary(self) -> KVState:
-        """This state; a state for decoding is copied."""
-        return self
-
-
-@dataclass
-class KVDecodingState(KVState):
-    """Keys and values in buffers of fixed size, updated in place. Columns of a call must fit behind every position."""
-
-    in_place: ClassVar[bool] = True
-
-    def crop(self, tokens: Tensor | int) -> KVDecodingState:
-        """This state ``tokens`` tokens (an int, or ``[B]``) earlier, in place."""
-        self.position -= tokens
-        return self
-
-    def ordinary(self) -> KVState:
-        """The same past as an ordinary state; everything copied. Waits for the device once."""
+        """This state; a state for decoding is copied, and the device waited for once."""
+        if not self.in_place:
+            return self
         used = max(self.position.tolist(), default=0)
         return KVState(self.position.clone(), self.keys[:, :used].clone(), self.values[:, :used].clone())
 
-    def grow(self, max_context: int) -> KVDecodingState:
+    def grow(self, max_context: int) -> KVState:
         """A state with room for ``max_context`` tokens, in new buffers."""
         more = max(max_context - self.keys.shape[1], 0)
         keys, values = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.keys, self.values))
-        return KVDecodingState(self.position, keys, values)
+        return replace(self, keys=keys, values=values)
 
-    def restore_(self, other: KVState) -> KVDecodingState:
+    def restore_(self, other: KVState) -> KVState:
         """Become a copy of ``other``, a state for decoding of the same sizes; the buffers stay where they are."""
         copy_tensors_(self._tensors(), other._tensors())
         return self

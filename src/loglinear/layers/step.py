@@ -15,8 +15,9 @@ from torch import Tensor
 from loglinear.decoding_state import DecodingState
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import writes_into
-from loglinear.layers.state import LinearDecodingState, RecurrentMixerState
+from loglinear.layers.state import RecurrentMixerState
 from loglinear.ops import convolution, dispatch, fused, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.state import LinearState
 
 if TYPE_CHECKING:
     from loglinear.layers.mixer import RecurrentMixer, Streams
@@ -46,7 +47,7 @@ def takes(
         )
     if length != 1 or mixer.level_scale is not None:
         return False
-    return isinstance(memory, LinearDecodingState) and fused.fits_linear(memory.state)
+    return isinstance(memory, LinearState) and fused.fits_linear(memory.state)
 
 
 def convolve_and_gate(
@@ -65,7 +66,7 @@ def convolve_and_gate(
 def recur(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], state: RecurrentMixerState) -> Tensor:
     """o ``[B, T, H, V]`` of q, k ``[B, T, G, K]``, v ``[B, T, H, V]``; they are added to ``state``, except to its position."""
     memory = state.memory
-    if isinstance(memory, LinearDecodingState):
+    if isinstance(memory, LinearState):
         return fused.linear_step(q, k, v, gates["g"], gates["beta"], memory.state)
     assert isinstance(memory, DecodingState)
     if gates["beta"] is None:

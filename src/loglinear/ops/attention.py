@@ -1,8 +1,8 @@
 """The public functions: log-linear attention with a scalar gate, and with the delta rule.
 
 They check, normalise and dispatch. The algorithm is ``reference/chunkwise.py``; eager CPU calls run it directly (differentiable
-twice, with gradients through states). On CUDA a call runs the kernels where they fit, with states (``continued.py``,
-``segments.py``) or without (``forward.py``). Under ``torch.compile``, on fake and on meta tensors a call without states is one
+twice, with gradients through states). On CUDA a call runs the kernels where they fit, with states (``segments.py``)
+or without (``forward.py``). Under ``torch.compile``, on fake and on meta tensors a call without states is one
 operator, ``loglinear::attention``; under ``torch.vmap`` too (``transforms.py``).
 
 The view of a query, for 8 tokens (a number is a level, whose λ weights it; a bucket of equal numbers is one state):
@@ -24,9 +24,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from loglinear.ops import checks, continued, dispatch, pointwise, segments, transforms
+from loglinear.ops import checks, dispatch, pointwise, segments, transforms
 from loglinear.ops.dispatch import Backend, State
-from loglinear.ops.final_state import final_state
 from loglinear.ops.forward import forward, plain
 from loglinear.ops.inputs import Inputs
 
@@ -191,13 +190,10 @@ def _with_states(
     lengths = checks.sequence_lengths(inputs.q, cu_seqlens, cu_seqlens_cpu)
     checks.check_state(state, inputs, len(lengths))
     packed, unknown = cu_seqlens is not None, not checks.values_are_known(inputs.q)
-    tree = inputs.transition().by_log and not inputs.linear()
+    o, tree = None, inputs.transition().by_log and not inputs.linear()
     if tree and state is None and (unknown or dispatch.attention(inputs, backend)):
         o = forward(inputs, scale, cu_seqlens, backend=backend)
-        return o, final_state(inputs.k, inputs.v, inputs.g, lengths, packed)
-    if unknown or dispatch.from_state(inputs, state, backend):
-        if tree and not checks.transforming():
-            return continued.attend(inputs, scale, lengths, packed, state, output_final_state)
-        return segments.attend(inputs, scale, lengths, packed, state, output_final_state)
+    if o is not None or unknown or dispatch.from_state(inputs, state, backend):
+        return segments.attend(inputs, scale, lengths, packed, state, output_final_state, o)
     o, final = plain(inputs, scale, lengths, state)
     return o, final if output_final_state else None

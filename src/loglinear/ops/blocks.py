@@ -1,22 +1,24 @@
-"""BLOCKS: the op on spans of a longer sequence, with the earlier tokens kept apart. Plain torch around the op.
+"""BLOCKS: what a span of a longer sequence does, with the earlier tokens kept apart. Plain torch around the op.
 
-The module knows no kernel. A linear recurrence superposes, and queries can read its state. A *block* is a node of the whole
-sequence's tree, so the levels inside a block are the levels of a sequence that begins there:
+A linear recurrence superposes, and queries can read its state. A *block* is a node of the whole sequence's tree, so the levels
+inside a block are the levels of a sequence that begins there. The earlier tokens lie in the slots of a Fenwick counter, and
+each slot has one level for a whole block. Four verbs serve every call that goes on from a state or spreads over ranks:
 
-1. The op runs on the block as if nothing stood before it. K more queries behind its last token, the unit vectors, at λ = 1,
-   read the final state S of the block, row by row.
-2. The effect of the block on an earlier state is a log decay (scalar gate) or a matrix A (delta rule). To find A, the call
-   writes the K rows of the unit matrix before the first token and reads them after the last. The same call, which is linear
-   and has no other values, carries the queries to the start of the block.
-3. The earlier tokens lie in the slots of a Fenwick counter, and each slot has one level for a whole block:
-   ``o += λ[level] ∘ (q̃ S)``, q̃ the queries at the start of the block.
+* ``from_nothing``: o of the block as if nothing stood before it, and the state S that it leaves.
+* ``carried``: its queries as seen from its start, and its transition A.
+* ``read``: add what the queries find in the slots, ``o += λ[level] ∘ (q̃ S)``.
+* ``append``: the slots after the block. They age by A, S becomes the newest, and slots of one size merge.
 
-All three steps are differentiable. In 16 bits S and A are as exact as outputs are.
+A state is a pair (S, log) and a query a pair (rows, weight), as in ``reference/transition.py``. If A is a decay, S is one
+product of keys and values, and the queries need running sums alone. A matrix comes from the op itself: K more queries behind
+the last token, the unit vectors at λ = 1, read S row by row. A second call, which is linear and has no other values, writes the
+rows of the unit matrix before the first token, and carries the queries while the same K queries read A. In 16 bits S and A
+of such a block are as exact as outputs are. All four verbs are differentiable.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +30,36 @@ from loglinear.state import CHUNK_SIZE
 
 
 class Map(NamedTuple):
-    """A block's effect: ``S -> A S + S_c``. A is a log decay ``[B, H]`` or matrices ``[B, H, K, K]``, S_c ``[B, H, K, V]``."""
+    """A block's effect, ``S -> A S + S_c``.
 
-    transition: Any
-    state: Any
+    A is logs ``[B, H]`` or ``[B, H, K]``, or matrices ``[B, H, K, K]``; None where nothing stands before the block. S_c is
+    ``[B, H, K, V]``; None is zero.
+    """
+
+    transition: Tensor | None
+    state: Tensor | None
 
 
 class Slot(NamedTuple):
-    """A node of the tree as a later block sees it from its start: its chunks, and S ``[B, H, K, V]``."""
+    """A node of the tree as a later block sees it from its start: its chunks, and ``exp(log) state``.
+
+    state is ``[B, H, K, V]``, None for zero, and log ``[B, H]``, None for zero and wherever A is no single log.
+    """
 
     chunks: int
-    state: Tensor
+    state: Tensor | None
+    log: Tensor | None = None
+
+    def value(self) -> Tensor | None:
+        """``exp(log) state``."""
+        return self.state if self.state is None or self.log is None else self.log.exp()[..., None, None] * self.state
+
+
+class Query(NamedTuple):
+    """Queries at the start of a block, ``exp(weight) rows``: rows ``[B, T, G or H, K]``, weight ``[B, T, H]`` or None."""
+
+    rows: Tensor
+    weight: Tensor | None = None
 
 
 def running_sums(x: Tensor) -> Tensor:
@@ -50,39 +71,57 @@ def running_sums(x: Tensor) -> Tensor:
     return x.movedim(1, -1).cumsum(-1).movedim(-1, 1)
 
 
+def wide_dtype(inputs: Inputs) -> torch.dtype:
+    """Dtype of sums and logs: float32, or float64 for float64 inputs."""
+    return torch.promote_types(inputs.v.dtype, torch.float32)
+
+
 def _unit_rows(x: Tensor) -> Tensor:
     """``[B, K, heads, K]`` of the dtype and device of x ``[B, T, heads, K]``: token i is unit vector i in every head."""
     batch, _, heads, width = x.shape
     return torch.eye(width, dtype=x.dtype, device=x.device)[:, None].expand(batch, -1, heads, -1)
 
 
-def from_nothing(inputs: Inputs, with_state: bool) -> tuple[Tensor, Tensor | None]:
-    """o ``[B, T, H, V]`` with nothing before the block, and the state ``[B, H, K, V]`` after it (None unless asked for)."""
-    if not with_state:
-        return forward(inputs), None
-    length, width = inputs.q.shape[1], inputs.q.shape[3]
-    o = forward(inputs.extended(0, width, q=torch.cat([inputs.q, _unit_rows(inputs.q)], 1)))
-    o, rows = o.split([length, width], 1)
-    return o, rows.transpose(1, 2)
+def from_nothing(inputs: Inputs, with_state: bool, o: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """o ``[B, T, H, V]`` with nothing before the block, and the state ``[B, H, K, V]`` after it (None unless asked for).
 
-
-def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
-    """The queries as seen from the start of the block, and its transition. A block with nothing before it needs neither.
-
-    By ``transition.span``: "log", log weights ``[B, T, H]`` of the queries and a log decay ``[B, H]``; "logs", queries
-    ``[B, T, H, K]`` and log decays ``[B, H, K]``; "matrix", queries ``[B, T, H, K]`` and matrices ``[B, H, K, K]``.
+    An o that is known already is given, unless A is a matrix.
     """
-    q, k, v, g, beta, _ = inputs
-    wide = torch.promote_types(v.dtype, torch.float32)
+    if with_state and inputs.transition().span == "matrix":
+        assert o is None
+        length, width = inputs.q.shape[1], inputs.q.shape[3]
+        both = forward(inputs.extended(0, width, q=torch.cat([inputs.q, _unit_rows(inputs.q)], 1)))
+        o, rows = both.split([length, width], 1)
+        return o, rows.transpose(1, 2)
+    return forward(inputs) if o is None else o, _written(inputs) if with_state else None
+
+
+def _written(inputs: Inputs) -> Tensor:
+    """What the tokens write, as it has decayed at the end of the block: one product of keys and values."""
+    k, v, g, wide = inputs.k, inputs.v, inputs.g, wide_dtype(inputs)
     assert g is not None
-    if not needed:
-        return q, None
-    span, since = inputs.transition().span, running_sums(g.to(wide))
-    if span == "log":
-        return since, since[:, -1]
-    if span == "logs":
+    # Sums, no differences: g may be -inf.
+    later = running_sums(F.pad(g[:, 1:], (*(0, 0) * (g.dim() - 2), 0, 1)).flip(1)).flip(1).exp()
+    keys, values = k.to(wide), v.to(wide)
+    if inputs.transition().per_channel:
+        keys = keys.repeat_interleave(v.shape[2] // k.shape[2], 2) * later
+    else:
+        values = values * later.unsqueeze(-1)
+    by_group = values.unflatten(2, (keys.shape[2], -1))
+    return torch.einsum("btgk,btghv->bghkv", keys, by_group).flatten(1, 2)
+
+
+def carried(inputs: Inputs) -> tuple[Query, Tensor]:
+    """The queries of a block as seen from its start, and its transition A."""
+    q, k, v, g, beta, _ = inputs
+    assert g is not None
+    span = inputs.transition().span
+    if span != "matrix":
+        since = running_sums(g)
+        if span == "log":
+            return Query(q, since), g.sum(1)
         rows = q.repeat_interleave(v.shape[2] // q.shape[2], 2)
-        return (rows * since.exp()).to(v.dtype), since[:, -1]
+        return Query((rows * since.exp()).to(v.dtype)), g.sum(1)
     assert beta is not None
     width, heads, rows = q.shape[3], v.shape[2], _unit_rows(q)
     writes = _unit_rows(q[:, :, :1]).expand(-1, -1, heads, -1)
@@ -95,42 +134,53 @@ def carried(inputs: Inputs, needed: bool) -> tuple[Tensor, Tensor | None]:
         beta=F.pad(F.pad(beta, (0, 0, width, 0), value=1.0), (0, 0, 0, width)),
     )
     _, query, transition = forward(seen).split([width, q.shape[1], width], 1)
-    return query, transition.transpose(1, 2)
+    return Query(query), transition.transpose(1, 2)
 
 
-def act(transition: Tensor, state: Tensor) -> Tensor:
-    """A S, for logs ``[B, H]`` or ``[B, H, K]`` or matrices ``[B, H, K, K]``, in the wider of both dtypes."""
-    if transition.dim() < 4:
-        logs = transition.unsqueeze(-1) if transition.dim() == 2 else transition
-        return logs.exp().unsqueeze(-1) * state
-    wide = torch.promote_types(transition.dtype, state.dtype)
-    return transition.to(wide) @ state.to(wide)
+def read(o: Tensor, query: Query, inputs: Inputs, slots: list[Slot], scale: float = 1.0) -> Tensor:
+    """The sum of o and what the queries, times ``scale``, find in the slots; in the dtype of o, and summed in float32."""
+    live = [slot for slot in slots if slot.state is not None]
+    if not live:
+        return o
+    wide, scales = wide_dtype(inputs), inputs.level_scales
+    rows, total = query.rows.transpose(1, 2), o.to(wide)
+    for chunks, state, log in live:
+        assert state is not None
+        by_group = state.to(rows.dtype).unflatten(1, (rows.shape[1], -1)).transpose(2, 3)  # [B, R, K, H/R, V]
+        found = rows @ by_group.flatten(3)
+        found = found.unflatten(3, by_group.shape[3:]).permute(0, 2, 1, 3, 4).flatten(2, 3).to(wide)
+        weight = query.weight
+        if weight is not None:
+            weight = (weight if log is None else weight + log.unsqueeze(1)).exp()
+        if scales is not None:
+            level = (chunks * CHUNK_SIZE).bit_length()  # 1 + log2 of its tokens
+            factor = scales[..., min(level, scales.shape[3] - 1)].to(wide)
+            weight = factor if weight is None else factor * weight
+        if weight is None:
+            total = torch.add(total, found, alpha=scale)
+        else:
+            total = torch.addcmul(total, found, weight.unsqueeze(3), value=scale)
+    return total.to(o.dtype)
 
 
 def append(slots: list[Slot], map_: Map, chunks: int, linear: bool) -> list[Slot]:
     """The slots after a block of that many chunks: the linear model has one, a tree one for each bit of its chunks."""
-    slots = [*(Slot(slot.chunks, act(map_.transition, slot.state)) for slot in slots), Slot(chunks, map_.state)]
+    slots = [*(_aged(slot, map_.transition) for slot in slots), Slot(chunks, map_.state)]
     while len(slots) > 1 and (linear or slots[-2].chunks == slots[-1].chunks):
         late, early = slots.pop(), slots.pop()
-        slots.append(Slot(early.chunks + late.chunks, early.state + late.state))
+        states = [x for x in (early.value(), late.value()) if x is not None]
+        slots.append(Slot(early.chunks + late.chunks, sum(states[1:], states[0]) if states else None))
     return slots
 
 
-def read(o: Tensor, query: Tensor, inputs: Inputs, slots: list[Slot]) -> Tensor:
-    """The sum of o and the reads of the queries from the slots; ``query`` is the first result of ``carried``."""
-    for slot in slots:
-        state = slot.state.to(o.dtype)
-        if query.dim() == 3:
-            groups, heads = inputs.q.shape[2], o.shape[2]
-            by_group = state.unflatten(1, (groups, heads // groups)).transpose(2, 3).flatten(3)  # [B, G, K, H/G V]
-            found = inputs.q.transpose(1, 2) @ by_group
-            found = found.unflatten(3, (heads // groups, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-            weight = query.exp()
-        else:
-            found, weight = (query.transpose(1, 2) @ state).transpose(1, 2), None
-        if inputs.level_scales is not None:
-            level = (slot.chunks * CHUNK_SIZE).bit_length()  # 1 + log2 of its tokens
-            scales = inputs.level_scales[..., min(level, inputs.level_scales.shape[3] - 1)]
-            weight = scales if weight is None else scales * weight
-        o = o + found if weight is None else torch.addcmul(o, found, weight.to(o.dtype).unsqueeze(3))
-    return o
+def _aged(slot: Slot, transition: Tensor | None) -> Slot:
+    """The slot after one more block: one log for all of it is kept beside it, other transitions act on it."""
+    if slot.state is None:
+        return slot
+    assert transition is not None
+    if transition.dim() == 2:
+        return slot._replace(log=transition if slot.log is None else slot.log + transition)
+    if transition.dim() == 3:
+        return slot._replace(state=transition.exp().unsqueeze(-1) * slot.state)
+    wide = torch.promote_types(transition.dtype, slot.state.dtype)
+    return slot._replace(state=transition.to(wide) @ slot.state.to(wide))

@@ -79,7 +79,7 @@ def check_kinds(inputs: Inputs) -> None:
     if width < 1 or v.shape[3] < 1:
         raise ValueError(f"q, k and v must have widths of at least 1: got K={width}, V={v.shape[3]}")
     if inputs.g is not None:
-        _shape("g", inputs.g, *_gate_shape(inputs, batch, length, "B, T, H"))
+        _shape("g", inputs.g, *_gate_shape(inputs, (batch, length, heads), "B, T, H"))
     if inputs.beta is not None:
         _shape("beta", inputs.beta, "[B, T, H]", (batch, length, heads))
     if level_scales is not None:
@@ -94,12 +94,11 @@ def check_kinds(inputs: Inputs) -> None:
             raise TypeError(f"{name} must have the dtype of q ({q.dtype}): got {tensor.dtype}")
 
 
-def _gate_shape(inputs: Inputs, rows: int, length: int, axes: str) -> tuple[str, tuple[int, ...]]:
+def _gate_shape(inputs: Inputs, sizes: tuple[int, ...], axes: str) -> tuple[str, tuple[int, ...]]:
     """The axes of a gate, in words and in numbers: with one value for each head, or for each key channel of it."""
-    heads, width = inputs.v.shape[2], inputs.q.shape[3]
     if inputs.transition().per_channel:
-        return f"[{axes}, K]", (rows, length, heads, width)
-    return f"[{axes}] (or [{axes}, K])", (rows, length, heads)
+        return f"[{axes}, K]", (*sizes, inputs.q.shape[3])
+    return f"[{axes}] (or [{axes}, K])", sizes
 
 
 def check_scale(scale: float | None) -> float:
@@ -189,21 +188,21 @@ def check_state(state: LogLinearState | LinearState | None, inputs: Inputs, rows
         return
     size = state.chunk_size
     check_chunk_size("initial_state.chunk_size", size)
-    _shape("initial_state.entries", state.entries, "[B, M, H, K, V]", (rows, None, heads, width, value_width))
+    _shape("initial_state.entries", state.entries, "[B, H, M, K, V]", (rows, heads, None, width, value_width))
     slots = int(state.position.max() // size).bit_length() if rows and state.device.type == "cpu" else 0
-    if state.entries.shape[1] < slots:
+    if state.entries.shape[2] < slots:
         raise ValueError(
             f"initial_state.entries must have M >= {slots} slots for position {int(state.position.max())}: "
-            f"got M={state.entries.shape[1]}"
+            f"got M={state.entries.shape[2]}"
         )
-    _shape("initial_state.decay", state.decay, "[B, M, H]", (rows, state.entries.shape[1], heads))
-    _shape("initial_state.open_k", state.open_k, "[B, C, G, K]", (rows, size, groups, width))
-    _shape("initial_state.open_v", state.open_v, "[B, C, H, V]", (rows, size, heads, value_width))
+    _shape("initial_state.decay", state.decay, "[B, H, M]", (rows, heads, state.entries.shape[2]))
+    _shape("initial_state.open_k", state.open_k, "[B, G, C, K]", (rows, groups, size, width))
+    _shape("initial_state.open_v", state.open_v, "[B, H, C, V]", (rows, heads, size, value_width))
     made_by = state.transition
     if made_by != transition:
         raise ValueError(
             f"initial_state must come from the same op and kind of gate, {transition.name}: got a state of the {made_by.name}"
         )
-    _shape("initial_state.open_g", state.open_g, *_gate_shape(inputs, rows, size, "B, C, H"))
+    _shape("initial_state.open_g", state.open_g, *_gate_shape(inputs, (rows, heads, size), "B, H, C"))
     if state.open_beta is not None:
-        _shape("initial_state.open_beta", state.open_beta, "[B, C, H]", (rows, size, heads))
+        _shape("initial_state.open_beta", state.open_beta, "[B, H, C]", (rows, heads, size))

@@ -1,25 +1,39 @@
-"""SEGMENTS: the delta rule and the linear models from a state, to a state, or both, on the kernels: whole prefill or parts.
+"""SEGMENTS: both ops from a state, to a state, or both: whole prefill or parts of it, training over segments.
 
-A segment is cut into blocks of its sequence's tree (``blocks.py``). The state before it gives the first slots of the Fenwick
-counter, and the counter at the end gives the state after it. The next segment sees the tokens of an open chunk again as its
-first tokens. Differentiable through both states. The scalar gate's tree has a shorter way
-(``continued.py``, ``final_state.py``).
+The *stream* of a sequence is the tokens of its open chunk, which ask nothing, and behind them the new tokens. It is cut into
+blocks of the whole sequence's tree. A Fenwick counter begins with the slots of the state, walks over the blocks with the verbs
+of ``blocks.py``, and ends as the slots of the final state. Differentiable through both states.
+
+The transitions differ in one point. Kernels of the scalar gate take the place of a sequence in a longer one: one call makes o
+of all streams, so no query reads a block of its own stream again, and a second counter holds what stands before the stream.
+Kernels of the delta rule begin at a tree's first chunk, and its queries pass through matrices: each block is a call of its
+own, or two if slots stand before it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.fenwick import aligned_blocks
-from loglinear.ops.blocks import Map, Slot, append, carried, from_nothing, read
+from loglinear.ops import checks, dispatch
+from loglinear.ops.blocks import Map, Query, Slot, append, carried, from_nothing, read, wide_dtype
 from loglinear.ops.dispatch import State
+from loglinear.ops.forward import by_kernels
 from loglinear.ops.inputs import Inputs
-from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
+from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState, joined
+
+
+class _Walk(NamedTuple):
+    """The end of a walk over the blocks of rows at one position: o, slots, and the tokens of the open chunk."""
+
+    o: Tensor
+    slots: list[Slot]
+    opened: Inputs
 
 
 def attend(
@@ -29,90 +43,111 @@ def attend(
     packed: bool,
     state: State | None,
     output_final_state: bool,
+    o: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
     """(o, final state) of either op; arguments as there, ``lengths`` of each sequence.
 
-    Waits for the device once, for the positions of a tree's state.
+    o: of these tokens alone, if it is known; not with a state. Waits for the device once, for the positions of a tree's state.
     """
-    q, v = inputs.q, inputs.v
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide, v = wide_dtype(inputs), inputs.v
     gate = v.new_zeros(v.shape[:3], dtype=wide) if inputs.g is None else inputs.g.to(wide)
-    whole = inputs._replace(q=q if scale == 1.0 else q * scale, g=gate)
-    positions = state.position.tolist() if isinstance(state, LogLinearState) else [0] * len(lengths)
-    if packed:
-        pieces = [(slice(i, i + 1), slice(a, b)) for i, (a, b) in enumerate(pairwise(accumulate(lengths, initial=0)))]
-    elif len(set(positions)) > 1:
-        pieces = [(slice(i, i + 1), slice(None)) for i in range(len(lengths))]
+    tree = state if isinstance(state, LogLinearState) else None
+    assert tree is None or tree.chunk_size == CHUNK_SIZE
+    positions = [0] * len(lengths) if tree is None else tree.position.tolist()
+    used = [position % CHUNK_SIZE for position in positions]
+    alike = len(set(positions)) < 2 and (not packed or len(lengths) < 2)
+    stream = _stream(inputs._replace(g=gate), tree, lengths, used, alike)
+    if o is None and tree is not None and inputs.transition().by_log and not checks.transforming():
+        o = _at_once(stream, scale, lengths, tree, positions) if dispatch.attention(inputs) else None
+    if o is None and scale != 1.0:
+        stream, scale = stream._replace(q=stream.q * scale), 1.0
+
+    if alike:
+        pieces = [(slice(len(lengths)), slice(None))]
     else:
-        pieces = [(slice(None), slice(None))]
+        bounds = pairwise(accumulate((a + b for a, b in zip(used, lengths)), initial=0))
+        pieces = [(slice(i, i + 1), slice(a, b)) for i, (a, b) in enumerate(bounds)]
     outputs, finals = [], []
     for rows, tokens in pieces:
-        own = slice(0, 1) if packed else rows
+        own = rows if alike else slice(None)
         before = None if state is None else state._map(lambda x, rows=rows: x[rows])
-        o, final = _segment(whole.part(own, tokens), before, positions[rows][0] if positions else 0, output_final_state)
-        outputs.append(o)
-        finals.append(final)
-    o = torch.cat(outputs, 1 if packed else 0) if outputs else torch.empty_like(v)
-    if not output_final_state:
-        return o, None
-    return o, _joined([final for final in finals if final is not None], whole)
+        position, new = (positions[rows] or [0])[0], (lengths[rows] or (0,))[0]
+        walk = _walk(
+            stream.part(own, tokens), None if o is None else o[own, tokens], _slots_of(before, position),
+            position // CHUNK_SIZE, output_final_state, scale,
+        )  # fmt: skip
+        outputs.append(walk.o[:, walk.o.shape[1] - new :])
+        if output_final_state:
+            seen = torch.full((len(positions[rows]),), position + new, dtype=torch.int64, device=v.device)
+            finals.append(_state_of(walk, seen if before is None else before.position + new))
+    out = outputs[0] if alike else torch.cat([x.flatten(0, 1) for x in outputs])
+    return out.reshape(v.shape), joined(finals) if output_final_state else None
 
 
-@dataclass(frozen=True)
-class _Final:
-    """The final state of rows at one position: ``position [B]``, slots, and for a tree the tokens of the open chunk."""
+def _stream(
+    whole: Inputs, state: LogLinearState | None, lengths: tuple[int, ...], used: list[int], alike: bool
+) -> Inputs:
+    """The streams as rows if they are alike, else one behind the other in a single row."""
+    old: dict[str, Tensor | None] = {}
+    if state is not None:
+        old = {"k": state.open_k, "v": state.open_v, "g": state.open_g, "beta": state.open_beta}  # [n, heads, C, ...]
 
-    position: Tensor
-    slots: list[Slot]
-    opened: Inputs
+    def extended(name: str, x: Tensor | None) -> Tensor | None:
+        if x is None or (alike and not any(used)):
+            return x
+        flat, opened = x.reshape(1, -1, *x.shape[2:]), old.get(name)
+        if any(used):
+            parts = []
+            for row, (count, new) in enumerate(zip(used, flat.split(lengths, 1))):
+                before = (
+                    new.new_zeros(1, count, *new.shape[2:])
+                    if opened is None
+                    else opened[row : row + 1, :, :count].transpose(1, 2)
+                )
+                parts += [before.to(new.dtype), new]
+            flat = torch.cat(parts, 1)
+        return flat.reshape(len(lengths), -1, *x.shape[2:]) if alike else flat
+
+    return Inputs(*(extended(name, x) for name, x in zip(whole._fields, whole)))  # type: ignore[arg-type]
 
 
-def _segment(inputs: Inputs, state: State | None, position: int, with_state: bool) -> tuple[Tensor, _Final | None]:
-    """o of the tokens of ``inputs``, all rows after ``position`` tokens of ``state``, and the final state."""
-    assert not isinstance(state, LogLinearState) or state.chunk_size == CHUNK_SIZE
-    batch, length = inputs.q.shape[:2]
-    linear = inputs.linear()
-    used = 0 if linear else position % CHUNK_SIZE
-    if isinstance(state, LogLinearState) and used:
-        inputs = _after_open_tokens(inputs, state, used)
-    slots = _slots_of(state, position)
-    total = inputs.q.shape[1]
-    first = position // CHUNK_SIZE
-    closed = 0 if linear else total // CHUNK_SIZE
-    blocks = [(len(block) * CHUNK_SIZE, len(block)) for block in aligned_blocks(first, first + closed)]
-    if total > closed * CHUNK_SIZE:
-        blocks.append((total - closed * CHUNK_SIZE, 0))
-    outputs, start = [inputs.v[:, :0]], 0
-    for tokens, chunks in blocks:
+def _at_once(
+    stream: Inputs, scale: float, lengths: tuple[int, ...], state: LogLinearState, positions: list[int]
+) -> Tensor:
+    """o of all streams with nothing before them, in the chunks and levels of the whole sequences."""
+    sizes = [position % CHUNK_SIZE + length for position, length in zip(positions, lengths)]
+    bounds = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(stream.v.device, non_blocking=True)
+    # Kernels are compiled for a depth of the tree: a power of two is the same depth for many positions.
+    reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
+    flat = Inputs(*(None if x is None else x.reshape(1, -1, *x.shape[2:]) for x in stream))  # type: ignore[arg-type]
+    return by_kernels(flat, scale, bounds, state.position // CHUNK_SIZE, reach).reshape(stream.v.shape)
+
+
+def _walk(inputs: Inputs, o: Tensor | None, slots: list[Slot], first: int, with_state: bool, scale: float) -> _Walk:
+    """Over the blocks of streams that begin with chunk ``first``, whose ``slots`` stand before them.
+
+    o: of the streams with nothing before them, if it is known. The slots at the end have a meaning only ``with_state``.
+    """
+    total, linear, known = inputs.q.shape[1], inputs.linear(), o is not None
+    closed = 0 if linear else total // CHUNK_SIZE * CHUNK_SIZE
+    blocks = [(len(block) * CHUNK_SIZE, len(block)) for block in aligned_blocks(first, first + closed // CHUNK_SIZE)]
+    if total > closed:
+        blocks.append((total - closed, 0))
+    before = slots if known else []  # what stands before the stream, in the counter's slots
+    outputs, start, reads = [inputs.v[:, :0]], 0, bool(before) or not known
+    for tokens, chunks in blocks if reads or with_state else []:
         block = inputs.part(slice(None), slice(start, start + tokens))
+        alone = None if o is None else o[:, start : start + tokens]
         start += tokens
         # The state after the last closed chunk may be wanted by the open one, or by the caller.
-        leaves = with_state if linear else chunks > 0 and (with_state or start < total)
-        o, after = from_nothing(block, leaves)
-        query, transition = carried(block, bool(slots))
-        outputs.append(read(o, query, block, slots))
-        if leaves:
-            slots = append(slots, Map(transition, after), chunks, linear)
-    o = torch.cat(outputs, 1)[:, used:]
-    if not with_state:
-        return o, None
-    seen = state.position + length if state is not None else o.new_full((batch,), length, dtype=torch.int64)
-    return o, _Final(seen, slots, inputs.part(slice(None), slice(closed * CHUNK_SIZE, total)))
-
-
-def _after_open_tokens(inputs: Inputs, state: LogLinearState, used: int) -> Inputs:
-    """The tokens of the open chunk, which ask nothing, and behind them the tokens of ``inputs``."""
-    old = {"k": state.open_k, "v": state.open_v, "g": state.open_g, "beta": state.open_beta}
-
-    def joined(name: str, x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        before = old.get(name)
-        if before is None:
-            return F.pad(x, (*(0, 0) * (x.dim() - 2), used, 0))
-        return torch.cat([before[:, :used].to(x.dtype), x], 1)
-
-    return Inputs(*(joined(name, x) for name, x in zip(inputs._fields, inputs)))  # type: ignore[arg-type]
+        leaves = with_state if linear else chunks > 0 and (with_state or (not known and start < total))
+        alone, state = from_nothing(block, leaves, alone)
+        query, transition = carried(block) if slots or before else (Query(block.q), None)
+        outputs.append(read(alone, query, block, before if known else slots, scale))
+        slots = append(slots, Map(transition, state), chunks, linear) if leaves else slots
+        before = append(before, Map(transition, None), chunks, linear) if before and chunks else before
+    out = torch.cat(outputs, 1) if o is None or reads else o
+    return _Walk(out, slots, inputs.part(slice(None), slice(closed, total)))
 
 
 def _slots_of(state: State | None, position: int) -> list[Slot]:
@@ -123,44 +158,32 @@ def _slots_of(state: State | None, position: int) -> list[Slot]:
         return [Slot(0, state.state)]
     chunks = position // CHUNK_SIZE
     live = [m for m in reversed(range(chunks.bit_length())) if chunks >> m & 1]
-    return [Slot(1 << m, state.entries[:, m] * state.decay[:, m].exp()[..., None, None]) for m in live]
+    slots = [Slot(1 << m, state.entries[:, :, m], state.decay[:, :, m]) for m in live]
+    return slots if state.transition.by_log else [Slot(slot.chunks, slot.value()) for slot in slots]
 
 
-def _joined(finals: list[_Final], whole: Inputs) -> State:
-    """One state of the rows of all."""
-    (_, _, heads, value_width), width = whole.v.shape, whole.k.shape[3]
-    wide = torch.promote_types(whole.v.dtype, torch.float32)
-    nothing = whole.v.new_zeros(0, heads, width, value_width, dtype=wide)
-    position = (
-        torch.cat([final.position for final in finals])
-        if finals
-        else torch.zeros(0, dtype=torch.int64, device=whole.v.device)
-    )
-    if whole.linear():
-        rows = [
-            final.slots[0].state.to(wide) if final.slots else nothing.new_zeros(len(final.position), *nothing.shape[1:])
-            for final in finals
-        ]
-        return LinearState(position, torch.cat([nothing, *rows]))
-    most = max((slot.chunks.bit_length() for final in finals for slot in final.slots), default=0)
-    entries = []
-    for final in finals:
-        held = {slot.chunks: slot.state.to(wide) for slot in final.slots}
-        dead = nothing.new_zeros(len(final.position), *nothing.shape[1:])
-        slots = [held.get(1 << m, dead) for m in range(most)]
-        entries.append(torch.stack(slots, 1) if slots else dead.unsqueeze(1)[:, :0])
+def _state_of(walk: _Walk, position: Tensor) -> State:
+    """The state at the end of a walk."""
+    opened, wide = walk.opened, wide_dtype(walk.opened)
+    (rows, _, heads, value_width), width = opened.v.shape, opened.k.shape[3]
+    held = {slot.chunks: slot for slot in walk.slots}
+    nothing = opened.v.new_zeros(rows, heads, width, value_width, dtype=wide)
+    if opened.linear():
+        return LinearState(
+            position, next((x.state.to(wide, copy=True) for x in walk.slots if x.state is not None), nothing)
+        )
+    slots = [held.get(1 << m, Slot(1 << m, nothing)) for m in range(max(held, default=0).bit_length())]
+    entries = [slot.state.to(wide).unsqueeze(2) for slot in slots if slot.state is not None]
+    logs = [nothing.new_zeros(rows, heads) if slot.log is None else slot.log.to(wide) for slot in slots]
 
-    def opened(name: str) -> Tensor | None:
-        parts = [getattr(final.opened, name) for final in finals]
-        if any(part is None for part in parts) or getattr(whole, name) is None:
+    def padded(x: Tensor | None) -> Tensor | None:
+        if x is None:
             return None
-        like = getattr(whole, name)
-        padded = [F.pad(part.to(wide), (*(0, 0) * (part.dim() - 2), 0, CHUNK_SIZE - part.shape[1])) for part in parts]
-        return torch.cat([like.new_zeros(0, CHUNK_SIZE, *like.shape[2:], dtype=wide), *padded])
+        return F.pad(x.to(wide).transpose(1, 2), (*(0, 0) * (x.dim() - 3), 0, CHUNK_SIZE - x.shape[1]))
 
     return LogLinearState(
         position,
-        torch.cat([nothing.new_zeros(0, most, *nothing.shape[1:]), *entries]),
-        nothing.new_zeros(len(position), most, heads),
-        *(opened(name) for name in ("k", "v", "g", "beta")),  # type: ignore[arg-type]
+        torch.cat([nothing.unsqueeze(2)[:, :, :0], *entries], 2),
+        torch.stack(logs, 2) if logs else nothing.new_zeros(rows, heads, 0),
+        *(padded(x) for x in (opened.k, opened.v, opened.g, opened.beta)),  # type: ignore[arg-type]
     )

@@ -58,7 +58,7 @@ def chunkwise(
         positions = (0,) * len(lengths) if state is None else tuple(state.position.tolist())
     tree = state if isinstance(state, LogLinearState) else None
     chunk_size = tree.chunk_size if tree is not None else chunk_size
-    num_slots = tree.entries.shape[1] if tree is not None else 0
+    num_slots = tree.entries.shape[2] if tree is not None else 0
     # A linear model has no tree to align with: its chunks start where its new tokens do.
     layout = build_layout(
         lengths, (0,) * len(lengths) if linear else positions, num_slots, chunk_size, q.device, linear
@@ -71,7 +71,7 @@ def chunkwise(
             return flat.reshape(layout.num_chunks, chunk_size, *x.shape[2:])
         places = flat.new_zeros(layout.num_chunks * chunk_size, *x.shape[2:]).index_copy(0, layout.place, flat)
         if opened is not None:
-            live = opened.reshape(-1, *x.shape[2:]).index_select(0, layout.open_from)
+            live = opened.transpose(1, 2).reshape(-1, *x.shape[2:]).index_select(0, layout.open_from)
             places = places.index_copy(0, layout.open_place, live.to(places.dtype))
         return places.reshape(layout.num_chunks, chunk_size, *x.shape[2:])
 
@@ -96,7 +96,7 @@ def chunkwise(
         out, entries, decay = _tree(span, value, scales, transition, layout, tree)
         open_k, open_v, open_g = (_open_tokens(x, layout) for x in given)
         rate = None if beta_given is None else _open_tokens(beta_given, layout)
-        entries = spoil(entries, spoiled_slots)
+        entries = spoil(entries, spoiled_slots.mT)
         final = LogLinearState(layout.position.clone(), entries, decay, open_k, open_v, open_g, rate, chunk_size)
     out = spoil(out.transpose(1, 2), spoiled).flatten(0, 1)
     out = out if layout.regular else out.index_select(0, layout.place)
@@ -104,9 +104,9 @@ def chunkwise(
 
 
 def _open_tokens(x: Tensor, layout: Layout) -> Tensor:
-    """``[N, C, ...]`` -> ``[S, C, ...]``: the tokens of the chunk that stays open, zeros where there are none yet."""
+    """``[N, C, heads, ...]`` -> ``[S, heads, C, ...]``: the tokens of the open chunk, zeros where there are none yet."""
     dead = ~layout.open_live.reshape(*layout.open_live.shape, *(1,) * (x.dim() - 2))
-    return x.index_select(0, layout.open_chunk).masked_fill(dead, 0.0)  # 0 · (-inf) would be NaN
+    return x.index_select(0, layout.open_chunk).masked_fill(dead, 0.0).transpose(1, 2)  # 0 · (-inf) would be NaN
 
 
 def _chunk_mask(scales: Tensor) -> Tensor:
@@ -127,10 +127,10 @@ def _tree(
     chunk_level = (scales.shape[2] - 1).bit_length() + 1  # the first level that lies outside a chunk
     states, maps, decay = span.state, span.transition, torch.zeros_like(span.state[..., 0, 0])
     if state is not None:
-        before = state.entries.flatten(0, 1).to(states.dtype)
+        before = state.entries.transpose(1, 2).flatten(0, 1).to(states.dtype)
         states = torch.cat([states, before])
         maps = torch.cat([maps, transition.identity(before)])
-        decay = torch.cat([decay, state.decay.flatten(0, 1).to(decay.dtype)])
+        decay = torch.cat([decay, state.decay.mT.flatten(0, 1).to(decay.dtype)])
 
     for entry, earlier in layout.builds:
         a = maps.index_select(0, entry)
@@ -158,7 +158,8 @@ def _final(
 ) -> tuple[Tensor, Tensor]:
     """Entries and log decays of the state: what is on the path of the open chunk, seen from the start of that chunk.
 
-    A scalar gate only adds to the log decay of an entry; the other transitions carry the entry itself.
+    ``[S, H, M, K, V]`` and ``[S, H, M]``. A scalar gate only adds to the log decay of an entry; the other transitions carry the
+    entry itself.
     """
     count = layout.position.shape[0]
     head = states.shape[1:]
@@ -174,7 +175,7 @@ def _final(
         entries = entries.index_put((sequence, slot), state if lazy else transition.act(after, state, log))
         logs = logs.index_put((sequence, slot), log + after) if lazy else logs
         carried = carried.index_copy(0, sequence, transition.compose(after, maps.index_select(0, entry)))
-    return entries, logs
+    return entries.transpose(1, 2), logs.mT
 
 
 def _linear(

@@ -15,7 +15,7 @@ from loglinear.ops import dispatch
 from loglinear.ops.forward import plain as run_plain
 from loglinear.ops.inputs import Inputs
 from loglinear.reference.chunkwise import chunkwise
-from loglinear.state import CHUNK_SIZE, LogLinearState
+from loglinear.state import CHUNK_SIZE, joined
 
 T, MORE = (70, 3) if INTERPRETED else (1000, 70)
 
@@ -78,11 +78,7 @@ def test_many_tokens_after_a_state(device, packed):
     size = [a + b for a, b in zip(before, after)]
     rows = [make(device, n, seed) for seed, n in enumerate(size)]
     states = [chunkwise(*(x[:, :n].double() for x in row))[1] for row, n in zip(rows, before)]
-    slots = max(x.entries.shape[1] for x in states)
-    whole = LogLinearState(
-        *(torch.cat([grown(getattr(x, name), slots) for x in states]) for name in ("position", "entries", "decay")),
-        *(torch.cat([getattr(x, name) for x in states]) for name in ("open_k", "open_v", "open_g")),
-    )
+    whole = joined(states)
     new = [[x[:, n:] for x in row] for row, n in zip(rows, before)]
     inputs = [torch.cat(parts, 1 if packed else 0).requires_grad_() for parts in zip(*new)]
     bounds = torch.tensor([0, *after], device=device).cumsum(0) if packed else None
@@ -187,8 +183,3 @@ def test_prefill_in_two_parts(device, delta, linear, dtype):
     for ours, theirs, exact in zip(got, rounded, want):
         error, bar = (((y.double() - exact).norm() / exact.norm()).item() for y in (ours, theirs))
         assert error <= (1e-5 if dtype == torch.float32 else max(2 * bar, 8e-3))
-
-
-def grown(x, slots):
-    """x ``[1]`` or ``[1, M, ...]`` with that many slots."""
-    return x if x.dim() == 1 else torch.cat([x, x.new_zeros(1, slots - x.shape[1], *x.shape[2:])], 1)
