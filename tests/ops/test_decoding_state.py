@@ -6,9 +6,11 @@ import pytest
 import torch
 from calls import C, inputs, rows, tokens
 from test_step import assert_states_equal, empty, full, poisoned, prefilled, relative, steps
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
-from loglinear import DecodingState, LinearState
-from loglinear.layers import KVState, LogLinearMamba2, RecurrentMixerState
+from loglinear import DecodingState, LinearState, decoding_state
+from loglinear.layers import KVState, LogLinearMamba2, RecurrentMixerState, recurrence
 
 GATES = ("scalar", "delta")
 LENGTHS = (0, C - 1, 3 * C + 5)
@@ -326,3 +328,49 @@ def test_what_is_no_state_is_not_loaded(case, state, tmp_path):
 def test_a_missing_file_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         DecodingState.load(tmp_path / "none.pt")
+
+
+class Written(TorchDispatchMode):
+    """Counts the bytes that operations write; views write nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns):
+            self.bytes += sum(x.nbytes for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+def test_a_long_call_in_place_copies_the_state_at_most_once(gate, monkeypatch):
+    """Around the op, which reads the buffers, and the delta rule's inverse, which is no copy: each number is written once.
+
+    Of what exists twice the op gets a copy of the half that is live.
+    """
+    x = inputs(gate, B=2, T=4 * C + 9, H=2, G=1, K=32, V=32, dtype=torch.float32)
+    state = prefilled(x, C + 7)
+    x = tokens(x, C + 7, 4 * C + 9)
+    want_o, want = full(x, initial_state=state.to_state())
+    given, before, solve = [], addresses(state), decoding_state._solve
+
+    def op(initial_state, **kwargs):
+        given.append(initial_state.entries.data_ptr())
+        return want_o, want
+
+    def inverse(*args):
+        with _disable_current_modes():
+            return solve(*args)
+
+    monkeypatch.setattr(recurrence, "attend", op)
+    monkeypatch.setattr(decoding_state, "_solve", inverse)
+    scales = x.pop("level_scales")
+    with torch.no_grad(), Written() as written:
+        o = recurrence._mix_in_place(x, scales, state, None, None, False)
+    assert o is want_o
+    assert given == [state.entries.data_ptr()]
+    assert addresses(state) == before
+    halves = [x for x in (state.open_k, state.open_g, state.open_solve, state.decay) if x is not None]
+    assert written.bytes < 1.01 * (state.nbytes + sum(x.nbytes for x in halves) / 2)
+    assert_states_equal(state.to_state(), want, 1e-6)

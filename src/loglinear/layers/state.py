@@ -198,9 +198,9 @@ def writable(state: MixerState) -> bool:
     return torch.is_inference_mode_enabled() or not state.position.is_inference()
 
 
-def same_buffers(one: MixerState, other: MixerState) -> bool:
-    """Whether two states for decoding have tensors of the same shapes and dtypes, on the same devices, ``one`` writable."""
-    if type(one) is not type(other) or not (one.in_place and other.in_place and writable(one)):
+def same_buffers(one: MixerState | None, other: MixerState) -> bool:
+    """Whether both are states for decoding, of the same shapes and dtypes, on the same devices, and ``one`` writable."""
+    if one is None or type(one) is not type(other) or not (one.in_place and other.in_place and writable(one)):
         return False
     kinds = [[(x.shape, x.dtype, x.device) for x in state._tensors()] for state in (one, other)]
     return kinds[0] == kinds[1]

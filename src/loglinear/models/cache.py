@@ -60,7 +60,7 @@ class MixerCacheLayer(CacheLayerMixin):
         if self.max_cache_len is not None or held is None or not held.in_place or held.max_context is None:
             return
         if wanted > held.max_context:
-            self._held = held.grow(self._room(wanted))  # type: ignore[union-attr]
+            self._held = held.grow(self._room(wanted))
 
     def feed(self, mixer: nn.Module, hidden: Tensor, layout: TokenLayout, entry_dtype: torch.dtype) -> Tensor:
         """The outputs of ``mixer`` for new columns, which its state takes in.
@@ -105,10 +105,8 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def _keep(self, state: MixerState) -> None:
         """Hold ``state``, in the present buffers if this layer is static and they fit."""
-        if self.max_cache_len is not None and self._held is not None and same_buffers(self._held, state):
-            self._held.restore_(state)  # type: ignore[union-attr,arg-type]
-        else:
-            self._held = state
+        fits = self.max_cache_len is not None and same_buffers(self._held, state)
+        self._held = self._held.restore_(state) if fits else state  # type: ignore[union-attr,arg-type]
 
     @property
     def batch_size(self) -> int:
@@ -159,16 +157,13 @@ class MixerCacheLayer(CacheLayerMixin):
             self.reset()
             return
         self.length, self._padded = snapshot.length, list(snapshot.padded)
-        if self._held is not None and same_buffers(self._held, snapshot.state):
-            self._held.restore_(snapshot.state)  # type: ignore[union-attr,arg-type]
-        else:
-            self._held = snapshot.state.clone()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise TypeError(f"{type(self).__name__} holds whole mixer states, not key_states and value_states: call store")
+        fits = same_buffers(self._held, snapshot.state)
+        self._held = self._held.restore_(snapshot.state) if fits else snapshot.state.clone()  # type: ignore[union-attr,arg-type]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{type(self).__name__} holds whole mixer states, not key_states and value_states: call store")
+
+    lazy_initialization = update  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
