@@ -14,7 +14,12 @@ def test_widths_follow_the_hidden_size():
     assert config.mamba_num_heads == 8
     assert (config.delta_num_heads, config.delta_num_key_heads) == (6, 6)
     assert (config.delta_key_dim, config.delta_value_dim) == (32, 64)
-    assert (config.kda_num_heads, config.kda_num_key_heads, config.kda_key_dim, config.kda_value_dim) == (2, 2, 128, 128)
+    assert (config.kda_num_heads, config.kda_num_key_heads, config.kda_key_dim, config.kda_value_dim) == (
+        2,
+        2,
+        128,
+        128,
+    )
     assert (config.kda_decay_rank, config.kda_gate_rank) == (128, 128)
     assert (config.gla_num_heads, config.gla_num_kv_heads, config.gla_key_dim, config.gla_value_dim) == (4, 4, 32, 64)
     assert (config.retnet_num_kv_heads, config.retnet_key_dim, config.retnet_value_dim) == (8, 32, 64)
@@ -55,7 +60,10 @@ def test_a_saved_config_is_complete_and_comes_back(tmp_path):
         ({"num_key_value_heads": 7}, "num_attention_heads must be a multiple of num_key_value_heads=7: got 24"),
         ({"kda_num_key_heads": 5}, "kda_num_heads must be a multiple of kda_num_key_heads=5: got 12"),
         ({"kda_decay_rank": -1}, "kda_decay_rank must be at least 0: got -1"),
-        ({"mixer": "retnet", "retnet_key_dim": 5}, r"retnet_key_dim must be even \(rotary positions turn pairs\): got 5"),
+        (
+            {"mixer": "retnet", "retnet_key_dim": 5},
+            r"retnet_key_dim must be even \(rotary positions turn pairs\): got 5",
+        ),
         ({"decoding_entry_dtype": "float16"}, "decoding_entry_dtype must be 'float32' or 'bfloat16': got 'float16'"),
         ({"mixer": "attention", "head_dim": 5}, r"head_dim must be even \(rotary positions turn pairs\): got 5"),
     ],

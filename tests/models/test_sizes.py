@@ -5,7 +5,6 @@ import pytest
 from loglinear.layers.table import LIFTED
 from loglinear.models.sizes import count_parameters, paper_config, parameter_table
 
-
 MILLIONS = {"mamba2": (802, 825), "gated_deltanet": (793, 796)}  # published
 
 

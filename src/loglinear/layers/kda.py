@@ -44,7 +44,6 @@ class LogLinearKDA(RecurrentMixer):
 
     no_weight_decay = frozenset({"A_log", "dt_bias"})
     unit_length = True
-    norm: GatedRMSNorm
 
     def __init__(
         self,
@@ -125,7 +124,7 @@ class LogLinearKDA(RecurrentMixer):
         return self.decay_bound * torch.sigmoid(rate * f)
 
     def outputs(self, o: Tensor, gate: Tensor, skip: Tensor | None) -> Tensor:
-        return self.out_proj(self.norm(o, gate.unflatten(-1, (self.num_heads, -1))).flatten(-2))
+        return self.out_proj(self.norm(o, gate.unflatten(-1, (self.num_heads, -1))).flatten(-2))  # type: ignore[call-arg]
 
     def unfused(self) -> str | None:
         return "gates per key channel"

@@ -123,7 +123,7 @@ def _lifted_forms(model: nn.Module, num_levels: int, left: dict[str, str]) -> di
                 forms[path] = made[module] = made.get(module) or kind.of(module, num_levels, plans)
         except ValueError as error:
             raise ValueError(f"{path or 'model'} ({type(module).__name__}) cannot be lifted: {error}") from error
-        if is_attention(module):
+        if path not in forms and is_attention(module):
             left[path] = f"{type(module).__name__} is no linear mixer"
     return forms
 

@@ -39,12 +39,43 @@ _EXPERTS = {
     "shared_expert_intermediate_size": 16,
 }
 
+_KDA = {
+    **_COMMON,
+    **_ATTENTION,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse", "dense"],
+    "num_experts": 4,
+    "num_experts_per_token": 2,
+    "moe_intermediate_size": 16,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
+    "pad_token_id": 0,
+}
+_MINIMAX = {
+    **_COMMON,
+    **_ATTENTION,
+    "num_hidden_layers": 3,
+    "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "block_size": 16,
+    "pad_token_id": 0,
+}
+
 # Model class, config class, config.
 FAMILIES = {
     "qwen3_next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", {**_DELTA, **_EXPERTS}),
     "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", _DELTA),
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", {**_DELTA, **_EXPERTS}),
     "olmo_hybrid": ("OlmoHybridForCausalLM", "OlmoHybridConfig", _DELTA),
+    "kimi": ("KimiLinearForCausalLM", "KimiLinearConfig", _KDA),
+    "minimax": ("MiniMaxForCausalLM", "MiniMaxConfig", _MINIMAX),
     "mamba2": (
         "Mamba2ForCausalLM",
         "Mamba2Config",

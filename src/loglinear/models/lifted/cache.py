@@ -101,6 +101,63 @@ def _lifted_kind(kind: type[LinearAttentionCacheLayerMixin]) -> type[LiftedCache
     return type(f"Lifted{kind.__name__}", (LiftedCacheLayer, kind), {})
 
 
+class ListedStates(RecurrentCacheLayer):
+    """The states of a lifted mixer in the list of a ``MiniMaxCache``, which treats its members as tensors of rows."""
+
+    def repeat_interleave(self, repeats: int, dim: int = 0) -> ListedStates:
+        """Repeat every row ``repeats`` times."""
+        self.batch_repeat_interleave(repeats)
+        return self
+
+    def __getitem__(self, index: tuple[Tensor, Any]) -> ListedStates:
+        """Keep the rows ``index[0]``."""
+        self.batch_select_indices(index[0])
+        return self
+
+
+class ListingCache:
+    """Mixed into a ``MiniMaxCache``, which forgets its list where beams are reordered and where it is reset."""
+
+    linear_cache: list[Any]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        for states in self._listed():
+            states.reorder_cache(beam_idx)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[misc]
+        for states in self._listed():
+            states.reset()
+
+    def _listed(self) -> list[ListedStates]:
+        return [states for states in self.linear_cache if isinstance(states, ListedStates)]
+
+
+@once
+def _listing_kind(kind: type[Cache]) -> type[Cache]:
+    return type(f"Lifted{kind.__name__}", (ListingCache, kind), {})
+
+
+def _listed_states(cache: Any, layer_idx: int) -> ListedStates:
+    """``states_of`` for a ``MiniMaxCache``."""
+    if not isinstance(cache, ListingCache):
+        cache.__class__ = _listing_kind(type(cache))  # type: ignore[arg-type]
+    while len(cache.linear_cache) <= layer_idx:
+        cache.linear_cache.append([])
+    states = cache.linear_cache[layer_idx]
+    if isinstance(states, ListedStates):
+        return states
+    if not isinstance(states, list) or states:
+        raise ValueError(_OF_ANOTHER.format(layer_idx))
+    cache.linear_cache[layer_idx] = ListedStates()
+    return cache.linear_cache[layer_idx]
+
+
+_OF_ANOTHER = "cache must be empty or filled by a lifted model: layer {} holds the tensors of another one"
+
+
 def states_of(cache: Cache, layer_idx: int) -> RecurrentCacheLayer:
     """The states of the lifted mixer of layer ``layer_idx``, in ``cache.layers``. The first call takes the layer over.
 
@@ -108,6 +165,8 @@ def states_of(cache: Cache, layer_idx: int) -> RecurrentCacheLayer:
         TypeError: the cache has no linear half there.
         ValueError: the linear half was filled by a model that is not lifted.
     """
+    if hasattr(cache, "linear_cache"):
+        return _listed_states(cache, layer_idx)
     layer = cache.layers[layer_idx] if layer_idx < len(getattr(cache, "layers", ())) else None
     if isinstance(layer, LiftedCacheLayer):
         return layer.states
@@ -116,9 +175,7 @@ def states_of(cache: Cache, layer_idx: int) -> RecurrentCacheLayer:
             f"cache must have a linear layer at {layer_idx}, as DynamicCache(config=model.config) has: got {cache!r}"
         )
     if any(layer.has_previous_state.values()):
-        raise ValueError(
-            f"cache must be empty or filled by a lifted model: layer {layer_idx} holds the tensors of another one"
-        )
+        raise ValueError(_OF_ANOTHER.format(layer_idx))
     states = RecurrentCacheLayer()
     states.record_past = layer.__dict__.pop("record_past")
     layer.__dict__.pop("has_previous_state")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet
+from loglinear.layers import LogLinearGatedDeltaNet
 from loglinear.layers.linear import project
 from loglinear.layers.mixer import Streams
-from loglinear.models.lifted.mixer import LiftedMixer, check_convolution
+from loglinear.models.lifted.mixer import LiftedMixer, NamesWithO, check_convolution, gated_norm_eps
 from loglinear.ops import fused
 from loglinear.state import CHUNK_SIZE
 
@@ -41,7 +41,7 @@ class LiftedGatedDeltaNet(LiftedMixer, LogLinearGatedDeltaNet):
             "key_dim": original.head_k_dim,
             "value_dim": original.head_v_dim,
             "conv_width": original.conv_kernel_size,
-            "norm_eps": _eps(norm) * original.head_k_dim,
+            "norm_eps": gated_norm_eps(norm) * original.head_k_dim,
             "gate_activation": norm.activation,
             "neg_eigval": getattr(original, "allow_neg_eigval", False),
         }
@@ -93,39 +93,17 @@ class LiftedSeparateDeltaNet(LiftedGatedDeltaNet):
         return [project(hidden, layer) for layer in layers]
 
 
-class LiftedOlmoDeltaNet(LiftedGatedDeltaNet):
+class LiftedOlmoDeltaNet(NamesWithO, LiftedGatedDeltaNet):
     """``OlmoHybridGatedDeltaNet``: a projection for each of q, k, v, gate, a and b, and names of its own."""
 
     parts = _SHARED | {"q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", "o_norm", "o_proj"}
-    norm_name = "o_norm"
-
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
     g_proj: nn.Module
     a_proj: nn.Module
     b_proj: nn.Module
-    o_norm: GatedRMSNorm
-    o_proj: nn.Module
-
-    @property
-    def norm(self) -> GatedRMSNorm:  # type: ignore[override]
-        """The output norm, by our name."""
-        return self.o_norm
-
-    @property
-    def out_proj(self) -> nn.Module:  # type: ignore[override]
-        """The output projection, by our name."""
-        return self.o_proj
 
     def streams(self, hidden: Tensor) -> list[Tensor]:
         qkv = torch.cat([project(hidden, layer) for layer in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         return [qkv, *(project(hidden, layer) for layer in (self.g_proj, self.a_proj, self.b_proj))]
-
-
-def _eps(norm: Any) -> float:
-    """The eps of a gated norm. Raises ValueError for a norm of an unknown class."""
-    known = type(norm).__name__.endswith("RMSNormGated") and hasattr(norm, "variance_epsilon")
-    if not known or [*norm._parameters] != ["weight"] or norm._modules:
-        raise ValueError(f"norm must be a gated RMSNorm with a weight: got {type(norm).__name__}")
-    return norm.variance_epsilon

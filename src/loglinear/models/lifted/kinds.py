@@ -11,6 +11,8 @@ from loglinear.models.lifted.gated_deltanet import (
     LiftedOlmoDeltaNet,
     LiftedSeparateDeltaNet,
 )
+from loglinear.models.lifted.kda import LiftedKDA
+from loglinear.models.lifted.lightning import LiftedLightning
 from loglinear.models.lifted.mamba2 import LiftedMamba2
 from loglinear.models.lifted.mixer import LiftedMixer
 
@@ -27,8 +29,13 @@ KINDS: dict[str, type[LiftedMixer]] = {
     "Qwen3_5MoeGatedDeltaNet": LiftedSeparateDeltaNet,
     "Qwen4ExpTextGatedDeltaNet": LiftedSeparateDeltaNet,
     "OlmoHybridGatedDeltaNet": LiftedOlmoDeltaNet,
+    "KimiLinearDeltaAttention": LiftedKDA,
+    "Glm5NextTextLinearAttention": LiftedKDA,
+    "BailingHybridDeltaAttention": LiftedKDA,
+    "MiniMaxLightningAttention": LiftedLightning,
 }
 
+SOFTMAX = ("KimiLinearAttention",)  # by its name a linear mixer
 _LINEAR = re.compile(
     r"(Mamba\w*(Mixer|Layer)|DeltaNet|DeltaAttention|Linear\w*Attention|LightningAttention|RecurrentBlock|Retention"
     r"|(Rwkv|RWKV)\w*(Attention|SelfAttention)|MambaMixer)$"
@@ -45,6 +52,8 @@ def kind_of(original: nn.Module) -> type[LiftedMixer] | None:
         if not origin.startswith("transformers."):
             raise ValueError(f"its class must be that of transformers: got one of {origin}")
         return KINDS[kind]
+    if kind in SOFTMAX:
+        return None
     if "A_log" in original._parameters or (_LINEAR.search(kind) and "DecoderLayer" not in kind):
         raise ValueError(f"linear mixer must be one of {list(KINDS)}: got {kind}")
     return None

@@ -42,6 +42,7 @@ class LiftedMixer(RecurrentMixer):
     conv1d: ShortConvolution
     parts: frozenset[str] = frozenset()  # names of the parameters, buffers and submodules that an original may have
     norm_name: str = "norm"  # of the output norm
+    like: str = "conv1d"  # a submodule whose weight has the dtype of the activations, and is never quantised
 
     @classmethod
     @abstractmethod
@@ -55,16 +56,18 @@ class LiftedMixer(RecurrentMixer):
         Raises ValueError for a property that our mixer lacks; the message names it.
         """
         check_parts(original, cls.parts)
+        fields = cls.fields(original)
         with torch.device("meta"):  # every tensor of it is replaced
-            lifted = cls(**cls.fields(original), log_linear=False)
+            lifted = cls(**fields, log_linear=False)
         lifted.adopt(original)
         lifted.plans = plans
-        lifted.level_scale = level_scale(original, lifted.num_heads, num_levels)
+        like = original.get_parameter(f"{cls.like}.weight")
+        lifted.level_scale = level_scale(fields["hidden_size"], lifted.num_heads, num_levels, like)
         return lifted.train(original.training)
 
     def adopt(self, original: nn.Module) -> None:
         """Take the original's parameters, buffers, submodules and hooks, in its order."""
-        norm: Any = self.norm
+        norm, conv = self._modules["norm"], self._modules["conv"]
         for own in (self._parameters, self._buffers, self._modules):
             own.clear()
         self.level_scale = None
@@ -74,7 +77,9 @@ class LiftedMixer(RecurrentMixer):
             self.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
         for name, module in original._modules.items():
             self.add_module(name, module)
-        self.conv1d = AdoptedConvolution(self.conv1d, original.activation)  # type: ignore[arg-type]
+        if "conv1d" in original._modules:
+            conv = AdoptedConvolution(self.conv1d, original.activation)  # type: ignore[arg-type]
+        self.conv1d = conv  # type: ignore[assignment]
         if isinstance(norm, GatedRMSNorm):
             norm.weight = getattr(original, self.norm_name).weight
             norm.train(original.training)
@@ -118,8 +123,29 @@ class LiftedMixer(RecurrentMixer):
         return run(self, hidden_states, cache, attention_mask, plans=self.plans, **packing)
 
 
+class NamesWithO(LiftedMixer):
+    """Originals whose output norm and output projection are called ``o_norm`` and ``o_proj``."""
+
+    norm_name = "o_norm"
+    o_norm: GatedRMSNorm
+    o_proj: nn.Module
+
+    @property
+    def norm(self) -> GatedRMSNorm:  # type: ignore[override]
+        """The output norm, by our name."""
+        return self.o_norm
+
+    @property
+    def out_proj(self) -> nn.Module:  # type: ignore[override]
+        """The output projection, by our name."""
+        return self.o_proj
+
+
 class AdoptedConvolution(ShortConvolution):
-    """The short convolution with the tensors of a ``Conv1d``, whose weight is ``[channels, 1, W]``."""
+    """The short convolution with the tensors of a ``Conv1d``, whose weight is ``[channels, 1, W]``.
+
+    A float32 weight in a model of 16 bits asks for a convolution in float32.
+    """
 
     def __init__(self, original: nn.Conv1d, activation: str) -> None:
         with torch.device("meta"):
@@ -132,6 +158,14 @@ class AdoptedConvolution(ShortConvolution):
     @property
     def taps(self) -> Tensor:
         return self.weight.squeeze(1)
+
+    def forward(
+        self, x: Tensor, tail: Tensor | None = None, cu_seqlens: Tensor | None = None, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if self.weight.dtype != torch.float32 or x.dtype.itemsize > 2 or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, tail, cu_seqlens, in_place)
+        y, new_tail = super().forward(x.float(), tail, cu_seqlens, in_place)
+        return y.to(x.dtype), new_tail if in_place else new_tail.to(x.dtype)
 
 
 def check_parts(original: nn.Module, known: frozenset[str]) -> None:
@@ -153,9 +187,16 @@ def check_convolution(conv: Any) -> None:
         raise ValueError(f"conv1d must be depthwise, of stride and dilation 1: got {conv}")
 
 
-def level_scale(original: Any, num_heads: int, num_levels: int) -> LevelScale:
-    """λ of a mixer, 1 on every level whatever comes in, where the mixer's weights are."""
-    like = original.conv1d.weight
-    added = LevelScale(original.hidden_size, num_heads, num_levels, start="one")
+def gated_norm_eps(norm: Any) -> float:
+    """The eps of a gated norm. Raises ValueError for a norm of an unknown class."""
+    known = type(norm).__name__.endswith("RMSNormGated") and hasattr(norm, "variance_epsilon")
+    if not known or [*norm._parameters] != ["weight"] or norm._modules:
+        raise ValueError(f"norm must be a gated RMSNorm with a weight: got {type(norm).__name__}")
+    return norm.variance_epsilon
+
+
+def level_scale(hidden_size: int, num_heads: int, num_levels: int, like: Tensor) -> LevelScale:
+    """λ of a mixer, 1 on every level whatever comes in, with the device and the dtype of ``like``."""
+    added = LevelScale(hidden_size, num_heads, num_levels, start="one")
     nn.init.zeros_(added.dl_proj.weight)
     return added.to(like.device, like.dtype)
