@@ -122,6 +122,19 @@ def test_saved_and_loaded(state, gate, tmp_path):
     assert torch.equal(steps(NEW[gate], loaded), steps(NEW[gate], state))
 
 
+def test_a_file_of_the_first_layout_is_loaded(tmp_path):
+    """Names, axes and dtypes of files that exist, written out here: one row after C + 1 tokens of the delta rule."""
+    sizes = {"entries": (1, 2, 1, 3, 5), "open_k": (1, 1, 2 * C, 3), "open_v": (1, 2, C, 5), "open_g": (1, 2, 2 * C)}
+    sizes["open_solve"] = (1, 2, 2 * C, C)
+    content = {name: torch.randn(size) for name, size in sizes.items()} | {"chunk_size": C}
+    content["open_g"] = -content["open_g"].abs()
+    torch.save(content | {"position": torch.tensor([C + 1])}, tmp_path / "state.pt")
+    state = DecodingState.load(tmp_path / "state.pt").to_state()
+    assert torch.equal(state.entries, content["entries"])
+    assert torch.equal(state.open_k[:, :, 0], content["open_k"][:, :, C])
+    assert torch.equal(state.open_beta[:, :, 0], content["open_solve"][:, :, C, 0])
+
+
 def test_to_keeps_logs_wide(state):
     low = state.to(dtype=torch.bfloat16)
     kinds = {name: value.dtype for name, value in low._named()}

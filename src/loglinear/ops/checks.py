@@ -6,7 +6,7 @@ Checks read shapes, dtypes and devices; values only where that costs no device s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -23,7 +23,7 @@ from loglinear.state import (
     values_are_known,
 )
 
-_known: set[tuple] = set()  # kinds of inputs that have passed; a check of metadata costs more than a short kernel
+_known: set[tuple[object, ...]] = set()  # kinds of calls that have passed
 
 
 def _shape(name: str, tensor: Tensor, wanted: str, axes: Sequence[int | None]) -> None:
@@ -41,15 +41,24 @@ def _shape(name: str, tensor: Tensor, wanted: str, axes: Sequence[int | None]) -
 
 def check_inputs(inputs: Inputs) -> None:
     """Ranks, sizes, dtypes, devices and, on the CPU, the sign of g."""
-    g = inputs.g
     if not all(x is None or isinstance(x, Tensor) for x in inputs) or not values_are_known(inputs.q):
         return check_kinds(inputs)
-    kind = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs)
-    if kind not in _known:
-        check_kinds(inputs)
-        if len(_known) > 4096:
-            _known.clear()
-        _known.add(kind)
+    once(tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs), lambda: check_kinds(inputs))
+    check_sign(inputs.g)
+
+
+def once(kind: tuple[object, ...], check: Callable[[], None]) -> None:
+    """``check()``, unless it has passed for calls of this kind: a check of metadata costs more than a short kernel."""
+    if kind in _known:
+        return
+    check()
+    if len(_known) > 4096:
+        _known.clear()
+    _known.add(kind)
+
+
+def check_sign(g: Tensor | None) -> None:
+    """That no gate on the CPU is a growth."""
     if g is not None and g.device.type == "cpu" and bool((unwrapped(g).detach() > 0).any()):
         raise ValueError(f"g must be a log decay, at most 0: got a maximum of {unwrapped(g).max().item():g}")
 

@@ -21,8 +21,6 @@ from loglinear.ops.transforms import vmapped
 from loglinear.reference.step import step
 from loglinear.state import check_chunk_size, has_values
 
-_known: set[tuple[object, ...]] = set()  # kinds of (inputs, state) that have passed: checks cost more than the launch
-
 
 def log_linear_attention_step(
     q: Tensor,
@@ -121,7 +119,7 @@ def _run(
 
 def check_step(inputs: Inputs, state: DecodingState) -> None:
     """Everything about the inputs and the state that needs no wait for the device; on the CPU also the positions."""
-    q, g = inputs.q, inputs.g
+    q = inputs.q
     if not isinstance(state, DecodingState):
         raise TypeError(f"state must be a DecodingState: got {type(state).__name__}")
     if checks.transforming() and vmapped(*inputs, *state._tensors()):
@@ -134,29 +132,18 @@ def check_step(inputs: Inputs, state: DecodingState) -> None:
             f"{name} must not require gradients, a step has none: call it under torch.no_grad, or call the ordinary op"
         )
     held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g, state.open_solve)
-    kind: tuple[object, ...] | None = None
     if all(x is None or isinstance(x, Tensor) for x in inputs):
         parts: list[object] = [state.chunk_size]
         for x in inputs:
             parts += (None,) if x is None else (x.shape, x.dtype, x.device)
         for x in held:
             parts += (None,) if x is None else (x.shape, x.dtype, x.device, x.is_contiguous())
-        kind = tuple(parts)
-    if kind not in _known:
-        if inputs.linear():
-            raise TypeError(
-                "level_scales must be a tensor [B, T, H, L]: got None; without a tree there is nothing to step"
-            )
-        checks.check_kinds(inputs)
+        checks.once(tuple(parts), lambda: check_kinds(inputs, state))
+    else:
         check_kinds(inputs, state)
-        if len(_known) > 4096:
-            _known.clear()
-        if kind is not None:
-            _known.add(kind)
     if q.device.type != "cpu":
         return
-    if g is not None and bool((g > 0).any()):
-        raise ValueError(f"g must be a log decay, at most 0: got a maximum of {g.max().item():g}")
+    checks.check_sign(inputs.g)
     if q.shape[0]:
         last = int(state.position.max()) + q.shape[1]
         if last > state.max_context:
@@ -166,7 +153,10 @@ def check_step(inputs: Inputs, state: DecodingState) -> None:
 
 
 def check_kinds(inputs: Inputs, state: DecodingState) -> None:
-    """Shapes, dtypes, devices and strides of the state against the inputs; the length of the call."""
+    """Shapes, dtypes, devices and strides of inputs and state; the length of the call."""
+    if inputs.linear():
+        raise TypeError("level_scales must be a tensor [B, T, H, L]: got None; without a tree there is nothing to step")
+    checks.check_kinds(inputs)
     q, v, transition = inputs.q, inputs.v, inputs.transition()
     batch, length, groups, width = q.shape
     heads, value_width = v.shape[2:]
