@@ -13,7 +13,12 @@ MAMBA = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS
 MAMBA |= {"state_size": 6, "n_groups": 1, "conv_kernel": TAPS, "norm_eps": 1e-3, "hidden_act": "silu"}
 DELTA = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_heads": 2, "conv_size": TAPS}
 DELTA |= {"norm_eps": 1e-3, "intermediate_size": 12, "max_position_embeddings": 64, "use_gate": True}
+COMMON = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_heads": 4, "norm_eps": 1e-3}
+COMMON |= {"intermediate_size": 12, "max_position_embeddings": 64, "conv_size": TAPS}
 DEFAULTS = {
+    "kda": COMMON | {"num_heads": 2, "head_dim": 6, "expand_v": 1.5},
+    "gla": COMMON | {"expand_k": 1.0, "expand_v": 1.5},
+    "retnet": COMMON | {"expand_k": 1.5, "expand_v": 2.0},
     "mamba2": MAMBA,
     "log_linear_mamba2": MAMBA,
     "gated_deltanet": DELTA | {"head_dim": 6, "expand_v": 1.5},
@@ -36,9 +41,10 @@ def sizes_of(config):
             shapes |= {f"{layer}.mixer.{name}": shape for name, shape in mamba2_shapes(config, log_linear).items()}
         else:
             shapes[f"{layer}.attn_norm.weight"] = (HIDDEN,)
-            of_layer = (
-                attention_shapes(config) if i in config.get("attn", {"layers": []})["layers"] else delta_shapes(config)
-            )
+            kinds = {"kda": kda_shapes, "gla": linear_shapes, "retnet": linear_shapes}
+            shapes_of = kinds.get(config["model_type"], delta_shapes)
+            soft = i in config.get("attn", {"layers": []})["layers"]
+            of_layer = attention_shapes(config) if soft else shapes_of(config)
             shapes |= {f"{layer}.attn.{name}": shape for name, shape in of_layer.items()}
         if log_linear or not mamba:
             width = 256 if mamba else config["intermediate_size"]
@@ -92,6 +98,34 @@ def delta_shapes(config):
     return shapes
 
 
+def kda_shapes(config):
+    groups, heads, K, V = widths(config)
+    out = {"q": groups * K, "k": groups * K, "v": heads * V}
+    shapes = {f"{name}_proj.weight": (rows, HIDDEN) for name, rows in out.items()}
+    if config.get("use_short_conv", True):
+        shapes |= {f"{name}_conv1d.weight": (rows, 1, TAPS) for name, rows in out.items()}
+    shapes |= {"f_proj.0.weight": (V, HIDDEN), "f_proj.1.weight": (heads * K, V), "g_proj.0.weight": (V, HIDDEN)}
+    shapes |= {"g_proj.1.weight": (heads * V, V), "g_proj.1.bias": (heads * V,), "b_proj.weight": (heads, HIDDEN)}
+    shapes |= {"A_log": (heads,), "dt_bias": (heads * K,)}
+    return shapes | {"o_norm.weight": (V,), "o_proj.weight": (HIDDEN, heads * V)}
+
+
+def linear_shapes(config):
+    """Of gated linear attention and of retention."""
+    heads, _, K, V = widths(config)
+    kv = config.get("num_kv_heads") or heads
+    out = {"q": heads * K, "k": kv * K, "v": kv * V}
+    shapes = {f"{name}_proj.weight": (rows, HIDDEN) for name, rows in out.items()}
+    gate = config.get("use_output_gate", True)
+    shapes |= {"g_proj.weight": (heads * V, HIDDEN)} if gate else {}
+    shapes[f"g_norm{'_swish_gate' if gate and config.get('fuse_norm', True) else ''}.weight"] = (V,)
+    if config["model_type"] == "gla":
+        if config.get("use_short_conv"):
+            shapes |= {f"{name}_conv1d.weight": (rows, 1, TAPS) for name, rows in out.items()}
+        shapes |= {"gk_proj.0.weight": (16, HIDDEN), "gk_proj.1.weight": (kv * K, 16), "gk_proj.1.bias": (kv * K,)}
+    return shapes | {"o_proj.weight": (HIDDEN, heads * V)}
+
+
 def attention_shapes(config):
     width = HIDDEN // config["attn"]["num_heads"]
     kv = config["attn"]["num_kv_heads"] * width
@@ -120,7 +154,9 @@ def logits(config, weights, ids):
         kind = "mixer" if mamba else "attn"
         mixer = {name.removeprefix(f"{kind}."): x for name, x in own.items() if name.startswith(f"{kind}.")}
         norm = next(own[name] for name in ("mixer_norm.weight", "norm.weight", "attn_norm.weight") if name in own)
-        mix = mamba2 if mamba else attention if i in config.get("attn", {"layers": []})["layers"] else delta_rule
+        kinds = {"kda": kda, "gla": linear_attention, "retnet": linear_attention}
+        mix = mamba2 if mamba else kinds.get(config["model_type"], delta_rule)
+        mix = attention if i in config.get("attn", {"layers": []})["layers"] else mix
         hidden = hidden + mix(config, mixer, rms(hidden, norm, eps))
         if "mlp_norm.weight" in own:
             x = rms(hidden, own["mlp_norm.weight"], eps)
@@ -212,18 +248,72 @@ def delta_rule(config, w, hidden):
     return o.flatten(1) @ w["o_proj.weight"].T
 
 
+def kda(config, w, hidden):
+    groups, heads, K, V = widths(config)
+    q, k, v = (hidden @ w[f"{name}_proj.weight"].T for name in "qkv")
+    if config.get("use_short_conv", True):
+        q, k, v = (convolved(x, w[f"{name}_conv1d.weight"]) for x, name in zip((q, k, v), "qkv"))
+    q, k, v = F.silu(q).view(-1, groups, K), F.silu(k).view(-1, groups, K), F.silu(v).view(-1, heads, V)
+    q, k = (x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    beta = torch.sigmoid(hidden @ w["b_proj.weight"].T) * (2 if config.get("allow_neg_eigval") else 1)
+    f = (hidden @ w["f_proj.0.weight"].T @ w["f_proj.1.weight"].T + w["dt_bias"]).view(-1, heads, K)
+    rate, bound = w["A_log"].exp()[:, None], config.get("lower_bound")
+    decay = torch.exp(-rate * F.softplus(f) if bound is None else bound * torch.sigmoid(rate * f))
+    o = torch.zeros_like(v)
+    for h in range(heads):
+        state, group = torch.zeros(K, V, dtype=v.dtype), h * groups // heads
+        for t in range(len(v)):
+            state, key = decay[t, h][:, None] * state, k[t, group]
+            state = state + beta[t, h] * torch.outer(key, v[t, h] - key @ state)
+            o[t, h] = K**-0.5 * q[t, group] @ state
+    gate = hidden @ w["g_proj.0.weight"].T @ w["g_proj.1.weight"].T + w["g_proj.1.bias"]
+    o = rms(o, w["o_norm.weight"], config["norm_eps"]) * torch.sigmoid(gate).view(-1, heads, V)
+    return o.flatten(1) @ w["o_proj.weight"].T
+
+
+def linear_attention(config, w, hidden):
+    """Gated linear attention, or retention: heads of k, v and the decay serve several heads of q."""
+    heads, _, K, V = widths(config)
+    q, k, v = (hidden @ w[f"{name}_proj.weight"].T for name in "qkv")
+    if "q_conv1d.weight" in w:
+        q, k, v = (F.silu(convolved(x, w[f"{name}_conv1d.weight"])) for x, name in zip((q, k, v), "qkv"))
+    if config.get("feature_map") == "relu":
+        q, k = F.relu(q), F.relu(k)
+    q, k, v = q.view(-1, heads, K), k.view(len(k), -1, K), v.view(len(v), -1, V)
+    if "gk_proj.0.weight" in w:
+        f = hidden @ w["gk_proj.0.weight"].T @ w["gk_proj.1.weight"].T + w["gk_proj.1.bias"]
+        g = (F.logsigmoid(f) / 16).clamp(min=config.get("clamp_min") or -math.inf).view(len(f), -1, K)
+    else:
+        q, k = turned(q, 10_000.0), turned(k, 10_000.0)
+        g = torch.log(1 - 2.0 ** (-5 - torch.arange(heads, dtype=q.dtype)))[None, :, None].expand(len(q), heads, K)
+    k, v, g = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v, g))
+    o = torch.zeros_like(v)
+    for h in range(heads):
+        state = torch.zeros(K, V, dtype=v.dtype)
+        for t in range(len(v)):
+            state = torch.exp(g[t, h])[:, None] * state + torch.outer(k[t, h], v[t, h])
+            o[t, h] = K**-0.5 * q[t, h] @ state
+    norm = "g_norm.weight" if "g_norm.weight" in w else "g_norm_swish_gate.weight"
+    o = rms(o, w[norm], config["norm_eps"]).flatten(1)
+    if "g_proj.weight" in w:
+        o = o * F.silu(hidden @ w["g_proj.weight"].T)
+    return o @ w["o_proj.weight"].T
+
+
+def turned(x, base):
+    """``[T, heads, width]``, pairs of channels turned by their positions."""
+    width = x.shape[-1]
+    angle = torch.arange(len(x))[:, None] * base ** (-torch.arange(0, width, 2, dtype=x.dtype) / width)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+
 def attention(config, w, hidden):
     heads, kv_heads = config["attn"]["num_heads"], config["attn"]["num_kv_heads"]
     width, base = HIDDEN // heads, config["attn"].get("rope_theta", 10_000.0)
     q, k, v = ((hidden @ w[f"{name}_proj.weight"].T).unflatten(-1, (-1, width)) for name in "qkv")
-    angle = torch.arange(len(hidden))[:, None] * base ** (-torch.arange(0, width, 2, dtype=q.dtype) / width)
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-
-    def turned(x):
-        left, right = x.chunk(2, dim=-1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
-
-    q, k = turned(q), turned(k)
+    q, k = turned(q, base), turned(k, base)
     o = torch.zeros_like(q)
     for h in range(heads):
         of = h * kv_heads // heads

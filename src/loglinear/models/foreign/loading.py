@@ -74,7 +74,7 @@ def open_weights(files: TensorFiles, kind: str, config: LogLinearConfig) -> Fore
     ours = shapes_of(config)
     if kind in LINEAR:
         ours = {name: shape for name, shape in ours.items() if ".level_scale." not in name}
-    plan = recipes(config, ours)
+    plan = recipes(config, ours, files.names())
     wanted = {piece.name for pieces in plan.values() for piece in pieces}
     copied = {HEAD} & files.names() if config.tie_word_embeddings else set()
     _check_names(files, kind, wanted | copied)

@@ -78,9 +78,9 @@ def _shared(options: Options, eps: float) -> dict[str, Any]:
     }
 
 
-def _mlp(options: Options) -> dict[str, Any]:
+def _mlp(options: Options, usual_ratio: int = 4) -> dict[str, Any]:
     """The width of the MLP: 2/3 of ``hidden_ratio`` times the hidden size, up to a multiple of 256."""
-    ratio, width = options("hidden_ratio", default=4), options("intermediate_size", default=None)
+    ratio, width = options("hidden_ratio", default=usual_ratio), options("intermediate_size", default=None)
     if width is None:
         width = -(-int(options("hidden_size") * (4 if ratio is None else ratio) * 2 / 3) // 256) * 256
     return {"intermediate_size": width}
@@ -144,9 +144,9 @@ def _delta(options: Options, key_dim: int) -> dict[str, Any]:
     )
 
 
-def _scaled_queries(fields: dict[str, Any]) -> dict[str, Any]:
+def _scaled_queries(fields: dict[str, Any], key_dim: str = "delta_key_dim") -> dict[str, Any]:
     """The norm behind queries that are multiplied by K^-1/2: its eps is K times as large where they are not."""
-    return {"mixer_norm_eps": fields["rms_norm_eps"] * fields["delta_key_dim"]}
+    return {"mixer_norm_eps": fields["rms_norm_eps"] * fields[key_dim]}
 
 
 def _gated_deltanet(options: Options) -> dict[str, Any]:
@@ -182,11 +182,72 @@ def delta_net(options: Options) -> dict[str, Any]:
     return fields | _scaled_queries(fields) | _hybrid(options)
 
 
-def _hybrid(options: Options) -> dict[str, Any]:
-    """Fields of the mixers' names: all layers are of the delta rule, except those that ``attn`` names."""
+def kda(options: Options) -> dict[str, Any]:
+    """flash-linear-attention's Kimi Delta Attention. ``safe_gate`` chooses a kernel and a start."""
+    options("safe_gate", default=False)
+    heads, width, taps = options("num_heads"), options("head_dim"), options("conv_size", default=4)
+    fields = (
+        _shared(options, 1e-6)
+        | _mlp(options)
+        | {
+            "max_position_embeddings": options("max_position_embeddings", default=2048),
+            "conv_size": taps if options("use_short_conv", default=True) else 0,
+            "kda_num_heads": options("num_v_heads", default=None) or heads,
+            "kda_num_key_heads": heads,
+            "kda_key_dim": width,
+            "kda_value_dim": int(width * options("expand_v", default=1.0)),
+            "kda_gate_bias": True,
+            "kda_decay_bound": options("lower_bound", default=None),
+            "kda_neg_eigval": options("allow_neg_eigval", default=False),
+        }
+    )
+    return fields | _scaled_queries(fields, "kda_key_dim") | _hybrid(options, "kda")
+
+
+def _linear_attention(options: Options, name: str, expand_k: float, expand_v: float) -> dict[str, Any]:
+    """Fields of gated linear attention and of retention, and of the model around them."""
+    options.expect("elementwise_affine", default=True)
+    hidden, heads = options("hidden_size"), options("num_heads")
+    feature_map = options("feature_map", default=None)
+    fields = _shared(options, 1e-6) | {
+        "max_position_embeddings": options("max_position_embeddings", default=2048),
+        f"{name}_num_heads": heads,
+        f"{name}_num_kv_heads": options("num_kv_heads", default=None) or heads,
+        f"{name}_key_dim": round(hidden * options("expand_k", default=expand_k)) // heads,
+        f"{name}_value_dim": round(hidden * options("expand_v", default=expand_v)) // heads,
+        f"{name}_qk_activation": "identity" if feature_map is None else feature_map,
+        f"{name}_gate_activation": "silu" if options("use_output_gate", default=True) else None,
+    }
+    return fields | _scaled_queries(fields, f"{name}_key_dim") | _hybrid(options, name)
+
+
+def gla(options: Options) -> dict[str, Any]:
+    """flash-linear-attention's gated linear attention, whose decay has a rank and a divisor of 16."""
+    options.expect("use_gk", default=True)
+    options.expect("use_gv", default=False)
+    taps = options("conv_size", default=4)
+    return (
+        _linear_attention(options, "gla", 0.5, 1.0)
+        | _mlp(options)
+        | {
+            "gla_conv_size": taps if options("use_short_conv", default=False) else 0,
+            "gla_decay_min": options("clamp_min", default=None),
+        }
+    )
+
+
+def retnet(options: Options) -> dict[str, Any]:
+    """flash-linear-attention's RetNet. Its model gives no convolution to the mixers, whatever its config says."""
+    options("use_short_conv", default=False)
+    options("conv_size", default=4)
+    return _linear_attention(options, "retnet", 1.0, 2.0) | _mlp(options, usual_ratio=2)
+
+
+def _hybrid(options: Options, linear: str = "gated_deltanet") -> dict[str, Any]:
+    """Fields of the mixers' names: all layers are ``linear``, except those that ``attn`` names."""
     given = options("attn", default=None)
     if given is None:
-        return {"mixer": "gated_deltanet"}
+        return {"mixer": linear}
     parts = [Options({"model_type": options.kind, **part}) for part in ([given] if isinstance(given, dict) else given)]
     found = []
     for part in parts:
@@ -199,7 +260,7 @@ def _hybrid(options: Options) -> dict[str, Any]:
         if found[-1] != found[0]:
             raise ValueError(f"config.json must hold one kind of attention in attn: got {found[0]} and {found[-1]}")
     layers = {layer for part in parts for layer in part("layers")}
-    names = ["attention" if i in layers else "gated_deltanet" for i in range(options("num_hidden_layers"))]
+    names = ["attention" if i in layers else linear for i in range(options("num_hidden_layers"))]
     return found[0] | {"mixer": names, "head_dim": options("hidden_size") // found[0]["num_attention_heads"]}
 
 
@@ -210,8 +271,11 @@ TRANSLATIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "mamba2": mamba2,
     "gated_deltanet": gated_deltanet,
     "delta_net": delta_net,
+    "kda": kda,
+    "gla": gla,
+    "retnet": retnet,
 }
-LINEAR = ("mamba2", "gated_deltanet", "delta_net")  # layouts of linear models
+LINEAR = ("mamba2", "gated_deltanet", "delta_net", "kda", "gla", "retnet")  # layouts of linear models
 
 
 def is_foreign(given: dict[str, Any]) -> bool:

@@ -7,10 +7,13 @@ in place of three. A recipe is a list of such pieces. The weights of convolution
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loglinear.layers import LogLinearMamba2
+from torch import nn
+
+from loglinear.layers import LogLinearGLA, LogLinearKDA, LogLinearMamba2, LogLinearRetention
 from loglinear.layers.table import MIXERS
 
 if TYPE_CHECKING:
@@ -31,15 +34,22 @@ class Piece:
 Recipes = dict[str, list[Piece]]
 
 
-def recipes(config: LogLinearConfig, ours: Shapes) -> Recipes:
-    """The pieces of each of ``ours``, the tensors of a model of ``config`` without those of a lift."""
-    mamba = MIXERS[config.layer_mixers[0]].layer is LogLinearMamba2
+def recipes(config: LogLinearConfig, ours: Shapes, theirs: Collection[str]) -> Recipes:
+    """The pieces of each of ``ours``, the tensors of a model of ``config`` without those of a lift.
+
+    theirs: names of the tensors of the other library.
+    """
+    layers = [MIXERS[name].layer for name in config.layer_mixers]
+    mamba = layers[0] is LogLinearMamba2
     found: Recipes = {}
     for name in ours:
         parts = name.split(".")
         if parts[:2] == ["model", "layers"]:
             layer, rest = parts[2], ".".join(parts[3:])
-            found[name] = _mamba2(layer, rest, ours) if mamba else _delta(layer, rest, config)
+            if mamba:
+                found[name] = _mamba2(layer, rest, ours)
+            else:
+                found[name] = _attention(layer, rest, _names_of(layers[int(layer)], config), theirs)
         else:
             found[name] = [Piece(_outside(name, mamba))]
     return found
@@ -73,19 +83,35 @@ def _mamba2(layer: str, rest: str, ours: Shapes) -> list[Piece]:
     return [Piece(f"{prefix}.mixer.{renamed}")]
 
 
-def _delta(layer: str, rest: str, config: LogLinearConfig) -> list[Piece]:
-    """Rows of our ``in_proj`` are q, k, v, the output gate, a and b; those of our ``conv`` are q, k and v."""
-    prefix = f"model.layers.{layer}"
+def _names_of(layer: type[nn.Module], config: LogLinearConfig) -> tuple[list[str], dict[str, str]]:
+    """Their modules whose rows make up our ``in_proj``, in order, and their names of others that are not called as ours."""
+    renamed = {"level_scale.L": "L", "level_scale.dl_proj": "l_proj", "norm": "o_norm", "out_proj": "o_proj"}
+    qkv = ["q_proj", "k_proj", "v_proj"]
+    if layer is LogLinearKDA:
+        return [*qkv, "g_proj.0", "f_proj.0", "b_proj"], renamed | {"gate_proj": "g_proj.1", "decay_proj": "f_proj.1"}
+    if layer is LogLinearGLA:
+        gate = ["g_proj"] if config.gla_gate_activation is not None else []
+        return [*qkv, *gate, "gk_proj.0"], renamed | {"norm": "g_norm", "decay_proj": "gk_proj.1"}
+    if layer is LogLinearRetention:
+        gate = ["g_proj"] if config.retnet_gate_activation is not None else []
+        return [*qkv, *gate], renamed | {"norm": "g_norm"}
+    there = {"g": config.delta_gate_activation is not None, "a": config.delta_decay, "b": config.delta_use_beta}
+    return [f"{name}_proj" for name in "qkvgab" if there.get(name, True)], renamed
+
+
+def _attention(layer: str, rest: str, names: tuple[list[str], dict[str, str]], theirs: Collection[str]) -> list[Piece]:
+    """A tensor of a layer whose mixer is called ``attn``. The rows of our ``conv`` are q, k and v."""
+    prefix, (rows, renamed) = f"model.layers.{layer}", names
     if rest.startswith(("mlp.", "mlp_norm.")):
         return [Piece(f"{prefix}.{rest}")]
     if rest == "mixer_norm.weight":
         return [Piece(f"{prefix}.attn_norm.weight")]
     part, mixer = rest.removeprefix("mixer."), f"{prefix}.attn"
     if part == "in_proj.weight":
-        there = {"g": config.delta_gate_activation is not None, "a": config.delta_decay, "b": config.delta_use_beta}
-        return [Piece(f"{mixer}.{name}_proj.weight") for name in "qkvgab" if there.get(name, True)]
+        return [Piece(f"{mixer}.{name}.weight") for name in rows]
     if part.startswith("conv."):
         return [Piece(f"{mixer}.{name}_conv1d.{part.rpartition('.')[2]}") for name in "qkv"]
-    renamed = {"level_scale.L": "L", "level_scale.dl_proj.weight": "l_proj.weight"}
-    renamed |= {"norm.weight": "o_norm.weight", "out_proj.weight": "o_proj.weight"}
-    return [Piece(f"{mixer}.{renamed.get(part, part)}")]
+    module, _, tensor = part.rpartition(".")
+    name = f"{mixer}.{renamed.get(part) or '.'.join(filter(None, (renamed.get(module, module), tensor)))}"
+    fused = name.replace(".g_norm.", ".g_norm_swish_gate.")  # a norm and its gate in one module
+    return [Piece(fused if fused in theirs else name)]
