@@ -1,7 +1,7 @@
 """Times one decoding step of one layer's op, and its peers, in one process.
 
     python benchmarks/decoding.py                        # 48 heads of 128x64: B=64 and 16K, B=16 and 131K, B=1 to 1M
-    python benchmarks/decoding.py --rule delta           # 16 heads of 128x128
+    python benchmarks/decoding.py --rule delta           # 16 heads of 128x128; channel, channel_delta: gates per key channel
     python benchmarks/decoding.py --B 64 --context 16384 --peers ""
 
 Every row of the batch stands at a position of its own, drawn evenly from the last quarter of the context ("mixed"), or all at
@@ -14,9 +14,12 @@ same process. Rows are appended to benchmarks/results/decoding.jsonl.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +28,41 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent))
 from loglinear import DecodingState, log_linear_attention_step, log_linear_delta_rule_step
 from measure import append, captured, environment, milliseconds
-from peers import Shape, delta_inputs, fla_log_linear_step, inputs, mamba2_step
+from peers import (
+    Shape,
+    channel_delta_inputs,
+    channel_inputs,
+    delta_inputs,
+    fla_log_linear_step,
+    inputs,
+    mamba2_step,
+)
 
+
+class Rule(NamedTuple):
+    """One transition to time: its name in rows, the sizes of a step of one row, the inputs of a shape, and our step."""
+
+    name: str
+    shape: Shape
+    inputs: Callable[[Shape], dict[str, Tensor]]
+    step: Callable[..., Tensor]
+
+
+SQUARE = Shape(1, 1, 16, 16, 128, 128)
+GATE = partial(log_linear_attention_step, backend="triton")
+DELTA = partial(log_linear_delta_rule_step, backend="triton")
+RULES = {
+    "scalar": Rule("scalar gate", Shape(1, 1, 48, 1, 128, 64), inputs, GATE),
+    "delta": Rule("delta rule", SQUARE, delta_inputs, DELTA),
+    "channel": Rule("channel gate", SQUARE, channel_inputs, GATE),
+    "channel_delta": Rule("channel delta rule", SQUARE, channel_delta_inputs, DELTA),
+}
 POINTS = ((64, 16384), (16, 131072), (1, 16384), (1, 131072), (1, 1 << 20))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rule", choices=("scalar", "delta"), default="scalar")
+    parser.add_argument("--rule", choices=tuple(RULES), default="scalar")
     parser.add_argument("--B", type=int, help="with --context: one point instead of all")
     parser.add_argument("--context", type=int, help="tokens seen before the step, at most")
     parser.add_argument("--peers", default="all", help="parts of names, with commas between; 'all', or '' for none")
@@ -55,10 +85,12 @@ def positions(kind: str, batch: int, context: int) -> Tensor:
     return torch.randint(context * 3 // 4, context - 1, (batch,), generator=generator, device="cuda")
 
 
-def random_state(shape: Shape, context: int, kind: str, entry_dtype: torch.dtype, delta: bool) -> DecodingState:
-    """A state with entries and open tokens of random numbers: a step's time does not depend on them."""
-    sizes = (shape.B, shape.H, shape.G, shape.K, shape.V, context, shape.dtype, entry_dtype, delta, "cuda")
-    state = DecodingState.empty(*sizes)
+def random_state(
+    x: dict[str, Tensor], shape: Shape, context: int, kind: str, entry_dtype: torch.dtype
+) -> DecodingState:
+    """A state for steps of x, with entries and open tokens of random numbers: a step's time does not depend on them."""
+    sizes = (shape.B, shape.H, shape.G, shape.K, shape.V, context, shape.dtype, entry_dtype)
+    state = DecodingState.empty(*sizes, delta_rule="beta" in x, per_channel=x["g"].dim() == 4, device="cuda")
     for x in (state.entries, state.open_k, state.open_v):
         x.normal_()
     state.position.copy_(positions(kind, shape.B, context))
@@ -73,14 +105,9 @@ def live_bytes(state: DecodingState, position: Tensor) -> int:
     token = sum(x[0, :, 0].numel() * x.element_size() for x in (state.open_k, state.open_v))
     if state.open_solve is not None:
         token += state.open_solve[0, :, 0].numel() * state.open_solve.element_size()
+    if state.open_g.dim() == 4:  # of all key channels
+        token += state.open_g[0, :, 0].numel() * state.open_g.element_size()
     return live * entry + used * token
-
-
-def our_step(shape: Shape, state: DecodingState, delta: bool) -> Callable[[], Tensor]:
-    x = delta_inputs(shape) if delta else inputs(shape)
-    x["level_scales"] = torch.rand(shape.B, 1, shape.H, 22, device="cuda")
-    step = log_linear_delta_rule_step if delta else log_linear_attention_step
-    return lambda: step(**x, state=state, advance=False)
 
 
 def kv_cache_steps(batch: int, context: int) -> dict[str, Callable[[], Tensor]]:
@@ -124,22 +151,23 @@ def measure(name: str, build: Callable[[], Callable], budget_ms: int, graph: boo
     return row
 
 
-def ours(shape: Shape, context: int, delta: bool, bandwidth: float, budget_ms: int) -> list[dict]:
+def ours(rule: Rule, shape: Shape, context: int, bandwidth: float, budget_ms: int) -> list[dict]:
     rows = []
+    x = rule.inputs(shape) | {"level_scales": torch.rand(shape.B, 1, shape.H, 22, device="cuda")}
     for entry_dtype in (torch.bfloat16, torch.float32):
         for kind in ("mixed", "full"):
-            state = random_state(shape, context, kind, entry_dtype, delta)
+            state = random_state(x, shape, context, kind, entry_dtype)
             read = live_bytes(state, state.position)
             columns = dict(B=shape.B, context=context, positions=kind, entries=str(entry_dtype).removeprefix("torch."))
             columns |= dict(live_bytes=read, state_bytes=state.nbytes, floor_ms=read / bandwidth * 1e3)
-            name = f"loglinear {'delta rule' if delta else 'scalar gate'} {columns['entries']}"
-            rows.append(measure(name, lambda s=state: our_step(shape, s, delta), budget_ms, **columns))
+            step = partial(rule.step, **x, state=state, advance=False)
+            rows.append(measure(f"loglinear {rule.name} {columns['entries']}", lambda s=step: s, budget_ms, **columns))
     return rows
 
 
 def main() -> None:
     args = arguments()
-    delta = args.rule == "delta"
+    rule = RULES[args.rule]
     points = POINTS if args.B is None else ((args.B, args.context),)
     bandwidth = copy_bandwidth()
     common = {**environment(), "rule": args.rule, "copy_bytes_per_s": bandwidth}
@@ -147,10 +175,10 @@ def main() -> None:
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
     wanted = [part for part in args.peers.split(",") if part]
     for batch, context in points:
-        shape = Shape(batch, 1, 16, 16, 128, 128) if delta else Shape(batch, 1, 48, 1, 128, 64)
-        rows = ours(shape, context, delta, bandwidth, args.budget_ms)
+        shape = dataclasses.replace(rule.shape, B=batch)
+        rows = ours(rule, shape, context, bandwidth, args.budget_ms)
         peers: dict[str, Callable[[], Callable[[], object]]] = {}
-        if not delta:
+        if args.rule == "scalar":
             for name in ("flash", "cudnn"):
                 label = f"sdpa kv cache 48/8x64, {name}"
                 peers[label] = lambda label=label, b=batch, c=context: kv_cache_steps(b, c)[label]
