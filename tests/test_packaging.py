@@ -87,7 +87,7 @@ def test_wheel_works_in_an_empty_environment_without_triton(environment, tmp_pat
 
 
 def test_sdist_holds_what_builds_the_wheel_and_nothing_else(distributions):
-    """Tests, docs, benchmarks and experiments need each other, so that the repository has them and the sdist has none of them."""
+    """Tests, docs, benchmarks and experiments need each other: the repository has them, and the sdist has none of them."""
     top = f"loglinear-{VERSION}"
     with tarfile.open(distributions["sdist"]) as archive:
         names = {member.name.removeprefix(f"{top}/") for member in archive.getmembers() if member.isfile()}

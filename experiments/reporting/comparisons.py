@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from loglinear.layers.table import LIFTED
 from loglinear.tasks.style import in_bytes, name_of, tokens
 from reporting.training import SHOWN
 
 OURS = "loglinear"
 SOFTMAX = "attention"
 LINEAR_NAMES = ("Mamba-2", "Gated DeltaNet")
-TWINS = {"log_linear_mamba2": "mamba2", "log_linear_gated_deltanet": "gated_deltanet"}
+TWINS = {log_linear: linear for linear, log_linear in LIFTED.items()}
 PEERS = {  # names in rows
     "fla log_linear_attn": "flash-linear-attention's log-linear op",
     "fla log_linear_attn, one token": "flash-linear-attention's log-linear op (eager: it cannot be captured)",
