@@ -49,9 +49,12 @@ def compare(got, want, inputs):
         torch.testing.assert_close(a.nan_to_num(0), b.nan_to_num(0), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 127, 128, 192, 449, 1000])
-def test_rows(length):
+def test_rows(length, per_channel):
     q, k, v, g = make(2, length)
+    if per_channel:
+        g = (g.detach().unsqueeze(3) * torch.rand(5, dtype=g.dtype)).requires_grad_()
     compare(final_state(k, v, g, (length,) * 2, packed=False), reference(q, k, v, g, (length,) * 2), (k, v, g))
 
 

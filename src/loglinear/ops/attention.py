@@ -190,8 +190,8 @@ def _with_states(
     lengths = checks.sequence_lengths(inputs.q, cu_seqlens, cu_seqlens_cpu)
     checks.check_state(state, inputs, len(lengths))
     packed, unknown = cu_seqlens is not None, not checks.values_are_known(inputs.q)
-    o, tree = None, inputs.transition().by_log and not inputs.linear()
-    if tree and state is None and (unknown or dispatch.attention(inputs, backend)):
+    o, decays = None, inputs.transition().span != "matrix"  # then the final state follows from the tokens alone
+    if decays and not inputs.linear() and state is None and (unknown or dispatch.attention(inputs, backend)):
         o = forward(inputs, scale, cu_seqlens, backend=backend)
     if o is not None or unknown or dispatch.from_state(inputs, state, backend):
         return segments.attend(inputs, scale, lengths, packed, state, output_final_state, o)

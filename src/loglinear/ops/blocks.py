@@ -9,11 +9,11 @@ each slot has one level for a whole block. Four verbs serve every call that goes
 * ``read``: add what the queries find in the slots, ``o += λ[level] ∘ (q̃ S)``.
 * ``append``: the slots after the block. They age by A, S becomes the newest, and slots of one size merge.
 
-A state is a pair (S, log) and a query a pair (rows, weight), as in ``reference/transition.py``. If A is a decay, S is one
-product of keys and values, and the queries need running sums alone. A matrix comes from the op itself: K more queries behind
-the last token, the unit vectors at λ = 1, read S row by row. A second call, which is linear and has no other values, writes the
-rows of the unit matrix before the first token, and carries the queries while the same K queries read A. In 16 bits S and A
-of such a block are as exact as outputs are. All four verbs are differentiable.
+A state is a pair (S, log) and a query a pair (rows, weight), as in ``reference/transition.py``. The op itself makes S beside o:
+K more queries behind the last token, the unit vectors at λ = 1, read it row by row. If o is known and A is a decay, S is one
+product of keys and values. Of a decay A and the queries are sums; of matrices they come from a second call, which is linear
+and has no other values. It writes the rows of the unit matrix before the first token, and the same K queries read A. In 16
+bits, what queries read is as exact as outputs are. All four verbs are differentiable.
 """
 
 from __future__ import annotations
@@ -85,21 +85,23 @@ def _unit_rows(x: Tensor) -> Tensor:
 def from_nothing(inputs: Inputs, with_state: bool, o: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """o ``[B, T, H, V]`` with nothing before the block, and the state ``[B, H, K, V]`` after it (None unless asked for).
 
-    An o that is known already is given, unless A is a matrix.
+    o is given where it is known already, unless A is a matrix.
     """
-    if with_state and inputs.transition().span == "matrix":
-        assert o is None
-        length, width = inputs.q.shape[1], inputs.q.shape[3]
-        both = forward(inputs.extended(0, width, q=torch.cat([inputs.q, _unit_rows(inputs.q)], 1)))
-        o, rows = both.split([length, width], 1)
-        return o, rows.transpose(1, 2)
-    return forward(inputs) if o is None else o, _written(inputs) if with_state else None
+    if not with_state:
+        return forward(inputs) if o is None else o, None
+    if o is not None:
+        return o, _written(inputs)
+    length, width = inputs.q.shape[1], inputs.q.shape[3]
+    both = forward(inputs.extended(0, width, q=torch.cat([inputs.q, _unit_rows(inputs.q)], 1)))
+    o, rows = both.split([length, width], 1)
+    return o, rows.transpose(1, 2)
 
 
 def _written(inputs: Inputs) -> Tensor:
     """What the tokens write, as it has decayed at the end of the block: one product of keys and values."""
     k, v, g, wide = inputs.k, inputs.v, inputs.g, wide_dtype(inputs)
     assert g is not None
+    assert inputs.transition().span != "matrix"
     # Sums, no differences: g may be -inf.
     later = running_sums(F.pad(g[:, 1:], (*(0, 0) * (g.dim() - 2), 0, 1)).flip(1)).flip(1).exp()
     keys, values = k.to(wide), v.to(wide)

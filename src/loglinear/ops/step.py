@@ -86,34 +86,27 @@ def log_linear_delta_rule_step(
 def _step(
     inputs: Inputs, state: DecodingState, scale: float | None, normalize: bool, advance: bool, backend: Backend
 ) -> Tensor:
+    if torch.compiler.is_compiling():  # no graph writes into the state
+        return torch.compiler.disable(_step)(inputs, state, scale, normalize, advance, backend)
     dispatch.check_backend(backend)
     (q, k, v), without_autocast = outside_autocast(*inputs[:3])
     inputs = inputs._replace(q=q, k=k, v=v)
     check_step(inputs, state)
-    scale = checks.check_scale(scale)
-    # It writes into the state.
-    run = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+    scale, transition, level_scales = checks.check_scale(scale), inputs.transition(), inputs.level_scales
     with without_autocast, torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # entering takes 3 µs
-        return run(inputs, state, scale, normalize, advance, backend)
+        if dispatch.step(q, v, state.chunk_size, backend, transition.per_channel):
+            # Imported here: importing loglinear imports no Triton.
+            from loglinear.kernels import decoding
 
-
-def _run(
-    inputs: Inputs, state: DecodingState, scale: float, normalize: bool, advance: bool, backend: Backend
-) -> Tensor:
-    q, k, v, g, beta, level_scales = inputs
-    if dispatch.step(q, v, state.chunk_size, backend, inputs.transition().per_channel):
-        # Imported here: importing loglinear imports no Triton.
-        from loglinear.kernels import decoding
-
-        options = {"normalize": normalize} if normalize else {}
-        o = decoding.STEPS[inputs.transition()](q, k, v, *inputs.gates(), level_scales, state, scale, **options)
-    else:
-        assert level_scales is not None
-        if normalize:
-            q, k = unit(q, "q"), unit(k, "k")
-        o = step(q, k, v, g, level_scales, state, beta, scale)
-    if advance:
-        state.position += v.shape[1]
+            options = {"normalize": normalize} if normalize else {}
+            o = decoding.STEPS[transition](q, k, v, *inputs.gates(), level_scales, state, scale, **options)
+        else:
+            assert level_scales is not None
+            if normalize:
+                q, k = unit(q, "q"), unit(k, "k")
+            o = step(q, k, v, inputs.g, level_scales, state, inputs.beta, scale)
+        if advance:
+            state.position += v.shape[1]
     return o
 
 
