@@ -11,9 +11,9 @@ each slot has one level for a whole block. Four verbs serve every call that goes
 
 A state is a pair (S, log) and a query a pair (rows, weight), as in ``reference/transition.py``. The op itself makes S beside o:
 K more queries behind the last token, the unit vectors at λ = 1, read it row by row. If o is known and A is a decay, S is one
-product of keys and values. Of a decay A and the queries are sums; of matrices they come from a second call, which is linear
-and has no other values. It writes the rows of the unit matrix before the first token, and the same K queries read A. In 16
-bits, what queries read is as exact as outputs are. All four verbs are differentiable.
+product of keys and values. A decay A and its queries are sums. A matrix A and its queries come from a second call, which is
+linear and has no other values. It writes the rows of the unit matrix before the first token, and the same K queries read A. In
+16 bits, reads are as exact as outputs. All four verbs are differentiable.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def from_nothing(inputs: Inputs, with_state: bool, o: Tensor | None = None) -> t
 
 
 def _written(inputs: Inputs) -> Tensor:
-    """What the tokens write, as it has decayed at the end of the block: one product of keys and values."""
+    """The writes of the tokens, decayed to the end of the block: one product of keys and values."""
     k, v, g, wide = inputs.k, inputs.v, inputs.g, wide_dtype(inputs)
     assert g is not None
     assert inputs.transition().span != "matrix"

@@ -93,7 +93,7 @@ class Recording:
         return Plan(self, [None if x is None else x.number for x in places]) if self.complete and whole else None
 
     def lives(self, without: list[int | None]) -> list[Life]:
-        """Of the scratch that launches take, but for some numbers."""
+        """The lives of the scratch that launches take, without some numbers."""
         found: dict[int, Life] = {}
         for step, (_, arguments) in enumerate(self.launches):
             for x in launching.members_of(arguments):
