@@ -17,7 +17,13 @@ from reporting.rows import LABELS, PAIRS, read, seeds_of
 from reporting.text import table
 
 DOCS = Path(__file__).parents[1] / "docs"
-NAMES = ("scalar_gate", "delta_rule", "training", "multi_gpu", "context_parallel", "decoding", "model_decoding")
+OPS = {  # the transition and a model of it, by the name of its rows
+    "scalar_gate": ("scalar gate", "Log-Linear Mamba-2"),
+    "delta_rule": ("delta rule", "Log-Linear Gated DeltaNet"),
+    "channel_gate": ("gate per channel", "Log-Linear GLA"),
+    "channel_delta_rule": ("delta rule with a gate per channel", "Log-Linear KDA"),
+}
+NAMES = (*OPS, "training", "multi_gpu", "context_parallel", "decoding", "model_decoding")
 NAMES += ("decoding_cpu", "ops_cpu", "lm")
 TIMES, SMALLER = "times faster", "times smaller"
 EVEN = 0.995  # below this, two digits show that it is slower
@@ -39,16 +45,17 @@ B is the batch, H the number of value heads, K and V are the widths of keys and 
 
 def page(rows: dict[str, list[dict]]) -> str:
     """The text of docs/performance.md. ``rows``: those of each file of ``NAMES``."""
-    ops = [compare.ops(rows[name]) for name in ("scalar_gate", "delta_rule")]
-    growth = [compare.growth(rows[name], 1 << 14, 1 << 17) for name in ("scalar_gate", "delta_rule")]
+    ops = {name: f"Ops: {transition} ({model})" for name, (transition, model) in OPS.items()}
     training = [row for row in rows["training"] if "gpu" in row]
     gpus = compare.several_gpus(rows["multi_gpu"], rows["context_parallel"])
     cpu: dict[str, list[Comparison]] = {}
     for command, line in compare.cpu_growth(rows["decoding_cpu"], rows["ops_cpu"]):
         cpu.setdefault(command, []).append(line)
     groups = [
-        ("Ops: scalar gate (Log-Linear Mamba-2)", "ops.py scalar_gate", [*ops[0], *growth[0]]),
-        ("Ops: delta rule (Log-Linear Gated DeltaNet)", "ops.py delta_rule", [*ops[1], *growth[1]]),
+        *(
+            (title, f"ops.py {name}", compare.ops(rows[name]) + compare.growth(rows[name], 1 << 14, 1 << 17))
+            for name, title in ops.items()
+        ),
         ("Training steps", "training.py", compare.training(training)),
         ("Several GPUs", "multi_gpu.py`, `torchrun --nproc-per-node 2 benchmarks/context_parallel.py", gpus),
         ("Decoding: one layer", "decoding.py", compare.decoding_ops(rows["decoding"])),
@@ -59,16 +66,15 @@ def page(rows: dict[str, list[dict]]) -> str:
     memory = [
         ("Memory: state of a whole model", "model_decoding.py", compare.decoding_models(rows["model_decoding"], True)),
         ("Memory: a training step", "training.py", compare.training(training, memory=True)),
-        ("Memory: scalar gate", "ops.py scalar_gate", compare.ops(rows["scalar_gate"], memory=True)),
-        ("Memory: delta rule", "ops.py delta_rule", compare.ops(rows["delta_rule"], memory=True)),
+        *(
+            (f"Memory: {transition}", f"ops.py {name}", compare.ops(rows[name], memory=True))
+            for name, (transition, _) in OPS.items()
+        ),
     ]
     lines = [*HEAD.splitlines(), "", *slower(groups)]
+    below = {title: failed(rows[name]) for name, title in ops.items()} | {"Training steps": longest(training)}
     for title, command, found in groups:
-        lines += section(title, command, found, TIMES)
-        lines += {
-            "Training steps": longest(training),
-            "Ops: delta rule (Log-Linear Gated DeltaNet)": failed(rows["delta_rule"]),
-        }.get(title, [])
+        lines += section(title, command, found, TIMES) + below.get(title, [])
     for title, command, found in memory:
         lines += section(title, command, found, SMALLER)
     return "\n".join([*lines, *forward_memory(rows["ops_cpu"]), *quality(rows["lm"])]).rstrip("\n") + "\n"

@@ -24,6 +24,8 @@ PEERS = {  # names in rows
     "mamba2 selective_state_update": "Mamba-2's own step, a linear model",
     "fla gated_delta_rule": "flash-linear-attention 0.6.0's gated delta rule, linear",
     "fla 0.2.2 gated_delta_rule": "flash-linear-attention 0.2.2's gated delta rule, linear",
+    "fla gla": "flash-linear-attention's GLA, linear",
+    "fla kda": "flash-linear-attention's KDA, linear",
     "sdpa kv cache 48/8x64, flash": "FlashAttention-2 over a KV cache of 8 heads of 64",
     "sdpa kv cache 48/8x64, cudnn": "cuDNN attention over a KV cache of 8 heads of 64",
     "attention without mask": "Transformer without mask",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import performance_page
-from performance_page import DOCS, NAMES, page, times
+from performance_page import DOCS, NAMES, OPS, page, times
 from reporting import comparisons, front
 from reporting.rows import read
 
@@ -55,6 +55,18 @@ def test_a_ratio_is_theirs_over_ours_and_below_one_it_is_bold_and_listed():
     assert "In 1 of 2 comparisons of time with something else ours is slower. 0 of them" in text
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_every_transition_has_a_table_once_it_has_rows(name):
+    failed = {**op_row("fla gla", None), "what": "failed", "reason": "RuntimeError: no"}
+    rows = [op_row("loglinear", 1.0), op_row("flash attention 2, 16x96", 2.0), failed]
+    text = page(rows_of() | {"scalar_gate": []} | {name: rows})
+    transition, model = OPS[name]
+    assert f"## Ops: {transition} ({model})\n\n`python benchmarks/ops.py {name}`; H" in text
+    assert f"## Memory: {transition}\n" in text
+    assert "Not timed: the backward of flash-linear-attention's GLA, linear. It stops with: RuntimeError: no." in text
+    assert text.count("## Ops: ") == 1
+
+
 def test_a_ratio_is_of_the_newest_commit_that_has_both():
     ours, peer = "loglinear", "mamba2 ssd chunk 128"
     rows = [
@@ -90,7 +102,7 @@ def test_numbers_just_below_one_are_not_called_slower():
 
 def test_every_command_and_its_rows_have_a_table(committed):
     text = page(committed)
-    for name in set(NAMES) - {"lm", "context_parallel", "scalar_gate", "delta_rule"}:
+    for name in set(NAMES) - {"lm", "context_parallel", *OPS}:
         assert f"`python benchmarks/{name}.py`" in text
     assert "`python benchmarks/ops.py scalar_gate`" in text
     assert "`python benchmarks/ops.py delta_rule`" in text
