@@ -89,7 +89,8 @@ def environment(distributions, once, pytestconfig) -> Callable[[str], Path]:
     def make(extras: str) -> Path:
         def install(home: Path) -> None:
             finish(*uv, "venv", "--no-project", "--python", sys.executable, home)
-            finish(*uv, "pip", "install", "--python", home, *links, "-c", pins, f"{distributions['wheel']}{extras}")
+            to = ["--link-mode", "symlink", "--python", home]  # no copies where the cache lies on another disk
+            finish(*uv, "pip", "install", *to, *links, "-c", pins, f"{distributions['wheel']}{extras}")
 
         try:
             home = once(f"installed{extras}", install)
