@@ -6,10 +6,10 @@ import torch
 import loglinear
 from loglinear.models import LogLinearForCausalLM
 
-LINEAR = ["mamba2", "gated_deltanet", ["mamba2", "attention", "gated_deltanet"]]
+LINEAR = ["mamba2", "gated_deltanet", ["mamba2", "attention", "gated_deltanet"], ["kda", "gla", "retnet"]]
 
 
-@pytest.fixture(params=LINEAR, ids=["mamba2", "gated_deltanet", "hybrid"])
+@pytest.fixture(params=LINEAR, ids=["mamba2", "gated_deltanet", "hybrid", "others"])
 def linear(request, make_model):
     return make_model(request.param)
 

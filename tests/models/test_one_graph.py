@@ -14,7 +14,7 @@ KINDS = ("nothing", "mask", "positions", "seq_idx", "mask and positions", "offse
 # Every description for two mixers, and the one that needs most for all.
 CASES = [(name, kind) for name in ("log_linear_mamba2", "attention") for kind in KINDS]
 CASES += [(name, "mask and positions") for name in ("mamba2", "log_linear_gated_deltanet", "gated_deltanet")]
-CASES += [(["log_linear_mamba2", "attention"], "mask")]
+CASES += [(["log_linear_mamba2", "attention"], "mask"), ("log_linear_retnet", "mask and positions")]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")

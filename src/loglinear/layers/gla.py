@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from loglinear.layers.initialization import wide
 from loglinear.layers.level_scale import Start
-from loglinear.layers.linear import project
 from loglinear.layers.linear_attention import LinearAttention
 from loglinear.layers.mixer import Streams
 
@@ -55,14 +54,9 @@ class LogLinearGLA(LinearAttention):
             conv_bias=conv_bias,
             qk_activation=qk_activation,
             gate_activation=gate_activation,
-            rate_width=decay_rank,
+            decay_rank=decay_rank,
         )
         self.decay_normalizer, self.decay_min = decay_normalizer, decay_min
-        self.decay_proj = nn.Linear(decay_rank, self.num_kv_heads * key_dim)
-
-    def project(self, hidden: Tensor) -> Streams:
-        streams = super().project(hidden)
-        return streams._replace(rate=project(streams.rate, self.decay_proj))
 
     def decay(self, streams: Streams) -> Tensor:
         g = F.logsigmoid(wide(streams.rate)) / self.decay_normalizer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loglinear.layers.activations import ACTIVATIONS, check_activation
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.level_scale import LevelScale, Start
+from loglinear.layers.linear import project
 from loglinear.layers.mixer import RecurrentMixer, Streams
 from loglinear.layers.norm import GatedRMSNorm, RMSNorm
 
@@ -33,7 +34,8 @@ class LinearAttention(RecurrentMixer):
         qk_activation: of q and k alone, behind that.
         gate_activation: of the output gate, which comes after the norm; None: no gate.
         norm_per_head: whether each head of the output is normalised by itself, with one weight for all heads.
-        rate_width: columns of the input projection from which the decay is made.
+        decay_rank: width between the two matrices whose product projects the input to the decays of all key channels; 0 is
+            no such projection.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class LinearAttention(RecurrentMixer):
         qk_activation: str = "identity",
         gate_activation: str | None = "silu",
         norm_per_head: bool = True,
-        rate_width: int = 0,
+        decay_rank: int = 0,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -66,8 +68,9 @@ class LinearAttention(RecurrentMixer):
             conv_activation = "silu" if conv_width else "identity"
         self.conv_widths = [num_heads * key_dim, num_kv_heads * key_dim, num_kv_heads * value_dim]  # q, k, v
         values = num_heads * value_dim
-        self.in_widths = [sum(self.conv_widths), 0 if gate_activation is None else values, rate_width]
+        self.in_widths = [sum(self.conv_widths), 0 if gate_activation is None else values, decay_rank]
         self.in_proj = nn.Linear(hidden_size, sum(self.in_widths), bias=False)
+        self.decay_proj = nn.Linear(decay_rank, num_kv_heads * key_dim) if decay_rank else None
         self.conv = ShortConvolution(sum(self.conv_widths), conv_width, conv_bias, conv_activation)
         self.level_scale = LevelScale(hidden_size, num_heads, num_levels, level_scale_start) if log_linear else None
         width = value_dim if norm_per_head else values
@@ -86,6 +89,7 @@ class LinearAttention(RecurrentMixer):
     def project(self, hidden: Tensor) -> Streams:
         joined, dl = self.joint(hidden)
         qkv, gate, rate = joined.split(self.in_widths, dim=-1)
+        rate = rate if self.decay_proj is None else project(rate, self.decay_proj)
         return Streams(conv=qkv, gate=gate, rate=rate, dl=dl)
 
     def inputs(self, mixed: Tensor, streams: Streams) -> tuple[dict[str, Tensor], Tensor | None]:
