@@ -134,6 +134,38 @@ def float32_config(key_width: int) -> ScalarGateConfig:
 
 
 @dataclass(frozen=True)
+class ChannelConfig:
+    """Chunk size and all launches. ``block_k`` of a launch is its tile of K where a kernel tiles K.
+
+    ``least_tile`` is the width to which narrower tiles are padded.
+    """
+
+    chunk: int
+    least_tile: int
+    scores: Launch
+    entries: Launch
+    output: Launch
+    local_grads: Launch
+    query_grads: Launch
+    key_grads: Launch
+    gate_grads: Launch
+
+
+@lru_cache
+def channel_config(dtype: torch.dtype, key_width: int, value_width: int) -> ChannelConfig:
+    """The configuration for inputs of this dtype and these widths."""
+    if dtype == torch.float32:
+        return uniform_channel_config(32, 16, Launch(warps=4, stages=1, block_v=32, block_k=32))
+    launch = Launch(warps=8 if key_width > 128 else 4, stages=2, block_v=64, block_k=64)
+    return uniform_channel_config(64, LEAST_TILE, launch)
+
+
+def uniform_channel_config(chunk: int, least_tile: int, launch: Launch) -> ChannelConfig:
+    """Every kernel launched alike."""
+    return ChannelConfig(chunk, least_tile, *[launch] * (len(dataclasses.fields(ChannelConfig)) - 2))
+
+
+@dataclass(frozen=True)
 class DeltaRuleConfig:
     """Chunk size and all launches. ``block_v`` is a tile of the K + V columns of a map, or of V where a kernel tiles V.
 

@@ -1,0 +1,191 @@
+"""BACKWARD of the gate per channel: its launches, in the order in which the gradients flow."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.channel.entries import chunk_grads_kernel, entry_grads_kernel
+from loglinear.kernels.channel.forward import States, launch_entries, launch_scores, tile_sizes
+from loglinear.kernels.channel.gate_grads import gate_grads_kernel, window_sums_kernel
+from loglinear.kernels.channel.key_grads import key_grads_kernel
+from loglinear.kernels.channel.local_grads import local_grads_kernel
+from loglinear.kernels.channel.query_grads import query_grads_kernel
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.bundles import Inputs, gather
+from loglinear.kernels.tree.head_sums import sum_heads
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
+from loglinear.kernels.tree.replay import replay
+from loglinear.kernels.tuning import ChannelConfig, channel_config
+
+
+class Gradients(NamedTuple):
+    """Gradients between the stages; None before they are made and after they are used.
+
+    q, k: of the decayed queries and keys ``[B*T, H, K]``. entries, chunks: of the Fenwick array and of the state at the end of
+    each chunk ``[rows, H, K, V]``. window_log: log-decay of an entry's window ``[rows, H, K]``. levels, beyond: gains of gates, see
+    query_grads and chunk_grads.
+    """
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    entries: Tensor | None = None
+    chunks: Tensor | None = None
+    window_log: Tensor | None = None
+    levels: Tensor | None = None
+    beyond: Tensor | None = None
+
+
+def launch_local_grads(problem: Problem, x: Inputs, states: States) -> tuple[Tensor, Tensor]:
+    """(gradient of the scores ``[rows, H, C, C]``, dλ, complete for the levels inside a chunk)."""
+    launch, C = problem.config.local_grads, problem.config.chunk
+    score_grads = launching.scratch((problem.rows, problem.heads, C, C), x.v.dtype, x.v.device)
+    dscales = launching.scratch(tuple(x.scales.shape), x.scales.dtype, x.v.device)
+    launching.launch(
+        local_grads_kernel,
+        problem.rows * problem.heads,
+        x._replace(q=None, k=None),
+        states._replace(entries=None),
+        score_grads,
+        dscales,
+        *problem.of_rows,
+        problem.levels,
+        S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
+        LEVELS=padded(problem.levels),
+        **launch.options,
+    )
+    return score_grads, dscales
+
+
+def launch_query_grads(problem: Problem, x: Inputs, states: States, dscales: Tensor) -> Gradients:
+    """The gradients of the decayed queries, and gains by level; completes dλ."""
+    H, K, device, launch = problem.heads, problem.key_width, x.v.device, problem.config.query_grads
+    dq = launching.scratch((problem.tokens, H, K), x.v.dtype, device)
+    levels = launching.scratch((problem.tree_levels, problem.rows, H, K), torch.float32, device)
+    grads = Gradients(q=dq, levels=levels)
+    launching.launch(
+        query_grads_kernel,
+        problem.rows * H,
+        x._replace(k=None, v=None),
+        states._replace(scores=None),
+        grads,
+        dscales,
+        *problem.of_rows,
+        problem.levels,
+        S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
+        LEVELS=padded(problem.levels),
+        **launch.options,
+    )
+    return grads
+
+
+def launch_tree_grads(problem: Problem, x: Inputs, states: States, grads: Gradients) -> Gradients:
+    """The gradients of all entries and of the states of all chunks, and the gains of pairs that skip a chunk."""
+    H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
+    launch = problem.config.entries
+    tiles = tile_sizes(problem, launch, whole_key=False)
+    tiles_k, tiles_v = cdiv(K, tiles["BK"]), cdiv(V, tiles["BV"])
+    programs, sizes = problem.rows * H * tiles_k * tiles_v, problem.sizes(dtype, **tiles)
+    entries = launching.scratch((problem.rows, H, K, V), dtype, device)
+    window_log = launching.scratch((problem.rows, H, K), torch.float32, device)
+    found = Gradients(entries=entries, window_log=window_log)
+    launching.launch(
+        entry_grads_kernel, programs, x._replace(k=None, v=None), states._replace(scores=None, entries=None), found,
+        *problem.of_rows, problem.levels, S=sizes, **launch.options,
+    )  # fmt: skip
+    beyond = launching.scratch((tiles_v, problem.rows, H, K), torch.float32, device)
+    found = found._replace(chunks=launching.scratch((problem.rows, H, K, V), dtype, device), beyond=beyond)
+    launching.launch(
+        chunk_grads_kernel, programs, x._replace(q=None, k=None, v=None, do=None, scales=None),
+        states._replace(scores=None, chunk_log=None), found, *problem.of_rows, problem.rows, S=sizes, **launch.options,
+    )  # fmt: skip
+    levels = Gradients(levels=grads.levels)
+    launching.launch(
+        window_sums_kernel, problem.rows * H * tiles_k, levels, *problem.of_rows, problem.rows, S=sizes, num_warps=1
+    )
+    return grads._replace(chunks=found.chunks, beyond=beyond)
+
+
+def launch_key_grads(problem: Problem, x: Inputs, states: States, grads: Gradients) -> tuple[Tensor, Gradients]:
+    """dv, and the gradients of the decayed keys."""
+    launch = problem.config.key_grads
+    dv = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
+    dk = launching.scratch((problem.tokens, problem.heads, problem.key_width), x.v.dtype, x.v.device)
+    launching.launch(
+        key_grads_kernel,
+        problem.rows * problem.heads,
+        x._replace(q=None),
+        states._replace(entries=None),
+        Gradients(k=dk, chunks=grads.chunks),
+        dv,
+        *problem.of_rows,
+        problem.levels,
+        S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
+        **launch.options,
+    )
+    return dv, grads._replace(k=dk, chunks=None)
+
+
+def launch_gate_grads(problem: Problem, x: Inputs, score_grads: Tensor, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dg) of the inputs."""
+    launch, parts = problem.config.gate_grads, problem.heads_per_group
+    tiles = tile_sizes(problem, launch, whole_key=False)
+    shape = (parts, problem.tokens, problem.groups, problem.key_width)
+    partial = [launching.scratch(shape, y.dtype if parts == 1 else torch.float32, y.device) for y in (x.q, x.k)]
+    dg = launching.scratch(tuple(x.g.shape), x.g.dtype, x.g.device)
+    launching.launch(
+        gate_grads_kernel,
+        problem.rows * problem.heads * cdiv(problem.key_width, tiles["BK"]),
+        x._replace(v=None, do=None, scales=None),
+        score_grads,
+        grads,
+        *partial,
+        dg,
+        *problem.of_rows,
+        problem.rows,
+        problem.tokens,
+        grads.beyond.shape[0],  # type: ignore[union-attr]
+        S=problem.sizes(x.v.dtype, **tiles),
+        **launch.options,
+    )
+    dq, dk = (sum_heads(part, y) for part, y in zip(partial, (x.q, x.k)))
+    return dq, dk, dg
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    level_scales: Tensor,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    config: ChannelConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``forward``: (dq, dk, dv, dg, dlevel_scales), each contiguous and of its input's dtype.
+
+    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
+    """
+    config = config or channel_config(v.dtype, q.shape[3], v.shape[3])
+    inputs = [token_rows(x) for x in (do, q, k, v, g, level_scales)]
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
+    return replay(run_backward, [*inputs, *tables], scale, config)  # type: ignore[return-value]
+
+
+def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tensor, ...]:
+    """The launches of ``backward``."""
+    do, q, k, v, g, level_scales, *tables = inputs
+    problem = describe(q, v, level_scales, tuple(tables), config)
+    given = gather(q, k, v, g, None, level_scales, do, scale)
+    made, x = launch_scores(problem, given)
+    states = launch_entries(problem, x, made)
+    score_grads, dscales = launch_local_grads(problem, x, states)
+    grads = launch_query_grads(problem, x, states, dscales)
+    grads = launch_tree_grads(problem, x, states, grads)
+    states = states._replace(entries=None)
+    dv, grads = launch_key_grads(problem, x, states, grads)
+    dq, dk, dg = launch_gate_grads(problem, given, score_grads, grads)
+    return dq, dk, dv, dg, dscales

@@ -1,0 +1,120 @@
+"""FORWARD of the gate per channel: three launches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.channel.entries import entries_kernel
+from loglinear.kernels.channel.output import output_kernel
+from loglinear.kernels.channel.scores import scores_kernel
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.bundles import Inputs, gather
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, token_rows
+from loglinear.kernels.tree.replay import replay
+from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config
+
+
+class Prepared(NamedTuple):
+    """What the chunks are without λ and values. A *row* is a chunk of a sequence of the batch; logs in base 2.
+
+    q, k: ``[B*T, H, K]`` of v's dtype, queries as seen from the start of their chunk, keys as seen from its end.
+    scores: ``[rows, H, C, C]`` of v's dtype, under their decays, zero above the diagonal. chunk_log: ``[rows, H, K]`` float32.
+    """
+
+    q: Tensor
+    k: Tensor
+    scores: Tensor
+    chunk_log: Tensor
+
+
+class States(NamedTuple):
+    """``scores`` and ``chunk_log`` as above; the Fenwick array ``entries [rows, H, K, V]`` and its ``entry_log [rows, H, K]``."""
+
+    scores: Tensor
+    chunk_log: Tensor
+    entries: Tensor
+    entry_log: Tensor
+
+
+def tile_sizes(problem: Problem, launch: Launch, whole_key: bool = True) -> dict[str, int]:
+    """Tiles of K and V; ``whole_key``: all of K in one."""
+    wide_k, wide_v = problem.tile(problem.key_width), problem.tile(problem.value_width)
+    tile_k = wide_k if whole_key else min(launch.block_k or wide_k, wide_k)
+    return {"BK": tile_k, "BV": min(launch.block_v, wide_v)}
+
+
+def launch_scores(problem: Problem, x: Inputs) -> tuple[Prepared, Inputs]:
+    """The prepared chunks, and the inputs of the stages between: decayed queries and keys, a pair for each value head."""
+    H, K, C, dtype, device = problem.heads, problem.key_width, problem.config.chunk, x.v.dtype, x.v.device
+    q, k = (launching.scratch((problem.tokens, 1, H, K), dtype, device) for _ in range(2))
+    scores = launching.scratch((problem.rows, H, C, C), dtype, device)
+    made = Prepared(q, k, scores, launching.scratch((problem.rows, H, K), torch.float32, device))
+    launch = problem.config.scores
+    sizes = problem.sizes(dtype, **tile_sizes(problem, launch, whole_key=False))
+    inputs = x._replace(v=None, scales=None, do=None)
+    launching.launch(scores_kernel, problem.rows * H, inputs, made, *problem.of_rows, S=sizes, **launch.options)
+    return made, x._replace(q=q, k=k, g=None, stride_q=H * K, stride_k=H * K, stride_g=None)
+
+
+def launch_entries(problem: Problem, x: Inputs, made: Prepared) -> States:
+    """The Fenwick array."""
+    H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
+    entries = launching.scratch((problem.rows, H, K, V), dtype, device)
+    states = States(made.scores, made.chunk_log, entries, launching.scratch((problem.rows, H, K), torch.float32, device))
+    launch = problem.config.entries
+    tiles = tile_sizes(problem, launch, whole_key=False)
+    programs = problem.rows * H * cdiv(K, tiles["BK"]) * cdiv(V, tiles["BV"])
+    inputs = x._replace(q=None, scales=None, do=None)
+    sizes = problem.sizes(dtype, **tiles)
+    launching.launch(entries_kernel, programs, inputs, states._replace(scores=None), *problem.of_rows, S=sizes, **launch.options)
+    return states
+
+
+def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
+    """o, from the chunks themselves and the entries before them."""
+    launch = problem.config.output
+    tiles = tile_sizes(problem, launch)
+    o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
+    programs = problem.rows * problem.heads * cdiv(problem.value_width, tiles["BV"])
+    sizes = problem.sizes(x.v.dtype, **tiles)
+    inputs = x._replace(k=None, do=None)
+    launching.launch(output_kernel, programs, inputs, states, o, *problem.of_rows, problem.levels, S=sizes, **launch.options)
+    return o
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    level_scales: Tensor,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    config: ChannelConfig | None = None,
+) -> Tensor:
+    """Log-linear attention with a gate per key channel, from nothing before the first token.
+
+    Args:
+        q, k: ``[B, T, G, K]`` of v's dtype. v: ``[B, T, H, V]``, bfloat16, float16 or float32.
+        g: ``[B, T, H, K]`` natural log-decay <= 0, any floating dtype; -inf is a reset of its channel.
+        level_scales: λ ``[B, T, H, L]``, any floating dtype. scale: factor of o.
+        cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
+
+    Returns:
+        o ``[B, T, H, V]`` of v's dtype, contiguous.
+    """
+    config = config or channel_config(v.dtype, q.shape[3], v.shape[3])
+    inputs = [token_rows(x) for x in (q, k, v, g, level_scales)]
+    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
+    return replay(run_forward, [*inputs, *tables], scale, config)[0]  # type: ignore[return-value]
+
+
+def run_forward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tensor]:
+    """The launches of ``forward``."""
+    q, k, v, g, level_scales, *tables = inputs
+    problem = describe(q, v, level_scales, tuple(tables), config)
+    made, x = launch_scores(problem, gather(q, k, v, g, None, level_scales, None, scale))
+    return (launch_output(problem, x, launch_entries(problem, x, made)),)

@@ -1,0 +1,53 @@
+"""LOCAL GRADIENTS: the gradient of the scores inside a chunk, and dλ of the levels inside a chunk."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.channel.decays import own_block
+from loglinear.kernels.channel.output import level_mask, load_square
+from loglinear.kernels.tree.levels import LOG_SUB, SUB, local_levels
+from loglinear.kernels.tree.place import chunk_of, locate
+from loglinear.kernels.tree.tiles import load_tokens
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "L"])
+def local_grads_kernel(
+    x, states, score_grads, dscales, table, T, N, NG, L, S: tl.constexpr, LEVELS: tl.constexpr
+):
+    """Grid: H x rows, rows fastest. float32: scores, mask, dλ, and the gradient until it is stored ``[rows, H, C, C]``."""
+    rows = tl.num_programs(0) // S.H
+    row = tl.program_id(0) % rows
+    h = tl.program_id(0) // rows
+    at = locate(row, table, T, N, NG, N, S.PACKED)
+    if at.length < 0:
+        return
+    here = chunk_of(at, row, S.C)
+    t = tl.arange(0, S.C)
+    unit = row.to(tl.int64) * S.H + h
+    grads = tl.zeros([S.C, S.C], tl.float32)
+    for first_v in tl.static_range(0, S.V, S.BV):
+        v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v)
+        do_tile = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)
+        grads = tl.dot(do_tile, tl.trans(v_tile), acc=grads, input_precision=S.PRECISION)
+    grads = tl.where(t[:, None] >= t[None, :], grads, 0.0)
+    pairs = grads * load_square(states.scores, unit, S.C).to(tl.float32)
+    near = own_block(pairs, S.C)
+    far = tl.sum(tl.reshape(pairs, [S.C, S.C // SUB, SUB]), axis=2)
+    own, other = local_levels(S.C)
+    below = tl.arange(0, SUB)[None, :] <= (t % SUB)[:, None]
+    before = tl.arange(0, S.C // SUB)[None, :] < (t // SUB)[:, None]
+    levels = tl.arange(0, LEVELS)
+    gradient = tl.zeros([S.C, LEVELS], tl.float32)
+    for level in tl.static_range(0, S.LOG_C + 1):
+        if level <= LOG_SUB:
+            part = tl.sum(tl.where(below & (own == level), near, 0.0), axis=1)
+        else:
+            part = tl.sum(tl.where(before & (other == level), far, 0.0), axis=1)
+        gradient += tl.where(levels[None, :] == tl.minimum(level, L - 1), part[:, None], 0.0)
+    place = dscales + here.origin * (S.H * L) + h * L + (t[:, None] * (S.H * L) + levels[None, :])
+    written = here.valid[:, None] & (levels < L)[None, :]
+    tl.store(place, (gradient * x.factor).to(dscales.dtype.element_ty), mask=written)
+    target = score_grads + unit * (S.C * S.C) + t[:, None] * S.C + t[None, :]
+    tl.store(target, (grads * level_mask(x, here, h, L, S)).to(score_grads.dtype.element_ty))

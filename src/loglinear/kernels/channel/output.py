@@ -1,0 +1,68 @@
+"""OUTPUT: each chunk attends to itself by its scores and λ, then walks the entries that cover everything before it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from loglinear.kernels.channel.decays import load_log
+from loglinear.kernels.tree.levels import SUB, chunk_scales, scales_of
+from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit
+from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
+
+
+@triton.jit
+def load_square(base, unit, C: tl.constexpr):
+    """``[C, C]`` of a unit (int64) of ``[units, C, C]``."""
+    t = tl.arange(0, C)
+    return tl.load(base + unit * (C * C) + t[:, None] * C + t[None, :])
+
+
+@triton.jit
+def level_mask(x, here, h, L, S: tl.constexpr):
+    """λ inside a chunk ``[C, C]``, times the factor of o; zero above the diagonal."""
+    near, far = chunk_scales(x, here, h, L, S)
+    own = (tl.arange(0, S.C) // SUB)[:, None] == tl.arange(0, S.C // SUB)[None, :]
+    return tl.reshape(tl.where(own[:, :, None], near[:, None, :], far[:, :, None]), [S.C, S.C])
+
+
+@triton.jit
+def entry_scale(x, here, h, e, L, S: tl.constexpr):
+    """λ ``[C]`` of the tokens of a chunk towards entry e, times the factor of o."""
+    level = tl.minimum(log2_of_power(lowbit(e)) + S.LOG_C + 1, L - 1)
+    pointers = scales_of(x, here, h, L) + (tl.arange(0, S.C) * x.stride_scales + level)
+    return tl.load(pointers, mask=here.valid, other=0.0).to(tl.float32) * x.factor
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "L"])
+def output_kernel(x, states, o, table, T, N, NG, L, S: tl.constexpr):
+    """Grid: tiles of V x H x rows, rows fastest. float32: mask, accumulator, logs."""
+    rows = tl.num_programs(0) // (S.H * ((S.V + S.BV - 1) // S.BV))
+    row = tl.program_id(0) % rows
+    h = tl.program_id(0) // rows % S.H
+    first_v = tl.program_id(0) // (rows * S.H) * S.BV
+    at = locate(row, table, T, N, NG, N, S.PACKED)
+    if at.length < 0:
+        return
+    here = chunk_of(at, row, S.C)
+    q_tile = load_tokens(x.q, x.stride_q, h, here, S.C, S.K, S.BK, 0)
+    v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v)
+    scores = load_square(states.scores, row.to(tl.int64) * S.H + h, S.C).to(tl.float32)
+    weights = scores * level_mask(x, here, h, L, S)
+    t = tl.arange(0, S.C)
+    finite = tl.sum(v_tile.to(tl.float32) * 0.0, axis=1) == 0.0
+    if tl.sum(tl.where(finite, 0, 1), axis=0) > 0:  # 0 · NaN is NaN: a token that is not finite must count for later ones alone
+        weights = tl.where(finite[None, :] | (t[:, None] < t[None, :]), weights, float("nan"))
+        v_tile = tl.where(finite[:, None], v_tile, 0.0).to(v_tile.dtype)
+    weights = tl.where(t[:, None] >= t[None, :], weights, 0.0)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=S.PRECISION)
+    log = tl.zeros([S.BK], tl.float32)
+    e = here.n
+    while e > 0:
+        unit = (at.row0 + e - 1).to(tl.int64) * S.H + h
+        query = (q_tile.to(tl.float32) * tl.exp2(log)[None, :]).to(q_tile.dtype)
+        state = load_entry(states.entries, unit, 0, first_v, S)
+        acc += entry_scale(x, here, h, e, L, S)[:, None] * tl.dot(query, state, input_precision=S.PRECISION)
+        log += load_log(states.entry_log, unit, 0, S)
+        e -= lowbit(e)
+    store_tokens(o, S.H * S.V, h, here, acc, S.C, S.V, S.BV, first_v)
