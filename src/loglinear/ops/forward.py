@@ -17,7 +17,7 @@ from loglinear.ops import checks, dispatch, transforms
 from loglinear.ops.inputs import Inputs
 from loglinear.ops.operators import Operator
 from loglinear.reference.chunkwise import chunkwise
-from loglinear.transition import DELTA_RULE, SCALAR_GATE, Transition
+from loglinear.transition import CHANNEL_GATE, DELTA_RULE, SCALAR_GATE, Transition
 
 # Which layout the kept tensors have, as an argument of the operator and so in the text of every graph: PyTorch files a compiled
 # graph on disk by its text, with the number and sizes of what is kept built in. Raise it when ``kept_shapes`` changes.
@@ -72,9 +72,9 @@ def keep(inputs: Inputs, cu_seqlens: Tensor | None) -> str:
 @cache
 def kernels_of(transition: Transition) -> Any:
     """Forward and backward of one transition. Imported on first use: importing loglinear imports no Triton."""
-    from loglinear.kernels import decay, delta
+    from loglinear.kernels import channel, decay, delta
 
-    return {SCALAR_GATE: decay, DELTA_RULE: delta}[transition]
+    return {SCALAR_GATE: decay, CHANNEL_GATE: channel, DELTA_RULE: delta}[transition]
 
 
 def mostly_empty(cu_seqlens: Tensor | None, tokens: int) -> bool:

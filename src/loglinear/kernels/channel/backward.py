@@ -25,8 +25,8 @@ class Gradients(NamedTuple):
     """Gradients between the stages; None before they are made and after they are used.
 
     q, k: of the decayed queries and keys ``[B*T, H, K]``. entries, chunks: of the Fenwick array and of the state at the end of
-    each chunk ``[rows, H, K, V]``. window_log: log-decay of an entry's window ``[rows, H, K]``. levels, beyond: gains of gates, see
-    query_grads and chunk_grads.
+    each chunk ``[rows, H, K, V]``. window_log: log-decay of an entry's window ``[rows, H, K]``. levels, beyond: gains of gates,
+    see query_grads and chunk_grads.
     """
 
     q: Tensor | None = None
@@ -128,7 +128,9 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, grads: Gradien
     return dv, grads._replace(k=dk, chunks=None)
 
 
-def launch_gate_grads(problem: Problem, x: Inputs, score_grads: Tensor, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+def launch_gate_grads(
+    problem: Problem, x: Inputs, score_grads: Tensor, grads: Gradients
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dg) of the inputs."""
     launch, parts = problem.config.gate_grads, problem.heads_per_group
     tiles = tile_sizes(problem, launch, whole_key=False)

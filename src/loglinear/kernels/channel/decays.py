@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E
-from loglinear.kernels.tree.levels import LOG_SUB, SUB
+from loglinear.kernels.tree.levels import SUB
 
 
 @triton.jit
 def load_shifted(base, stride, here, shift, inside, first, S: tl.constexpr):
-    """Tile ``[C, BK]`` of the tokens ``shift`` after those of a chunk, where ``inside [C]``, else 0; columns from ``first`` on."""
+    """Columns ``[C, BK]`` from ``first`` on of the tokens ``shift`` after those of a chunk, 0 where not ``inside [C]``."""
     columns = first + tl.arange(0, S.BK)
     tokens = tl.arange(0, S.C) + shift
     kept = inside & (tokens >= 0) & (tokens < S.C) & (tokens < here.size)
@@ -40,7 +40,7 @@ def since_start(gates, BLOCK: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def until_end(next_gates, BLOCK: tl.constexpr, S: tl.constexpr):
-    """Log-decay ``[C, BK]`` from a token to the end of its block of BLOCK tokens. ``next_gates`` are those of the tokens after."""
+    """Log-decay ``[C, BK]`` from a token to the end of its block, from the gates of the tokens after each."""
     last = tl.arange(0, S.C) % BLOCK == BLOCK - 1
     blocks = tl.reshape(tl.where(last[:, None], 0.0, next_gates), [S.C // BLOCK, BLOCK, S.BK])
     return tl.reshape(tl.cumsum(blocks, axis=1, reverse=True), [S.C, S.BK])
@@ -48,7 +48,7 @@ def until_end(next_gates, BLOCK: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def meets(BLOCK: tl.constexpr, C: tl.constexpr):
-    """Pairs ``[C, C]`` (query, key) of which the key is in an even block of BLOCK tokens, and the query in the odd one after it."""
+    """Pairs ``[C, C]`` (query, key) with the key in an even block of BLOCK tokens and the query in the odd one after it."""
     block = tl.arange(0, C) // BLOCK
     return (block[:, None] % 2 == 1) & (block[None, :] == block[:, None] - 1)
 

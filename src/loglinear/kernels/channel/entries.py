@@ -16,7 +16,7 @@ from loglinear.kernels.tree.tiles import load_entry, load_tile, store_entry
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
 def entries_kernel(x, states, table, T, N, NG, S: tl.constexpr):
-    """Grid: rows x H x tiles of [K, V], tiles fastest. float32: accumulator, logs. The last chunk of a sequence ends no entry."""
+    """Grid: rows x H x tiles of [K, V], tiles fastest. float32: accumulator, logs. The last chunk ends no entry."""
     TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
     tile = tl.program_id(0) % TILES
@@ -109,8 +109,8 @@ def chunk_grads_kernel(
 ):
     """The gradient of the state at the end of every chunk: the sum over the entries on its update path, each decayed back.
 
-    ``beyond [tiles of V, rows, H, K]``: the share of the gate's gradient that the keys of an entry pass to queries after its window.
-    Grid and types as above.
+    ``beyond [tiles of V, rows, H, K]``: the share of the gate's gradient that the keys of an entry pass to queries after its
+    window. Grid and types as above.
     """
     TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V

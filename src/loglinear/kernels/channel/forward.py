@@ -63,13 +63,17 @@ def launch_entries(problem: Problem, x: Inputs, made: Prepared) -> States:
     """The Fenwick array."""
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
     entries = launching.scratch((problem.rows, H, K, V), dtype, device)
-    states = States(made.scores, made.chunk_log, entries, launching.scratch((problem.rows, H, K), torch.float32, device))
+    states = States(
+        made.scores, made.chunk_log, entries, launching.scratch((problem.rows, H, K), torch.float32, device)
+    )
     launch = problem.config.entries
     tiles = tile_sizes(problem, launch, whole_key=False)
     programs = problem.rows * H * cdiv(K, tiles["BK"]) * cdiv(V, tiles["BV"])
     inputs = x._replace(q=None, scales=None, do=None)
     sizes = problem.sizes(dtype, **tiles)
-    launching.launch(entries_kernel, programs, inputs, states._replace(scores=None), *problem.of_rows, S=sizes, **launch.options)
+    launching.launch(
+        entries_kernel, programs, inputs, states._replace(scores=None), *problem.of_rows, S=sizes, **launch.options
+    )
     return states
 
 
@@ -81,7 +85,9 @@ def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     programs = problem.rows * problem.heads * cdiv(problem.value_width, tiles["BV"])
     sizes = problem.sizes(x.v.dtype, **tiles)
     inputs = x._replace(k=None, do=None)
-    launching.launch(output_kernel, programs, inputs, states, o, *problem.of_rows, problem.levels, S=sizes, **launch.options)
+    launching.launch(
+        output_kernel, programs, inputs, states, o, *problem.of_rows, problem.levels, S=sizes, **launch.options
+    )
     return o
 
 

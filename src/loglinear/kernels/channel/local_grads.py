@@ -13,9 +13,7 @@ from loglinear.kernels.tree.tiles import load_tokens
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
-def local_grads_kernel(
-    x, states, score_grads, dscales, table, T, N, NG, L, S: tl.constexpr, LEVELS: tl.constexpr
-):
+def local_grads_kernel(x, states, score_grads, dscales, table, T, N, NG, L, S: tl.constexpr, LEVELS: tl.constexpr):
     """Grid: H x rows, rows fastest. float32: scores, mask, dλ, and the gradient until it is stored ``[rows, H, C, C]``."""
     rows = tl.num_programs(0) // S.H
     row = tl.program_id(0) % rows

@@ -51,7 +51,9 @@ def output_kernel(x, states, o, table, T, N, NG, L, S: tl.constexpr):
     weights = scores * level_mask(x, here, h, L, S)
     t = tl.arange(0, S.C)
     finite = tl.sum(v_tile.to(tl.float32) * 0.0, axis=1) == 0.0
-    if tl.sum(tl.where(finite, 0, 1), axis=0) > 0:  # 0 · NaN is NaN: a token that is not finite must count for later ones alone
+    if (
+        tl.sum(tl.where(finite, 0, 1), axis=0) > 0
+    ):  # 0 · NaN is NaN: a token that is not finite must count for later ones alone
         weights = tl.where(finite[None, :] | (t[:, None] < t[None, :]), weights, float("nan"))
         v_tile = tl.where(finite[:, None], v_tile, 0.0).to(v_tile.dtype)
     weights = tl.where(t[:, None] >= t[None, :], weights, 0.0)

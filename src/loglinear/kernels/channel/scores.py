@@ -10,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.channel.decays import in_blocks, load_gates, load_shifted, meets, since_start, store_log, until_end
+from loglinear.kernels.channel.decays import (
+    in_blocks,
+    load_gates,
+    load_shifted,
+    meets,
+    since_start,
+    store_log,
+    until_end,
+)
 from loglinear.kernels.tree.levels import LOG_SUB, SUB
 from loglinear.kernels.tree.place import chunk_of, locate
 from loglinear.kernels.tree.tiles import store_tokens
