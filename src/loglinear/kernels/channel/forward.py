@@ -31,11 +31,11 @@ class Prepared(NamedTuple):
 
 
 class States(NamedTuple):
-    """``scores`` and ``chunk_log`` as above; the Fenwick array ``entries [rows, H, K, V]`` and its ``entry_log [rows, H, K]``."""
+    """``scores`` and ``chunk_log`` as above. entries: ``[rows, H, K, V]``, the Fenwick array. entry_log: ``[rows, H, K]``."""
 
-    scores: Tensor
+    scores: Tensor | None
     chunk_log: Tensor
-    entries: Tensor
+    entries: Tensor | None
     entry_log: Tensor
 
 
@@ -63,18 +63,17 @@ def launch_entries(problem: Problem, x: Inputs, made: Prepared) -> States:
     """The Fenwick array."""
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
     entries = launching.scratch((problem.rows, H, K, V), dtype, device)
+    entry_log = launching.scratch((problem.rows, H, K), torch.float32, device)
     states = States(
-        made.scores, made.chunk_log, entries, launching.scratch((problem.rows, H, K), torch.float32, device)
-    )
+        None, made.chunk_log, entries, entry_log
+    )  # a kernel that is given the scores would keep their memory
     launch = problem.config.entries
     tiles = tile_sizes(problem, launch, whole_key=False)
     programs = problem.rows * H * cdiv(K, tiles["BK"]) * cdiv(V, tiles["BV"])
     inputs = x._replace(q=None, scales=None, do=None)
     sizes = problem.sizes(dtype, **tiles)
-    launching.launch(
-        entries_kernel, programs, inputs, states._replace(scores=None), *problem.of_rows, S=sizes, **launch.options
-    )
-    return states
+    launching.launch(entries_kernel, programs, inputs, states, *problem.of_rows, S=sizes, **launch.options)
+    return states._replace(scores=made.scores)
 
 
 def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:

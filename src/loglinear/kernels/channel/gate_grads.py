@@ -1,8 +1,8 @@
 """GATE GRADIENTS: dq, dk and dg, from the gradients of scores, of decayed queries and of decayed keys.
 
-A gate lies between the keys before its token and the queries from its token on. Per channel, dg is the sum over these pairs: pairs
-inside a chunk, block by block as the scores were made, queries of the chunk with keys before it, keys of the chunk with queries
-after it, and pairs that skip the chunk. Only the pairs within 16 tokens take a difference, of two sums of the same products.
+A gate lies between the keys before its token and the queries from its token on. Per channel, dg is the sum over these pairs:
+pairs inside a chunk, block by block as the scores were made, queries of the chunk with keys before it, keys of the chunk with
+queries after it, and pairs that skip the chunk. Only the pairs within 16 tokens take a difference, of two sums of the same products.
 """
 
 from __future__ import annotations

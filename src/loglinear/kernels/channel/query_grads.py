@@ -1,4 +1,4 @@
-"""QUERY GRADIENTS: of the decayed queries, and dλ of the levels above a chunk, by the same walk over the entries as the output."""
+"""QUERY GRADIENTS: of the decayed queries, and dλ of the levels above a chunk, by the same walk as the output."""
 
 from __future__ import annotations
 

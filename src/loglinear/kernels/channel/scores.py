@@ -1,7 +1,7 @@
 """SCORES: the products of queries and keys inside a chunk under their decays, and the decayed queries and keys of the tree.
 
-The score of query t and key s is ``Σ_k q_tk k_sk exp2(decay of channel k from s to t)``. It is a product of tiles where the pair
-lies in two neighbouring blocks of 16, 32, … tokens. Inside a block of 16 all pairs of one distance are taken at once, and the
+The score of query t and key s is ``Σ_k q_tk k_sk exp2(decay of channel k from s to t)``. It is a product of tiles where the
+pair lies in two neighbouring blocks of 16, 32, … tokens. Inside a block of 16 all pairs of one distance are taken at once, and the
 decay of a distance is that of the distance before and one gate more.
 """
 
