@@ -98,12 +98,13 @@ def test_bundles_keep_their_form_and_get_the_new_addresses(host):
         (x,) = inputs
         middle, result = scratch((4,), x.dtype, x.device), scratch((4,), x.dtype, x.device)
         launch(kernel, 5, Bundle(x[1:], None, middle, 16), result, S=(1, 2))
-        return (result,)
+        return (result.view(2, 2),)
 
     replay.replay(function, [torch.zeros(4)])
     x = torch.zeros(4)
     (result,) = replay.replay(function, [x])
     (call,) = kernel.compiled.calls
+    assert result.shape == (2, 2)
     (address, absent, middle, stride), last, constant = call[2:]
     assert (address, absent, stride, last) == (x.data_ptr() + 4, None, 16, result.data_ptr())
     assert abs(middle - result.data_ptr()) >= 16

@@ -1,8 +1,8 @@
-"""DECAYS of channels: their logs inside a chunk, as sums that begin at a block of the chunk. Logs are float32 in base 2.
+"""DECAYS of channels inside a chunk, level by level of its tree. Logs are float32 in base 2.
 
 Two tokens of neighbouring blocks of b tokens meet at the boundary: the decay between them is that of the key to the end of its
-block, times that of the query from the start of its own. Both are sums of gates, so no difference is taken, and no factor
-exceeds 1. Tokens of one block of ``SUB`` tokens are taken pair by pair.
+block, times that of the query from the start of its own. Both logs are sums of gates, so no difference is taken, and no factor
+exceeds 1. Blocks of 1, 2, 4, … tokens give all pairs of a chunk: those of level 1, 2, 3, ….
 """
 
 from __future__ import annotations
@@ -11,61 +11,55 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E
-from loglinear.kernels.tree.levels import SUB
 
 
 @triton.jit
-def load_shifted(base, stride, here, shift, inside, first, S: tl.constexpr):
-    """Columns ``[C, BK]`` from ``first`` on of the tokens ``shift`` after those of a chunk, 0 where not ``inside [C]``."""
+def load_columns(base, stride, here, first, S: tl.constexpr):
+    """Columns ``[C, BK]`` from ``first`` on of the tokens of a chunk, of K; 0 past the end."""
     columns = first + tl.arange(0, S.BK)
-    tokens = tl.arange(0, S.C) + shift
-    kept = inside & (tokens >= 0) & (tokens < S.C) & (tokens < here.size)
-    pointers = base + here.origin * stride + (tokens[:, None] * stride + columns[None, :])
-    return tl.load(pointers, mask=kept[:, None] & (columns < S.K)[None, :], other=0.0)
+    pointers = base + here.origin * stride + (tl.arange(0, S.C)[:, None] * stride + columns[None, :])
+    return tl.load(pointers, mask=here.valid[:, None] & (columns < S.K)[None, :], other=0.0)
 
 
 @triton.jit
-def load_gates(x, here, h, shift, inside, first, S: tl.constexpr):
-    """The same of the log2-decays of head h, clamped; NaN for NaN and for an infinite growth."""
-    raw = load_shifted(x.g + h * S.K, x.stride_g, here, shift, inside, first, S).to(tl.float32)
+def store_columns(base, stride, here, tile, first, S: tl.constexpr):
+    """Write what ``load_columns`` reads."""
+    columns = first + tl.arange(0, S.BK)
+    pointers = base + here.origin * stride + (tl.arange(0, S.C)[:, None] * stride + columns[None, :])
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=here.valid[:, None] & (columns < S.K)[None, :])
+
+
+@triton.jit
+def load_gates(x, here, h, first, S: tl.constexpr):
+    """Log2-decays ``[C, BK]`` of head h, clamped; NaN for NaN and for an infinite growth."""
+    raw = load_columns(x.g + h * S.K, x.stride_g, here, first, S).to(tl.float32)
     return tl.where(raw < float("inf"), tl.maximum(raw, GATE_FLOOR), float("nan")) * LOG2_E
 
 
 @triton.jit
-def since_start(gates, BLOCK: tl.constexpr, S: tl.constexpr):
-    """Log-decay ``[C, BK]`` from the start of a token's block of BLOCK tokens to the token, its own gate included."""
-    blocks = tl.reshape(gates, [S.C // BLOCK, BLOCK, S.BK])
-    return tl.reshape(tl.cumsum(blocks, axis=1), [S.C, S.BK])
+def in_odd_block(level: tl.constexpr, C: tl.constexpr):
+    """Which tokens ``[C, 1]`` are in an odd block of 2^level tokens: they are the queries of the level, the others its keys."""
+    return ((tl.arange(0, C) >> level) & 1 == 1)[:, None]
 
 
 @triton.jit
-def until_end(next_gates, BLOCK: tl.constexpr, S: tl.constexpr):
-    """Log-decay ``[C, BK]`` from a token to the end of its block, from the gates of the tokens after each."""
-    last = tl.arange(0, S.C) % BLOCK == BLOCK - 1
-    blocks = tl.reshape(tl.where(last[:, None], 0.0, next_gates), [S.C // BLOCK, BLOCK, S.BK])
-    return tl.reshape(tl.cumsum(blocks, axis=1, reverse=True), [S.C, S.BK])
+def meet(level: tl.constexpr, C: tl.constexpr):
+    """Pairs ``[C, C]`` of tokens in two neighbouring blocks of 2^level tokens, in either order: level is their highest
+    differing bit."""
+    t = tl.arange(0, C)
+    return (t[:, None] ^ t[None, :]) >> level == 1
 
 
 @triton.jit
-def meets(BLOCK: tl.constexpr, C: tl.constexpr):
-    """Pairs ``[C, C]`` (query, key) with the key in an even block of BLOCK tokens and the query in the odd one after it."""
-    block = tl.arange(0, C) // BLOCK
-    return (block[:, None] % 2 == 1) & (block[None, :] == block[:, None] - 1)
-
-
-@triton.jit
-def in_blocks(near, far, C: tl.constexpr):
-    """``[C, C]``: ``near [C, SUB]`` for pairs in one block of SUB tokens, ``far [C, C]`` for the others."""
-    own = (tl.arange(0, C) // SUB)[:, None] == tl.arange(0, C // SUB)[None, :]
-    tiles = tl.where(own[:, :, None], near[:, None, :], tl.reshape(far, [C, C // SUB, SUB]))
-    return tl.reshape(tiles, [C, C])
-
-
-@triton.jit
-def own_block(pairs, C: tl.constexpr):
-    """``[C, SUB]``: of ``pairs [C, C]`` those in one block of SUB tokens."""
-    own = (tl.arange(0, C) // SUB)[:, None] == tl.arange(0, C // SUB)[None, :]
-    return tl.sum(tl.where(own[:, :, None], tl.reshape(pairs, [C, C // SUB, SUB]), 0.0), axis=1)
+def next_level(since, until, totals, level: tl.constexpr, S: tl.constexpr):
+    """The logs from the start of a token's block to the token and from the token to the end of its block, ``[C, BK]`` each, and
+    the totals of blocks ``[C / block, BK]``: from blocks of 2^level tokens to blocks twice as long."""
+    BLOCKS: tl.constexpr = S.C >> (level + 1)
+    early, late = tl.split(tl.permute(tl.reshape(totals, [BLOCKS, 2, S.BK]), (0, 2, 1)))
+    other = tl.permute(tl.join(late, early), (0, 2, 1))[:, :, None, :]
+    other = tl.reshape(tl.broadcast_to(other, [BLOCKS, 2, 1 << level, S.BK]), [S.C, S.BK])
+    odd = in_odd_block(level, S.C)
+    return since + tl.where(odd, other, 0.0), until + tl.where(odd, 0.0, other), early + late
 
 
 @triton.jit

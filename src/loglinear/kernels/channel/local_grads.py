@@ -5,10 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.channel.decays import own_block
 from loglinear.kernels.channel.output import level_mask, load_square
-from loglinear.kernels.tree.levels import LOG_SUB, SUB, local_levels
-from loglinear.kernels.tree.place import chunk_of, locate
+from loglinear.kernels.tree.place import bit_length, chunk_of, locate
 from loglinear.kernels.tree.tiles import load_tokens
 
 
@@ -31,18 +29,11 @@ def local_grads_kernel(x, states, score_grads, dscales, table, T, N, NG, L, S: t
         grads = tl.dot(do_tile, tl.trans(v_tile), acc=grads, input_precision=S.PRECISION)
     grads = tl.where(t[:, None] >= t[None, :], grads, 0.0)
     pairs = grads * load_square(states.scores, unit, S.C).to(tl.float32)
-    near = own_block(pairs, S.C)
-    far = tl.sum(tl.reshape(pairs, [S.C, S.C // SUB, SUB]), axis=2)
-    own, other = local_levels(S.C)
-    below = tl.arange(0, SUB)[None, :] <= (t % SUB)[:, None]
-    before = tl.arange(0, S.C // SUB)[None, :] < (t // SUB)[:, None]
+    apart = bit_length(t[:, None] ^ t[None, :])
     levels = tl.arange(0, LEVELS)
     gradient = tl.zeros([S.C, LEVELS], tl.float32)
     for level in tl.static_range(0, S.LOG_C + 1):
-        if level <= LOG_SUB:
-            part = tl.sum(tl.where(below & (own == level), near, 0.0), axis=1)
-        else:
-            part = tl.sum(tl.where(before & (other == level), far, 0.0), axis=1)
+        part = tl.sum(tl.where(apart == level, pairs, 0.0), axis=1)
         gradient += tl.where(levels[None, :] == tl.minimum(level, L - 1), part[:, None], 0.0)
     place = dscales + here.origin * (S.H * L) + h * L + (t[:, None] * (S.H * L) + levels[None, :])
     written = here.valid[:, None] & (levels < L)[None, :]

@@ -1,8 +1,7 @@
 """SCORES: the products of queries and keys inside a chunk under their decays, and the decayed queries and keys of the tree.
 
-The score of query t and key s is ``Σ_k q_tk k_sk exp2(decay of channel k from s to t)``. It is a product of tiles where the
-pair lies in two neighbouring blocks of 16, 32, … tokens. Inside a block of 16 all pairs of one distance are taken at once, and the
-decay of a distance is that of the distance before and one gate more.
+The score of query t and key s is ``Σ_k q_tk k_sk exp2(decay of channel k from s to t)``. At each level of the chunk's tree, half
+of its tokens are queries and the other half keys, so one tile holds both, and one product makes all scores of the level.
 """
 
 from __future__ import annotations
@@ -11,17 +10,15 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.decays import (
-    in_blocks,
+    in_odd_block,
+    load_columns,
     load_gates,
-    load_shifted,
-    meets,
-    since_start,
+    meet,
+    next_level,
+    store_columns,
     store_log,
-    until_end,
 )
-from loglinear.kernels.tree.levels import LOG_SUB, SUB
 from loglinear.kernels.tree.place import chunk_of, locate
-from loglinear.kernels.tree.tiles import store_tokens
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
@@ -42,37 +39,25 @@ def scores_kernel(
     if at.length < 0:
         return
     here = chunk_of(at, row, S.C)
-    q_head = x.q + h // (S.H // S.G) * S.K
-    k_head = x.k + h // (S.H // S.G) * S.K
-    all_of_them = here.valid
-    in_block = tl.arange(0, S.C) % SUB
+    head = h // (S.H // S.G) * S.K
     unit = row.to(tl.int64) * S.H + h
-    far = tl.zeros([S.C, S.C], tl.float32)
-    near = tl.zeros([S.C, SUB], tl.float32)
-    for first in tl.static_range(0, S.K, S.BK):
-        q_tile = load_shifted(q_head, x.stride_q, here, 0, all_of_them, first, S)
-        k_tile = load_shifted(k_head, x.stride_k, here, 0, all_of_them, first, S)
-        q = q_tile.to(tl.float32)
-        k = k_tile.to(tl.float32)
-        gates = load_gates(x, here, h, 0, all_of_them, first, S)
-        next_gates = load_gates(x, here, h, 1, all_of_them, first, S)
-        for level in tl.static_range(0, S.LOG_C - LOG_SUB):
-            late = (q * tl.exp2(since_start(gates, SUB << level, S))).to(q_tile.dtype)
-            early = (k * tl.exp2(until_end(next_gates, SUB << level, S))).to(q_tile.dtype)
-            product = tl.dot(late, tl.trans(early), input_precision=S.PRECISION)
-            far += tl.where(meets(SUB << level, S.C), product, 0.0)
-        decay = tl.zeros([S.C, S.BK], tl.float32)
-        for distance in range(SUB):
-            inside = in_block >= distance
-            keys = load_shifted(k_head, x.stride_k, here, -distance, inside, first, S).to(tl.float32)
-            score = tl.sum(q * keys * tl.exp2(decay), axis=1)
-            near += tl.where(tl.arange(0, SUB)[None, :] == (in_block - distance)[:, None], score[:, None], 0.0)
-            decay += load_gates(x, here, h, -distance, inside, first, S)
-        late = q * tl.exp2(since_start(gates, S.C, S))
-        early = k * tl.exp2(until_end(next_gates, S.C, S))
-        store_tokens(made.q, S.H * S.K, h, here, late, S.C, S.K, S.BK, first)
-        store_tokens(made.k, S.H * S.K, h, here, early, S.C, S.K, S.BK, first)
-        store_log(made.chunk_log, unit, tl.sum(gates, axis=0), first, S)
     t = tl.arange(0, S.C)
+    scores = tl.zeros([S.C, S.C], tl.float32)
+    for first in tl.static_range(0, S.K, S.BK):
+        q_tile = load_columns(x.q + head, x.stride_q, here, first, S)
+        k_tile = load_columns(x.k + head, x.stride_k, here, first, S)
+        q, k = q_tile.to(tl.float32), k_tile.to(tl.float32)
+        gates = load_gates(x, here, h, first, S)
+        since, until, totals = gates, tl.zeros_like(gates), gates
+        for level in tl.static_range(0, S.LOG_C):
+            odd = in_odd_block(level, S.C)
+            mixed = (tl.where(odd, q, k) * tl.exp2(tl.where(odd, since, until))).to(q_tile.dtype)
+            product = tl.dot(mixed, tl.trans(mixed), input_precision=S.PRECISION)
+            scores += tl.where(meet(level, S.C) & (t[:, None] > t[None, :]), product, 0.0)
+            since, until, totals = next_level(since, until, totals, level, S)
+        scores += tl.where(t[:, None] == t[None, :], tl.sum(q * k, axis=1)[:, None], 0.0)
+        store_columns(made.q + h * S.K, S.H * S.K, here, q * tl.exp2(since), first, S)
+        store_columns(made.k + h * S.K, S.H * S.K, here, k * tl.exp2(until), first, S)
+        store_log(made.chunk_log, unit, tl.reshape(totals, [S.BK]), first, S)
     target = made.scores + unit * (S.C * S.C) + t[:, None] * S.C + t[None, :]
-    tl.store(target, in_blocks(near, far, S.C).to(made.scores.dtype.element_ty))
+    tl.store(target, scores.to(made.scores.dtype.element_ty))

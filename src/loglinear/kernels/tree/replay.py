@@ -50,15 +50,15 @@ class Life(NamedTuple):
 
 @dataclass
 class Recording:
-    """The record of a running call: scratch as (address, bytes, shape, dtype), and launches as (kernel, arguments)."""
+    """The record of a running call: scratch as (address, bytes), and launches as (kernel, arguments)."""
 
     inputs: list[Tensor | None]
-    scratch: list[tuple[int, int, torch.Size, torch.dtype]] = field(default_factory=list)
+    scratch: list[tuple[int, int]] = field(default_factory=list)
     launches: list[tuple[Callable, list]] = field(default_factory=list)
     complete: bool = True
 
     def allocated(self, x: Tensor) -> None:
-        self.scratch.append((x.data_ptr(), max(x.numel() * x.element_size(), 1), x.shape, x.dtype))
+        self.scratch.append((x.data_ptr(), max(x.numel() * x.element_size(), 1)))
 
     def launched(self, compiled: Any, programs: int, arguments: list) -> None:
         """Note a launch. The interpreter compiles nothing: ``compiled`` is None there, and nothing can be repeated."""
@@ -76,7 +76,7 @@ class Recording:
         if same:
             return Place(same[0], 0)
         for number in reversed(range(len(self.scratch))):  # the newest first: memory is given out again
-            begin, size, *_ = self.scratch[number]
+            begin, size = self.scratch[number]
             if begin <= address < begin + size:
                 return Place(count + number, address - begin)
         # A part of exactly one input: inputs of the next call may share no memory where inputs of this call do.
@@ -90,7 +90,11 @@ class Recording:
         """The plan; None if a launch or a result used memory that is neither an input's nor whole scratch."""
         places = [self.place(x) for x in results]
         whole = all(x is None or (x.offset == 0 and x.number >= len(self.inputs)) for x in places if self.complete)
-        return Plan(self, [None if x is None else x.number for x in places]) if self.complete and whole else None
+        if not (self.complete and whole):
+            return None
+        return Plan(
+            self, [(None, None) if x is None else (p.number, (x.shape, x.dtype)) for x, p in zip(results, places)]
+        )
 
     def lives(self, without: list[int | None]) -> list[Life]:
         """The lives of the scratch that launches take, without some numbers."""
@@ -128,10 +132,13 @@ class Plan:
     its own. Results are allocated one by one, all other scratch as one piece of memory.
     """
 
-    def __init__(self, note: Recording, results: list[int | None]) -> None:
-        offsets, self.scratch = lay_out(note.lives(results))
-        self.results = [None if x is None else note.scratch[x - len(note.inputs)][2:] for x in results]
-        tensors = [*range(len(note.inputs)), *results]
+    def __init__(
+        self, note: Recording, results: list[tuple[int | None, tuple[torch.Size, torch.dtype] | None]]
+    ) -> None:
+        numbers = [number for number, _ in results]
+        self.results = [layout for _, layout in results]
+        offsets, self.scratch = lay_out(note.lives(numbers))
+        tensors = [*range(len(note.inputs)), *numbers]
         self.addresses: list[list[tuple[int, int]]] = [[] for _ in (*tensors, "memory")]  # (index in the table, offset)
         self.table: list = []
         self.launches: list[tuple[Callable, list[int | slice]]] = []
