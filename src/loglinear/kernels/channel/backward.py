@@ -129,7 +129,7 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, grads: Gradien
 
 
 def launch_gate_grads(
-    problem: Problem, x: Inputs, score_grads: Tensor, grads: Gradients
+    problem: Problem, x: Inputs, sums: Tensor, score_grads: Tensor, grads: Gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dg) of the inputs."""
     launch, parts = problem.config.gate_grads, problem.heads_per_group
@@ -141,10 +141,12 @@ def launch_gate_grads(
         gate_grads_kernel,
         problem.rows * problem.heads * cdiv(problem.key_width, tiles["BK"]),
         x._replace(v=None, do=None, scales=None),
+        sums,
         score_grads,
         grads,
         *partial,
         dg,
+        sums.stride(0),
         *problem.of_rows,
         problem.rows,
         problem.tokens,
@@ -189,5 +191,5 @@ def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Ten
     grads = launch_tree_grads(problem, x, states, grads)
     states = states._replace(entries=None)
     dv, grads = launch_key_grads(problem, x, states, grads)
-    dq, dk, dg = launch_gate_grads(problem, given, score_grads, grads)
+    dq, dk, dg = launch_gate_grads(problem, given, made.sums, score_grads, grads)
     return dq, dk, dv, dg, dscales

@@ -1,8 +1,9 @@
 """DECAYS of channels inside a chunk, level by level of its tree. Logs are float32 in base 2.
 
-Two tokens of neighbouring blocks of b tokens meet at the boundary: the decay between them is that of the key to the end of its
-block, times that of the query from the start of its own. Both logs are sums of gates, so no difference is taken, and no factor
-exceeds 1. Blocks of 1, 2, 4, … tokens give all pairs of a chunk: those of level 1, 2, 3, ….
+Two tokens of neighbouring blocks meet at the boundary between them. Their decay is that of the key to the end of its block times
+that of the query from the start of its own. Neither factor exceeds 1. Blocks of 1, 2, 4, … tokens give all pairs of a chunk:
+those of level 1, 2, 3, …. A log is a difference of two running sums inside the chunk; float32 inputs keep these as
+pairs (value, rounding error), as tree/decays.py does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E
+from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E, at_most_zero
+from loglinear.kernels.tree.place import chunk_of, locate
 
 
 @triton.jit
@@ -30,13 +32,6 @@ def store_columns(base, stride, here, tile, first, S: tl.constexpr):
 
 
 @triton.jit
-def load_gates(x, here, h, first, S: tl.constexpr):
-    """Log2-decays ``[C, BK]`` of head h, clamped; NaN for NaN and for an infinite growth."""
-    raw = load_columns(x.g + h * S.K, x.stride_g, here, first, S).to(tl.float32)
-    return tl.where(raw < float("inf"), tl.maximum(raw, GATE_FLOOR), float("nan")) * LOG2_E
-
-
-@triton.jit
 def in_odd_block(level: tl.constexpr, C: tl.constexpr):
     """Which tokens ``[C, 1]`` are in an odd block of 2^level tokens: they are the queries of the level, the others its keys."""
     return ((tl.arange(0, C) >> level) & 1 == 1)[:, None]
@@ -51,15 +46,40 @@ def meet(level: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def next_level(since, until, totals, level: tl.constexpr, S: tl.constexpr):
-    """The logs from the start of a token's block to the token and from the token to the end of its block, ``[C, BK]`` each, and
-    the totals of blocks ``[C / block, BK]``: from blocks of 2^level tokens to blocks twice as long."""
-    BLOCKS: tl.constexpr = S.C >> (level + 1)
-    early, late = tl.split(tl.permute(tl.reshape(totals, [BLOCKS, 2, S.BK]), (0, 2, 1)))
-    other = tl.permute(tl.join(late, early), (0, 2, 1))[:, :, None, :]
-    other = tl.reshape(tl.broadcast_to(other, [BLOCKS, 2, 1 << level, S.BK]), [S.C, S.BK])
+def load_sums(sums, here, h, tokens, plane, first, S: tl.constexpr):
+    """Running sums ``[C, BK]`` at some tokens ``[C]`` of a chunk, or at its last one: (value, its rounding error or 0)."""
+    columns = first + tl.arange(0, S.BK)
+    rows = tl.minimum(tokens, tl.minimum(here.size, S.C) - 1)
+    pointers = sums + (here.origin * S.H + h) * S.K + (rows[:, None] * (S.H * S.K) + columns[None, :])
+    inside = (columns < S.K)[None, :] & (rows >= 0)[:, None]
+    high = tl.load(pointers, mask=inside, other=0.0)
+    if S.EXACT:
+        low = tl.load(pointers + plane, mask=inside, other=0.0)
+    else:
+        low = tl.zeros_like(high)
+    return high, low
+
+
+@triton.jit
+def to_boundary(sums, here, h, high, low, plane, first, level: tl.constexpr, S: tl.constexpr):
+    """Decay ``[C, BK]`` between each token and the boundary at which it meets its partners of a level."""
+    t = tl.arange(0, S.C)
+    end_high, end_low = load_sums(sums, here, h, (((t >> level) | 1) << level) - 1, plane, first, S)
     odd = in_odd_block(level, S.C)
-    return since + tl.where(odd, other, 0.0), until + tl.where(odd, 0.0, other), early + late
+    log = tl.where(odd, high - end_high, end_high - high)
+    if S.EXACT:
+        log += tl.where(odd, low - end_low, end_low - low)
+    return tl.exp2(at_most_zero(log))
+
+
+@triton.jit
+def chunk_decays(sums, here, h, high, low, plane, first, S: tl.constexpr):
+    """Decays ``[C, BK]`` of each token from the start of its chunk, and to the end; the log-decay of the chunk ``[1, BK]``."""
+    end_high, end_low = load_sums(sums, here, h, tl.arange(0, 1) + S.C, plane, first, S)
+    log = end_high - high
+    if S.EXACT:
+        log += end_low - low
+    return tl.exp2(high), tl.exp2(at_most_zero(log)), end_high
 
 
 @triton.jit
@@ -74,3 +94,27 @@ def store_log(logs, unit, value, first, S: tl.constexpr):
     """Write what ``load_log`` reads."""
     columns = first + tl.arange(0, S.BK)
     tl.store(logs + unit * S.K + columns, value, mask=columns < S.K)
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG"])
+def sums_kernel(x, sums, plane, table, T, N, NG, S: tl.constexpr):
+    """Running sums ``[planes, B*T, H, K]`` of the gates of every chunk, clamped; NaN from a gate of NaN or infinite growth on.
+
+    Grid: tiles of K x H x rows, tiles fastest.
+    """
+    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK
+    first = tl.program_id(0) % TILES * S.BK
+    h = tl.program_id(0) // TILES % S.H
+    row = tl.program_id(0) // (TILES * S.H)
+    at = locate(row, table, T, N, NG, N, S.PACKED)
+    if at.length < 0:
+        return
+    here = chunk_of(at, row, S.C)
+    raw = load_columns(x.g + h * S.K, x.stride_g, here, first, S)
+    gates = raw.to(tl.float64 if S.EXACT else tl.float32)
+    gates = tl.where(gates < float("inf"), tl.maximum(gates, GATE_FLOOR), float("nan")) * LOG2_E
+    total = tl.cumsum(gates, axis=0)
+    high = total.to(tl.float32)
+    store_columns(sums + h * S.K, S.H * S.K, here, high, first, S)
+    if S.EXACT:
+        store_columns(sums + plane + h * S.K, S.H * S.K, here, total - high.to(tl.float64), first, S)

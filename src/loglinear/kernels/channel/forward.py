@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loglinear.kernels.channel.decays import sums_kernel
 from loglinear.kernels.channel.entries import entries_kernel
 from loglinear.kernels.channel.output import output_kernel
 from loglinear.kernels.channel.scores import scores_kernel
@@ -20,10 +21,13 @@ from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config
 class Prepared(NamedTuple):
     """What the chunks are without λ and values. A *row* is a chunk of a sequence of the batch; logs in base 2.
 
+    sums: ``[planes, B*T, H, K]`` float32, running sums of the gates inside each chunk; two planes, value and rounding error,
+        for float32 inputs. chunk_log: ``[rows, H, K]`` float32.
     q, k: ``[B*T, H, K]`` of v's dtype, queries as seen from the start of their chunk, keys as seen from its end.
-    scores: ``[rows, H, C, C]`` of v's dtype, under their decays, zero above the diagonal. chunk_log: ``[rows, H, K]`` float32.
+    scores: ``[rows, H, C, C]`` of v's dtype, under their decays, zero above the diagonal.
     """
 
+    sums: Tensor
     q: Tensor
     k: Tensor
     scores: Tensor
@@ -51,11 +55,26 @@ def launch_scores(problem: Problem, x: Inputs) -> tuple[Prepared, Inputs]:
     H, K, C, dtype, device = problem.heads, problem.key_width, problem.config.chunk, x.v.dtype, x.v.device
     q, k = (launching.scratch((problem.tokens, 1, H, K), dtype, device) for _ in range(2))
     scores = launching.scratch((problem.rows, H, C, C), dtype, device)
-    made = Prepared(q, k, scores, launching.scratch((problem.rows, H, K), torch.float32, device))
-    launch = problem.config.scores
-    sizes = problem.sizes(dtype, **tile_sizes(problem, launch, whole_key=False))
-    inputs = x._replace(v=None, scales=None, do=None)
-    launching.launch(scores_kernel, problem.rows * H, inputs, made, *problem.of_rows, S=sizes, **launch.options)
+    sums = launching.scratch((2 if dtype == torch.float32 else 1, problem.tokens, H, K), torch.float32, device)
+    launch, plane = problem.config.scores, sums.stride(0)
+    tiles = tile_sizes(problem, launch, whole_key=False)
+    sizes = problem.sizes(dtype, **tiles)
+    gates = x._replace(q=None, k=None, v=None, scales=None, do=None)
+    programs = problem.rows * H * cdiv(K, tiles["BK"])
+    launching.launch(sums_kernel, programs, gates, sums, plane, *problem.of_rows, S=sizes, num_warps=4)
+    made = Prepared(sums, q, k, scores, launching.scratch((problem.rows, H, K), torch.float32, device))
+    inputs = x._replace(g=None, v=None, scales=None, do=None)
+    launching.launch(
+        scores_kernel,
+        problem.rows * H,
+        inputs,
+        sums,
+        made._replace(sums=None),
+        plane,
+        *problem.of_rows,
+        S=sizes,
+        **launch.options,
+    )
     return made, x._replace(q=q, k=k, g=None, stride_q=H * K, stride_k=H * K, stride_g=None)
 
 

@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.decays import (
+    chunk_decays,
     in_odd_block,
     load_columns,
-    load_gates,
     load_log,
+    load_sums,
     meet,
-    next_level,
     store_columns,
     store_log,
+    to_boundary,
 )
 from loglinear.kernels.tree.decays import GATE_FLOOR
 from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit
@@ -74,11 +75,13 @@ def passed(level: tl.constexpr, S: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_rows", "all_tokens", "tiles"])
 def gate_grads_kernel(
     x,  # the inputs of the call, not the decayed ones
+    sums,
     score_grads,
     grads,
     dq,  # [H/G, B*T, G, K], as dk: float32 partial sums unless the first size is 1
     dk,
     dg,
+    plane,
     table,
     T,
     N,
@@ -108,22 +111,21 @@ def gate_grads_kernel(
     itself = tl.load(square + t * S.C + t).to(tl.float32)[:, None]
     query_sum, key_sum = itself * k, itself * q
     gain = tl.zeros([S.C, S.BK], tl.float32)
-    gates = load_gates(x, here, h, first, S)
-    since, until, totals = gates, tl.zeros_like(gates), gates
+    high, low = load_sums(sums, here, h, t, plane, first, S)
     for level in tl.static_range(0, S.LOG_C):
         odd = in_odd_block(level, S.C)
-        decay = tl.exp2(tl.where(odd, since, until))
+        decay = to_boundary(sums, here, h, high, low, plane, first, level, S)
         mixed = tl.where(odd, q, k) * decay
         own = tl.where(meet(level, S.C), pairs, 0.0).to(q_tile.dtype)
         gradient = tl.dot(own, mixed.to(q_tile.dtype), input_precision=S.PRECISION)
         gain = tl.dot(passed(level, S), gradient * mixed, acc=gain, input_precision=S.PRECISION)
         query_sum += tl.where(odd, gradient * decay, 0.0)
         key_sum += tl.where(odd, 0.0, gradient * decay)
-        since, until, totals = next_level(since, until, totals, level, S)
 
     # Pairs of two chunks: a query meets its keys at the start of the chunk, a key its queries at the end.
-    own_query = load_columns(grads.q + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * tl.exp2(since)
-    own_key = load_columns(grads.k + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * tl.exp2(until)
+    late, early, _ = chunk_decays(sums, here, h, high, low, plane, first, S)
+    own_query = load_columns(grads.q + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * late
+    own_key = load_columns(grads.k + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * early
     from_here = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
     gain = tl.dot(from_here, own_query * q, acc=gain, input_precision=S.PRECISION)
     gain = tl.dot(1.0 - from_here, own_key * k, acc=gain, input_precision=S.PRECISION)

@@ -1,6 +1,6 @@
 """SCORES: the products of queries and keys inside a chunk under their decays, and the decayed queries and keys of the tree.
 
-The score of query t and key s is ``Σ_k q_tk k_sk exp2(decay of channel k from s to t)``. At each level of the chunk's tree, half
+The score of query t and key s is ``Σ_k q_tk k_sk exp2(decay of channel k from s to t)``. At each level of a chunk's tree, half
 of its tokens are queries and the other half keys, so one tile holds both, and one product makes all scores of the level.
 """
 
@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.decays import (
+    chunk_decays,
     in_odd_block,
     load_columns,
-    load_gates,
+    load_sums,
     meet,
-    next_level,
     store_columns,
-    store_log,
+    to_boundary,
 )
 from loglinear.kernels.tree.place import chunk_of, locate
 
@@ -24,7 +24,9 @@ from loglinear.kernels.tree.place import chunk_of, locate
 @triton.jit(do_not_specialize=["T", "N", "NG"])
 def scores_kernel(
     x,
+    sums,
     made,  # see forward.Prepared
+    plane,
     table,
     T,
     N,
@@ -47,17 +49,17 @@ def scores_kernel(
         q_tile = load_columns(x.q + head, x.stride_q, here, first, S)
         k_tile = load_columns(x.k + head, x.stride_k, here, first, S)
         q, k = q_tile.to(tl.float32), k_tile.to(tl.float32)
-        gates = load_gates(x, here, h, first, S)
-        since, until, totals = gates, tl.zeros_like(gates), gates
+        high, low = load_sums(sums, here, h, t, plane, first, S)
         for level in tl.static_range(0, S.LOG_C):
-            odd = in_odd_block(level, S.C)
-            mixed = (tl.where(odd, q, k) * tl.exp2(tl.where(odd, since, until))).to(q_tile.dtype)
+            decay = to_boundary(sums, here, h, high, low, plane, first, level, S)
+            mixed = (tl.where(in_odd_block(level, S.C), q, k) * decay).to(q_tile.dtype)
             product = tl.dot(mixed, tl.trans(mixed), input_precision=S.PRECISION)
             scores += tl.where(meet(level, S.C) & (t[:, None] > t[None, :]), product, 0.0)
-            since, until, totals = next_level(since, until, totals, level, S)
         scores += tl.where(t[:, None] == t[None, :], tl.sum(q * k, axis=1)[:, None], 0.0)
-        store_columns(made.q + h * S.K, S.H * S.K, here, q * tl.exp2(since), first, S)
-        store_columns(made.k + h * S.K, S.H * S.K, here, k * tl.exp2(until), first, S)
-        store_log(made.chunk_log, unit, tl.reshape(totals, [S.BK]), first, S)
+        late, early, log = chunk_decays(sums, here, h, high, low, plane, first, S)
+        store_columns(made.q + h * S.K, S.H * S.K, here, q * late, first, S)
+        store_columns(made.k + h * S.K, S.H * S.K, here, k * early, first, S)
+        columns = first + tl.arange(0, S.BK)
+        tl.store(made.chunk_log + unit * S.K + columns[None, :], log, mask=(columns < S.K)[None, :])
     target = made.scores + unit * (S.C * S.C) + t[:, None] * S.C + t[None, :]
     tl.store(target, scores.to(made.scores.dtype.element_ty))
