@@ -1,6 +1,6 @@
 """DECAYS of channels inside a chunk, level by level of its tree. Logs are float32 in base 2.
 
-Two tokens of neighbouring blocks meet at the boundary between them. Their decay is that of the key to the end of its block times
+Two tokens of neighbouring blocks meet at the boundary between them. Their decay is that of the key to its block's end, times
 that of the query from the start of its own. Neither factor exceeds 1. Blocks of 1, 2, 4, … tokens give all pairs of a chunk:
 those of level 1, 2, 3, …. A log is a difference of two running sums inside the chunk; float32 inputs keep these as
 pairs (value, rounding error), as tree/decays.py does.
@@ -32,13 +32,13 @@ def store_columns(base, stride, here, tile, first, S: tl.constexpr):
 
 
 @triton.jit
-def in_odd_block(level: tl.constexpr, C: tl.constexpr):
+def in_odd_block(level, C: tl.constexpr):
     """Which tokens ``[C, 1]`` are in an odd block of 2^level tokens: they are the queries of the level, the others its keys."""
     return ((tl.arange(0, C) >> level) & 1 == 1)[:, None]
 
 
 @triton.jit
-def meet(level: tl.constexpr, C: tl.constexpr):
+def meet(level, C: tl.constexpr):
     """Pairs ``[C, C]`` of tokens in two neighbouring blocks of 2^level tokens, in either order: level is their highest
     differing bit."""
     t = tl.arange(0, C)
@@ -61,7 +61,7 @@ def load_sums(sums, here, h, tokens, plane, first, S: tl.constexpr):
 
 
 @triton.jit
-def to_boundary(sums, here, h, high, low, plane, first, level: tl.constexpr, S: tl.constexpr):
+def to_boundary(sums, here, h, high, low, plane, first, level, S: tl.constexpr):
     """Decay ``[C, BK]`` between each token and the boundary at which it meets its partners of a level."""
     t = tl.arange(0, S.C)
     end_high, end_low = load_sums(sums, here, h, (((t >> level) | 1) << level) - 1, plane, first, S)

@@ -62,7 +62,7 @@ def skipping(grads, at, row, n, h, all_rows, tiles, first, S: tl.constexpr):
 
 
 @triton.jit
-def passed(level: tl.constexpr, S: tl.constexpr):
+def passed(level, S: tl.constexpr):
     """``[C, C]`` float32, 1 where the gate of a token (row) lies between another one (column) and the boundary at which that
     one meets its partners: the start of its block of 2^level tokens for a query, in odd blocks, the end for a key.
     """
@@ -112,7 +112,7 @@ def gate_grads_kernel(
     query_sum, key_sum = itself * k, itself * q
     gain = tl.zeros([S.C, S.BK], tl.float32)
     high, low = load_sums(sums, here, h, t, plane, first, S)
-    for level in tl.static_range(0, S.LOG_C):
+    for level in tl.range(0, S.LOG_C, num_stages=1):  # not unrolled: the loads of all levels at once would spill
         odd = in_odd_block(level, S.C)
         decay = to_boundary(sums, here, h, high, low, plane, first, level, S)
         mixed = tl.where(odd, q, k) * decay

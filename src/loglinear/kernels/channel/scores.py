@@ -50,7 +50,7 @@ def scores_kernel(
         k_tile = load_columns(x.k + head, x.stride_k, here, first, S)
         q, k = q_tile.to(tl.float32), k_tile.to(tl.float32)
         high, low = load_sums(sums, here, h, t, plane, first, S)
-        for level in tl.static_range(0, S.LOG_C):
+        for level in tl.range(0, S.LOG_C, num_stages=1):  # not unrolled: the loads of all levels at once would spill
             decay = to_boundary(sums, here, h, high, low, plane, first, level, S)
             mixed = (tl.where(in_odd_block(level, S.C), q, k) * decay).to(q_tile.dtype)
             product = tl.dot(mixed, tl.trans(mixed), input_precision=S.PRECISION)
