@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peers
 import stages
 from loglinear import log_linear_attention, log_linear_delta_rule
-from loglinear.kernels.tuning import delta_rule_config, scalar_gate_config
+from loglinear.kernels.tuning import channel_config, delta_rule_config, scalar_gate_config
 from measure import append, captured, environment, milliseconds, peak_bytes
 from peers import Run, Shape
 from verify import Failure, verify
@@ -63,7 +63,7 @@ RULES = {
     "delta_rule": Rule(
         SQUARE, (16, 128), peers.delta_inputs, DELTA, peers.DELTA, delta_rule_config, stages.delta_candidates
     ),
-    "channel_gate": Rule(SQUARE, (16, 128), peers.channel_inputs, GATE, peers.CHANNEL_GATED),
+    "channel_gate": Rule(SQUARE, (16, 128), peers.channel_inputs, GATE, peers.CHANNEL_GATED, channel_config),
     "channel_delta_rule": Rule(SQUARE, (16, 128), peers.channel_delta_inputs, DELTA, peers.CHANNEL_DELTA),
 }
 

@@ -17,8 +17,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from loglinear import DecodingState
+from loglinear.kernels import channel, decoding
 from loglinear.kernels import decay as scalar_gate
-from loglinear.kernels import decoding
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.decoding import inputs, linear_step, outputs, residual
 from loglinear.kernels.pointwise import cross_entropy, elementwise, gated_norm, gates, unit_length
@@ -105,6 +105,27 @@ def test_kernels_compile(target, delta, record_property):
             assert found.shared <= SHARED_MEMORY[target], f"{found} needs more shared memory than {target} has"
         if target == "sm_90":
             assert found.spills <= SPILLED_BYTES, f"{found} spills"
+
+
+@pytest.mark.slow
+def test_kernels_of_the_gate_per_channel_compile(record_property):
+    """On Hopper without much spilling, and within the shared memory of a small GPU."""
+
+    def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    sizes = 1, 16384, 4
+    x = {"q": meta(*sizes, 128), "k": meta(*sizes, 128), "v": meta(*sizes, 128)}
+    x |= {"g": meta(*sizes, 128, kind=torch.float32), "level_scales": meta(*sizes, 15)}
+    replay.plans_of.cache_clear()
+    with recording() as found:
+        channel.forward(**x)
+        channel.backward(x["v"], **x)
+    for launch in {launch.kernel: launch for launch in found}.values():
+        made = build(launch, TARGETS["sm_90"])[0]
+        record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
+        assert made.spills <= SPILLED_BYTES, f"{made} spills"
+        assert made.shared <= SHARED_MEMORY["sm_86"], f"{made} needs more shared memory than sm_86 has"
 
 
 @pytest.mark.slow
