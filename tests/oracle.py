@@ -1,8 +1,8 @@
 """The definition once more, by hand, in float64: explicit products of token transitions.
 
-The module imports nothing from the library and takes no shortcut, not even the formula for the level. Agreement with it is
-therefore independent evidence. ``literal`` follows the page of the paper. ``oracle`` is the same, fast enough for some
-hundreds of tokens with gradients.
+The module imports nothing from the library, and the oracles take no shortcut, not even the formula for the level. Agreement
+with them is therefore independent evidence. ``literal`` follows the page of the paper. ``oracle`` is the same, fast enough for
+some hundreds of tokens with gradients. ``plain_torch`` is what a narrow dtype costs without a kernel.
 """
 
 from __future__ import annotations
@@ -93,6 +93,35 @@ def oracle(q, k, v, g=None, beta=None, level_scales=None, scale: float = 1.0) ->
     return out
 
 
+def decay_matrix(g: Tensor) -> Tensor:
+    """``exp(g_{s+1} + … + g_t)`` for s <= t, else 0, summed directly: nothing cancels. g ``[..., T]``."""
+    size = g.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
+    sums = torch.where(later, g.unsqueeze(-1), 0.0).cumsum(-2)
+    return torch.where(later | torch.eye(size, dtype=torch.bool, device=g.device), sums.exp(), 0.0)
+
+
+def plain_torch(q, k, v, g=None, beta=None, level_scales=None, scale: float = 1.0) -> Tensor:
+    """Masked attention in a few lines, with every product in the dtype of q, k and v, one rounding after each; decays and the
+    triangular inverse in at least float32. Scalar gates."""
+    T, low = v.shape[1], v.dtype
+    q, k = (per_value_head(x, v.shape[2]).transpose(1, 2) for x in (q, k))
+    position = torch.arange(T, device=v.device)
+    level = position[:, None] ^ position[None, :]
+    level = sum((level >> bit > 0).long() for bit in range(T.bit_length() + 1)).clamp(max=level_scales.shape[-1] - 1)
+    scales = level_scales.transpose(1, 2)
+    mask = scales.gather(-1, level.expand(*scales.shape[:2], T, T)).tril()
+    wide = torch.promote_types(low, torch.float32)
+    decay = torch.ones_like(mask, dtype=wide).tril() if g is None else decay_matrix(g.transpose(1, 2).to(wide))
+    scores = ((q @ k.mT) * scale * decay).to(low)
+    if beta is not None:
+        strength = beta.transpose(1, 2).to(wide)
+        lower = (strength[..., None] * ((k @ k.mT) * decay)).tril(-1)
+        inverse = torch.linalg.solve_triangular(lower, torch.diag_embed(strength), upper=False, unitriangular=True)
+        scores = scores @ inverse.to(low)
+    return ((scores * mask).to(low) @ v.transpose(1, 2)).transpose(1, 2)
+
+
 def oracle_row(t: int, q, k, v, g, level_scales, beta=None) -> np.ndarray:
     """``o_t`` of one sequence alone, ``[H, V]``, in O(t): for lengths no double loop reaches. Inputs without batch axis."""
     heads = v.shape[1]
@@ -160,7 +189,7 @@ def gradients(outputs, inputs) -> list[Tensor]:
     """Gradients of a fixed random weighting of ``outputs`` with respect to ``inputs``; zeros where none flows."""
     gen = torch.Generator().manual_seed(1)
     outputs = [o for o in (outputs if isinstance(outputs, (list, tuple)) else [outputs]) if o.requires_grad]
-    weights = [torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o.dtype) for o in outputs]
+    weights = [torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o) for o in outputs]
     return list(
         torch.autograd.grad(
             outputs, list(inputs), weights, retain_graph=True, allow_unused=True, materialize_grads=True

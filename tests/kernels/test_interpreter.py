@@ -16,26 +16,16 @@ import torch
 
 FOLDER = Path(__file__).parent / "on_device"
 NAMES = {path.stem.removeprefix("test_") for path in FOLDER.glob("test_*.py")}
-# Over 20 s on one core (2026-11-22); and memcheck, which looks into the interpreter.
-ALONE = (
-    "causality",
-    "delta_rule",
-    "delta_rule_grads",
-    "delta_rule_kept",
-    "memcheck",
-    "prefill",
-    "scalar_gate",
-    "scalar_gate_batches",
-    "step",
-)
-GROUPS = {name: {name} for name in ALONE} | {"others": NAMES - set(ALONE)}
+# Over 20 s on one core; and memcheck, which looks into the interpreter.
+ALONE = ("batches", "causality", "delta_rule_kept", "kernels", "memcheck", "prefill", "stages", "step_kernels")
+PATHS = {name: FOLDER / f"test_{name}.py" for name in sorted(NAMES)}
+GROUPS = {name: [PATHS[name]] for name in ALONE} | {"others": [PATHS[name] for name in PATHS if name not in ALONE]}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same files run on the device itself")
-@pytest.mark.parametrize("names", GROUPS.values(), ids=GROUPS)
-def test_kernels_in_the_interpreter(names):
-    files = [str(FOLDER / f"test_{name}.py") for name in sorted(names)]
+@pytest.mark.parametrize("files", GROUPS.values(), ids=GROUPS)
+def test_kernels_in_the_interpreter(files):
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-x", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

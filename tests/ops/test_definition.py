@@ -17,6 +17,7 @@ from oracle import (
     linear_recurrence,
     oracle,
     oracle_row,
+    plain_torch,
 )
 
 GATES = ("identity", "scalar", "delta")
@@ -173,25 +174,6 @@ def test_low_precision_is_at_most_twice_plain_torch(gate, dtype):
     for name, have, bar, want in zip(x, gradients(o, x.values()), gradients(p, plain.values()), wanted):
         assert have.dtype == dtype
         assert error(have, want) <= LOW_PRECISION_FACTOR * error(bar, want), name
-
-
-def plain_torch(q, k, v, level_scales, g=None, beta=None):
-    """What one would write in a few lines: masked attention, everything at the dtype that torch's operators give."""
-    T, group = v.shape[1], v.shape[2] // q.shape[2]
-    q, k = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (q, k))
-    v, level_scales = v.transpose(1, 2), level_scales.transpose(1, 2)
-    t = torch.arange(T)
-    level = torch.tensor([[int(a ^ b).bit_length() for b in range(T)] for a in range(T)])
-    mask = level_scales.gather(-1, level.clamp(max=level_scales.shape[-1] - 1).expand(*v.shape[:2], T, T)).tril()
-    sums = torch.zeros_like(v[..., 0]) if g is None else g.mT.cumsum(-1)
-    decay = (sums[..., :, None] - sums[..., None, :]).masked_fill(t[:, None] < t, -torch.inf).exp()
-    scores = (q @ k.mT) * decay
-    if beta is not None:
-        overlap = torch.eye(T, dtype=q.dtype) + (beta.mT[..., None] * (k @ k.mT) * decay).tril(-1)
-        rates = torch.diag_embed(beta.mT)
-        solved = torch.linalg.solve_triangular(overlap.float(), rates.float(), upper=False, unitriangular=True)
-        scores = scores @ solved.to(q.dtype)
-    return ((scores * mask) @ v).transpose(1, 2)
 
 
 @gates

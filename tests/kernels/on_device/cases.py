@@ -1,96 +1,145 @@
-"""Inputs, the float64 oracle and the bars of the kernel tests, for a GPU and for the interpreter."""
+"""Inputs, the float64 reference and the bars of the kernel tests, for a GPU and for the interpreter.
+
+A *rule* is a family of kernels: ``DECAY``, the scalar gate, or ``DELTA``, the delta rule. Inputs are a dictionary in the order
+of its kernels, and tell the rule: only the delta rule has a beta.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.kernels import decay as scalar_gate
-from loglinear.kernels.tuning import ScalarGateConfig, low_precision_config, scalar_gate_config
+from loglinear.kernels import decay, delta
+from loglinear.kernels.tuning import (
+    Launch,
+    delta_rule_config,
+    low_precision_config,
+    scalar_gate_config,
+    uniform_delta_config,
+)
+from loglinear.reference.chunkwise import chunkwise
+from oracle import LOW_PRECISION_FACTOR, TOLERANCES, plain_torch
 
-NAMES = ("o", "dq", "dk", "dv", "dg", "dlevel_scales")
 INTERPRETED = not torch.cuda.is_available()
 # The interpreter multiplies bfloat16 as if it were integers (triton 3.9), so there float16 stands for it.
 BFLOAT16 = torch.float16 if INTERPRETED else torch.bfloat16
-# Largest relative error in norm against float64. float32 is IEEE: measured below 1e-6.
-FLOAT32 = 1e-5
-# A 16-bit kernel may have twice the error of plain torch at its dtype (flash-attention's rule).
-LOW_PRECISION_FACTOR = 2.0
+FLOAT32 = TOLERANCES[torch.float32]
 
 
-def config_for(dtype: torch.dtype, key_width: int, value_width: int) -> ScalarGateConfig:
+class Rule(NamedTuple):
+    """A family of kernels, the names of its inputs in their order, and its tuned configuration by dtype, K and V."""
+
+    kernels: ModuleType
+    inputs: tuple[str, ...]
+    tuned: Any
+
+
+DECAY = Rule(decay, ("q", "k", "v", "g", "level_scales"), scalar_gate_config)
+DELTA = Rule(delta, ("q", "k", "v", "g", "beta", "level_scales"), delta_rule_config)
+RULES = {"scalar gate": DECAY, "delta rule": DELTA}
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def rule_of(x: dict) -> Rule:
+    return DELTA if "beta" in x else DECAY
+
+
+def config_of(rule: Rule, dtype: torch.dtype, K: int, V: int):
     """The tuned configuration on a GPU; in the interpreter one of the same shape whose tree is deep at few tokens."""
-    if INTERPRETED:
-        small = low_precision_config(chunk=16, warps=4, block_k=16, heads=2)
-        return dataclasses.replace(small, segment=1, least_tile=16)
-    return scalar_gate_config(dtype, key_width, value_width)
+    if not INTERPRETED:
+        return rule.tuned(dtype, K, V)
+    if rule is DELTA:
+        return uniform_delta_config(16, Launch(warps=4, stages=1, block_v=32))
+    small = low_precision_config(chunk=16, warps=4, block_k=16, heads=2)
+    return dataclasses.replace(small, segment=1, least_tile=16)
+
+
+def config_for(x: dict):
+    return config_of(rule_of(x), x["v"].dtype, x["q"].shape[3], x["v"].shape[3])
 
 
 def make(
-    device, B=1, T=64, H=1 if INTERPRETED else 3, G=1, K=16, V=16, L=12, dtype=torch.float32, gate="usual", seed=0
-) -> dict:
-    """Random inputs; λ has either sign and exact zeros."""
+    device, rule, B=1, T=64, H=1 if INTERPRETED else 3, G=1, K=16, V=16, L=12, dtype=torch.float32, gate="usual",
+    keys="random", seed=0,
+) -> dict:  # fmt: skip
+    """Random inputs; λ has either sign and exact zeros. With the delta rule keys have norm 1, and β is in [0, 2].
+
+    Equal keys have components of ±1/√K, for K a power of 4: their norm is 1 to the last bit. Were it not, every transition
+    ``I - 2 k kᵀ`` would be off by the same rounding error, and T of them by T times that, in any float32 arithmetic.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal(*size):
         return torch.randn(*size, generator=generator)
 
     uniform = torch.rand(B, T, H, generator=generator)
-    g = {"usual": -0.2 * uniform, "zero": 0 * uniform, "strong": -100 * uniform, "very negative": -1e4 * uniform}.get(
-        gate
-    )
+    gates = {"usual": -0.2 * uniform, "zero": 0 * uniform, "strong": -100 * uniform, "very negative": -1e4 * uniform}
+    g = gates.get(gate)
     if gate == "reset":
         g = torch.where(torch.rand(B, T, H, generator=generator) < 0.05, float("-inf"), -0.2 * uniform)
     scales = normal(B, T, H, L)
     scales[torch.rand(B, T, H, L, generator=generator) < 0.1] = 0.0
-    x = {"q": normal(B, T, G, K) / K**0.5, "k": normal(B, T, G, K), "v": normal(B, T, H, V)}
-    x = {name: value.to(dtype) for name, value in x.items()} | {"g": g, "level_scales": scales}
-    return {name: None if value is None else value.to(device) for name, value in x.items()}
+    x = {"q": normal(B, T, G, K), "k": normal(B, T, G, K), "v": normal(B, T, H, V)}
+    if rule is DECAY:
+        x["q"] /= K**0.5
+    else:
+        x["k"], x["beta"] = F.normalize(x["k"], dim=-1), 2 * torch.rand(B, T, H, generator=generator)
+        if keys == "equal":
+            x["k"] = (x["k"][:, :1].sign() / K**0.5).expand_as(x["k"]).contiguous()
+            x["beta"].fill_(2.0)
+    x = {name: y.to(dtype) if name in "qkv" else y for name, y in x.items()} | {"g": g, "level_scales": scales}
+    return {name: None if x[name] is None else x[name].to(device) for name in rule.inputs}
 
 
-def decay_matrix(g: Tensor) -> Tensor:
-    """``exp(g_{s+1} + … + g_t)`` for s <= t, else 0, summed directly: nothing cancels. g ``[..., T]``."""
-    size = g.shape[-1]
-    later = torch.ones(size, size, dtype=torch.bool, device=g.device).tril(-1)
-    sums = torch.where(later, g.unsqueeze(-1), 0.0).cumsum(-2)
-    return torch.where(later | torch.eye(size, dtype=torch.bool, device=g.device), sums.exp(), 0.0)
+def cotangent(x: dict) -> Tensor:
+    """The gradient of o."""
+    return torch.randn(x["v"].shape, generator=torch.Generator("cpu").manual_seed(9)).to(x["v"])
 
 
-def oracle(q, k, v, g, level_scales, scale=1.0) -> Tensor:
-    """The dense form in the dtype of its inputs, from the definition."""
-    T, heads = v.shape[1:3]
-    q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
-    position = torch.arange(T, device=v.device)
-    level = position[:, None] ^ position[None, :]
-    level = sum((level >> bit > 0).long() for bit in range(T.bit_length() + 1)).clamp(max=level_scales.shape[-1] - 1)
-    scales = level_scales.transpose(1, 2)
-    mask = scales.gather(-1, level.expand(*scales.shape[:2], T, T)).tril()
-    if g is not None:
-        mask = mask * decay_matrix(g.transpose(1, 2))
-    scores = torch.einsum("bthk,bshk->bhts", q, k) * scale
-    return torch.einsum("bhts,bshv->bthv", scores * mask.to(v.dtype), v)
+def reference(q, k, v, g, level_scales, beta=None, scale=1.0) -> Tensor:
+    """The reference's chunkwise form in the dtype of its inputs."""
+    g = torch.zeros_like(v[..., 0]) if g is None else g
+    return chunkwise(q * scale, k, v, g, level_scales, beta)[0]
 
 
-def differentiate(x: dict, do: Tensor, scale: float, dtype: torch.dtype | None) -> list[Tensor | None]:
-    """(o, dq, dk, dv, dg, dλ) by the oracle in float64, or, without dtype, in the dtypes of x itself."""
-    leaves = {
-        n: None if y is None else (y if dtype is None else y.to(dtype)).detach().requires_grad_() for n, y in x.items()
-    }
-    o = oracle(**leaves, scale=scale)
-    wanted = [y for y in leaves.values() if y is not None]
-    gradients = list(torch.autograd.grad(o, wanted, do.to(o.dtype)))
-    if leaves["g"] is None:
-        gradients.insert(3, None)
-    return [o.detach(), *gradients]
+def wide(x: dict) -> dict:
+    """x in float64."""
+    return {name: None if y is None else y.double() for name, y in x.items()}
+
+
+def differentiate(form, x: dict, do: Tensor, scale: float) -> list[Tensor | None]:
+    """o and the gradients of all inputs by a form in plain PyTorch, in the dtypes of x; None for an input of None."""
+    leaves = {name: None if y is None else y.detach().requires_grad_() for name, y in x.items()}
+    o = form(**leaves, scale=scale)
+    grads = iter(torch.autograd.grad(o, [y for y in leaves.values() if y is not None], do.to(o.dtype)))
+    return [o.detach(), *(None if y is None else next(grads) for y in leaves.values())]
+
+
+def exact(x: dict, do: Tensor, scale: float = 1.0) -> list[Tensor | None]:
+    return differentiate(reference, wide(x), do, scale)
+
+
+def forward(x: dict, scale: float = 1.0, config=None, cu_seqlens=None) -> Tensor:
+    """o by the kernels."""
+    return rule_of(x).kernels.forward(**x, scale=scale, cu_seqlens=cu_seqlens, config=config or config_for(x))
 
 
 def run(x: dict, do: Tensor, scale: float = 1.0, config=None, cu_seqlens=None) -> list[Tensor | None]:
-    """(o, dq, dk, dv, dg, dλ) by the kernels."""
-    config = config or config_for(x["v"].dtype, x["q"].shape[3], x["v"].shape[3])
-    o = scalar_gate.forward(**x, scale=scale, cu_seqlens=cu_seqlens, config=config)
-    return [o, *scalar_gate.backward(do, **x, scale=scale, cu_seqlens=cu_seqlens, config=config)]
+    """o and the gradients of all inputs by the kernels."""
+    config = config or config_for(x)
+    o = forward(x, scale, config, cu_seqlens)
+    return [o, *rule_of(x).kernels.backward(do, **x, scale=scale, cu_seqlens=cu_seqlens, config=config)]
+
+
+def names_of(x: dict) -> list[str]:
+    """Names of the results of ``run``."""
+    return ["o", *(f"d{name}" for name in x)]
 
 
 def relative(x: Tensor, expected: Tensor) -> float:
@@ -100,19 +149,26 @@ def relative(x: Tensor, expected: Tensor) -> float:
     return error if error < float("inf") else float("inf")
 
 
-def check(device, scale: float = 0.7, config=None, **sizes) -> None:
-    """Kernels against float64, all six results."""
-    x = make(device, **sizes)
-    do = torch.randn(x["v"].shape, generator=torch.Generator("cpu").manual_seed(9)).to(x["v"])
-    expected = differentiate(x, do, scale, torch.float64)
-    bars = [FLOAT32] * 6
+def check(device, rule, scale: float = 0.7, config=None, gradients: bool = True, **sizes) -> None:
+    """Kernels against float64: o and all gradients, within 1e-5 or twice the error of plain PyTorch at 16 bits."""
+    x = make(device, rule, **sizes)
+    do = cotangent(x)
+    expected = exact(x, do, scale)
+    bars = [FLOAT32] * len(expected)
     if x["v"].dtype != torch.float32:
-        plain = differentiate(x, do, scale, None)
-        bars = [0 if p is None else LOW_PRECISION_FACTOR * relative(p, e) for p, e in zip(plain, expected)]
-    for name, got, want, bar in zip(NAMES, run(x, do, scale, config), expected, bars):
+        rounded = differentiate(plain_torch, x, do, scale)
+        bars = [0 if p is None else LOW_PRECISION_FACTOR * relative(p, e) for p, e in zip(rounded, expected)]
+    results = run(x, do, scale, config) if gradients else [forward(x, scale, config)]
+    for name, got, want, bar in zip(names_of(x), results, expected, bars):
         if want is None:
             assert got is None
             continue
         assert got.isfinite().all(), f"{name} is not finite at {sizes}"
         error = relative(got, want)
         assert error <= bar, f"{name} has relative error {error:.2e} > {bar:.2e} at {sizes}"
+
+
+def assert_same_bits(x: dict, got, expected) -> None:
+    for name, a, b in zip(names_of(x), got, expected, strict=True):
+        same = (a is None and b is None) or torch.equal(a, b)
+        assert same, f"{name} differs by up to {(a.double() - b.double()).abs().max():.1e}"

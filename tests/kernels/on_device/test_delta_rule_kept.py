@@ -6,8 +6,8 @@ import importlib
 
 import pytest
 import torch
-from cases import BFLOAT16, INTERPRETED
-from cases_delta import NAMES, config_for, make
+from cases import BFLOAT16, DELTA, INTERPRETED, assert_same_bits, config_for, config_of, cotangent
+from cases import make as make_inputs
 
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.delta.memory import KEPT_SHARE, heads_at_a_time, keeps_maps, map_elements
@@ -18,6 +18,10 @@ CHUNK = 16 if INTERPRETED else 64
 PACKED = (0, CHUNK + 2, 1, 0, 3 * CHUNK + 3)
 
 
+def make(device, **sizes) -> dict:
+    return make_inputs(device, DELTA, **sizes)
+
+
 @pytest.fixture(autouse=True)
 def maps_are_kept(monkeypatch):
     monkeypatch.setattr(
@@ -26,9 +30,8 @@ def maps_are_kept(monkeypatch):
 
 
 def both(x: dict, keep: bool, cu_seqlens=None, scale: float = 0.7) -> list:
-    """o and the gradients of ``NAMES``."""
-    config = config_for(x["v"].dtype, x["q"].shape[3], x["v"].shape[3])
-    do = torch.randn(x["v"].shape, generator=torch.Generator("cpu").manual_seed(9)).to(x["v"])
+    """o and the gradients of all inputs."""
+    config, do = config_for(x), cotangent(x)
     common = dict(scale=scale, cu_seqlens=cu_seqlens, config=config)
     o, *kept = delta_rule.forward_keeping(**x, **common, keep=keep)
     assert bool(kept) == keep
@@ -43,9 +46,7 @@ def both(x: dict, keep: bool, cu_seqlens=None, scale: float = 0.7) -> list:
 
 
 def compare(x: dict, cu_seqlens=None) -> None:
-    kept, made_again = both(x, True, cu_seqlens), both(x, False, cu_seqlens)
-    for name, got, want in zip(("o", *NAMES), kept, made_again):
-        assert (got is None and want is None) or torch.equal(got, want), name
+    assert_same_bits(x, both(x, True, cu_seqlens), both(x, False, cu_seqlens))
 
 
 @pytest.mark.parametrize(("chunks", "dtype"), [(1, BFLOAT16), (10, BFLOAT16), (8, torch.float32)])
@@ -74,8 +75,7 @@ def test_same_bits_in_slices_of_heads(device, monkeypatch, count):
     want = both(x, False)
     module = importlib.import_module("loglinear.kernels.delta.backward")
     monkeypatch.setattr(module, "heads_at_a_time", lambda *sizes: count)
-    for name, got, expected in zip(("o", *NAMES), both(x, True), want):
-        assert torch.equal(got, expected), name
+    assert_same_bits(x, both(x, True), want)
 
 
 def problem_of(B: int, T: int, H: int, G: int, K: int, V: int, dtype=torch.bfloat16):
@@ -96,7 +96,7 @@ def test_kept_maps_are_bounded():
 def test_elements_of_maps_are_those_that_are_kept(device):
     """Were the rule to count less than is kept, the bound would not hold."""
     x = make(device, B=2, T=CHUNK * 9, H=2)
-    problem = describe(x["q"], x["v"], x["level_scales"], (), config_for(torch.float32, 16, 16))
+    problem = describe(x["q"], x["v"], x["level_scales"], (), config_of(DELTA, torch.float32, 16, 16))
     kept = delta_rule.forward_keeping(**x, config=problem.config)[1:]
     logs = sum(y.numel() for y in kept[:2])
     assert sum(y.numel() for y in kept) - logs == 2 * map_elements(problem)

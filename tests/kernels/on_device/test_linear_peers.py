@@ -6,14 +6,14 @@ miscompile it.
 
 from __future__ import annotations
 
-import cases
-import cases_delta
 import pytest
 import torch
-from cases import INTERPRETED, LOW_PRECISION_FACTOR, relative
+from cases import DECAY, DELTA, INTERPRETED, LOW_PRECISION_FACTOR, make, relative
+from cases import wide as in_float64
 from torch import Tensor
 
 from loglinear import log_linear_attention, log_linear_delta_rule
+from oracle import plain_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,14 +23,13 @@ pytestmark = [
 PEER_BAR = 2e-2  # were the peer's conventions others than ours, its error would be near 1
 
 
-def linear(module, device: torch.device | str, **sizes) -> tuple[dict, dict]:
+def linear(rule, device: torch.device | str, **sizes) -> tuple[dict, dict]:
     """Inputs with as many q/k heads as value heads and λ = 1; and those of the peer: in float64, without λ."""
-    x = module.make(device, B=2, H=3, G=3, dtype=torch.bfloat16, **sizes)
+    x = make(device, rule, B=2, H=3, G=3, dtype=torch.bfloat16, **sizes)
     x["level_scales"] = torch.ones_like(x["level_scales"])
     if "beta" in x:
         x["beta"] = x["beta"].bfloat16().float() / 2  # the peer may take β in the dtype of v only
-    wide = {name: y.double() for name, y in x.items()}
-    return x, wide | {"level_scales": None}
+    return x, in_float64(x) | {"level_scales": None}
 
 
 def check(ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -45,18 +44,18 @@ def check(ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("gate", ["usual", "zero"])
 def test_delta_rule_is_the_linear_gated_delta_rule(device, gate, K, V):
     fla = pytest.importorskip("fla.ops.gated_delta_rule", exc_type=ImportError)
-    x, wide = linear(cases_delta, device, T=1000, K=K, V=V, gate=gate)
+    x, wide = linear(DELTA, device, T=1000, K=K, V=V, gate=gate)
     q, k, v, g, beta = (x[name] for name in ("q", "k", "v", "g", "beta"))
     theirs = fla.chunk_gated_delta_rule(q, k, v, g=g, beta=beta.to(v.dtype), scale=0.5)[0]
     exact = log_linear_delta_rule(**wide, scale=0.5)[0]
-    check(log_linear_delta_rule(**x, scale=0.5)[0], theirs, cases_delta.plain(**x, scale=0.5), exact)
+    check(log_linear_delta_rule(**x, scale=0.5)[0], theirs, plain_torch(**x, scale=0.5), exact)
 
 
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (128, 64)])
 @pytest.mark.parametrize("gate", ["usual", "zero"])
 def test_scalar_gate_is_simple_gla(device, gate, K, V):
     fla = pytest.importorskip("fla.ops.simple_gla", exc_type=ImportError)
-    x, wide = linear(cases, device, T=1000, K=K, V=V, gate=gate)
+    x, wide = linear(DECAY, device, T=1000, K=K, V=V, gate=gate)
     theirs = fla.chunk_simple_gla(x["q"], x["k"], x["v"], g=x["g"], scale=0.5)[0]
     exact = log_linear_attention(**wide, scale=0.5)[0]
-    check(log_linear_attention(**x, scale=0.5)[0], theirs, cases.oracle(**x, scale=0.5), exact)
+    check(log_linear_attention(**x, scale=0.5)[0], theirs, plain_torch(**x, scale=0.5), exact)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import cases_delta
 import pytest
 import torch
-from cases import INTERPRETED, NAMES, make, relative, run
-
-from loglinear.reference.chunkwise import chunkwise
+from cases import DECAY, DELTA, INTERPRETED, exact, forward, make, names_of, reference, relative, run, wide
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")]
 MILLION = 1 << 20
@@ -22,20 +19,13 @@ BAR = 1e-2
 SLOW_BAR = 4e-2
 
 
-def by_chunks(x: dict, do: torch.Tensor) -> list[torch.Tensor]:
-    """(o, dq, dk, dv, dg, dλ) of the chunkwise reference in float64."""
-    leaves = [y.double().requires_grad_() for y in x.values()]
-    o, _ = chunkwise(*leaves)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do.double())]
-
-
 @pytest.mark.parametrize("gate", ["usual", "zero"])
 @pytest.mark.parametrize("T", [16_384, 65_536, MILLION])
 def test_up_to_a_million_tokens(device, T, gate):
     """Against the chunkwise form in float64: all tokens, the first and the last thousand."""
-    x = make(device, T=T, H=1, K=32, V=32, L=21, dtype=torch.bfloat16, gate=gate)
+    x = make(device, DECAY, T=T, H=1, K=32, V=32, L=21, dtype=torch.bfloat16, gate=gate)
     do = torch.randn_like(x["v"])
-    for name, got, want in zip(NAMES, run(x, do), by_chunks(x, do)):
+    for name, got, want in zip(names_of(x), run(x, do), exact(x, do)):
         for part in (slice(None), slice(0, 1000), slice(T - 1000, T)):
             error = relative(got[:, part], want[:, part])
             assert error <= BAR, f"{name}[{part}] has relative error {error:.2e} > {BAR:.2e}"
@@ -53,21 +43,19 @@ def check_parts(name: str, got: torch.Tensor, want: torch.Tensor, bar: float) ->
 @pytest.mark.parametrize("width", [64, 128])
 def test_delta_rule_of_a_quarter_of_a_million_tokens(device, width, gate, strength, bar):
     """The output against the chunkwise form in float64; the tree has 12 levels over its chunks."""
-    x = cases_delta.make(device, T=MILLION // 4, H=2, K=width, V=width, L=19, dtype=torch.bfloat16, gate=gate)
+    x = make(device, DELTA, T=MILLION // 4, H=2, K=width, V=width, L=19, dtype=torch.bfloat16, gate=gate)
     x["beta"] *= strength
     with torch.no_grad():
-        want = cases_delta.oracle(**{name: y.double() for name, y in x.items()})
-        check_parts("o", cases_delta.run_forward(x), want, bar)
+        want = reference(**wide(x))
+        check_parts("o", forward(x), want, bar)
 
 
 @pytest.mark.parametrize("width", [64, 128])
 def test_gradients_of_a_long_delta_rule(device, width):
     """Output and all six gradients against the chunkwise form in float64."""
-    x = cases_delta.make(device, T=MILLION // 16, H=2, K=width, V=width, L=17, dtype=torch.bfloat16)
+    x = make(device, DELTA, T=MILLION // 16, H=2, K=width, V=width, L=17, dtype=torch.bfloat16)
     do = torch.randn_like(x["v"])
-    results = cases_delta.run_forward(x), *cases_delta.run_backward(x, do)
-    names = ("o", *(f"d{name}" for name in cases_delta.NAMES))
-    for name, got, want in zip(names, results, cases_delta.differentiate(x, do, 1.0, torch.float64), strict=True):
+    for name, got, want in zip(names_of(x), run(x, do), exact(x, do), strict=True):
         check_parts(name, got, want, BAR)
 
 
@@ -88,6 +76,6 @@ def test_more_than_two_to_the_31_elements(device):
     together = run(x, do)
     last = {name: y if name in "qk" else y[:, :, -1:].contiguous() for name, y in x.items()}
     alone = run(last, do[:, :, -1:].contiguous())
-    for name, a, b in zip(NAMES, together, alone):
+    for name, a, b in zip(names_of(x), together, alone):
         if name not in ("dq", "dk"):
             assert torch.equal(a[:, :, -1:], b), f"{name} of the last head differs"

@@ -10,7 +10,6 @@ import importlib
 import sys
 
 import cases
-import cases_delta
 import pytest
 import torch
 import triton
@@ -60,8 +59,7 @@ def config_for(delta: bool, dtype: torch.dtype, tile: int):
 
 def check(delta: bool, layout=lambda x: x, cuts=None, tile: int | None = 32, programs: int = PROGRAMS, **sizes):
     """A forward and a backward pass, with the tuned configuration if there is no ``tile``; returns the report."""
-    module = cases_delta if delta else cases
-    x = layout(module.make("cpu", **sizes))
+    x = layout(cases.make("cpu", cases.DELTA if delta else cases.DECAY, **sizes))
     do = torch.ones(1).expand(x["v"].shape)
     kernels = delta_rule if delta else scalar_gate
     bounds = None if cuts is None else torch.tensor(cuts, dtype=torch.int32)

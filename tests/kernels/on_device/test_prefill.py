@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 import torch
-from cases import INTERPRETED
+from cases import FLOAT32, INTERPRETED
 
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels import tuning
@@ -46,7 +46,7 @@ def test_output_state_and_their_gradients(device, packed):
     pairs = [(o, want), (state.entries, expected.entries), (state.open_k, expected.open_k)]
     pairs += zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(wide_loss, wide))
     for got, reference in pairs:
-        assert (got.double() - reference).norm() <= 1e-5 * reference.norm()
+        assert (got.double() - reference).norm() <= FLOAT32 * reference.norm()
 
 
 def test_continued(device):
@@ -60,7 +60,7 @@ def test_continued(device):
         )
         outputs.append(o)
     got = torch.cat(outputs, 1).double()
-    assert (got - whole).norm() <= 1e-5 * whole.norm()
+    assert (got - whole).norm() <= FLOAT32 * whole.norm()
 
 
 def separate(state):
@@ -75,6 +75,8 @@ def separate(state):
 def test_many_tokens_after_a_state(device, packed):
     """Outputs, the next state, and gradients into and out of states, of rows that stand at different positions."""
     before, after = ((64, 7, 200), (66, 0, 130)) if packed else ((70, 331), (130, 130))
+    if INTERPRETED:
+        after = (10, 0, 60) if packed else (60, 60)
     size = [a + b for a, b in zip(before, after)]
     rows = [make(device, n, seed) for seed, n in enumerate(size)]
     states = [chunkwise(*(x[:, :n].double() for x in row))[1] for row, n in zip(rows, before)]
@@ -99,13 +101,13 @@ def test_many_tokens_after_a_state(device, packed):
     got = torch.autograd.grad(loss, [*inputs, *leaves])
     pairs += zip(got, torch.autograd.grad(wide_loss, [*wide, *wide_leaves]))
     for x, reference in pairs:
-        assert (x.double() - reference).norm() <= 1e-5 * reference.norm()
+        assert (x.double() - reference).norm() <= FLOAT32 * reference.norm()
 
 
 @pytest.mark.parametrize("chunk", [16 if INTERPRETED else 32, 64, 128])
 def test_kernels_go_on_in_chunks_that_fit_the_state(device, chunk, monkeypatch):
     """Any that divide the state's 64 tokens. In longer ones, which then began at the wrong tokens, the error was 30%."""
-    inputs = make(device, 300)
+    inputs = make(device, 150 if INTERPRETED else 300)
     whole, _ = chunkwise(*(x.double() for x in inputs))
     _, state = chunkwise(*(x[:, :70] for x in inputs))
     config = dataclasses.replace(tuning.float32_config(16), chunk=chunk)
@@ -118,7 +120,7 @@ def test_kernels_go_on_in_chunks_that_fit_the_state(device, chunk, monkeypatch):
             log_linear_attention(*new, initial_state=state)
         return
     o, _ = log_linear_attention(*new, initial_state=state)
-    assert (o.double() - whole[:, 70:]).norm() <= 1e-5 * whole.norm()
+    assert (o.double() - whole[:, 70:]).norm() <= FLOAT32 * whole.norm()
     assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), new))
 
 
@@ -130,7 +132,7 @@ def test_states_of_other_chunks_go_on_without_kernels(device):
     with pytest.warns(UserWarning, match="a state of chunks of 16 tokens, where kernels go on from chunks of 64"):
         o, after = log_linear_attention(*(x[:, 70:] for x in inputs), initial_state=state, output_final_state=True)
     whole, _ = chunkwise(*(x.double() for x in inputs))
-    assert (o.double() - whole[:, 70:]).norm() <= 1e-5 * whole.norm()
+    assert (o.double() - whole[:, 70:]).norm() <= FLOAT32 * whole.norm()
     assert after.chunk_size == 16
 
 
@@ -182,4 +184,4 @@ def test_prefill_in_two_parts(device, delta, linear, dtype):
     got, rounded = results(x, kernels), results(x, plain)
     for ours, theirs, exact in zip(got, rounded, want):
         error, bar = (((y.double() - exact).norm() / exact.norm()).item() for y in (ours, theirs))
-        assert error <= (1e-5 if dtype == torch.float32 else max(2 * bar, 8e-3))
+        assert error <= (FLOAT32 if dtype == torch.float32 else max(2 * bar, 8e-3))

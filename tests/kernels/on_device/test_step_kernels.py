@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import cases
-import cases_delta
 import pytest
 import torch
-from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
+from cases import BFLOAT16, DECAY, DELTA, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 
 from loglinear import DecodingState
 from loglinear.kernels import decoding
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.reference.step import step as plain_step
+from oracle import plain_torch
 
 C = 16 if INTERPRETED else 64
 # Tokens before the steps: nothing, chunks about to close with 0, 1 and 3 merges, and chunks that have just opened.
@@ -25,7 +25,7 @@ RULES = (False, True)
 
 def make(device, delta, **sizes):
     """Random inputs of either rule; λ has either sign."""
-    return (cases_delta if delta else cases).make(device, **{"H": HEADS, **sizes})
+    return cases.make(device, DELTA if delta else DECAY, **{"H": HEADS, **sizes})
 
 
 def tokens(x, start, end):
@@ -178,7 +178,7 @@ def test_low_precision_is_within_twice_of_plain_torch(device, delta, low_entries
     T = 6 * C + 1
     x = make(device, delta, T=T, dtype=BFLOAT16)
     length = T - 4 if INTERPRETED else 0
-    plain = (cases_delta.plain if delta else cases.oracle)(**x, scale=0.7)[:, length:]
+    plain = plain_torch(**x, scale=0.7)[:, length:]
     bar = LOW_PRECISION_FACTOR * relative(plain, full(x, 0.7)[0][:, length:])
     check(x, length, bar=bar, entry_dtype=torch.bfloat16 if low_entries else torch.float32)
 

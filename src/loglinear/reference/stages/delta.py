@@ -1,0 +1,178 @@
+"""DELTA, forward: the stages of the family whose span is a matrix ``[K, K]``. Twins of ``kernels/delta``.
+
+A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X before the span leaves it as ``A X + S``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loglinear.reference.dense import level_mask
+from loglinear.reference.stages.place import GROUP, Inputs, Place, Tier, pair_decays, scales_of
+
+PREFIXES = (3, 5, 6, 7)  # the prefix before these units is neither ``[I | 0]`` nor an entry
+
+
+class Maps(NamedTuple):
+    """The facts about the chunks that depend on no query. sums: ``[rows, H, C]``. chunk_log: ``[rows, H]``.
+
+    solve: ``[rows, H, C, C]``, ``(I + diag(β) Z)⁻¹ diag(β)``, Z the strictly earlier ``k·k`` with their decay. writes:
+    ``[rows, H, C, K+V]``, ``[W | U]``. entries: ``[rows, H, K, K+V]``, the Fenwick array. units: for each tier the maps of
+    its units. before: for each tier ``[groups, 8, H, K, K+V]``, the map of the units of a group before each of them.
+    """
+
+    sums: Tensor
+    chunk_log: Tensor
+    solve: Tensor
+    writes: Tensor
+    entries: Tensor
+    units: tuple[Tensor, ...]
+    before: tuple[Tensor, ...]
+
+
+def end_keys(x: Inputs, sums: Tensor) -> Tensor:
+    """K_end ``[rows, H, C, K]``: the keys, decayed to the end of their chunk."""
+    return x.k * (sums[..., -1:] - sums).exp().unsqueeze(3)
+
+
+def overlaps(x: Inputs, sums: Tensor) -> Tensor:
+    """Z ``[rows, H, C, C]``: the products of each key with the strictly earlier ones of its chunk, decayed."""
+    return ((x.k @ x.k.mT) * pair_decays(sums)).tril(-1)
+
+
+def compose(later: Tensor, earlier: Tensor) -> Tensor:
+    """The map of two spans: ``[A A' | A S' + S]``."""
+    width = later.shape[-2]
+    product = later[..., :width] @ earlier
+    return torch.cat([product[..., :width], product[..., width:] + later[..., width:]], -1)
+
+
+def identity_like(maps: Tensor) -> Tensor:
+    """``[I | 0]`` of the shape of ``maps``."""
+    return torch.eye(*maps.shape[-2:], dtype=maps.dtype, device=maps.device).expand_as(maps)
+
+
+def chunk_maps(place: Place, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sums, chunk_log, solve and writes of ``Maps``."""
+    sums, beta = x.g.cumsum(2), x.beta
+    lower = beta.unsqueeze(3) * overlaps(x, sums)
+    unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    solve = torch.linalg.solve_triangular(unit + lower, torch.diag_embed(beta), upper=False, unitriangular=True)
+    writes = solve @ torch.cat([x.k * sums.exp().unsqueeze(3), x.v], 3)
+    return sums, x.g.sum(2), solve, writes
+
+
+def leaf_maps(x: Inputs, sums: Tensor, chunk_log: Tensor, writes: Tensor) -> Tensor:
+    """``[rows, H, K, K+V]``, the map of each chunk: ``[γ I - K_endᵀ W | K_endᵀ U]``. The kernels never form it."""
+    width = x.k.shape[3]
+    added = end_keys(x, sums).mT @ torch.cat([-writes[..., :width], writes[..., width:]], 3)
+    return chunk_log.exp()[..., None, None] * identity_like(added) + added
+
+
+def group_maps(tier: Tier, units: Tensor, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(maps before each unit ``[groups, 8, H, K, K+V]``, maps of the groups, entries, with those inside the groups).
+
+    After unit c of a group, from 0, an entry ends: the *prefix* of all units so far for c = 0, 1, 3, 7, otherwise the unit
+    alone, or for c = 5 the *pair* of units 4 and 5. Missing units change nothing. A group of the next tier overwrites the
+    entries that also hold units of other groups.
+    """
+    padded = torch.cat([units, identity_like(units[:1])]) if len(units) else units
+    prefix = [identity_like(padded[tier.unit[:, 0]])]
+    for c in range(GROUP):
+        unit = padded[tier.unit[:, c]]
+        prefix.append(compose(unit, prefix[c]))
+        entry = prefix[c + 1] if is_prefix(c) else unit
+        if c == 5:
+            entry = compose(unit, padded[tier.unit[:, 4]])
+        there = tier.unit[:, c] >= 0
+        entries = entries.index_copy(0, tier.row[there, c], entry[there])
+    return torch.stack(prefix[:GROUP], 1), prefix[GROUP], entries
+
+
+def is_prefix(c: int) -> bool:
+    """Whether the map of a group's units up to unit c is an entry."""
+    return c & (c + 1) == 0
+
+
+def all_maps(place: Place, x: Inputs) -> Maps:
+    """``chunk_maps``, then ``group_maps`` of each tier, from the chunks up."""
+    sums, chunk_log, solve, writes = chunk_maps(place, x)
+    groups = leaf_maps(x, sums, chunk_log, writes)
+    entries = groups
+    units: list[Tensor] = []
+    before: list[Tensor] = []
+    for tier in place.tiers:
+        units.append(groups)
+        prefixes, groups, entries = group_maps(tier, groups, entries)
+        before.append(prefixes)
+    return Maps(sums, chunk_log, solve, writes, entries, tuple(units), tuple(before))
+
+
+def path_states(place: Place, entries: Tensor) -> Tensor:
+    """``[slots, H, K, K+V]``: ``[T_j | T_j S_j]`` of entry j on the path of each group, as seen from the group's start.
+
+    ``T_0 = I`` and ``T_{j+1} = T_j A_j``. Zero where j = 0: the entry itself is read there. T_1 is its A; the kernels do not
+    store it again.
+    """
+    width, groups = entries.shape[2], len(place.tiers[0].unit)
+    states = entries.new_zeros(place.path_slots, *entries.shape[1:])
+    carried = identity_like(entries.new_empty(groups, *entries.shape[1:3], width))
+    for j, (group, entry, slot) in enumerate(place.outer):
+        product = carried[group] @ entries[entry]
+        if j > 0:
+            states = states.index_copy(0, slot, torch.cat([carried[group], product[..., width:]], 3))
+        carried = carried.index_copy(0, group, product[..., :width])
+    return states
+
+
+def within(x: Inputs, maps: Maps) -> Tensor:
+    """P ``[rows, H, C, C]``: ``tril(Q Kᵀ)`` of a chunk, decayed."""
+    return (x.q @ x.k.mT) * pair_decays(maps.sums)
+
+
+def start_queries(x: Inputs, maps: Maps) -> Tensor:
+    """The queries ``[rows, H, C, K]`` as seen from the start of their chunk, ``γ Q - P W``."""
+    return x.q * maps.sums.exp().unsqueeze(3) - within(x, maps) @ maps.writes[..., : x.k.shape[3]]
+
+
+def _inner_path(place: Place, x: Inputs, maps: Maps) -> Iterator[tuple[Any, ...]]:
+    """For each level m below a group: (m, chunks, their entries, slots, queries before the entry); at last the queries
+    ``[rows, H, C, K]`` at the start of their group."""
+    queries, width = start_queries(x, maps), x.k.shape[3]
+    for m, (chunk, entry, slot) in enumerate(place.inner):
+        yield m, chunk, entry, slot, queries[chunk]
+        queries = queries.index_copy(0, chunk, queries[chunk] @ maps.entries[entry, ..., :width])
+    yield None, None, None, None, queries
+
+
+def path_queries(place: Place, x: Inputs, maps: Maps) -> tuple[Tensor, Tensor]:
+    """(queries before each entry of their path inside the group ``[inner_slots, H, C, K]``, nearest first; queries at the
+    start of their group ``[rows, H, C, K]``, zero in the first group of a sequence)."""
+    inner = x.q.new_zeros(place.inner_slots, *x.q.shape[1:])
+    for m, _, _, slot, queries in _inner_path(place, x, maps):
+        if m is not None:
+            inner = inner.index_copy(0, slot, queries)
+    return inner, queries * (place.n >= GROUP)[:, None, None, None]
+
+
+def path_reads(place: Place, entries: Tensor, states: Tensor) -> Iterator[tuple[Any, ...]]:
+    """For each place j on a path of groups: (chunks, level of the entry, its state ``[n, H, K, V]`` as the group sees it)."""
+    width = entries.shape[2]
+    for j, (chunk, entry, slot, m) in enumerate(place.before):
+        yield chunk, m, (entries[entry] if j == 0 else states[slot])[..., width:]
+
+
+def output(place: Place, x: Inputs, maps: Maps, states: Tensor) -> Tensor:
+    """o ``[rows, H, C, V]``: masked attention inside a chunk, its entries inside the group, the states before the group."""
+    o, width = ((within(x, maps) @ maps.solve) * level_mask(x.scales)) @ x.v, x.k.shape[3]
+    for m, chunk, entry, _, queries in _inner_path(place, x, maps):
+        if m is not None:
+            read = queries @ maps.entries[entry, ..., width:]
+            o = o.index_add(0, chunk, scales_of(x, chunk, m).unsqueeze(3) * read)
+    for chunk, m, state in path_reads(place, maps.entries, states):
+        o = o.index_add(0, chunk, scales_of(x, chunk, m).unsqueeze(3) * (queries[chunk] @ state))
+    return o

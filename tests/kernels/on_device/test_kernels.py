@@ -1,0 +1,163 @@
+"""The kernels of both rules: outputs and all gradients against float64, where the bits of positions change and over shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from cases import (
+    BFLOAT16,
+    DECAY,
+    DELTA,
+    INTERPRETED,
+    RULES,
+    check,
+    config_of,
+    cotangent,
+    exact,
+    make,
+    relative,
+    rules,
+    run,
+)
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")]
+# Chunk 16 in the interpreter, 32 to 128 on a GPU. Longer ones in the interpreter: test_stages.py.
+LENGTHS = (1, 15, 16, 17, 33) if INTERPRETED else (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4097)
+# (K, V): powers of two, others, and the largest that the ops give to the kernels.
+WIDTHS = ((64, 64), (128, 64), (128, 128), (64, 128), (96, 96), (256, 256), (16, 16), (40, 24))
+FULL_WIDTHS = [
+    (rule, *pair) for rule in RULES for pair in (*WIDTHS, (192, 384) if rule == "delta rule" else (128, 384))
+]
+FULL_WIDTHS += [("scalar gate", 256, 64)]
+FEW_WIDTHS = [("scalar gate", 24, 40), ("scalar gate", 16, 72), ("delta rule", 40, 24)]
+T = 36 if INTERPRETED else 1500
+
+
+@rules
+@pytest.mark.parametrize("T", LENGTHS)
+def test_lengths_in_float32(device, rule, T):
+    check(device, rule, T=T)
+
+
+@rules
+@pytest.mark.parametrize(
+    "chunks",
+    [pytest.param(n, marks=on_gpu if n != 66 else pytest.mark.slow) for n in (16, 19, 66, 150)],
+)
+def test_long_windows_are_summed_in_segments(device, rule, chunks):
+    """Windows of more groups than one program sums; with 16 chunks, an entry of two segments that no query reads.
+
+    With 66 chunks the delta rule has three tiers; as with 19, windows that the end of the sequence cuts short; and
+    from chunk 56 on three entries before the group, which take two products to carry.
+    """
+    if rule is DECAY and INTERPRETED:
+        pytest.skip("test_stages.py has such windows, and this rule has no tiers")
+    config = dataclasses.replace(config_of(rule, torch.float32, 16, 16), segment=1)
+    check(device, rule, T=config.chunk * (chunks - 1) + 1, config=config)
+
+
+@pytest.mark.parametrize(("rule", "K", "V"), FEW_WIDTHS if INTERPRETED else FULL_WIDTHS)
+def test_widths_and_groups(device, rule, K, V):
+    sizes = {"T": 20, "H": 2} if INTERPRETED else {"B": 2, "T": 200, "H": 4}
+    check(device, RULES[rule], G=1, K=K, V=V, **sizes)
+
+
+@rules
+@pytest.mark.parametrize(("H", "G"), [(4, 2)] if INTERPRETED else [(4, 2), (6, 1), (6, 2), (3, 3)])
+def test_heads_in_order(device, rule, H, G):
+    check(device, rule, T=5 if INTERPRETED else 18, H=H, G=G)
+
+
+@rules
+@pytest.mark.parametrize("dtype", {BFLOAT16, torch.float16})
+@pytest.mark.parametrize("keys", ["random", "equal"])
+def test_low_precision_is_within_twice_of_plain_torch(device, rule, dtype, keys):
+    if rule is DECAY and keys == "equal":
+        pytest.skip("of no interest without a delta rule")
+    random = keys == "random"  # gradients of equal keys grow with T, and what plain PyTorch costs with them
+    check(device, rule, T=40 if INTERPRETED else 1000, dtype=dtype, keys=keys, gradients=random)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="full widths take minutes in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rule", "K", "V"), FULL_WIDTHS)
+@pytest.mark.parametrize(("H", "G"), [(4, 1), (2, 2), (6, 2)])
+def test_low_precision_at_full_widths(device, rule, K, V, H, G, dtype):
+    check(device, RULES[rule], T=1000, H=H, G=G, K=K, V=V, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="long sequences take minutes in the interpreter")
+@rules
+@pytest.mark.parametrize("T", [63, 64, 65, 129, 4096, 4097, 8192, 16384])
+def test_long_sequences_in_bfloat16(device, rule, T):
+    if rule is DELTA and T > 8192:
+        pytest.skip("plain PyTorch, its bar, would take too much memory")
+    check(device, rule, T=T, H=1, K=128, V=64 if rule is DECAY else 128, L=20, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("chunk", [32, 64])
+def test_chunk_sizes_of_the_delta_rule(device, chunk):
+    """Every merge of the triangular inverse, and blocks of columns that straddle the border of ``[A | S]``."""
+    config = config_of(DELTA, torch.float32, 24, 16)
+    launch = dataclasses.replace(config.group_maps, block_v=32)
+    config = dataclasses.replace(config, chunk=chunk, group_maps=launch)
+    check(device, DELTA, T=chunk + 5 if INTERPRETED else 2 * chunk + 5, K=24, config=config)
+
+
+@rules
+@pytest.mark.parametrize("L", [1, 3, 6])
+def test_levels_past_the_last_share_it(device, rule, L):
+    check(device, rule, T=36 if INTERPRETED else 300, L=L)
+
+
+@rules
+@pytest.mark.parametrize("gate", ["none", "zero", "strong", "very negative", "reset"])
+def test_gates(device, rule, gate):
+    if INTERPRETED and gate in ("zero", "strong"):
+        pytest.skip("between the others")
+    check(device, rule, T=T, gate=gate)
+
+
+def test_equal_keys_at_full_strength(device):
+    """β = 2 reflects: ``(I + N)⁻¹`` stays small while the powers of N do not."""
+    check(device, DELTA, T=T if INTERPRETED else 1000, keys="equal", gate="zero")
+
+
+@rules
+def test_a_reset_forgets_exactly(device, rule):
+    """After g = -inf nothing of what came before is left, not even its rounding; and it has no gradient."""
+    x = make(device, rule, T=T)
+    cut = T // 2 + 3
+    x["g"][:, cut] = float("-inf")
+    do = torch.ones_like(x["v"])
+    before, *grads = run(x, do)
+    dg = dict(zip(x, grads))["g"]
+    assert (dg[:, cut] == 0).all()
+    assert (dg[:, cut + 1 :] != 0).any()
+    x["v"][:, :cut] *= 1000
+    after = run(x, do)[0]
+    assert torch.equal(before[:, cut:], after[:, cut:])
+    assert not torch.equal(before[:, :cut], after[:, :cut])
+
+
+def test_nothing_is_written_without_strength(device):
+    """β = 0: the inverse is the identity, and only β itself has anything to gain from keys and values."""
+    x = make(device, DELTA, T=20)
+    x["beta"].zero_()
+    do = cotangent(x)
+    o, *got = run(x, do)
+    assert (o == 0).all()
+    for name, gradient, want in zip(x, got, exact(x, do)[1:]):
+        assert (gradient == 0).all() or (name == "beta" and relative(gradient, want) <= FLOAT32)
+
+
+@rules
+@pytest.mark.parametrize("sizes", [{"B": 0, "T": 5}, {"B": 2, "T": 0}])
+def test_nothing_to_do(device, rule, sizes):
+    x = make(device, rule, **sizes)
+    for got, like in zip(run(x, cotangent(x)), (x["v"], *x.values()), strict=True):
+        assert got.shape == like.shape
