@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What the packages around us decide most: tested with the newest and with the oldest of them too.
-PINNED := tests/models tests/layers tests/cli tests/test_readme.py tests/test_installed.py
+PINNED := tests/models tests/layers/test_mixers.py tests/layers/test_linear.py tests/cli tests/test_installed.py \
+	tests/test_readme.py::test_readme_code_runs_as_it_stands
 # uv takes a fifth of pip's time. It knows nothing of pip's settings: it gets pip's folder of wheels, and where it fails pip is asked.
 UV := $(BIN)/uv pip install -q --python $(VENV) $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) -c constraints/default.txt
 PIP := $(BIN)/pip install -q -c constraints/default.txt

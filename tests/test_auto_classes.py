@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +25,45 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def python(code: str, *arguments: object) -> str:
-    """What ``code`` prints in a process of its own, where warnings of ours are errors."""
-    command = [sys.executable, "-W", "error::UserWarning", "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+# Forks a process for each code. What it imports takes seconds, and no code asks about it.
+FORKS = """
+import json, os, sys, warnings
+import sympy, torch, torch.distributed.tensor
+
+assert not {"loglinear", "transformers", "triton"} & set(sys.modules)
+warnings.simplefilter("error", UserWarning)
+for line in sys.stdin:
+    code, sys.argv, out = json.loads(line)
+    if not (child := os.fork()):
+        for stream in (1, 2):
+            os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        exec(code, {"__name__": "__main__"})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def python(server, tmp_path):
+    """``python(code, *arguments)``: what ``code`` prints in a process of its own, where warnings of ours are errors."""
+
+    def run(code: str, *arguments: object) -> str:
+        out = tmp_path / "out"
+        print(json.dumps([code, ["-c", *map(str, arguments)], str(out)]), file=server.stdin, flush=True)
+        status = server.stdout.readline()
+        printed = out.read_text(encoding="utf-8")
+        assert status == "0\n", printed
+        return printed.strip()
+
+    return run
 
 
 LOAD = "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
@@ -59,21 +93,21 @@ LOAD = "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
         "pipeline and serve",
     ],
 )
-def test_a_checkpoint_loads(code, checkpoint):
+def test_a_checkpoint_loads(python, code, checkpoint):
     assert python(code, checkpoint).endswith("LogLinearForCausalLM")
 
 
-def test_importing_loglinear_stays_light():
+def test_importing_loglinear_stays_light(python):
     code = "import sys, loglinear; print(sorted({'transformers', 'triton', 'loglinear.models'} & set(sys.modules)))"
     assert python(code) == "[]"
 
 
-def test_importing_transformers_stays_light():
+def test_importing_transformers_stays_light(python):
     code = "import sys, loglinear, transformers; print(sorted({'loglinear.models', 'torch.optim.adam'} & set(sys.modules)))"
     assert "loglinear.models" not in python(code)
 
 
-def test_the_import_system_is_left_as_it_was():
+def test_the_import_system_is_left_as_it_was(python):
     code = """
 import importlib, importlib.util, inspect, pickle, sys
 import loglinear
@@ -101,7 +135,7 @@ print("same")
     assert python(code) == "same"
 
 
-def test_without_transformers_nothing_happens():
+def test_without_transformers_nothing_happens(python):
     code = """
 import sys
 class Hide:
@@ -124,7 +158,7 @@ for use in ("import transformers", "from loglinear import LogLinearConfig", "imp
     ]
 
 
-def test_an_error_of_ours_does_not_end_the_import_of_transformers():
+def test_an_error_of_ours_does_not_end_the_import_of_transformers(python):
     code = """
 import sys, warnings
 import loglinear

@@ -21,7 +21,7 @@ from loglinear.cli import main
 if __name__ == "__main__":
     del os.fork
     multiprocessing.set_start_method("spawn")
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(any(main(command.split()) for command in sys.argv[1:]))
 """
 
 
@@ -85,12 +85,11 @@ def test_commands_run_where_processes_are_spawned(tmp_path):
     (tmp_path / "text.txt").write_text("α b c d " * 500, encoding="utf-8")
     train = "train --output run --cache cache --data text.txt --vocab-size 270 --context 16 --validation-fraction 0.2"
     train += " --steps 2 --batch-size 2 --log-every 1 --hidden-size 16 --num-hidden-layers 1 --mamba-head-dim 8"
-    recall = "mqar --output recall --workers 2 --device cpu --lengths 16 --pairs 2 --widths 16 --state-size 4"
+    recall = "mqar --output recall --workers 1 --device cpu --lengths 16 --pairs 2 --widths 16 --state-size 4"
     recall += " --vocab-size 16 --steps 2 --batch-tokens 64 --seeds 0 --learning-rates 0.01"
-    for command in (train, recall):
-        process = subprocess.run(
-            [sys.executable, "program.py", *command.split()], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert process.returncode == 0, process.stderr
+    process = subprocess.run(
+        [sys.executable, "program.py", train, recall], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert len((tmp_path / "recall" / "rows.jsonl").read_bytes().splitlines()) >= 2

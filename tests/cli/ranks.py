@@ -5,22 +5,28 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["loglinear.training.run", "loglinear.cli.train"])
 
 
-def process_of(options: list[str]) -> multiprocessing.process.BaseProcess:
-    """The command line in a process of its own, which has started."""
-    process = CONTEXT.Process(target=_command, args=(options,))
+def process_of(options: list[str], printed: Path | None = None) -> multiprocessing.process.BaseProcess:
+    """The command line in a process of its own, which has started. What it prints goes to the file ``printed``."""
+    process = CONTEXT.Process(target=_command, args=(options, printed))
     process.start()
     return process
 
 
-def _command(options: list[str]) -> None:
+def _command(options: list[str], printed: Path | None) -> None:
     from loglinear.cli import main
 
+    if printed is not None:
+        for stream in (1, 2):
+            os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.stdout.reconfigure(line_buffering=True)
     raise SystemExit(main(options))
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 
 import pytest
+from ranks import process_of
 
 from loglinear.cli import main
 from loglinear.cli.offline import offline
@@ -20,13 +21,13 @@ needs_harness = pytest.mark.skipif(
 
 @needs_harness
 @pytest.mark.slow
-def test_niah_single_1_runs_on_a_checkpoint(finished_run, start, tmp_path):
-    command = ["loglinear", "harness", "--offline", "--model", "hf", "--tasks", "niah_single_1", "--device", "cpu"]
+def test_niah_single_1_runs_on_a_checkpoint(finished_run, tmp_path):
+    command = ["harness", "--offline", "--model", "hf", "--tasks", "niah_single_1", "--device", "cpu"]
     settings = ["--metadata", '{"max_seq_lengths": [512]}', "--output_path", str(tmp_path), "--batch_size", "1"]
     model = ["--limit", "1", "--model_args", f"pretrained={finished_run},max_length=1024,dtype=float32"]
-    process = start(*command, *settings, *model)
-    output, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, output
+    process = process_of([*command, *settings, *model], tmp_path / "printed")
+    process.join(280)
+    assert process.exitcode == 0, (tmp_path / "printed").read_text()
     (results,) = tmp_path.rglob("results_*.json")
     assert json.loads(results.read_text())["results"]["niah_single_1"]["512,none"] == 0  # of 12 steps nobody learns
 

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ranks import run_ranks
+from ranks import process_of, run_ranks
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import Trainer
@@ -89,6 +90,7 @@ def test_a_new_run_starts_from_the_weights_of_any_of_our_checkpoints(
     assert list(logs(run, "loss")) == [1], "a schedule of its own"
 
 
+@pytest.mark.default_packages
 def test_a_run_from_a_checkpoint_goes_on_like_any_other(finished_run, data_options, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text("beta gamma minus equals ( ) " * 200)
@@ -134,6 +136,7 @@ def test_what_contradicts_the_checkpoint_is_named(
     assert capsys.readouterr().err == f"loglinear train: {message.format(**places)}\n"
 
 
+@pytest.mark.default_packages
 def test_a_linear_run_goes_on_log_linear(train_options, data_options, tmp_path):
     """--lift: the weights of the linear run, λ beside them, and from the first step on another model."""
     linear, lifted, plain = (tmp_path / name for name in ("linear", "lifted", "plain"))
@@ -279,6 +282,7 @@ def test_a_model_of_which_no_record_tells_is_not_overwritten(finished_run, train
 # ------------------------------------------------------------------------------------------------------- files: --config
 
 
+@pytest.mark.default_packages
 def test_the_file_beside_a_run_repeats_it(finished_run, tmp_path, capsys):
     file, run = finished_run / "config.yaml", tmp_path / "run"
     options = yaml.safe_load(file.read_text())
@@ -295,6 +299,7 @@ def test_the_file_beside_a_run_repeats_it(finished_run, tmp_path, capsys):
     assert "--tie-word-embeddings was True and is now False" in error
 
 
+@pytest.mark.default_packages
 def test_a_file_by_hand(texts, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -311,6 +316,7 @@ def test_a_file_by_hand(texts, tmp_path, capsys):
     assert arguments["tie_word_embeddings"] is False
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize(
     ("text", "status", "message"),
     [
@@ -338,18 +344,18 @@ def test_a_file_that_cannot_be_used_is_named(text, status, message, tmp_path, ca
 # --------------------------------------------------------------------------------------------------------------- SIGTERM
 
 
-@pytest.mark.slow
-def test_sigterm_saves_a_checkpoint(start, train_options, tmp_path):
+def test_sigterm_saves_a_checkpoint(train_options, tmp_path):
     """At the end of its step, far from the next interval and the end; what follows repeats nothing."""
     options = [*train_options, "--steps", "80", "--save-every", "80", "--evaluate-every", "80"]
-    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    process = start("loglinear.cli", *options, "--output", str(run))
-    for line in process.stdout:
-        if line.startswith("step 3/80"):
-            process.send_signal(signal.SIGTERM)
-            break
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, output
+    run, unbroken, printed = (tmp_path / name for name in ("run", "unbroken", "printed"))
+    process = process_of([*options, "--output", str(run)], printed)
+    while not (printed.exists() and "\nstep 3/80" in printed.read_text()):
+        assert process.is_alive(), "the run ended by itself"
+        time.sleep(0.01)
+    process.terminate()
+    process.join(120)
+    output = printed.read_text()
+    assert process.exitcode == 143, output
     (checkpoint,) = complete_checkpoints(run)
     step = checkpoint_step(checkpoint)
     assert 3 <= step < 80
@@ -428,6 +434,7 @@ def fill_folder(folder: Path) -> None:
         (unfinished / "part").write_bytes(b"0" * 10_000)
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize(
     "write", [lambda path: write_atomically(path, "0" * 10_000), fill_folder], ids=["file", "folder"]
 )

@@ -198,19 +198,13 @@ def test_no_step_and_no_evaluation_makes_logits(train_options, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "more"),
-    [
-        (["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []),
-        (["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], ["--fsdp"]),
-    ],
-    ids=["torchrun", "accelerate, sharded"],
-)
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(launcher, more, start, train_options, tmp_path):
+def test_two_processes_of_accelerate_take_the_steps_of_one_with_twice_the_batch(start, train_options, tmp_path):
+    """`accelerate launch` is torchrun and more variables in the environment; tests/cli/test_fsdp.py has torchrun's alone."""
     options = [*train_options, "--steps", "6", "--save-every", "3"]
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     single, double = tmp_path / "single", tmp_path / "double"
     assert main([*options, "--batch-size", "4", "--output", str(single)]) == 0
-    process = start(*launcher, "-m", "loglinear.cli", *options, *more, "--output", str(double))
+    process = start(*launcher, "-m", "loglinear.cli", *options, "--fsdp", "--output", str(double))
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert losses(double) == pytest.approx(losses(single), rel=1e-4)

@@ -1,4 +1,4 @@
-"""The site, built once for the tests of a process."""
+"""The site, built once."""
 
 import os
 import subprocess
@@ -11,14 +11,17 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
+def site(once) -> Path:
     """Its folder, built strictly: a broken link, a lost anchor or a page without a place in the navigation is an error.
 
     Without mkdocs tests are skipped; CI must have it.
     """
     if "CI" not in os.environ:
         pytest.importorskip("mkdocs", reason="needs pip install '.[docs]'")
-    folder = tmp_path_factory.mktemp("site")
+    return once("site", build)
+
+
+def build(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
         cwd=ROOT,
@@ -28,4 +31,3 @@ def site(tmp_path_factory) -> Path:
         timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder

@@ -1,4 +1,8 @@
-"""Tiny models of every mixer, in float64 so that equal means equal."""
+"""Tiny models of every mixer, in float64 so that equal means equal.
+
+A test asks four models, which share the mixers: a hybrid, a log-linear one, a linear one, and a Transformer. tests/layers asks
+each mixer alone.
+"""
 
 import pytest
 import torch
@@ -8,20 +12,16 @@ from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 VOCAB = 61
 PAD, BOS, EOS = 0, 1, 2
 HYBRID = ["log_linear_mamba2", "attention", "log_linear_gated_deltanet"]
-KIMI = ["kda", "kda", "attention"]
-# The fixed decays are the scalar gate to a model; of the linear twins, gla and retnet keep what the others keep.
-MIXERS = [
-    *("log_linear_mamba2", "mamba2", "log_linear_gated_deltanet", "gated_deltanet"),
-    *("log_linear_kda", "log_linear_gla", "log_linear_retnet", "attention"),
-]
+LOG_LINEAR = ["log_linear_kda", "log_linear_gla", "log_linear_retnet"]  # lightning is retnet to a model
+LINEAR = ["mamba2", "gated_deltanet", "kda"]  # the other linear twins keep what these keep
 
 
 def tiny_config(mixer, **overrides):
-    """Three layers of width 24; contexts of 64 have own levels, so that longer ones share the last."""
+    """A layer for each mixer, or two; width 24. Contexts of 64 have own levels, so that longer ones share the last."""
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 24,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2 if isinstance(mixer, str) else len(mixer),
         "intermediate_size": 32,
         "max_position_embeddings": 64,
         "mamba_head_dim": 12,
@@ -48,23 +48,13 @@ def tiny_config(mixer, **overrides):
     return LogLinearConfig(mixer=mixer, **(sizes | overrides))
 
 
-# With the newest and the oldest packages these suffice: the others are the same two kinds of layers to transformers.
-ASKED_OF_ALL_PACKAGES = ("log_linear_mamba2", "attention")
-
-
-def every(mixers):
-    """Mixers as parameters, of which the newest and the oldest packages see some."""
-    return [
-        pytest.param(name, marks=() if name in ASKED_OF_ALL_PACKAGES else pytest.mark.default_packages)
-        for name in mixers
-    ]
-
-
+# To transformers there are layers with a state and layers of attention: the newest and the oldest packages see a model of both.
 @pytest.fixture(
     params=[
-        *every(MIXERS),
         pytest.param(HYBRID, id="hybrid"),
-        pytest.param(KIMI, id="kimi", marks=pytest.mark.default_packages),
+        pytest.param(LOG_LINEAR, id="log-linear", marks=pytest.mark.default_packages),
+        pytest.param(LINEAR, id="linear", marks=pytest.mark.default_packages),
+        "attention",
     ]
 )
 def mixer(request):

@@ -9,6 +9,8 @@ import loglinear
 from loglinear.models import LogLinearForCausalLM
 from loglinear.models.levels import level_parameters
 
+pytestmark = pytest.mark.default_packages
+
 HYBRID = ["mamba2", "attention", "gated_deltanet"]
 
 

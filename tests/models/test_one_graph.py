@@ -9,18 +9,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 B, T = 2, 70
 BORDERS = [31, 40]
 
+# Every description for the two kinds of layers, but the one that needs most: it is for all mixers.
+BOTH = ["log_linear_mamba2", "attention"]
+MOST = "mask and positions"
+ALL = ["mamba2", "attention", "log_linear_gated_deltanet", "gated_deltanet", "log_linear_kda", "log_linear_retnet"]
+ASKED_OF_ALL_PACKAGES = ("nothing", "mask", "offsets")
 
-KINDS = ("nothing", "mask", "positions", "seq_idx", "mask and positions", "offsets")
-# Every description for two mixers, and the one that needs most for all.
-CASES = [(name, kind) for name in ("log_linear_mamba2", "attention") for kind in KINDS]
-CASES += [(name, "mask and positions") for name in ("mamba2", "log_linear_gated_deltanet", "gated_deltanet")]
-CASES += [(["log_linear_mamba2", "attention"], "mask"), ("log_linear_retnet", "mask and positions")]
+
+def cases(*kinds):
+    quick = [pytest.param((BOTH, kind), id=kind) for kind in ASKED_OF_ALL_PACKAGES]
+    others = [(BOTH, kind) for kind in kinds] + [(ALL, MOST)]
+    return quick + [pytest.param(case, id=case[1], marks=pytest.mark.default_packages) for case in others]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(params=cases("positions", "seq_idx"))
 def case(request, make_model, tokens):
     """A model, ids, and arguments that say which columns are tokens, and of which documents."""
-    name, kind = request.param
+    mixers, kind = request.param
     mask = torch.ones(B, T, dtype=torch.long)
     mask[0, :9] = 0
     mask[1, [20, 21, -2, -1]] = 0
@@ -36,13 +41,16 @@ def case(request, make_model, tokens):
         "mask and positions": {"attention_mask": mask, "position_ids": positions},
         "offsets": {"cu_seqlens": torch.tensor([0, *BORDERS, T])},
     }[kind]
-    model = make_model(name, num_hidden_layers=2 if isinstance(name, list) else 1)
-    return model, tokens(1 if kind == "offsets" else B, T), described
+    return make_model(mixers), tokens(1 if kind == "offsets" else B, T), described
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at what it traces
+@pytest.mark.parametrize("case", cases(), indirect=True)
 def test_compiled_whole(case):
-    """One graph; logits of every token, the loss and all gradients are those of an eager call."""
+    """One graph; logits of every token, the loss and all gradients are those of an eager call.
+
+    To compile takes longest. seq_idx and positions become one description before any layer, and the last case has it.
+    """
     model, ids, described = case
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

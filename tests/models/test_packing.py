@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache
 
+pytestmark = pytest.mark.default_packages
+
 LENGTHS = [30, 1, 75, 12]
 
 

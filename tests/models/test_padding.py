@@ -64,7 +64,7 @@ def test_rows_keep_their_own_positions_in_the_cache(make_model, rows, mixer):
     model = make_model(mixer)
     ids, mask = padded(rows, "left")
     cache = model(ids, attention_mask=mask).past_key_values
-    assert [layer.state.position.tolist() for layer in cache.layers] == [LENGTHS] * 3
+    assert [layer.state.position.tolist() for layer in cache.layers] == [LENGTHS] * len(cache.layers)
     assert cache.get_seq_length() == WIDTH
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+pytestmark = pytest.mark.default_packages
+
 EOS = 2
 
 RECURRENT = [

@@ -106,6 +106,7 @@ def test_columns_of_padding_are_taken_back_as_columns(make_model, tokens, mixer,
     torch.testing.assert_close(got, feed(model, ids, fresh, [70, 20], again)[:, 70:], rtol=0, atol=1e-10)
 
 
+@pytest.mark.default_packages
 @torch.no_grad()
 def test_speculation(make_model, tokens, mixer):
     """Drafts of which a part is right, past the fourth chunk's end: the logits are those of one pass."""
@@ -122,6 +123,7 @@ def test_speculation(make_model, tokens, mixer):
         cache.crop(past - cache.get_seq_length())
 
 
+@pytest.mark.default_packages
 @torch.no_grad()
 def test_float32(make_model, tokens, mixer):
     model, ids = make_model(mixer).float(), tokens(1, 140)
@@ -132,6 +134,7 @@ def test_float32(make_model, tokens, mixer):
     assert_same(cache, fresh, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_a_long_call_keeps_four_chunks(make_model, tokens, mixer, padded):
@@ -180,6 +183,7 @@ def test_nothing_is_kept_unless_asked_for(make_model, tokens, mixer):
     assert cache_nbytes(cache) == plain
 
 
+@pytest.mark.default_packages
 @torch.no_grad()
 def test_memory_is_bounded(make_model, tokens):
     """At most three states and ten chunks of inputs, however long the text and whatever the calls."""
@@ -244,6 +248,7 @@ def test_reset_and_restore_forget_what_was_recorded(make_model, tokens, mixer):
     assert_same(cache, again)
 
 
+@pytest.mark.default_packages
 @torch.no_grad()
 def test_a_copy_shares_nothing_but_the_model(make_model, tokens, mixer):
     model, ids = make_model(mixer), tokens(2, 80)
@@ -275,6 +280,7 @@ def test_recorded_in_inference_mode(make_model, tokens, mixer, kind):
         feed(model, ids[:, 71:], cache, [4, 5])
 
 
+@pytest.mark.default_packages
 def test_recorded_under_autograd(make_model, tokens, mixer):
     """Gradients flow through what was kept."""
     model, ids = make_model(mixer), tokens(2, 80)
@@ -289,6 +295,7 @@ def test_recorded_under_autograd(make_model, tokens, mixer):
         torch.testing.assert_close(parameter.grad, want[name], rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.default_packages
 @torch.no_grad()
 def test_recorded_under_autocast(make_model, tokens, mixer):
     """The cut is made outside of it, and computes as the call did."""
@@ -301,6 +308,7 @@ def test_recorded_under_autocast(make_model, tokens, mixer):
     assert_same(cache, fresh, atol=1e-6)
 
 
+@pytest.mark.default_packages
 @torch.no_grad()
 def test_no_graph_passes_by_the_record(make_model, tokens, mixer):
     """Where columns are recorded, ``generate`` and ``DecodingGraph`` call the model itself."""

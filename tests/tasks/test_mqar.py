@@ -6,6 +6,7 @@ import json
 import re
 from concurrent.futures import Future
 from dataclasses import replace
+from multiprocessing import get_context
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import cast
@@ -313,7 +314,11 @@ def test_the_small_preset_has_ten_seeds_and_linear_models_with_as_large_a_state(
 
 
 @pytest.mark.slow
-def test_the_command_goes_on_where_it_was_cut_off(tmp_path, capsys):
+def test_the_command_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
+    # Workers from a server that has imported everything once: tests/test_portability.py has workers that import it themselves.
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["loglinear.tasks.mqar.side_by_side"])
+    monkeypatch.setattr(run, "get_context", lambda kind: server)
     sizes = ["--lengths", "16", "--pairs", "2", "4", "--widths", "16", "--state-size", "4", "--vocab-size", "16"]
     short = ["--steps", "2", "--batch-tokens", "64", "--seeds", "0", "1", "--learning-rates", "0.01", "0.02"]
     command = ["mqar", "--output", str(tmp_path), "--workers", "2", "--device", "cpu", *sizes, *short]

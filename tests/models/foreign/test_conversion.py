@@ -9,6 +9,8 @@ from transformers import GenerationConfig
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, convert
 
+pytestmark = pytest.mark.default_packages
+
 
 def test_a_converted_checkpoint_is_the_model(published, tmp_path):
     report = convert(published, tmp_path)

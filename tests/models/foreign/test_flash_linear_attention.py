@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 import loglinear
 from loglinear.models import LogLinearForCausalLM, convert
 
+pytestmark = pytest.mark.default_packages
+
 CASES = {
     "mamba2": {},
     "mamba2 groups, biases, norm first": {

@@ -10,6 +10,8 @@ import loglinear
 from loglinear.models.lifted import plans as module
 from loglinear.models.lifted.plans import Plans
 
+pytestmark = pytest.mark.default_packages
+
 
 @pytest.fixture
 def reads(monkeypatch):
