@@ -7,7 +7,6 @@ which is the definition. Both round at the same places, except in sums of the co
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -58,32 +57,34 @@ def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tens
             "a sum and its norm", f"rows of {weight.shape[0]:,} numbers, where the kernel takes {MAX_WIDTH:,}"
         )
         return None
-    return kernels_of("residual").add_norm(x, added, weight, eps)
+    return _kernels().residual.add_norm(x, added, weight, eps)
 
 
 def silu_times(gate: Tensor, x: Tensor) -> Tensor:
     """``silu(gate) · x``."""
     if gate.shape == x.shape and gate.dtype == x.dtype and fits(gate, x):
-        return kernels_of("residual").silu_times(gate, x)
+        return _kernels().silu_times(gate, x)
     return pointwise.silu_product(gate, x)
 
 
 def step_inputs(*args) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """See ``kernels.decoding.inputs``."""
-    return kernels_of("inputs").step_inputs(*args)
+    return _kernels().inputs.step_inputs(*args)
 
 
 def step_outputs(*args) -> Tensor:
     """See ``kernels.decoding.outputs``."""
-    return kernels_of("outputs").step_outputs(*args)
+    return _kernels().outputs.step_outputs(*args)
 
 
 def linear_step(*args) -> Tensor:
     """See ``kernels.decoding.linear_step``."""
-    return kernels_of("linear_step").linear_step(*args)
+    return _kernels().linear_step.linear_step(*args)
 
 
 @cache
-def kernels_of(name: str) -> Any:
-    """A module of ``kernels.decoding``. Imported on first use: importing loglinear imports no Triton."""
-    return import_module(f"loglinear.kernels.decoding.{name}")
+def _kernels() -> Any:
+    """Imported on first use: importing loglinear imports no Triton."""
+    from loglinear.kernels import decoding
+
+    return decoding

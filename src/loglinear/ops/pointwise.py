@@ -7,7 +7,6 @@ under ``torch.compile``, and the compiler fuses them with their neighbours. The 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -123,9 +122,11 @@ def twice(x: Tensor) -> tuple[Tensor, Tensor]:
     return x, x
 
 
-def _kernels(name: str) -> Any:
+def _kernels() -> Any:
     """Imported on first use: importing loglinear imports no Triton."""
-    return import_module(f"loglinear.kernels.pointwise.{name}")
+    from loglinear.kernels import pointwise
+
+    return pointwise
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -136,40 +137,40 @@ discretise_kernel = Operator(
     "discretise",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor x",
     2,
-    lambda *inputs: _kernels("gates").forward(*inputs, None),
-    lambda dg, dv, *inputs: _kernels("gates").backward(dg, dv, None, None, *inputs, None),
+    lambda *inputs: _kernels().gates.forward(*inputs, None),
+    lambda dg, dv, *inputs: _kernels().gates.backward(dg, dv, None, None, *inputs, None),
     lambda rate, dt_bias, A_log, x: [_wide(rate), *like(x)],
 )
 gates_kernel = Operator(
     "gates",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor strength",
     2,
-    lambda *inputs: _kernels("gates").forward(*inputs[:3], None, inputs[3]),
-    lambda dg, dbeta, *inputs: _kernels("gates").backward(dg, None, None, dbeta, *inputs[:3], None, inputs[3]),
+    lambda *inputs: _kernels().gates.forward(*inputs[:3], None, inputs[3]),
+    lambda dg, dbeta, *inputs: _kernels().gates.backward(dg, None, None, dbeta, *inputs[:3], None, inputs[3]),
     lambda rate, dt_bias, A_log, strength: [_wide(rate), _wide(strength)],
 )
 level_scales_kernel = Operator(
     "level_scales",
     "Tensor dl, Tensor L, float offset",
     1,
-    lambda *inputs: [_kernels("gates").level_scales(*inputs)],
-    lambda *inputs: _kernels("gates").level_scales_backward(*inputs),
+    lambda *inputs: [_kernels().gates.level_scales(*inputs)],
+    lambda *inputs: _kernels().gates.level_scales_backward(*inputs),
     lambda dl, L, offset: [dl.new_empty(*dl.shape[:2], *L.shape)],
 )
 gated_norm_kernel = Operator(
     "gated_norm",
     "Tensor x, Tensor? gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale",
     1,
-    lambda *inputs: [_kernels("gated_norm").forward(*inputs)],
-    lambda *inputs: _kernels("gated_norm").backward(*inputs),
+    lambda *inputs: [_kernels().gated_norm.forward(*inputs)],
+    lambda *inputs: _kernels().gated_norm.backward(*inputs),
     lambda x, *others: like(x),
 )
 unit_length_kernel = Operator(
     "unit_length",
     "Tensor q, Tensor k",
     2,
-    lambda *inputs: _kernels("unit_length").forward(*inputs),
-    lambda *inputs: _kernels("unit_length").backward(*inputs),
+    lambda *inputs: _kernels().unit_length.forward(*inputs),
+    lambda *inputs: _kernels().unit_length.backward(*inputs),
     like,
 )
 
@@ -180,13 +181,13 @@ class Discretise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rate, dt_bias, A_log, x):
         ctx.save_for_backward(rate, dt_bias, A_log, x)
-        g, v, _ = _kernels("gates").forward(rate, dt_bias, A_log, x, None)
+        g, v, _ = _kernels().gates.forward(rate, dt_bias, A_log, x, None)
         return g, v, x
 
     @staticmethod
     @differentiable_once
     def backward(ctx, dg, dv, dskip):
-        return _kernels("gates").backward(dg, dv, dskip, None, *ctx.saved_tensors, None)[:4]
+        return _kernels().gates.backward(dg, dv, dskip, None, *ctx.saved_tensors, None)[:4]
 
 
 class SiluProduct(torch.autograd.Function):
@@ -195,12 +196,12 @@ class SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, x):
         ctx.save_for_backward(gate, x)
-        return _kernels("elementwise").silu_product(gate, x)
+        return _kernels().elementwise.silu_product(gate, x)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, dout):
-        return _kernels("elementwise").silu_product_backward(dout, *ctx.saved_tensors)
+        return _kernels().elementwise.silu_product_backward(dout, *ctx.saved_tensors)
 
 
 class Twice(torch.autograd.Function):
@@ -214,4 +215,4 @@ class Twice(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, da, db):
-        return _kernels("elementwise").wide_sum(da, db), None
+        return _kernels().elementwise.wide_sum(da, db), None

@@ -9,63 +9,47 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.decoding.open_chunk import entry_scales, held_slots, open_tile, store_token, weighted_entries
+from loglinear.kernels.decoding.open_chunk import (
+    at_head,
+    at_token,
+    entry_scales,
+    held_slots,
+    open_tile,
+    program_of,
+    store_token,
+    weighted_entries,
+)
 
 
 @triton.jit(do_not_specialize=["T", "L", "M", "later"])
-def delta_step_kernel(
-    v,
-    level_scales,
-    o,
-    reach,  # [B, T, H, K]
-    read,  # [B, T, H, C]
-    position,
-    entries,  # [B, H, M, K, V]
-    open_v,  # [B, H, C, V]
-    T,
-    L,
-    M,
-    later,  # 0: tokens of the chunk that was open before the call, 1: those of the next one
-    stride_v,
-    stride_s,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    LOG_C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Grid: tiles of V x H x B, tiles fastest. float32: sums. Races: columns of V belong to one program."""
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    first_v = pid % TILES * BV
-    h = pid // TILES % H
-    row = (pid // (TILES * H)).to(tl.int64)
-    seen = tl.load(position + row).to(tl.int32)
-    n = seen // C + later
-    first = seen - n * C  # the place of the call's first token
-    head = row * H + h
-    entries += head * M * (K * V)
-    open_v += head * (C * V)
+def delta_step_kernel(x, held, o, reach, read, T, L, M, later, S: tl.constexpr, STAGES: tl.constexpr):
+    """Grid: ``program_of``. float32: sums. Races: columns of V belong to one program.
 
-    token = row * T
-    v += token * stride_v + h * V
-    o += token * (H * V) + h * V
-    level_scales += token * stride_s + h * L
-    reach += (token * H + h) * K
-    read += (token * H + h) * C
-    rows_k = tl.arange(0, BK)
-    columns = first_v + tl.arange(0, BV)
-    for t in range(later * (C - seen % C), tl.minimum(T, C - first)):
+    reach, read: as ``delta_token_kernel`` leaves them. later: 0 for tokens of the chunk that was open before the call, 1 for
+    those of the next one.
+    """
+    own = program_of(S)
+    first_v = own.first_v
+    held = at_head(held, own, M, S)
+    seen = tl.load(held.position).to(tl.int32)
+    n = seen // S.C + later
+    first = seen - n * S.C  # the place of the call's first token
+
+    _, _, v, _, _, level_scales = at_token(x, own, T, L, S)
+    head = own.row * T * S.H + own.h
+    o += head * S.V
+    reach += head * S.K
+    read += head * S.C
+    rows_k = tl.arange(0, S.BK)
+    columns = first_v + tl.arange(0, S.BV)
+    for t in range(later * (S.C - seen % S.C), tl.minimum(T, S.C - first)):
         i = first + t
-        values = open_tile(open_v, v, stride_v, first, i, C, V, BV, first_v)
-        value = tl.load(v + t * stride_v + columns, mask=columns < V, other=0.0)
-        weights = tl.load(read + t * (H * C) + tl.arange(0, C))
-        query = tl.load(reach + t * (H * K) + rows_k, mask=rows_k < K, other=0.0)
-        scales = entry_scales(level_scales + t * stride_s, n, L, LOG_C)
-        past = weighted_entries(entries, scales, held_slots(n, M), first_v, K, V, BK, BV, STAGES)
+        values = open_tile(held.open_v, v, x.stride_v, first, i, S.C, S.V, S.BV, first_v)
+        value = tl.load(v + t * x.stride_v + columns, mask=columns < S.V, other=0.0)
+        weights = tl.load(read + t * (S.H * S.C) + tl.arange(0, S.C))
+        query = tl.load(reach + t * (S.H * S.K) + rows_k, mask=rows_k < S.K, other=0.0)
+        scales = entry_scales(level_scales + t * x.stride_scales, n, L, S.LOG_C)
+        past = weighted_entries(held.entries, scales, held_slots(n, M), first_v, S, STAGES)
         out = tl.sum(weights[:, None] * values.to(tl.float32), axis=0) + tl.sum(query[:, None] * past, axis=0)
-        tl.store(o + t * (H * V) + columns, out.to(o.dtype.element_ty), mask=columns < V)
-        store_token(open_v, i, value, columns, V)
+        tl.store(o + t * (S.H * S.V) + columns, out.to(o.dtype.element_ty), mask=columns < S.V)
+        store_token(held.open_v, i, value, columns, S.V)

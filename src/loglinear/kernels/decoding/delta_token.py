@@ -10,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.decoding.open_chunk import open_gates, open_scales, open_tile, store_token
+from loglinear.kernels.decoding.open_chunk import (
+    at_head,
+    at_token,
+    open_gates,
+    open_scales,
+    open_tile,
+    program_of,
+    store_token,
+)
 from loglinear.kernels.pointwise.functions import inverse_length
 
 
@@ -21,77 +29,41 @@ def rounded(rows, like):
 
 
 @triton.jit(do_not_specialize=["T", "L"])
-def delta_token_kernel(
-    q,
-    k,
-    g,
-    beta,
-    level_scales,
-    reach,  # [B, T, H, K]: the query that is put to the entries
-    read,  # [B, T, H, C]: weights of the open chunk's values
-    position,
-    open_k,  # [B, G, 2C, K]
-    open_g,  # [B, H, 2C]
-    open_solve,  # [B, H, 2C, C]
-    T,
-    L,
-    stride_q,
-    stride_k,
-    stride_g,
-    stride_b,
-    stride_s,
-    factor,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    """Grid: H x B, heads fastest. float32: everything.
+def delta_token_kernel(x, held, reach, read, T, L, S: tl.constexpr, NORM: tl.constexpr):
+    """reach ``[B, T, H, K]``: the query that is put to the entries; read ``[B, T, H, C]``: weights of the open chunk's values.
 
-    Races: as in ``scalar_step_kernel``. Rows of the inverse that belong to the call stay in the program that made them.
+    Grid: H x B, heads fastest (S.BV = S.V). float32: everything. Races: as in ``scalar_step_kernel``. Rows of the inverse that
+    belong to the call stay in the program that made them.
     """
-    pid = tl.program_id(0)
-    h = pid % H
-    row = (pid // H).to(tl.int64)
-    group = h // (H // G)
-    seen = tl.load(position + row).to(tl.int32)
-    n = seen // C
-    head = row * H + h
-    open_g += head * (2 * C)
-    open_solve += head * (2 * C * C)
-    open_k += (row * G + group) * (2 * C * K)
+    own = program_of(S)
+    held = at_head(held, own, 0, S)
+    seen = tl.load(held.position).to(tl.int32)
+    n = seen // S.C
 
-    token = row * T
-    q += token * stride_q + group * K
-    k += token * stride_k + group * K
-    g += token * stride_g + h
-    beta += token * stride_b + h
-    level_scales += token * stride_s + h * L
-    reach += (token * H + h) * K
-    read += (token * H + h) * C
-    place = tl.arange(0, C)
-    rows_k = tl.arange(0, BK)
-    square = place[:, None] * C + place[None, :]
+    q, k, _, g, beta, level_scales = at_token(x, own, T, L, S)
+    head = own.row * T * S.H + own.h
+    reach += head * S.K
+    read += head * S.C
+    place = tl.arange(0, S.C)
+    rows_k = tl.arange(0, S.BK)
+    square = place[:, None] * S.C + place[None, :]
     # Row j has no element after j. Rows that are not written yet hold any numbers.
-    known = (place[:, None] < seen - n * C) & (place[None, :] <= place[:, None])
-    solve = tl.load(open_solve + n % 2 * (C * C) + square, mask=known, other=0.0)
+    known = (place[:, None] < seen - n * S.C) & (place[None, :] <= place[:, None])
+    solve = tl.load(held.open_solve + n % 2 * (S.C * S.C) + square, mask=known, other=0.0)
     for t in range(T):
         # All loads come before the first use of any: their latencies are waited for together.
-        i = seen + t - n * C
+        i = seen + t - n * S.C
         first = i - t
-        half = n % 2 * C
-        own = place == i
-        given_keys = open_tile(open_k + half * K, k, stride_k, first, i, C, K, BK, 0)
-        given_query = tl.load(q + t * stride_q + rows_k, mask=rows_k < K, other=0.0)
-        given_key = tl.load(k + t * stride_k + rows_k, mask=rows_k < K, other=0.0)
-        strength = tl.load(beta + t * stride_b).to(tl.float32)
-        gate = open_gates(i, open_g + half, g, stride_g, first, i, HAS_GATE)
-        gates = open_gates(place, open_g + half, g, stride_g, first, i, HAS_GATE)
-        next_gates = open_gates(place + 1, open_g + half, g, stride_g, first, i, HAS_GATE)
-        scales = open_scales(level_scales + t * stride_s, i, L, C)
+        half = n % 2 * S.C
+        new = place == i
+        given_keys = open_tile(held.open_k + half * S.K, k, x.stride_k, first, i, S.C, S.K, S.BK, 0)
+        given_query = tl.load(q + t * x.stride_q + rows_k, mask=rows_k < S.K, other=0.0)
+        given_key = tl.load(k + t * x.stride_k + rows_k, mask=rows_k < S.K, other=0.0)
+        strength = tl.load(beta + t * x.stride_beta).to(tl.float32)
+        gate = open_gates(i, held.open_g + half, g, x.stride_g, first, i)
+        gates = open_gates(place, held.open_g + half, g, x.stride_g, first, i)
+        next_gates = open_gates(place + 1, held.open_g + half, g, x.stride_g, first, i)
+        scales = open_scales(level_scales + t * x.stride_scales, i, L, S.C)
 
         keys = given_keys.to(tl.float32)
         query = given_query.to(tl.float32)
@@ -101,24 +73,24 @@ def delta_token_kernel(
             keys = rounded(keys * units[:, None], given_keys)
             query = rounded(query * inverse_length(query, 0), given_query)
             key = rounded(key * inverse_length(key, 0), given_key)
-        query *= factor
+        query *= x.factor
         through = tl.cumsum(gates, axis=0)
         decays = tl.where(place <= i, tl.exp(tl.cumsum(next_gates, axis=0, reverse=True)), 0.0)
 
         # The rows of the inverse before the token's serve its own row and its query alike: neither waits for the other.
         overlap = tl.where(place < i, tl.sum(keys * key[None, :], axis=1) * decays, 0.0)
         scores = tl.sum(keys * query[None, :], axis=1) * decays
-        added = strength * (tl.where(own, 1.0, 0.0) - tl.sum(overlap[:, None] * solve, axis=0))
+        added = strength * (tl.where(new, 1.0, 0.0) - tl.sum(overlap[:, None] * solve, axis=0))
         weights = tl.sum(scores[:, None] * solve, axis=0) + tl.sum(key * query, axis=0) * added
-        solve = tl.where(own[:, None], added[None, :], solve)
+        solve = tl.where(new[:, None], added[None, :], solve)
         erased = tl.sum((weights * tl.exp(through))[:, None] * keys, axis=0)
-        tl.store(read + t * (H * C) + place, weights * scales)
-        tl.store(reach + t * (H * K) + rows_k, tl.exp(tl.sum(gates, axis=0)) * query - erased, mask=rows_k < K)
+        tl.store(read + t * (S.H * S.C) + place, weights * scales)
+        tl.store(reach + t * (S.H * S.K) + rows_k, tl.exp(tl.sum(gates, axis=0)) * query - erased, mask=rows_k < S.K)
 
-        tl.store(open_g + half + i, gate)
-        tl.store(open_solve + (half + i) * C + place, added)
-        if h % (H // G) == 0:
-            store_token(open_k, half + i, key.to(open_k.dtype.element_ty), rows_k, K)
-        if i == C - 1:
+        tl.store(held.open_g + half + i, gate)
+        tl.store(held.open_solve + (half + i) * S.C + place, added)
+        if own.h % (S.H // S.G) == 0:
+            store_token(held.open_k, half + i, key.to(held.open_k.dtype.element_ty), rows_k, S.K)
+        if i == S.C - 1:
             n += 1
             solve = tl.zeros_like(solve)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from torch import Tensor
 from loglinear.kernels.decoding.delta_close import delta_close_kernel
 from loglinear.kernels.decoding.delta_step import delta_step_kernel
 from loglinear.kernels.decoding.delta_token import delta_token_kernel
+from loglinear.kernels.decoding.open_chunk import Held
 from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
+from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.bundles import Inputs, Sizes, sizes
 from loglinear.kernels.tree.problem import cdiv, padded
 from loglinear.kernels.tree.replay import replay
 
@@ -64,30 +68,31 @@ def row_stride(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
     return stride if whole and packed else None
 
 
-def rows_of(x: Tensor | None, like: Tensor) -> tuple[Tensor, int]:
-    """x, copied if necessary, and its ``row_stride``. ``like`` replaces an absent x."""
-    if x is None:
-        return like, 0
-    stride = row_stride(x.shape, x.stride())
-    if stride is not None:
-        return x, stride
-    return x.clone(memory_format=torch.contiguous_format), math.prod(x.shape[2:])
+def gather(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, level_scales: Tensor | None, factor: float
+) -> Inputs:
+    """Inputs of a step, copied where they have no ``row_stride``."""
+    rows: list[Any] = [q, k, v, g, beta, level_scales]
+    strides = [0 if x is None else row_stride(x.shape, x.stride()) for x in rows]
+    for i, stride in enumerate(strides):
+        if stride is None:
+            rows[i], strides[i] = rows[i].clone(memory_format=torch.contiguous_format), math.prod(rows[i].shape[2:])
+    return Inputs(*rows, None, *strides, None, factor)
 
 
-@lru_cache(maxsize=256)
-def constants(q: torch.Size, v: torch.Size, gated: bool, chunk: int, wide: bool, narrow: Launch) -> tuple[int, dict]:
-    """Programs to start, and the compile-time arguments and launch options that both kernels share.
+@lru_cache(maxsize=1024)
+def tiles_of(q: torch.Size, v: torch.Size, chunk: int, block_v: int, precision: str = "ieee") -> tuple[int, Sizes]:
+    """(Tiles of V x H x B, sizes) of a launch for q and v of these shapes, with tiles of ``block_v`` columns at most."""
+    tile_v = min(block_v, padded(v[3]))
+    letters = v[2], q[2], q[3], v[3], chunk, chunk.bit_length() - 1, padded(q[3]), tile_v
+    return v[0] * v[2] * cdiv(v[3], tile_v), sizes(*letters, 0, 0, False, False, precision)
 
-    q, v: shapes. wide: whether entries are float32. narrow: the launch where K is at most 128.
-    """
-    tile_k = padded(q[3])
-    launch = narrow if tile_k <= 128 else MANY_KEYS
-    tile_v = min(launch.block_v, padded(v[3]))
-    programs = v[0] * v[2] * cdiv(v[3], tile_v) if v[1] else 0
-    return programs, dict(
-        H=v[2], G=q[2], K=q[3], V=v[3], C=chunk, LOG_C=chunk.bit_length() - 1, BK=tile_k, BV=tile_v,
-        HAS_GATE=gated, STAGES=launch.wide_stages if wide else launch.stages, num_warps=launch.warps,
-    )  # fmt: skip
+
+def chosen(launch: Launch, q: Tensor, entries: Tensor) -> tuple[Launch, dict]:
+    """The launch for keys as wide as these, and its options: ``launch`` where K is at most 128."""
+    launch = launch if q.shape[3] <= 128 else MANY_KEYS
+    stages = launch.wide_stages if entries.dtype == torch.float32 else launch.stages
+    return launch, dict(STAGES=stages, num_warps=launch.warps)
 
 
 def float32_products(dtype: torch.dtype) -> str:
@@ -105,24 +110,21 @@ def scalar_step(
 
     q, k ``[B, T, G, K]`` and v ``[B, T, H, V]`` of the dtype of ``state.open_k``, 32 or 16 bits; g, level_scales any float.
     """
-    held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g)
+    held = Held(state.position, state.entries, state.open_k, state.open_v, state.open_g, state.decay, None)
     return replay(run_scalar_step, [q, k, v, g, level_scales, *held], state.chunk_size, scale)[0]
 
 
 def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
     """The launch of ``scalar_step``."""
-    (q, k, v, g, level_scales), held = inputs[:5], inputs[5:]
-    entries = held[1]
-    o = launching.scratch(v.shape, v.dtype, v.device)
-    wide = entries.dtype == torch.float32
-    programs, options = constants(q.shape, v.shape, g is not None, chunk, wide, SCALAR_GATE)
-    rows, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, level_scales)))
-    if programs:
-        launching.launch(
-            scalar_step_kernel, programs,
-            *rows, o, *held, v.shape[1], level_scales.shape[3], entries.shape[2], *strides, scale, **options,
-            PRECISION="ieee" if v.dtype == torch.float32 else "tf32",
-        )  # fmt: skip
+    (q, k, v, g, level_scales), held = inputs[:5], Held(*inputs[5:])
+    o = scratch_like(v)
+    launch, options = chosen(SCALAR_GATE, q, held.entries)
+    precision = "ieee" if v.dtype == torch.float32 else "tf32"
+    programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v, precision)
+    if o.numel():
+        counts = v.shape[1], level_scales.shape[3], held.entries.shape[2]
+        x = gather(q, k, v, g, None, level_scales, scale)
+        launching.launch(scalar_step_kernel, programs, x, held, o, *counts, S=S, **options)
     return (o,)
 
 
@@ -134,45 +136,35 @@ def delta_step(
     beta: Tensor,
     level_scales: Tensor,
     state,
-    scale: float = 1.0,
-    normalize: bool = False,
+    scale=1.0,
+    normalize=False,
 ) -> Tensor:
     """The same with the delta rule; ``normalize`` divides q and k by their lengths first."""
-    held = (state.position, state.entries, state.open_k, state.open_v, state.open_g, state.open_solve)
+    held = Held(state.position, state.entries, state.open_k, state.open_v, state.open_g, None, state.open_solve)
     return replay(run_delta_step, [q, k, v, g, beta, level_scales, *held], state.chunk_size, scale, normalize)[0]
 
 
 def run_delta_step(inputs: list, chunk: int, scale: float, normalize: bool) -> tuple[Tensor]:
     """The launches of ``delta_step``: weights of its tokens, the sums, chunks that close, and sums in the chunk after."""
-    (q, k, v, g, beta, level_scales), held = inputs[:6], inputs[6:]
-    position, entries, open_k, open_v, open_g, open_solve = held
+    x, held = gather(*inputs[:6], scale), Held(*inputs[6:])
+    q, v = x.q, x.v
     batch, length, heads, width = v.shape
-    o = launching.scratch(v.shape, v.dtype, v.device)
-    wide = entries.dtype == torch.float32
-    programs, options = constants(q.shape, v.shape, g is not None, chunk, wide, DELTA_RULE)
-    if not programs:
+    T, L, M = length, x.scales.shape[3], held.entries.shape[2]
+    o = scratch_like(v)
+    if not o.numel():
         return (o,)
     reach = launching.scratch((batch, length, heads, q.shape[3]), torch.float32, v.device)
     read = launching.scratch((batch, length, heads, chunk), torch.float32, v.device)
-    rows, strides = zip(*(rows_of(x, v) for x in (q, k, v, g, beta, level_scales)))
-    sizes = dict(H=heads, G=q.shape[2], K=q.shape[3], C=chunk, BK=options["BK"])
-    cap = {"maxnreg": TOKEN_REGISTERS} if options["BK"] <= 128 and torch.version.hip is None else {}
-    launching.launch(
-        delta_token_kernel, batch * heads, *rows[:2], *rows[3:], reach, read, position, open_k, open_g, open_solve,
-        length, level_scales.shape[3], *strides[:2], *strides[3:], scale, **sizes, HAS_GATE=g is not None,
-        NORM=normalize, num_warps=TOKEN_WARPS, **cap,
-    )  # fmt: skip
-    kept = {name: value for name, value in options.items() if name not in ("G", "HAS_GATE")}
+    programs, S = tiles_of(q.shape, v.shape, chunk, padded(width))
+    cap = {"maxnreg": TOKEN_REGISTERS} if q.shape[3] <= 128 and torch.version.hip is None else {}
+    options = dict(S=S, NORM=normalize, num_warps=TOKEN_WARPS)
+    launching.launch(delta_token_kernel, programs, x, held, reach, read, T, L, **options, **cap)
+    launch, options = chosen(DELTA_RULE, q, held.entries)
+    programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v)
     for later in range(min(length, 2)):
-        launching.launch(
-            delta_step_kernel, programs, rows[2], rows[5], o, reach, read, position, entries, open_v,
-            length, level_scales.shape[3], entries.shape[2], later, strides[2], strides[5], **kept,
-        )  # fmt: skip
+        launching.launch(delta_step_kernel, programs, x, held, o, reach, read, T, L, M, later, S=S, **options)
         if later == 0:
-            tile_v = min(CLOSE.block_v, padded(width))
-            pieces = batch * heads * cdiv(width, tile_v) * (entries.shape[2] + 1)
-            launching.launch(
-                delta_close_kernel, min(pieces, CLOSE.programs), *held, batch, length, entries.shape[2],
-                **sizes, V=width, BV=tile_v, PRECISION=float32_products(v.dtype), num_warps=CLOSE.warps,
-            )  # fmt: skip
+            pieces, own = tiles_of(q.shape, v.shape, chunk, CLOSE.block_v, float32_products(v.dtype))
+            programs_of_pieces = min(pieces * (M + 1), CLOSE.programs)
+            launching.launch(delta_close_kernel, programs_of_pieces, held, batch, T, M, S=own, num_warps=CLOSE.warps)
     return (o,)

@@ -10,6 +10,8 @@ Legend: N channels of the convolution, of which the first SCALED are v still to 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,10 +20,53 @@ from torch import Tensor
 from loglinear.kernels.decoding.host import row_stride
 from loglinear.kernels.pointwise.functions import softplus
 from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.bundles import constants, hash_of
 from loglinear.kernels.tree.problem import cdiv
 from loglinear.kernels.tree.replay import replay
 
 BLOCK, WARPS = 256, 4  # numbers that a program owns
+
+
+class Projections(NamedTuple):
+    """What a step takes in, and its parameters; None where absent. The strides are the distances of two tokens."""
+
+    projected: Any
+    dl: Any
+    tail: Any  # [B, W - 1, N]
+    weight: Any  # [N, W]
+    bias: Any
+    dt_bias: Any
+    A_log: Any
+    level_weights: Any  # [H, L]
+    stride: Any
+    stride_dl: Any
+
+
+class Streams(NamedTuple):
+    """What a step gives; None where absent."""
+
+    mixed: Any  # [B, T, N]
+    v: Any  # [B, T, SCALED]
+    g: Any
+    beta: Any
+    level_scales: Any  # [B, T, H, L]
+
+
+class Columns(NamedTuple):
+    """Sizes of a launch: first columns of ``projected``, letters of the legend, W taps, padded KEEP to keep, OFFSET of λ."""
+
+    CONV: Any
+    RATE: Any
+    BETA: Any
+    SCALED: Any
+    N: Any
+    H: Any
+    L: Any
+    W: Any
+    KEEP: Any
+    OFFSET: Any
+    BLOCK: Any
+    __hash__ = hash_of
 
 
 @triton.jit
@@ -32,106 +77,77 @@ def time_steps(rates, dt_bias, heads, inside):
 
 
 @triton.jit
-def convolve(x, stride, rates, tail, weight, bias, dt_bias, mixed, v, channels, T, N: tl.constexpr, H: tl.constexpr,
-             SCALED: tl.constexpr, W: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
-    """Outputs of some channels for T tokens, scaled ones too, and then their next tail.
+def convolve(x, y, row, channels, T, S: tl.constexpr):
+    """Outputs of some channels of a row for T tokens, scaled ones too, and then their next tail.
 
-    x and rates point at the row's first token, tail ``[W - 1, N]`` at the row; a token before the call is read from the tail.
+    A token before the call is read from the tail.
     """
-    inside = channels < N
+    given = x.projected + row * T * x.stride + S.CONV
+    rates = x.projected + row * T * x.stride + S.RATE
+    tail = x.tail + row * ((S.W - 1) * S.N)
+    mixed = y.mixed + row * T * S.N
+    inside = channels < S.N
     for t in range(T):
         total = tl.zeros([channels.shape[0]], tl.float32)
-        if BIAS:
-            total += tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
-        for lag in tl.static_range(W):
-            tap = tl.load(weight + channels * W + (W - 1 - lag), mask=inside, other=0.0).to(tl.float32)
-            source = tl.where(t >= lag, x + (t - lag) * stride + channels, tail + (W - 1 + t - lag) * N + channels)
+        if x.bias is not None:
+            total += tl.load(x.bias + channels, mask=inside, other=0.0).to(tl.float32)
+        for lag in tl.static_range(S.W):
+            tap = tl.load(x.weight + channels * S.W + (S.W - 1 - lag), mask=inside, other=0.0).to(tl.float32)
+            from_call, from_tail = given + (t - lag) * x.stride + channels, tail + (S.W - 1 + t - lag) * S.N + channels
+            source = tl.where(t >= lag, from_call, from_tail)
             total += tap * tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        y = (total * tl.sigmoid(total)).to(mixed.dtype.element_ty)
-        tl.store(mixed + t * N + channels, y, mask=inside)
-        if SCALED > 0:
-            part = channels < SCALED
-            step = time_steps(rates + t * stride, dt_bias, channels // (SCALED // H), part)
-            tl.store(v + t * SCALED + channels, (y.to(tl.float32) * step).to(v.dtype.element_ty), mask=part)
-    if W > 1:
-        rows = tl.arange(0, KEEP)
-        token = rows + T - (W - 1)
-        from_call = x + (token[:, None] * stride + channels[None, :])
-        from_tail = tail + ((rows + T)[:, None] * N + channels[None, :])
-        valid = (rows < W - 1)[:, None] & inside[None, :]
+        out = (total * tl.sigmoid(total)).to(mixed.dtype.element_ty)
+        tl.store(mixed + t * S.N + channels, out, mask=inside)
+        if S.SCALED > 0:
+            part = channels < S.SCALED
+            step = time_steps(rates + t * x.stride, x.dt_bias, channels // (S.SCALED // S.H), part)
+            value = (out.to(tl.float32) * step).to(y.v.dtype.element_ty)
+            tl.store(y.v + row * T * S.SCALED + t * S.SCALED + channels, value, mask=part)
+    if S.W > 1:
+        rows = tl.arange(0, S.KEEP)
+        token = rows + T - (S.W - 1)
+        from_call = given + (token[:, None] * x.stride + channels[None, :])
+        from_tail = tail + ((rows + T)[:, None] * S.N + channels[None, :])
+        valid = (rows < S.W - 1)[:, None] & inside[None, :]
         kept = tl.load(tl.where((token >= 0)[:, None], from_call, from_tail), mask=valid, other=0.0)
         tl.debug_barrier()  # another thread may still have to read the numbers that are overwritten
-        tl.store(tail + (rows[:, None] * N + channels[None, :]), kept, mask=valid)
+        tl.store(tail + (rows[:, None] * S.N + channels[None, :]), kept, mask=valid)
 
 
 @triton.jit(do_not_specialize=["T"])
-def step_inputs_kernel(
-    projected,
-    dl,
-    tail,  # [B, W - 1, N]
-    weight,  # [N, W]
-    bias,
-    dt_bias,
-    A_log,
-    level_weights,  # [H, L]
-    mixed,  # [B, T, N]
-    v,  # [B, T, SCALED]
-    g,
-    beta,
-    level_scales,  # [B, T, H, L]
-    T,
-    stride,
-    stride_l,
-    CONV: tl.constexpr,  # first columns of ``projected``
-    RATE: tl.constexpr,
-    BETA: tl.constexpr,
-    SCALED: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    L: tl.constexpr,
-    W: tl.constexpr,
-    KEEP: tl.constexpr,
-    BIAS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def step_inputs_kernel(x, y, T, S: tl.constexpr):
     """Grid: rows x (blocks of channels, then of heads, then of λ). float32: everything.
 
     Races: the state of a channel is read and written by the one program that owns the channel.
     """
-    CHANNEL_BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
-    HEAD_BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
-    PARTS: tl.constexpr = CHANNEL_BLOCKS + HEAD_BLOCKS + (H * L + BLOCK - 1) // BLOCK
+    CHANNEL_BLOCKS: tl.constexpr = (S.N + S.BLOCK - 1) // S.BLOCK
+    HEAD_BLOCKS: tl.constexpr = (S.H + S.BLOCK - 1) // S.BLOCK
+    PARTS: tl.constexpr = CHANNEL_BLOCKS + HEAD_BLOCKS + (S.H * S.L + S.BLOCK - 1) // S.BLOCK
     row = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     token = row * T
-    projected += token * stride
     if part < CHANNEL_BLOCKS:
-        channels = part * BLOCK + tl.arange(0, BLOCK)
-        if SCALED > 0:
-            v += token * SCALED
-        convolve(projected + CONV, stride, projected + RATE, tail + row * ((W - 1) * N), weight, bias, dt_bias,
-                 mixed + token * N, v, channels, T, N, H, SCALED, W, KEEP, BIAS)  # fmt: skip
+        convolve(x, y, row, part * S.BLOCK + tl.arange(0, S.BLOCK), T, S)
     elif part < CHANNEL_BLOCKS + HEAD_BLOCKS:
-        heads = (part - CHANNEL_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-        inside = heads < H
-        speed = -tl.exp(tl.load(A_log + heads, mask=inside, other=0.0).to(tl.float32))
+        heads = (part - CHANNEL_BLOCKS) * S.BLOCK + tl.arange(0, S.BLOCK)
+        inside = heads < S.H
+        speed = -tl.exp(tl.load(x.A_log + heads, mask=inside, other=0.0).to(tl.float32))
         for t in range(T):
-            row_of_token = projected + t * stride
-            step = time_steps(row_of_token + RATE, dt_bias, heads, inside)
-            tl.store(g + (token + t) * H + heads, speed * step, mask=inside)
-            if BETA >= 0:
-                strength = tl.load(row_of_token + BETA + heads, mask=inside, other=0.0).to(tl.float32)
-                tl.store(beta + (token + t) * H + heads, tl.sigmoid(strength), mask=inside)
+            row_of_token = x.projected + token * x.stride + t * x.stride
+            step = time_steps(row_of_token + S.RATE, x.dt_bias, heads, inside)
+            tl.store(y.g + (token + t) * S.H + heads, speed * step, mask=inside)
+            if S.BETA >= 0:
+                strength = tl.load(row_of_token + S.BETA + heads, mask=inside, other=0.0).to(tl.float32)
+                tl.store(y.beta + (token + t) * S.H + heads, tl.sigmoid(strength), mask=inside)
     else:
-        if L > 0:
-            places = (part - CHANNEL_BLOCKS - HEAD_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-            inside = places < H * L
-            factor = tl.load(level_weights + places, mask=inside, other=0.0).to(tl.float32)
+        if S.L > 0:
+            places = (part - CHANNEL_BLOCKS - HEAD_BLOCKS) * S.BLOCK + tl.arange(0, S.BLOCK)
+            inside = places < S.H * S.L
+            factor = tl.load(x.level_weights + places, mask=inside, other=0.0).to(tl.float32)
             for t in range(T):
-                x = tl.load(dl + (token + t) * stride_l + places, mask=inside, other=0.0).to(tl.float32)
-                scale = softplus(factor * x + OFFSET).to(level_scales.dtype.element_ty)
-                tl.store(level_scales + (token + t) * (H * L) + places, scale, mask=inside)
+                dl = tl.load(x.dl + (token + t) * x.stride_dl + places, mask=inside, other=0.0).to(tl.float32)
+                scale = softplus(factor * dl + S.OFFSET).to(y.level_scales.dtype.element_ty)
+                tl.store(y.level_scales + (token + t) * (S.H * S.L) + places, scale, mask=inside)
 
 
 def step_inputs(
@@ -166,22 +182,20 @@ def step_inputs(
 
 def run_step_inputs(inputs: list, columns: tuple[int, int, int, int], offset: float) -> tuple[Tensor | None, ...]:
     """The launch of ``step_inputs``."""
-    projected, dl, _, weight, bias, _, A_log, level_weights = inputs
-    conv, rate, strength, scaled = columns
+    projected, dl, _, weight, *_, A_log, level_weights = inputs
     (batch, length, width), device = projected.shape, projected.device
-    (channels, taps), heads = weight.shape, A_log.shape[0]
-    levels, stride_l = (0, 0) if dl is None else (level_weights.shape[1], row_stride(dl.shape, dl.stride()))
-    wide = torch.float32
+    (channels, taps), heads, (*_, strength, scaled) = weight.shape, A_log.shape[0], columns
+    levels, stride_dl = (0, 0) if dl is None else (level_weights.shape[1], row_stride(dl.shape, dl.stride()))
     mixed = launching.scratch((batch, length, channels), projected.dtype, device)
     v = launching.scratch((batch, length, scaled), projected.dtype, device) if scaled else None
-    g = launching.scratch((batch, length, heads), wide, device)
-    beta = launching.scratch((batch, length, heads), wide, device) if strength >= 0 else None
+    g = launching.scratch((batch, length, heads), torch.float32, device)
+    beta = launching.scratch((batch, length, heads), torch.float32, device) if strength >= 0 else None
     scales = None if dl is None else launching.scratch((batch, length, heads, levels), dl.dtype, device)
+    made = Streams(mixed, v, g, beta, scales)
     programs = batch * (cdiv(channels, BLOCK) + cdiv(heads, BLOCK) + cdiv(heads * levels, BLOCK))
     if programs and length:
-        launching.launch(
-            step_inputs_kernel, programs, *inputs, mixed, v, g, beta, scales, length, width, stride_l,
-            CONV=conv, RATE=rate, BETA=strength, SCALED=scaled, N=channels, H=heads, L=levels, W=taps,
-            KEEP=triton.next_power_of_2(max(taps - 1, 1)), BIAS=bias is not None, OFFSET=offset, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
-    return mixed, v, g, beta, scales
+        keep = triton.next_power_of_2(max(taps - 1, 1))
+        S = constants(Columns, *columns, channels, heads, levels, taps, keep, offset, BLOCK)
+        given = Projections(*inputs, width, stride_dl)
+        launching.launch(step_inputs_kernel, programs, given, made, length, S=S, num_warps=WARPS)
+    return tuple(made)

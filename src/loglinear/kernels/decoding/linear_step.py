@@ -10,59 +10,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels.decoding.host import row_stride
+from loglinear.kernels.decoding.host import gather, tiles_of
+from loglinear.kernels.decoding.open_chunk import program_of
 from loglinear.kernels.pointwise.functions import inverse_length
+from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.problem import cdiv, padded
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tree.tiles import load_state, store_state
+from loglinear.kernels.tree.tiles import load_entry, store_entry
 
 BLOCK_V, WARPS = 32, 4
 
 
 @triton.jit
-def linear_step_kernel(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    state,  # [B, H, K, V]
-    o,
-    stride_q,
-    stride_k,
-    stride_v,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    DELTA: tl.constexpr,
-):
-    """Grid: tiles of V x H x B, tiles fastest. float32: everything. Every number of the state belongs to one program."""
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    first_v = pid % TILES * BV
-    h = pid // TILES % H
-    row = (pid // (TILES * H)).to(tl.int64)
-    group = h // (H // G)
-    head = row * H + h
-    state += head * (K * V)
-    rows_k = tl.arange(0, BK)
-    columns = first_v + tl.arange(0, BV)
-    query = tl.load(q + row * stride_q + group * K + rows_k, mask=rows_k < K, other=0.0).to(tl.float32)
-    key = tl.load(k + row * stride_k + group * K + rows_k, mask=rows_k < K, other=0.0).to(tl.float32)
-    new = tl.load(v + row * stride_v + h * V + columns, mask=columns < V, other=0.0).to(tl.float32)
-    memory = load_state(state, 0, first_v, K, V, BK, BV) * tl.exp(tl.load(g + head))
-    if DELTA:
+def linear_step_kernel(x, state, o, S: tl.constexpr):
+    """Grid: ``program_of``. float32: everything. Every number of the state ``[B, H, K, V]`` belongs to one program."""
+    own = program_of(S)
+    row, head, first_v = own.row, own.head, own.first_v
+    rows_k = tl.arange(0, S.BK)
+    columns = first_v + tl.arange(0, S.BV)
+    query = tl.load(x.q + row * x.stride_q + own.group * S.K + rows_k, mask=rows_k < S.K, other=0.0).to(tl.float32)
+    key = tl.load(x.k + row * x.stride_k + own.group * S.K + rows_k, mask=rows_k < S.K, other=0.0).to(tl.float32)
+    new = tl.load(x.v + row * x.stride_v + own.h * S.V + columns, mask=columns < S.V, other=0.0).to(tl.float32)
+    memory = load_entry(state, head, 0, first_v, S) * tl.exp(tl.load(x.g + head))
+    if x.beta is not None:
         query *= inverse_length(query, 0)
         key *= inverse_length(key, 0)
-        new = (new - tl.sum(key[:, None] * memory, axis=0)) * tl.load(beta + head)
+        new = (new - tl.sum(key[:, None] * memory, axis=0)) * tl.load(x.beta + head)
     memory += key[:, None] * new[None, :]
-    store_state(state, memory, True, 0, first_v, K, V, BK, BV)
+    store_entry(state, head, memory, True, 0, first_v, S)
     out = tl.sum(query[:, None] * memory, axis=0)
-    tl.store(o + head * V + columns, out.to(o.dtype.element_ty), mask=columns < V)
+    tl.store(o + head * S.V + columns, out.to(o.dtype.element_ty), mask=columns < S.V)
 
 
 def linear_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor) -> Tensor:
@@ -77,15 +54,11 @@ def linear_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None,
 
 def run_linear_step(inputs: list) -> tuple[Tensor]:
     """The launch of ``linear_step``."""
-    q, k, v, _, beta, _ = inputs
-    (batch, _, groups, width), (heads, value_width) = q.shape, v.shape[2:]
-    o = launching.scratch(tuple(v.shape), v.dtype, v.device)
-    tile_v = min(BLOCK_V, padded(value_width))
-    programs = batch * heads * cdiv(value_width, tile_v)
+    *given, state = inputs
+    q, v = given[0], given[2]
+    o = scratch_like(v)
+    programs, S = tiles_of(q.shape, v.shape, 0, BLOCK_V)
     if programs:
-        launching.launch(
-            linear_step_kernel, programs, *inputs, o, *(row_stride(x.shape, x.stride()) for x in (q, k, v)),
-            H=heads, G=groups, K=width, V=value_width, BK=padded(width), BV=tile_v, DELTA=beta is not None,
-            num_warps=WARPS,
-        )  # fmt: skip
+        x = gather(*given, None, 1.0)
+        launching.launch(linear_step_kernel, programs, x, state, o, S=S, num_warps=WARPS)
     return (o,)

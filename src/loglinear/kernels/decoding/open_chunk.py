@@ -9,6 +9,8 @@ natural units. No sum is subtracted from another, so -inf needs no special case.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -16,6 +18,64 @@ from loglinear.kernels.tree.place import bit_length, log2_of_power, lowbit, path
 from loglinear.kernels.tree.tiles import load_state
 
 SLOTS = tl.constexpr(32)  # a vector over slots: chunks are numbered below 2^24 (tree.place.bit_length)
+
+
+class Held(NamedTuple):
+    """The tensors of a ``DecodingState``; None where a rule has none."""
+
+    position: Any  # [B]
+    entries: Any  # [B, H, M, K, V]
+    open_k: Any  # [B, G, 2C, K]
+    open_v: Any  # [B, H, C, V]
+    open_g: Any  # [B, H, 2C]
+    decay: Any  # [B, 2, H, M]
+    open_solve: Any  # [B, H, 2C, C]
+
+
+class Program(NamedTuple):
+    """What a program owns: a row of the batch (int64), a head h of it, ``head`` of all rows, and columns from first_v on."""
+
+    row: Any
+    h: Any
+    group: Any
+    head: Any
+    first_v: Any
+
+
+@triton.jit
+def program_of(S: tl.constexpr):
+    """Grid: tiles of V x H x B, tiles fastest."""
+    TILES: tl.constexpr = (S.V + S.BV - 1) // S.BV
+    pid = tl.program_id(0)
+    h = pid // TILES % S.H
+    row = (pid // (TILES * S.H)).to(tl.int64)
+    return Program(row, h, h // (S.H // S.G), row * S.H + h, pid % TILES * S.BV)
+
+
+@triton.jit
+def moved(pointer, offset):
+    """``pointer + offset``; None stays None."""
+    return pointer if pointer is None else pointer + offset
+
+
+@triton.jit
+def at_head(held, own, M, S: tl.constexpr):
+    """``held`` at the head of a program: entries at slot 0, the open chunk at place 0 of its first half."""
+    entries = held.entries + own.head * M * (S.K * S.V)
+    open_k = held.open_k + (own.row * S.G + own.group) * (2 * S.C * S.K)
+    open_v, open_g = held.open_v + own.head * (S.C * S.V), held.open_g + own.head * (2 * S.C)
+    decay = moved(held.decay, (own.row * 2 * S.H + own.h) * M)
+    solve = moved(held.open_solve, own.head * (2 * S.C * S.C))
+    return Held(held.position + own.row, entries, open_k, open_v, open_g, decay, solve)
+
+
+@triton.jit
+def at_token(x, own, T, L, S: tl.constexpr):
+    """(q, k, v, g, β, λ) of a program's head at the first of the T tokens of a call; None where absent."""
+    token = own.row * T
+    q, k = x.q + (token * x.stride_q + own.group * S.K), x.k + (token * x.stride_k + own.group * S.K)
+    g, beta = moved(x.g, token * x.stride_g + own.h), moved(x.beta, token * x.stride_beta + own.h)
+    return q, k, x.v + (token * x.stride_v + own.h * S.V), g, beta, x.scales + (token * x.stride_scales + own.h * L)
 
 
 @triton.jit
@@ -37,21 +97,21 @@ def open_tile(stored, given, stride, first, last, C: tl.constexpr, WIDTH: tl.con
 
 
 @triton.jit
-def open_gates(place, stored, given, stride, first, last, HAS_GATE: tl.constexpr):
-    """Log decays at ``place`` (a tensor), zero beyond ``last``: later tokens decay nothing yet."""
+def open_gates(place, stored, given, stride, first, last):
+    """Log decays at ``place`` (a tensor), zero beyond ``last``: later tokens decay nothing yet. No gate: given is None."""
     gates = tl.load(stored + place, mask=(place < first) & (place <= last), other=0.0)
-    if HAS_GATE:
+    if given is not None:
         inside = (place >= first) & (place <= last)
         gates += tl.load(given + (place - first) * stride, mask=inside, other=0.0).to(tl.float32)
     return gates
 
 
 @triton.jit
-def open_decays(stored, given, stride, first, last, HAS_GATE: tl.constexpr, C: tl.constexpr):
+def open_decays(stored, given, stride, first, last, C: tl.constexpr):
     """Log decays within the open chunk: (from its start through each place, from after each place to ``last``) ``[C]``."""
     place = tl.arange(0, C)
-    through = tl.cumsum(open_gates(place, stored, given, stride, first, last, HAS_GATE), axis=0)
-    after = tl.cumsum(open_gates(place + 1, stored, given, stride, first, last, HAS_GATE), axis=0, reverse=True)
+    through = tl.cumsum(open_gates(place, stored, given, stride, first, last), axis=0)
+    after = tl.cumsum(open_gates(place + 1, stored, given, stride, first, last), axis=0, reverse=True)
     return through, after
 
 
@@ -84,17 +144,16 @@ def pick(vector, slot):
 
 
 @triton.jit
-def weighted_entries(entries, weights, held, first_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                     STAGES: tl.constexpr):  # fmt: skip
+def weighted_entries(entries, weights, held, first_v, S: tl.constexpr, STAGES: tl.constexpr):
     """``Σ_m weights[m] S_m`` ``[BK, BV]`` over the set bits m of ``held``, float32; ``entries`` points at slot 0 of one head.
 
     The next slot follows from the bits alone: loads run ahead of the sums.
     """
-    total = tl.zeros([BK, BV], tl.float32)
+    total = tl.zeros([S.BK, S.BV], tl.float32)
     e = held
     for _ in tl.range(path_length(held, 0), num_stages=STAGES):
         slot = log2_of_power(lowbit(e))
-        state = load_state(entries + slot * (K * V), 0, first_v, K, V, BK, BV)
+        state = load_state(entries + slot * (S.K * S.V), 0, first_v, S.K, S.V, S.BK, S.BV)
         total += pick(weights, slot) * state.to(tl.float32)
         e = e & (e - 1)
     return total

@@ -39,7 +39,6 @@ def step_outputs_kernel(
     GROUPS: tl.constexpr,
     V: tl.constexpr,
     GATE_FIRST: tl.constexpr,
-    SKIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: tokens x groups of N columns that are normed together. float32: gate and norm; the skip rounds as plain code."""
@@ -49,7 +48,7 @@ def step_outputs_kernel(
     inside = columns < N
     place = group * N + columns
     value = tl.load(o + token * (GROUPS * N) + place, mask=inside, other=0.0)
-    if SKIP:
+    if x is not None:
         strength = tl.load(D + place // V, mask=inside, other=0.0).to(value.dtype).to(tl.float32)
         passed = tl.load(x + token * stride_x + place, mask=inside, other=0.0).to(tl.float32) * strength
         value = (value.to(tl.float32) + passed.to(value.dtype).to(tl.float32)).to(value.dtype)
@@ -95,10 +94,8 @@ def run_step_outputs(inputs: list, eps: float, gate_first: bool) -> tuple[Tensor
     groups, block = heads * width // normed, triton.next_power_of_2(normed)
     strides = [0 if part is None else row_stride(part.shape, part.stride()) for part in (x, gate)]
     if y.numel():
-        launching.launch(
-            step_outputs_kernel, batch * length * groups, *inputs, y, length, *strides, eps, N=normed, GROUPS=groups,
-            V=width, GATE_FIRST=gate_first, SKIP=x is not None, BLOCK=block, num_warps=warps_for(block),
-        )  # fmt: skip
+        sizes = dict(N=normed, GROUPS=groups, V=width, GATE_FIRST=gate_first, BLOCK=block, num_warps=warps_for(block))
+        launching.launch(step_outputs_kernel, batch * length * groups, *inputs, y, length, *strides, eps, **sizes)
     return (y,)
 
 

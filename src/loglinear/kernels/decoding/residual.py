@@ -1,4 +1,4 @@
-"""RESIDUAL: two operations between a decoder's matrix products, one launch each: a sum with its norm, and SwiGLU's gate."""
+"""RESIDUAL: the sum and the norm between a decoder's matrix products, in one launch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.decoding.outputs import root_mean_square_norm, warps_for
+from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.problem import cdiv
 from loglinear.kernels.tree.replay import replay
-
-BLOCK, WARPS = 512, 4  # of the gate
 
 
 @triton.jit
@@ -37,39 +35,9 @@ def run_add_norm(inputs: list, eps: float) -> tuple[Tensor, Tensor]:
     """The launch of ``add_norm``."""
     x, _, weight = inputs
     width = weight.shape[0]
-    total, normed = (launching.scratch(tuple(x.shape), x.dtype, x.device) for _ in range(2))
+    total, normed = scratch_like(x), scratch_like(x)
     if x.numel():
         block = triton.next_power_of_2(width)
-        launching.launch(
-            add_norm_kernel, x.numel() // width, *inputs, total, normed, eps, N=width, BLOCK=block,
-            num_warps=warps_for(block),
-        )  # fmt: skip
+        sizes = dict(N=width, BLOCK=block, num_warps=warps_for(block))
+        launching.launch(add_norm_kernel, x.numel() // width, *inputs, total, normed, eps, **sizes)
     return total, normed
-
-
-@triton.jit(do_not_specialize=["count"])
-def silu_times_kernel(gate, x, y, count, BLOCK: tl.constexpr):
-    """Grid: blocks of numbers. float32: the gate and the product, each rounded as plain code rounds it."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < count
-    opening = tl.load(gate + places, mask=inside, other=0.0)
-    wide = opening.to(tl.float32)
-    opened = (wide * tl.sigmoid(wide)).to(opening.dtype).to(tl.float32)
-    value = opened * tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + places, value.to(y.dtype.element_ty), mask=inside)
-
-
-def silu_times(gate: Tensor, x: Tensor) -> Tensor:
-    """``silu(gate) · x``, both contiguous, of one shape and dtype, at most 32 bits."""
-    return replay(run_silu_times, [gate, x])[0]  # type: ignore[return-value]
-
-
-def run_silu_times(inputs: list) -> tuple[Tensor]:
-    """The launch of ``silu_times``."""
-    gate, x = inputs
-    y = launching.scratch(tuple(gate.shape), gate.dtype, gate.device)
-    if gate.numel():
-        launching.launch(
-            silu_times_kernel, cdiv(gate.numel(), BLOCK), gate, x, y, gate.numel(), BLOCK=BLOCK, num_warps=WARPS
-        )
-    return (y,)

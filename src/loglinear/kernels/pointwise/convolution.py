@@ -10,19 +10,46 @@ token, from the table ``place`` if sequences are packed; lag j is the tap that r
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.pointwise.functions import silu_slope
+from loglinear.kernels.pointwise.rows import scratch_like, with_strides
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.problem import cdiv, token_rows
+from loglinear.kernels.tree.bundles import constants, hash_of
+from loglinear.kernels.tree.problem import cdiv
 
 SPAN = 128  # tokens of a program
 AHEAD = 8  # tokens that are loaded together; at least W - 1
 CHANNELS = 256
 WARPS, GRADS_WARPS = 2, 4  # a thread has four channels, or two where it also keeps gradients
+
+
+class Inputs(NamedTuple):
+    """What is convolved, the gradient of the result, with the distance of two tokens of each, and the table of ``here``; None
+    where absent.
+    """
+
+    x: Any
+    dy: Any
+    stride_x: Any
+    stride_dy: Any
+    weight: Any
+    bias: Any
+    place: Any
+
+
+class Span(NamedTuple):
+    """Sizes of a launch: TOKENS of a program, AHEAD of them loaded together, and its CHANNELS."""
+
+    TOKENS: Any
+    AHEAD: Any
+    CHANNELS: Any
+    __hash__ = hash_of
 
 
 @triton.jit
@@ -40,32 +67,28 @@ def _store(pointer, token, channels, width, values, there):
 
 
 @triton.jit
-def _taps(weight, bias, channels, width, W: tl.constexpr, BIAS: tl.constexpr):
+def _taps(x, channels, width, W: tl.constexpr):
     """(taps by lag, bias) in float32."""
     inside = channels < width
     taps = ()
     for lag in tl.static_range(W):
-        taps = taps + (tl.load(weight + channels * W + (W - 1 - lag), mask=inside, other=0.0).to(tl.float32),)
+        taps = taps + (tl.load(x.weight + channels * W + (W - 1 - lag), mask=inside, other=0.0).to(tl.float32),)
     constant = tl.zeros([channels.shape[0]], tl.float32)
-    if BIAS:
-        constant = tl.load(bias + channels, mask=inside, other=0.0).to(tl.float32)
+    if x.bias is not None:
+        constant = tl.load(x.bias + channels, mask=inside, other=0.0).to(tl.float32)
     return taps, constant
 
 
 @triton.jit
-def _place(place, token, T, rows, PACKED: tl.constexpr):
+def _place(place, token, T, rows):
     """``here`` of a token, looked up or counted."""
-    if PACKED:
-        return tl.load(place + token, mask=token < rows, other=0)
-    return token % T
+    return token % T if place is None else tl.load(place + token, mask=token < rows, other=0)
 
 
 @triton.jit
-def _next(here, place, token, T, rows, PACKED: tl.constexpr):
+def _next(here, place, token, T, rows):
     """``here`` of ``token``, given that of the token before it: no division where none is needed."""
-    if PACKED:
-        return _place(place, token, T, rows, PACKED)
-    return tl.where(here + 1 == T, 0, here + 1)
+    return tl.where(here + 1 == T, 0, here + 1) if place is None else _place(place, token, T, rows)
 
 
 @triton.jit
@@ -95,63 +118,59 @@ def _of_sequence(now, past, here, W: tl.constexpr):
     return window
 
 
+@triton.jit
+def _begin(x, T, rows, width, W: tl.constexpr, S: tl.constexpr):
+    """(Number of the span, its first token, channels, taps, bias, ``here`` and the past of the token) of a program.
+
+    Grid: spans x blocks of channels.
+    """
+    blocks = tl.cdiv(width, S.CHANNELS)
+    part = tl.program_id(0) // blocks
+    start = part * S.TOKENS
+    channels = (tl.program_id(0) % blocks) * S.CHANNELS + tl.arange(0, S.CHANNELS)
+    taps, constant = _taps(x, channels, width, W)
+    here = _place(x.place, start, T, rows)
+    return part, start, channels, taps, constant, here, _past(x.x, start, here, x.stride_x, channels, width, W)
+
+
 @triton.jit(do_not_specialize=["T", "rows"])
-def convolution_kernel(
-    x, weight, bias, place, y, stride, T, rows, width,
-    W: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
-    SPAN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """y ``[rows, width]`` from x ``[rows, width]`` of row stride ``stride``. Grid: spans x blocks of channels."""
-    blocks = tl.cdiv(width, CHANNELS)
-    start = (tl.program_id(0) // blocks) * SPAN
-    channels = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    taps, constant = _taps(weight, bias, channels, width, W, BIAS)
-    here = _place(place, start, T, rows, PACKED)
-    past = _past(x, start, here, stride, channels, width, W)
-    for i in range(0, SPAN, AHEAD):
+def convolution_kernel(x, y, T, rows, width, W: tl.constexpr, S: tl.constexpr):
+    """y ``[rows, width]`` from x ``[rows, width]``."""
+    _, start, channels, taps, constant, here, past = _begin(x, T, rows, width, W, S)
+    for i in range(0, S.TOKENS, S.AHEAD):
         loaded = ()
-        for j in tl.static_range(AHEAD):
-            loaded = loaded + (_load(x, start + i + j, stride, channels, width, start + i + j < rows),)
-        for j in tl.static_range(AHEAD):
+        for j in tl.static_range(S.AHEAD):
+            loaded = loaded + (_load(x.x, start + i + j, x.stride_x, channels, width, start + i + j < rows),)
+        for j in tl.static_range(S.AHEAD):
             token = start + i + j
             window = _of_sequence(loaded[j].to(tl.float32), past, here, W)
             total = _sum(taps, constant, window, W)
             _store(y, token, channels, width, total * tl.sigmoid(total), token < rows)
             past = window[: W - 1]
-            here = _next(here, place, token + 1, T, rows, PACKED)
+            here = _next(here, x.place, token + 1, T, rows)
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
-def convolution_grads_kernel(
-    dy, x, weight, bias, place, dx, partial, dy_stride, stride, T, rows, width,
-    W: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
-    SPAN: tl.constexpr, AHEAD: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+def convolution_grads_kernel(x, dx, partial, T, rows, width, W: tl.constexpr, S: tl.constexpr):
     """dx ``[rows, width]``, and the sums over a span, ``partial [spans, W + 1, width]`` (taps by lag, bias).
 
     The gradient of an input is complete W - 1 tokens later, so a program goes on for AHEAD tokens after its span.
     """
-    blocks = tl.cdiv(width, CHANNELS)
-    part = tl.program_id(0) // blocks
-    start = part * SPAN
-    end = tl.minimum(start + SPAN, rows)
-    channels = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    taps, constant = _taps(weight, bias, channels, width, W, BIAS)
-    here = _place(place, start, T, rows, PACKED)
-    past = _past(x, start, here, stride, channels, width, W)
-    zero = tl.zeros([CHANNELS], tl.float32)
+    part, start, channels, taps, constant, here, past = _begin(x, T, rows, width, W, S)
+    end = tl.minimum(start + S.TOKENS, rows)
+    zero = tl.zeros([S.CHANNELS], tl.float32)
     grads, sums = (), (zero,)  # for the W - 1 tokens before this one, the nearest first; for bias and taps
     for _ in tl.static_range(1, W):
         grads = grads + (zero,)
     for _ in tl.static_range(W):
         sums = sums + (zero,)
-    for i in range(0, SPAN + AHEAD, AHEAD):
+    for i in range(0, S.TOKENS + S.AHEAD, S.AHEAD):
         loaded, given = (), ()
-        for j in tl.static_range(AHEAD):
+        for j in tl.static_range(S.AHEAD):
             token = start + i + j
-            loaded = loaded + (_load(x, token, stride, channels, width, token < rows),)
-            given = given + (_load(dy, token, dy_stride, channels, width, token < rows),)
-        for j in tl.static_range(AHEAD):
+            loaded = loaded + (_load(x.x, token, x.stride_x, channels, width, token < rows),)
+            given = given + (_load(x.dy, token, x.stride_dy, channels, width, token < rows),)
+        for j in tl.static_range(S.AHEAD):
             token = start + i + j
             window = _of_sequence(loaded[j].to(tl.float32), past, here, W)
             before = _sum(taps, constant, window, W)
@@ -165,10 +184,20 @@ def convolution_grads_kernel(
             complete = token - (W - 1)
             _store(dx, complete, channels, width, longer[W - 1], (complete >= start) & (complete < end))
             past, grads, sums = window[: W - 1], longer[: W - 1], added
-            here = _next(here, place, token + 1, T, rows, PACKED)
+            here = _next(here, x.place, token + 1, T, rows)
     for lag in tl.static_range(W):
         _store(partial, part * (W + 1) + lag, channels, width, sums[lag + 1], True)
     _store(partial, part * (W + 1) + W, channels, width, sums[0], True)
+
+
+def _launch(kernel, x: Tensor, dy: Tensor | None, weight: Tensor, bias, place, made: tuple, warps: int) -> None:
+    """A kernel whose programs have a span of tokens and a block of channels."""
+    batch, length, width = x.shape
+    programs = cdiv(batch * length, SPAN) * cdiv(width, CHANNELS)
+    if programs:
+        inputs = Inputs(*with_strides(x, dy), weight.contiguous(), bias, place)
+        sizes = dict(W=weight.shape[1], S=constants(Span, SPAN, AHEAD, CHANNELS), num_warps=warps)
+        launching.launch(kernel, programs, inputs, *made, length, batch * length, width, **sizes)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None) -> Tensor:
@@ -179,15 +208,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
         place: int32 ``[T]``, for packed sequences (B = 1): how many tokens of its sequence come before each token. None
         stands for B sequences of T tokens.
     """
-    x = token_rows(x)
-    (batch, length, width), taps = x.shape, weight.shape[1]
-    y = launching.scratch(tuple(x.shape), x.dtype, x.device)
-    programs = cdiv(batch * length, SPAN) * cdiv(width, CHANNELS)
-    if programs:
-        launching.launch(
-            convolution_kernel, programs, x, weight.contiguous(), bias, place, y, x.stride(1), length, batch * length, width,
-            W=taps, BIAS=bias is not None, PACKED=place is not None, SPAN=SPAN, AHEAD=AHEAD, CHANNELS=CHANNELS, num_warps=WARPS,
-        )  # fmt: skip
+    y = scratch_like(x)
+    _launch(convolution_kernel, x, None, weight, bias, place, (y,), WARPS)
     return y
 
 
@@ -195,19 +217,10 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dx, dweight, dbias) in the dtypes of x, weight and bias; arguments as in ``forward``. The same bits on every run."""
-    x, dy = token_rows(x), token_rows(dy)
-    (batch, length, width), taps = x.shape, weight.shape[1]
-    dx = launching.scratch(tuple(x.shape), x.dtype, x.device)
-    parts = cdiv(batch * length, SPAN)
-    partial = launching.scratch((parts, taps + 1, width), torch.float32, x.device)
-    programs = parts * cdiv(width, CHANNELS)
-    if programs:
-        launching.launch(
-            convolution_grads_kernel, programs, dy, x, weight.contiguous(), bias, place, dx, partial,
-            dy.stride(1), x.stride(1), length, batch * length, width,
-            W=taps, BIAS=bias is not None, PACKED=place is not None,
-            SPAN=SPAN, AHEAD=AHEAD, CHANNELS=CHANNELS, num_warps=GRADS_WARPS,
-        )  # fmt: skip
+    taps, spans = weight.shape[1], cdiv(x.shape[0] * x.shape[1], SPAN)
+    dx = scratch_like(x)
+    partial = launching.scratch((spans, taps + 1, x.shape[2]), torch.float32, x.device)
+    _launch(convolution_grads_kernel, x, dy, weight, bias, place, (dx, partial), GRADS_WARPS)
     sums = partial.sum(0)
     dweight = sums[:taps].flip(0).T.to(weight.dtype).contiguous()
     return dx, dweight, None if bias is None else sums[taps].to(bias.dtype)

@@ -25,9 +25,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: a first difference of t
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_kernel(
-    logits, targets, losses, stride, vocab, ignore_index,
-    GRADIENT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    logits, targets, losses, stride, vocab, ignore_index, GRADIENT: tl.constexpr, TILE: tl.constexpr
+):
     """losses ``[rows]`` from logits ``[rows, vocab]`` of row stride ``stride``, which become ``softmax - onehot``.
 
     Where targets ``[rows]`` are ``ignore_index`` both are zero; where they are no column, both are NaN. Grid: rows.
@@ -63,12 +62,7 @@ def cross_entropy_kernel(
 
 
 def loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    hidden_grad: bool,
-    weight_grad: bool,
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, hidden_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(sum of the losses, float32; its gradient for hidden; its gradient for weight, float32). The same bits on every run.
 
@@ -86,17 +80,16 @@ def loss_and_gradients(
     rows = block_rows(count, stride * hidden.element_size())
     memory = launching.scratch((rows, stride), hidden.dtype, device)
     memory[:, vocab:] = 0  # a product may read the padding and multiply it by zero
+    sizes = dict(GRADIENT=hidden_grad or weight_grad, TILE=min(TILE, triton.next_power_of_2(vocab)), num_warps=WARPS)
     for first in range(0, count, rows):
-        block = hidden[first : first + rows]
+        part = slice(first, first + rows)
+        block = hidden[part]
         logits = memory[: len(block), :vocab]
         torch.mm(block, weight.T, out=logits)
-        launching.launch(
-            cross_entropy_kernel, len(block), logits, targets[first : first + rows], losses[first : first + rows],
-            stride, vocab, ignore_index,
-            GRADIENT=hidden_grad or weight_grad, TILE=min(TILE, triton.next_power_of_2(vocab)), num_warps=WARPS,
-        )  # fmt: skip
+        given = logits, targets[part], losses[part], stride, vocab, ignore_index
+        launching.launch(cross_entropy_kernel, len(block), *given, **sizes)
         if dhidden is not None:
-            torch.mm(logits, weight, out=dhidden[first : first + rows])
+            torch.mm(logits, weight, out=dhidden[part])
         if dweight is not None:
             dweight += _product_in_float32(logits.T, block)
     return losses.sum(), dhidden, dweight

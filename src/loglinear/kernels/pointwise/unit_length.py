@@ -11,82 +11,63 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.pointwise.functions import inverse_length
+from loglinear.kernels.pointwise.rows import Tile, load_rows, rows_from, scratch_like, store_rows, with_strides
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.problem import cdiv, padded, token_rows
+from loglinear.kernels.tree.bundles import constants
+from loglinear.kernels.tree.problem import cdiv, padded
 
 NUMBERS = 2048  # of a tile
 
 
 @triton.jit
-def _rows(x, stride, row, columns, inside, G: tl.constexpr, K: tl.constexpr):
-    pointers = x + (row // G).to(tl.int64)[:, None] * stride + ((row % G)[:, None] * K + columns[None, :])
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+def _unit(x, y, stride, at, S: tl.constexpr):
+    value = load_rows(x, stride, at)
+    store_rows(y, value * inverse_length(value, 1)[:, None], at, S)
 
 
 @triton.jit
-def _unit(x, y, stride, row, columns, inside, G: tl.constexpr, K: tl.constexpr):
-    value = _rows(x, stride, row, columns, inside, G, K)
-    value *= inverse_length(value, 1)[:, None]
-    tl.store(y + row.to(tl.int64)[:, None] * K + columns[None, :], value.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _unit_grad(dy, x, dx, stride_dy, stride, row, columns, inside, G: tl.constexpr, K: tl.constexpr):
-    value = _rows(x, stride, row, columns, inside, G, K)
-    gradient = _rows(dy, stride_dy, row, columns, inside, G, K)
+def _unit_grad(dy, x, dx, stride_dy, stride, at, S: tl.constexpr):
+    value = load_rows(x, stride, at)
+    gradient = load_rows(dy, stride_dy, at)
     inverse = inverse_length(value, 1)[:, None]
     value *= inverse
-    gradient = inverse * (gradient - value * tl.sum(value * gradient, 1)[:, None])
-    tl.store(dx + row.to(tl.int64)[:, None] * K + columns[None, :], gradient.to(dx.dtype.element_ty), mask=inside)
+    store_rows(dx, inverse * (gradient - value * tl.sum(value * gradient, 1)[:, None]), at, S)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def unit_kernel(
-    q, k, unit_q, unit_k, stride_q, stride_k, rows,
-    G: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def unit_kernel(q, k, stride_q, stride_k, unit_q, unit_k, rows, S: tl.constexpr):
     """unit_q and unit_k ``[rows, K]``. Grid: blocks of rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (columns < K)[None, :]
-    _unit(q, unit_q, stride_q, row, columns, inside, G, K)
-    _unit(k, unit_k, stride_k, row, columns, inside, G, K)
+    at = rows_from(tl.program_id(0) * S.ROWS, rows, S)
+    _unit(q, unit_q, stride_q, at, S)
+    _unit(k, unit_k, stride_k, at, S)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def unit_grads_kernel(
-    dunit_q, dunit_k, q, k, dq, dk, stride_dq, stride_dk, stride_q, stride_k, rows,
-    G: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def unit_grads_kernel(dunit_q, dunit_k, q, k, stride_dq, stride_dk, stride_q, stride_k, dq, dk, rows, S: tl.constexpr):
     """dq and dk ``[rows, K]``. Grid: blocks of rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (columns < K)[None, :]
-    _unit_grad(dunit_q, q, dq, stride_dq, stride_q, row, columns, inside, G, K)
-    _unit_grad(dunit_k, k, dk, stride_dk, stride_k, row, columns, inside, G, K)
+    at = rows_from(tl.program_id(0) * S.ROWS, rows, S)
+    _unit_grad(dunit_q, q, dq, stride_dq, stride_q, at, S)
+    _unit_grad(dunit_k, k, dk, stride_dk, stride_k, at, S)
 
 
-def _launch(kernel, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _launch(kernel, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Two results like the last two inputs, all ``[B, T, G, K]``."""
-    inputs = [token_rows(x) for x in inputs]
-    q = inputs[-1]
-    _, _, groups, width = q.shape
-    results = tuple(launching.scratch(tuple(x.shape), x.dtype, x.device) for x in inputs[-2:])
-    columns = padded(width)
-    block, rows = max(NUMBERS // columns, 1), q.numel() // width
+    q, k = inputs[-2:]
+    groups, width = q.shape[2:]
+    results = scratch_like(q), scratch_like(k)
+    columns, rows = padded(width), q.numel() // width
+    block, warps = max(NUMBERS // columns, 1), min(max(columns // 256, 4), 16)
+    S = constants(Tile, block, columns, groups, width)
     if rows:
-        launching.launch(
-            kernel, cdiv(rows, block), *inputs, *results, *(x.stride(1) for x in inputs), rows,
-            G=groups, K=width, ROWS=block, COLUMNS=columns, num_warps=min(max(columns // 256, 4), 16),
-        )  # fmt: skip
-    return results[0], results[1]
+        launching.launch(kernel, cdiv(rows, block), *with_strides(*inputs), *results, rows, S=S, num_warps=warps)
+    return results
 
 
 def forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """``x / sqrt(Σ x² + 1e-6)`` of both ``[B, T, G, K]``, contiguous, in their dtypes of at most 32 bits."""
-    return _launch(unit_kernel, [q, k])
+    return _launch(unit_kernel, q, k)
 
 
 def backward(dunit_q: Tensor, dunit_k: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of q and k."""
-    return _launch(unit_grads_kernel, [dunit_q, dunit_k, q, k])
+    return _launch(unit_grads_kernel, dunit_q, dunit_k, q, k)

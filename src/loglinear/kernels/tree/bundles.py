@@ -62,6 +62,11 @@ class Table(NamedTuple):
     sequences: Any
 
 
+def hash_of(bundle: tuple) -> int:
+    """The hash of a bundle of constants. Triton's constants have none of their own in 3.4."""
+    return hash(tuple(getattr(x, "value", x) for x in bundle))
+
+
 class Sizes(NamedTuple):
     """Sizes of a launch, compile-time constants: letters of the legend; BK, BV, BN tiles; EXACT: sums of logs are pairs.
 
@@ -82,14 +87,17 @@ class Sizes(NamedTuple):
     PACKED: Any
     PRECISION: Any
 
-    def __hash__(self) -> int:
-        """Triton's constants have none of their own in 3.4."""
-        return hash(tuple(getattr(x, "value", x) for x in self))
+    __hash__ = hash_of
 
 
 @lru_cache(maxsize=1024)
-def sizes(*values: int | bool | str) -> Sizes:
-    """Sizes of these values, in the order of the fields: Triton's constants, which may stand in a shape, or the values
-    themselves for the interpreter, which knows no constants.
+def constants(kind: type[Any], *values: Any) -> Any:
+    """A bundle of this kind, of constants of a compilation, in the order of its fields: Triton's constants, which may stand
+    in a shape, or the values themselves for the interpreter, which knows no constants.
     """
-    return Sizes(*values) if triton.knobs.runtime.interpret else Sizes(*(tl.constexpr(x) for x in values))
+    return kind(*values) if triton.knobs.runtime.interpret else kind(*(tl.constexpr(x) for x in values))
+
+
+def sizes(*values: int | bool | str) -> Sizes:
+    """Sizes of these values, in the order of the fields."""
+    return constants(Sizes, *values)
