@@ -211,7 +211,7 @@ def fused_resources(target: str) -> list[Resources]:
         outputs.step_outputs(meta(1, 1, 48, 64), x, meta(48), gate, meta(3072), position, 1e-6, True)
         linear_step.linear_step(*heads, decay, decay, meta(1, 16, 128, 128, kind=torch.float32))
         residual.add_norm(hidden, hidden, meta(1536), 1e-6)
-        residual.silu_times(hidden, hidden)
+        elementwise.silu_times(hidden, hidden)
         return [build(launch, TARGETS[target])[0] for launch in found]
 
 

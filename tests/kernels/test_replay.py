@@ -171,6 +171,7 @@ def test_a_step_is_repeated_on_another_state(host, monkeypatch, delta):
     """Its launches, with the addresses of the new inputs and the new state; another number of tokens is another kind."""
     from loglinear.kernels.decoding import host as steps
 
+    bundles = {"x": steps.Inputs, "held": steps.Held, "S": steps.Sizes}
     parts = ("delta_token", "delta_step", "delta_close") if delta else ("scalar_step",)
     real = {part: getattr(steps, f"{part}_kernel") for part in parts}
     kernels = {part: Kernel(*kernel.arg_names) for part, kernel in real.items()}
@@ -181,9 +182,12 @@ def test_a_step_is_repeated_on_another_state(host, monkeypatch, delta):
         state = DecodingState.empty(2, 4, 2, 16, 8, 512, torch.float32, delta_rule=delta)
         x = {"q": torch.zeros(2, tokens, 2, 16), "k": torch.zeros(2, tokens, 2, 16), "v": torch.zeros(2, tokens, 4, 8)}
         x |= {"g": torch.zeros(2, tokens, 4)} | ({"beta": torch.zeros(2, tokens, 4)} if delta else {})
-        x["level_scales"] = torch.zeros(2, tokens, 4, 11)
+        x["level_scales"] = scales = torch.zeros(2, tokens, 4, 11)
         o = (steps.delta_step if delta else steps.scalar_step)(**x, state=state, scale=0.5)
-        return x | {"o": o} | {key: y for key, y in vars(state).items() if isinstance(y, torch.Tensor)}
+        del x["level_scales"]
+        return (
+            x | {"o": o, "scales": scales} | {key: y for key, y in vars(state).items() if isinstance(y, torch.Tensor)}
+        )
 
     call(1)
     assert all((kernel.launches, kernel.compiled.calls) == (1, []) for kernel in kernels.values())
@@ -193,7 +197,9 @@ def test_a_step_is_repeated_on_another_state(host, monkeypatch, delta):
     for part, kernel in kernels.items():
         assert kernel.launches == 1
         (given,) = kernel.compiled.calls
-        arguments = dict(zip(real[part].arg_names, given[2:]))
+        arguments: dict = {}
+        for name, value in zip(real[part].arg_names, given[2:]):
+            arguments |= dict(zip(bundles[name]._fields, value)) if name in bundles else {name: value}
         for key in wanted.keys() & arguments.keys():
             assert arguments[key] == wanted[key], f"{key} of {part}"
         for key in {"reach", "read"} & arguments.keys() & found.keys():  # scratch that one launch leaves to another

@@ -6,14 +6,14 @@ backward pass only scales these gradients. Elsewhere, and in float64, the op is 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.ops import dispatch
+from loglinear.ops import checks, dispatch
+from loglinear.ops.operators import Operator
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,7 +62,7 @@ def linear_cross_entropy(
 
 def has_kernel(hidden: Tensor) -> bool:
     """Whether the kernel takes these hidden states: CUDA, at most 32 bits."""
-    return dispatch.on_kernels("linear_cross_entropy", hidden)
+    return not checks.transforming() and dispatch.on_kernels("linear_cross_entropy", hidden)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
@@ -83,62 +83,43 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> N
         raise ValueError(f"reduction must be 'mean' or 'sum': got {reduction!r}")
 
 
-def _kernels() -> Any:
-    """Imported on first use: importing loglinear imports no Triton."""
-    return import_module("loglinear.kernels.pointwise.cross_entropy")
+def _forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype, *wanted: bool
+) -> list[Tensor]:
+    """The sum of the losses, and its gradients for hidden, in ``dtype``, and weight, in float32; empty where not wanted."""
+    from loglinear.kernels.pointwise import cross_entropy  # here: importing loglinear imports no Triton
 
-
-@torch.library.custom_op("loglinear::linear_cross_entropy", mutates_args=())
-def summed_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    dtype: torch.dtype,
-    hidden_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, and its gradients for hidden ``[N, D]`` in ``dtype`` and weight in float32, empty where not wanted."""
     low, matrix = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()
-    total, *grads = _kernels().loss_and_gradients(
-        low, matrix, targets.contiguous(), ignore_index, hidden_grad, weight_grad
-    )
-    return total, *(low.new_empty(0) if x is None else x for x in grads)
+    total, *grads = cross_entropy.loss_and_gradients(low, matrix, targets.contiguous(), ignore_index, *wanted)
+    return [total, *(low.new_empty(0) if x is None else x for x in grads)]
 
 
-@summed_loss.register_fake
-def _(hidden, weight, targets, ignore_index, dtype, hidden_grad, weight_grad):
-    return (
-        hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty(hidden.shape if hidden_grad else 0, dtype=dtype),
-        hidden.new_empty(weight.shape if weight_grad else 0, dtype=torch.float32 if weight_grad else dtype),
-    )
+def _backward(factor: Tensor, hidden: Tensor, weight: Tensor, *others: Any) -> list[Tensor]:
+    """The gradients that the forward pass has kept, times the incoming gradient, in the dtypes of the inputs."""
+    *_, kept = others
+    return [_scaled(gradient, factor, x) for gradient, x in zip(kept, (hidden, weight))]
 
 
-@torch.library.custom_op("loglinear::linear_cross_entropy_backward", mutates_args=())
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient · factor`` as a ``dtype``. An operator, so that a second derivative is an error, not a wrong number."""
-    wide = torch.promote_types(gradient.dtype, dtype)
-    return (gradient.to(wide) * factor).to(dtype)
+def _scaled(gradient: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+    if not gradient.numel():  # nobody wants it
+        return x.new_zeros(()).expand(x.shape)
+    return (gradient.to(torch.promote_types(gradient.dtype, x.dtype)) * factor).to(x.dtype)
 
 
-@scaled.register_fake
-def _(gradient, factor, dtype):
-    return gradient.new_empty(gradient.shape, dtype=dtype)
+def _fake(hidden: Tensor, weight: Tensor, *others: Any) -> list[Tensor]:
+    *_, dtype, hidden_grad, weight_grad = others
+    total = hidden.new_empty((), dtype=torch.float32)
+    dhidden = hidden.new_empty(hidden.shape if hidden_grad else 0, dtype=dtype)
+    dweight = hidden.new_empty(weight.shape if weight_grad else 0, dtype=torch.float32 if weight_grad else dtype)
+    return [total, dhidden, dweight]
 
 
-def _save(ctx, inputs, output):
-    ctx.dtypes = [x.dtype for x in inputs[:2]]
-    _, *grads = output
-    ctx.mark_non_differentiable(*grads)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads)
-
-
-def _backward(ctx, factor, *_):
-    wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
-    grads = [scaled(gradient, factor, dtype) if needed else None for gradient, dtype, needed in wanted]
-    return *grads, None, None, None, None, None
-
-
-summed_loss.register_autograd(_backward, setup_context=_save)
+summed_loss = Operator(
+    "linear_cross_entropy",
+    "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, ScalarType dtype, bool hidden_grad, bool weight_grad",
+    1,
+    _forward,
+    _backward,
+    _fake,
+    keeps=True,
+)

@@ -9,8 +9,9 @@ from typing import Any
 
 from loglinear.kernels.decoding import inputs, linear_step, outputs, residual
 from loglinear.kernels.decoding.host import delta_step, scalar_step
+from loglinear.kernels.pointwise.elementwise import silu_times
 from loglinear.transition import DELTA_RULE, SCALAR_GATE, Transition
 
 STEPS: dict[Transition, Callable[..., Any]] = {SCALAR_GATE: scalar_step, DELTA_RULE: delta_step}
 
-__all__ = ["STEPS", "delta_step", "inputs", "linear_step", "outputs", "residual", "scalar_step"]
+__all__ = ["STEPS", "delta_step", "inputs", "linear_step", "outputs", "residual", "scalar_step", "silu_times"]

@@ -37,7 +37,7 @@ def delta_step_kernel(x, held, o, reach, read, T, L, M, later, S: tl.constexpr, 
 
     _, _, v, _, _, level_scales = at_token(x, own, T, L, S)
     head = own.row * T * S.H + own.h
-    o += head * S.V
+    o += own.row * T * (S.H * S.V) + own.h * S.V
     reach += head * S.K
     read += head * S.C
     rows_k = tl.arange(0, S.BK)

@@ -82,10 +82,14 @@ def convolve(x, y, row, channels, T, S: tl.constexpr):
 
     A token before the call is read from the tail.
     """
-    given = x.projected + row * T * x.stride + S.CONV
-    rates = x.projected + row * T * x.stride + S.RATE
+    token = row * T
+    projected = x.projected + token * x.stride
+    given, rates = projected + S.CONV, projected + S.RATE
     tail = x.tail + row * ((S.W - 1) * S.N)
-    mixed = y.mixed + row * T * S.N
+    mixed = y.mixed + token * S.N
+    v = y.v
+    if S.SCALED > 0:
+        v += token * S.SCALED
     inside = channels < S.N
     for t in range(T):
         total = tl.zeros([channels.shape[0]], tl.float32)
@@ -93,16 +97,15 @@ def convolve(x, y, row, channels, T, S: tl.constexpr):
             total += tl.load(x.bias + channels, mask=inside, other=0.0).to(tl.float32)
         for lag in tl.static_range(S.W):
             tap = tl.load(x.weight + channels * S.W + (S.W - 1 - lag), mask=inside, other=0.0).to(tl.float32)
-            from_call, from_tail = given + (t - lag) * x.stride + channels, tail + (S.W - 1 + t - lag) * S.N + channels
-            source = tl.where(t >= lag, from_call, from_tail)
+            from_tail = tail + (S.W - 1 + t - lag) * S.N + channels
+            source = tl.where(t >= lag, given + (t - lag) * x.stride + channels, from_tail)
             total += tap * tl.load(source, mask=inside, other=0.0).to(tl.float32)
         out = (total * tl.sigmoid(total)).to(mixed.dtype.element_ty)
         tl.store(mixed + t * S.N + channels, out, mask=inside)
         if S.SCALED > 0:
             part = channels < S.SCALED
             step = time_steps(rates + t * x.stride, x.dt_bias, channels // (S.SCALED // S.H), part)
-            value = (out.to(tl.float32) * step).to(y.v.dtype.element_ty)
-            tl.store(y.v + row * T * S.SCALED + t * S.SCALED + channels, value, mask=part)
+            tl.store(v + t * S.SCALED + channels, (out.to(tl.float32) * step).to(v.dtype.element_ty), mask=part)
     if S.W > 1:
         rows = tl.arange(0, S.KEEP)
         token = rows + T - (S.W - 1)
@@ -126,6 +129,7 @@ def step_inputs_kernel(x, y, T, S: tl.constexpr):
     row = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     token = row * T
+    projected = x.projected + token * x.stride
     if part < CHANNEL_BLOCKS:
         convolve(x, y, row, part * S.BLOCK + tl.arange(0, S.BLOCK), T, S)
     elif part < CHANNEL_BLOCKS + HEAD_BLOCKS:
@@ -133,7 +137,7 @@ def step_inputs_kernel(x, y, T, S: tl.constexpr):
         inside = heads < S.H
         speed = -tl.exp(tl.load(x.A_log + heads, mask=inside, other=0.0).to(tl.float32))
         for t in range(T):
-            row_of_token = x.projected + token * x.stride + t * x.stride
+            row_of_token = projected + t * x.stride
             step = time_steps(row_of_token + S.RATE, x.dt_bias, heads, inside)
             tl.store(y.g + (token + t) * S.H + heads, speed * step, mask=inside)
             if S.BETA >= 0:
