@@ -60,9 +60,9 @@ def delta_token_kernel(x, held, reach, read, T, L, S: tl.constexpr, NORM: tl.con
         given_query = tl.load(q + t * x.stride_q + rows_k, mask=rows_k < S.K, other=0.0)
         given_key = tl.load(k + t * x.stride_k + rows_k, mask=rows_k < S.K, other=0.0)
         strength = tl.load(beta + t * x.stride_beta).to(tl.float32)
-        gate = open_gates(i, held.open_g + half, g, x.stride_g, first, i)
-        gates = open_gates(place, held.open_g + half, g, x.stride_g, first, i)
-        next_gates = open_gates(place + 1, held.open_g + half, g, x.stride_g, first, i)
+        gate = open_gates(i, held.open_g + half, g, x, first, i)
+        gates = open_gates(place, held.open_g + half, g, x, first, i)
+        next_gates = open_gates(place + 1, held.open_g + half, g, x, first, i)
         scales = open_scales(level_scales + t * x.stride_scales, i, L, S.C)
 
         keys = given_keys.to(tl.float32)

@@ -53,28 +53,26 @@ def program_of(S: tl.constexpr):
 
 
 @triton.jit
-def moved(pointer, offset):
-    """``pointer + offset``; None stays None."""
-    return pointer if pointer is None else pointer + offset
-
-
-@triton.jit
 def at_head(held, own, M, S: tl.constexpr):
-    """``held`` at the head of a program: entries at slot 0, the open chunk at place 0 of its first half."""
+    """``held`` at the head of a program: entries at slot 0, the open chunk at place 0 of its first half.
+
+    Absent tensors are replaced by others, here and in ``at_token``: Triton 3.4 can not return None.
+    """
     entries = held.entries + own.head * M * (S.K * S.V)
     open_k = held.open_k + (own.row * S.G + own.group) * (2 * S.C * S.K)
     open_v, open_g = held.open_v + own.head * (S.C * S.V), held.open_g + own.head * (2 * S.C)
-    decay = moved(held.decay, (own.row * 2 * S.H + own.h) * M)
-    solve = moved(held.open_solve, own.head * (2 * S.C * S.C))
+    decay = open_g if held.decay is None else held.decay + (own.row * 2 * S.H + own.h) * M
+    solve = open_g if held.open_solve is None else held.open_solve + own.head * (2 * S.C * S.C)
     return Held(held.position + own.row, entries, open_k, open_v, open_g, decay, solve)
 
 
 @triton.jit
 def at_token(x, own, T, L, S: tl.constexpr):
-    """(q, k, v, g, β, λ) of a program's head at the first of the T tokens of a call; None where absent."""
+    """(q, k, v, g, β, λ) of a program's head at the first of the T tokens of a call."""
     token = own.row * T
     q, k = x.q + (token * x.stride_q + own.group * S.K), x.k + (token * x.stride_k + own.group * S.K)
-    g, beta = moved(x.g, token * x.stride_g + own.h), moved(x.beta, token * x.stride_beta + own.h)
+    g = q if x.g is None else x.g + (token * x.stride_g + own.h)
+    beta = q if x.beta is None else x.beta + (token * x.stride_beta + own.h)
     return q, k, x.v + (token * x.stride_v + own.h * S.V), g, beta, x.scales + (token * x.stride_scales + own.h * L)
 
 
@@ -97,21 +95,21 @@ def open_tile(stored, given, stride, first, last, C: tl.constexpr, WIDTH: tl.con
 
 
 @triton.jit
-def open_gates(place, stored, given, stride, first, last):
-    """Log decays at ``place`` (a tensor), zero beyond ``last``: later tokens decay nothing yet. No gate: given is None."""
+def open_gates(place, stored, given, x, first, last):
+    """Log decays at ``place`` (a tensor), zero beyond ``last``: later tokens decay nothing yet. x: the call's inputs."""
     gates = tl.load(stored + place, mask=(place < first) & (place <= last), other=0.0)
-    if given is not None:
+    if x.g is not None:
         inside = (place >= first) & (place <= last)
-        gates += tl.load(given + (place - first) * stride, mask=inside, other=0.0).to(tl.float32)
+        gates += tl.load(given + (place - first) * x.stride_g, mask=inside, other=0.0).to(tl.float32)
     return gates
 
 
 @triton.jit
-def open_decays(stored, given, stride, first, last, C: tl.constexpr):
+def open_decays(stored, given, x, first, last, C: tl.constexpr):
     """Log decays within the open chunk: (from its start through each place, from after each place to ``last``) ``[C]``."""
     place = tl.arange(0, C)
-    through = tl.cumsum(open_gates(place, stored, given, stride, first, last), axis=0)
-    after = tl.cumsum(open_gates(place + 1, stored, given, stride, first, last), axis=0, reverse=True)
+    through = tl.cumsum(open_gates(place, stored, given, x, first, last), axis=0)
+    after = tl.cumsum(open_gates(place + 1, stored, given, x, first, last), axis=0, reverse=True)
     return through, after
 
 

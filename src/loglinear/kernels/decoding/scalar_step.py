@@ -75,7 +75,7 @@ def scalar_step_kernel(x, held, o, T, L, M, S: tl.constexpr, STAGES: tl.constexp
         k_tile = open_tile(held.open_k + half * S.K, k, x.stride_k, first, i, S.C, S.K, S.BK, 0)
         v_tile = open_tile(held.open_v, v, x.stride_v, first, i, S.C, S.V, S.BV, first_v)
         query = tl.load(q + t * x.stride_q + rows_k, mask=rows_k < S.K, other=0.0).to(tl.float32) * x.factor
-        through, after = open_decays(held.open_g + half, g, x.stride_g, first, i, S.C)
+        through, after = open_decays(held.open_g + half, g, x, first, i, S.C)
         whole = tl.sum(tl.where(tl.arange(0, S.C) == i, through, 0.0), axis=0)
         scales = level_scales + t * x.stride_scales
         scores = tl.sum(k_tile.to(tl.float32) * query[None, :], axis=1)
@@ -89,7 +89,7 @@ def scalar_step_kernel(x, held, o, T, L, M, S: tl.constexpr, STAGES: tl.constexp
         value = tl.load(v + t * x.stride_v + columns, mask=columns < S.V, other=0.0)
         store_token(held.open_v, i, value, columns, S.V)
         if first_v == 0:
-            tl.store(held.open_g + half + i, open_gates(i, held.open_g + half, g, x.stride_g, first, i))
+            tl.store(held.open_g + half + i, open_gates(i, held.open_g + half, g, x, first, i))
             if own.h % (S.H // S.G) == 0:
                 key = tl.load(k + t * x.stride_k + rows_k, mask=rows_k < S.K, other=0.0)
                 store_token(held.open_k, half + i, key, rows_k, S.K)
