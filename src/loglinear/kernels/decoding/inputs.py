@@ -28,7 +28,7 @@ BLOCK, WARPS = 256, 4  # numbers that a program owns
 
 
 class Projections(NamedTuple):
-    """What a step takes in, and its parameters; None where absent. The strides are the distances of two tokens."""
+    """The inputs of a step and its parameters; None where absent. The strides are the distances of two tokens."""
 
     projected: Any
     dl: Any
@@ -43,7 +43,7 @@ class Projections(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """What a step gives; None where absent."""
+    """The results of a step; None where absent."""
 
     mixed: Any  # [B, T, N]
     v: Any  # [B, T, SCALED]

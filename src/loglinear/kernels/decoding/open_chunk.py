@@ -33,7 +33,7 @@ class Held(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a program owns: a row of the batch (int64), a head h of it, ``head`` of all rows, and columns from first_v on."""
+    """The share of a program: a row of the batch (int64), a head h of it, ``head`` of all rows, and columns from first_v on."""
 
     row: Any
     h: Any
@@ -56,7 +56,7 @@ def program_of(S: tl.constexpr):
 def at_head(held, own, M, S: tl.constexpr):
     """``held`` at the head of a program: entries at slot 0, the open chunk at place 0 of its first half.
 
-    Absent tensors are replaced by others, here and in ``at_token``: Triton 3.4 can not return None.
+    Absent tensors are replaced by others, here and in ``at_token``: Triton 3.4 cannot return None.
     """
     entries = held.entries + own.head * M * (S.K * S.V)
     open_k = held.open_k + (own.row * S.G + own.group) * (2 * S.C * S.K)

@@ -30,7 +30,7 @@ WARPS, GRADS_WARPS = 2, 4  # a thread has four channels, or two where it also ke
 
 
 class Inputs(NamedTuple):
-    """What is convolved, the gradient of the result, with the distance of two tokens of each, and the table of ``here``; None
+    """The input and the gradient of the result, with the distance of two tokens of each, and the table of ``here``; None
     where absent.
     """
 

@@ -26,7 +26,7 @@ PROGRAMS_FORWARD, PROGRAMS = 8192, 1024  # about; in a backward pass each leaves
 
 
 class Inputs(NamedTuple):
-    """What is normed and the gradient of the result, with the distance of two tokens of each; None where absent."""
+    """The inputs and the gradient of the result, with the distance of two tokens of each; None where absent."""
 
     x: Any
     gate: Any
