@@ -10,6 +10,7 @@ from cases import (
     BFLOAT16,
     DECAY,
     DELTA,
+    FLOAT32,
     INTERPRETED,
     RULES,
     check,
