@@ -162,7 +162,7 @@ def test_decay(device, launched, dtype):
     followed = torch.tensor(
         [row for _, row in zip(*(y.tolist() for y in place.group_end)) if place.n[row] + 1 < place.chunks[row]]
     )
-    nodes = last.get("segment_sums_kernel", last["window_grads_kernel"])["node_grads"]
+    nodes = last.get("segment_sums_kernel", last["window_grads_kernel"])["out.nodes"]
     compare("node_grads", nodes[: len(place.tiers[0].unit)], only=place.group[followed])
     chunk = last["chunk_grads_kernel"]
     compare("chunk_grads", chunk["chunk_grads"][:rows])

@@ -38,6 +38,15 @@ class Gains(NamedTuple):
     beyond: Tensor
 
 
+class NodeGrads(NamedTuple):
+    """nodes: ``[groups, H, K, V]`` gradients of the entries of whole groups, by the group that ends them; segments: ``[levels,
+    slots, H, K, V]`` parts of those with more groups than a segment.
+    """
+
+    nodes: Tensor
+    segments: Tensor
+
+
 def allocate_gains(problem: Problem, x: Inputs) -> Gains:
     H, tokens, rows = problem.heads, problem.tokens, problem.rows
     tiles = state_tiles(problem, problem.config.chunk_grads)[2]
@@ -46,29 +55,33 @@ def allocate_gains(problem: Problem, x: Inputs) -> Gains:
 
 
 def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
-    """Gradients of the entries of whole groups, ``[groups, H, K, V]`` by the group that ends them."""
-    H, K, V, levels = problem.heads, problem.key_width, problem.value_width, problem.high_levels
-    launch, segment, dtype = problem.config.windows, problem.config.segment, x.v.dtype
+    """``NodeGrads.nodes``; none where a sequence is one group."""
+    H, state, levels, groups = (
+        problem.heads,
+        (problem.key_width, problem.value_width),
+        problem.high_levels,
+        problem.row_groups,
+    )
+    launch, segment, dtype, device = problem.config.windows, problem.config.segment, x.v.dtype, x.v.device
     segment_levels = max(levels - segment.bit_length(), 0)
-    slots = problem.row_groups // segment + 1 + problem.sequence_count
-    node_grads = launching.scratch((problem.row_groups if levels else 0, H, K, V), dtype, x.v.device)
+    slots = groups // segment + 1 + problem.sequence_count
+    nodes = launching.scratch((groups if levels else 0, H, *state), dtype, device)
     if levels == 0:
-        return node_grads
-    segments = launching.scratch((segment_levels, slots, H, K, V), dtype, x.v.device)
+        return nodes
+    out = NodeGrads(nodes, launching.scratch((segment_levels, slots, H, *state), dtype, device))
     tile_k, tile_v, tiles = state_tiles(problem, launch)
+    arguments = x, problem.levels, states, out, *problem.of_groups, states.sums.stride(0), groups, slots
+    S = problem.sizes(dtype, BK=tile_k, BV=tile_v, LEVELS=levels)
     launching.launch(
-        window_grads_kernel, levels * problem.row_groups * H * tiles,
-        x, problem.levels, states, node_grads, segments, *problem.of_groups, states.sums.stride(0), problem.row_groups, slots,
-        S=problem.sizes(dtype, BK=tile_k, BV=tile_v), SEGMENT=segment, HIGH_LEVELS=levels, **launch.options,
-    )  # fmt: skip
+        window_grads_kernel, levels * groups * H * tiles, *arguments, S=S, SEGMENT=segment, **launch.options
+    )
     if segment_levels:
-        block = min(2048, padded(K * V))
-        launching.launch(
-            segment_sums_kernel, segment_levels * problem.row_groups * H * cdiv(K * V, block),
-            states, segments, node_grads, *problem.of_groups, problem.row_groups, slots,
-            S=problem.sizes(dtype), SEGMENT=segment, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-    return node_grads
+        block = min(2048, padded(state[0] * state[1]))
+        programs = segment_levels * groups * H * cdiv(state[0] * state[1], block)
+        arguments = states, out, *problem.of_groups, groups, slots
+        constants = {"S": problem.sizes(dtype), "SEGMENT": segment, "BLOCK": block}
+        launching.launch(segment_sums_kernel, programs, *arguments, **constants, num_warps=4)
+    return nodes
 
 
 def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: Tensor, gains: Gains) -> Tensor:
@@ -77,11 +90,10 @@ def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: 
     tile_k, tile_v, tiles = state_tiles(problem, launch)
     shape = problem.rows, problem.heads, problem.key_width, problem.value_width
     chunk_grads = launching.scratch(shape, x.v.dtype, x.v.device)
-    launching.launch(
-        chunk_grads_kernel, problem.row_groups * problem.heads * tiles,
-        x, problem.levels, states, node_grads, chunk_grads, gains, *problem.of_groups, states.sums.stride(0),
-        S=problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v), **launch.options,
-    )  # fmt: skip
+    programs = problem.row_groups * problem.heads * tiles
+    arguments = x, problem.levels, states, node_grads, chunk_grads, gains, *problem.of_groups, states.sums.stride(0)
+    S = problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v)
+    launching.launch(chunk_grads_kernel, programs, *arguments, S=S, **launch.options)
     return chunk_grads
 
 
@@ -91,15 +103,15 @@ def head_blocks(problem: Problem) -> tuple[int, int]:
     return heads, problem.heads // heads
 
 
-def launch_rows(kernel, launch: Launch, problem: Problem, x: Inputs, states: States, *arguments, **constants) -> None:
+def launch_rows(kernel, launch: Launch, problem: Problem, x: Inputs, states: States, *arguments) -> None:
     """A kernel whose program owns a chunk and a block of heads."""
     heads, blocks = head_blocks(problem)
     tile_k, tile_v = problem.tile(problem.key_width), min(launch.block_v, problem.tile(problem.value_width))
+    S = problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v, HEADS=heads, LEVELS=padded(problem.levels))
+    places = *problem.of_rows, problem.tokens, states.sums.stride(0)
     launching.launch(
-        kernel, problem.rows * blocks,
-        x, problem.levels, states, *arguments, *problem.of_rows, problem.tokens, states.sums.stride(0),
-        S=problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v), HEADS=heads, **constants, **launch.options,
-    )  # fmt: skip
+        kernel, problem.rows * blocks, x, problem.levels, states, *arguments, *places, S=S, **launch.options
+    )
 
 
 def launch_local_grads(problem: Problem, x: Inputs, states: States, gains: Gains) -> tuple[Tensor, Tensor]:
@@ -107,8 +119,7 @@ def launch_local_grads(problem: Problem, x: Inputs, states: States, gains: Gains
     chunk, device = problem.config.chunk, x.v.device
     dscales = launching.scratch(tuple(x.scales.shape), x.scales.dtype, device)
     score_grads = launching.scratch((problem.rows, head_blocks(problem)[1], chunk, chunk), x.v.dtype, device)
-    arguments = problem, x, states, score_grads, dscales, gains
-    launch_rows(local_grads_kernel, problem.config.local, *arguments, LEVELS=padded(problem.levels))
+    launch_rows(local_grads_kernel, problem.config.local, problem, x, states, score_grads, dscales, gains)
     return dscales, score_grads
 
 
@@ -131,8 +142,7 @@ def launch_query_grads(
 ) -> Tensor:
     """dq; completes dλ and the gains of the rows."""
     partial = partial_sums(problem, x.q)
-    arguments = problem, x, states, score_grads, partial, dscales, gains
-    launch_rows(query_grads_kernel, problem.config.query, *arguments, LEVELS=padded(problem.levels))
+    launch_rows(query_grads_kernel, problem.config.query, problem, x, states, score_grads, partial, dscales, gains)
     return sum_heads(partial, x.q)
 
 
@@ -145,12 +155,10 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: T
 
 def launch_gate_grads(problem: Problem, x: Inputs, gains: Gains) -> Tensor:
     """dg."""
-    dg = launching.scratch(tuple(x.g.shape), x.g.dtype, x.g.device)
-    launching.launch(
-        gate_grads_kernel, problem.row_groups * problem.heads,
-        x, gains, dg, *problem.of_groups, problem.tokens, problem.rows, problem.high_levels,
-        S=problem.sizes(x.v.dtype), TILES=gains.beyond.shape[2], num_warps=4,
-    )  # fmt: skip
+    dg, tiles = launching.scratch(tuple(x.g.shape), x.g.dtype, x.g.device), gains.beyond.shape[2]
+    arguments = x, gains, dg, *problem.of_groups, problem.tokens, problem.rows, problem.high_levels
+    programs, S = problem.row_groups * problem.heads, problem.sizes(x.v.dtype)
+    launching.launch(gate_grads_kernel, programs, *arguments, S=S, TILES=tiles, num_warps=4)
     return dg
 
 

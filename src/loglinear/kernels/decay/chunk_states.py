@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.decays import gate_sums, gates_of
-from loglinear.kernels.tree.place import GROUP, locate
+from loglinear.kernels.tree.place import GROUP, locate, tile_of_program
 from loglinear.kernels.tree.tiles import load_tile, store_entry
 
 
@@ -20,14 +20,9 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
 
     LEAVES: whether entries of a single chunk, every other one, are stored; their logs are in any case.
     """
-    TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
-    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
-    pid = tl.program_id(0)
-    tile = pid % TILES
-    h = pid // TILES % S.H
-    group = pid // (TILES * S.H)
-    first_k = tile // TILES_V * S.BK
-    first_v = tile % TILES_V * S.BV
+    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * ((S.V + S.BV - 1) // S.BV)
+    part, group = tile_of_program(S)
+    tile, first_k, first_v, h = part
     at = locate(group, table, T, N, NG, NG, S.PACKED)
     if at.length < 0:
         return

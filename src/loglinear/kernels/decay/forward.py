@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class States(NamedTuple):
     group_log: Tensor
     entries: Tensor | None
     group_states: Tensor | None
-    checks: Tensor | None
+    checks: Any  # a tensor, or None in the backward pass
 
 
 def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
@@ -50,12 +50,12 @@ def launch_chunk_states(problem: Problem, x: Inputs, leaves: bool) -> States:
     sums = launching.scratch((H, 2 if dtype == torch.float32 else 1, problem.tokens), torch.float32, device)
     logs = [launching.scratch((n, H), torch.float32, device) for n in (problem.rows, problem.rows, problem.row_groups)]
     matrices = [launching.scratch((n, H, K, V), dtype, device) for n in (problem.rows, problem.row_groups)]
+    options = problem.config.states.options
     tile_k, tile_v, tiles = state_tiles(problem, problem.config.states)
     states = States(sums, *logs, *matrices, launching.scratch((problem.row_groups, H, tiles), torch.float32, device))
-    launching.launch(
-        chunk_states_kernel, problem.row_groups * H * tiles, x, states, *problem.of_groups, problem.tokens, sums.stride(0),
-        S=problem.sizes(dtype, BK=tile_k, BV=tile_v), LEAVES=leaves, **problem.config.states.options,
-    )  # fmt: skip
+    arguments = x, states, *problem.of_groups, problem.tokens, sums.stride(0)
+    S = problem.sizes(dtype, BK=tile_k, BV=tile_v)
+    launching.launch(chunk_states_kernel, problem.row_groups * H * tiles, *arguments, S=S, LEAVES=leaves, **options)
     return states
 
 
@@ -79,15 +79,13 @@ def launch_states(problem: Problem, x: Inputs, leaves: bool) -> States:
 
 def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     """o, from the chunks themselves and the entries before them."""
-    launch = problem.config.output
+    launch, tree, tiles = problem.config.output, padded(problem.tree_levels), states.checks.shape[2]
     tile_v = min(launch.block_v, problem.tile(problem.value_width))
+    programs = problem.rows * problem.heads * cdiv(problem.value_width, tile_v)
     o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    launching.launch(
-        output_kernel, problem.rows * problem.heads * cdiv(problem.value_width, tile_v),
-        x, problem.levels, states, o, *problem.of_rows, problem.tokens, states.sums.stride(0),
-        S=problem.sizes(x.v.dtype, BK=problem.tile(problem.key_width), BV=tile_v), TREE=padded(problem.tree_levels),
-        TILES=states.checks.shape[2], **launch.options,
-    )  # fmt: skip
+    arguments = x, problem.levels, states, o, *problem.of_rows, problem.tokens, states.sums.stride(0)
+    S = problem.sizes(x.v.dtype, BK=problem.tile(problem.key_width), BV=tile_v)
+    launching.launch(output_kernel, programs, *arguments, S=S, TREE=tree, TILES=tiles, **launch.options)
     return o
 
 

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.levels import LOG_SUB, SUB, assemble_mask, chunk_scales, local_decays, local_levels
-from loglinear.kernels.tree.place import chunk_of, locate
-from loglinear.kernels.tree.tiles import load_tokens
+from loglinear.kernels.tree.place import chunk_of, row_of_program
+from loglinear.kernels.tree.tiles import load_tokens, square
 
 
 @triton.jit
-def level_gradients(pairs, scales, decays, diagonal, factor, L, S: tl.constexpr, LEVELS: tl.constexpr):
+def level_gradients(pairs, scales, decays, diagonal, factor, L, S: tl.constexpr):
     """(dλ ``[C, LEVELS]`` of levels 0 .. log2(C), the row's q·dq without the diagonal ``[C]``).
 
     ``pairs [C, C/SUB, SUB]`` is scores ∘ dP with a zero diagonal, ``diagonal [C]`` is that diagonal.
@@ -31,7 +31,7 @@ def level_gradients(pairs, scales, decays, diagonal, factor, L, S: tl.constexpr,
     before = tl.arange(0, S.C // SUB)[None, :] < (tl.arange(0, S.C) // SUB)[:, None]
     near_pairs = tl.where(below, near_pairs, 0.0)
     far_pairs = tl.where(before, far_pairs, 0.0)
-    columns = tl.arange(0, LEVELS)[None, :]
+    columns = tl.arange(0, S.LEVELS)[None, :]
     gradient = tl.where(columns == 0, diagonal[:, None], 0.0)
     for level in tl.static_range(1, S.LOG_C + 1):
         if level <= LOG_SUB:
@@ -45,34 +45,19 @@ def level_gradients(pairs, scales, decays, diagonal, factor, L, S: tl.constexpr,
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def local_grads_kernel(
-    x,
-    L,
-    states,
-    score_grads,  # [rows, H / HEADS, C, C]
-    dscales,
-    gains,  # writes ``rows`` and ``columns``: sums of the same float32 products, so that their difference keeps its digits
-    table,
-    T,
-    N,
-    NG,
-    all_tokens,
-    sums_stride,
-    S: tl.constexpr,
-    HEADS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    x, L, states, score_grads, dscales, gains, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr
 ):
-    """Grid: H/HEADS x rows, rows fastest. float32: scores, mask, accumulators, dS until it is stored."""
+    """dS ``[rows, H / HEADS, C, C]`` and dλ. Grid: H/HEADS x rows, rows fastest. float32: all of it until it is stored.
+
+    The gains ``rows`` and ``columns`` are sums of the same float32 products, so that their difference keeps its digits.
+    """
     NB: tl.constexpr = S.C // SUB
-    rows = tl.num_programs(0) // (S.H // HEADS)
-    pid = tl.program_id(0)
-    row = pid % rows
-    block = pid // rows
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    at, row, block, _ = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
     if at.length < 0:
         return
     here = chunk_of(at, row, S.C)
     in_chunk = tl.arange(0, S.C)
-    group_head = block * HEADS // (S.H // S.G)
+    group_head = block * S.HEADS // (S.H // S.G)
     q_tile = load_tokens(x.q, x.stride_q, group_head, here, S.C, S.K, S.BK, 0)
     k_tile = load_tokens(x.k, x.stride_k, group_head, here, S.C, S.K, S.BK, 0)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=S.PRECISION)
@@ -81,13 +66,13 @@ def local_grads_kernel(
     scores = tl.reshape(tl.where(is_diagonal, 0.0, scores), [S.C, NB, SUB])
     grads = tl.zeros([S.C, NB, SUB], tl.float32)
     # λ of the next head is on its way while this one is computed.
-    next_near, next_far = chunk_scales(x, here, block * HEADS, L, S)
-    for i in range(HEADS):
-        h = block * HEADS + i
+    next_near, next_far = chunk_scales(x, here, block * S.HEADS, L, S)
+    for i in range(S.HEADS):
+        h = block * S.HEADS + i
         head_sums = states.sums + h.to(tl.int64) * sums_stride + here.origin
         near, far = next_near, next_far
-        next_near, next_far = chunk_scales(x, here, tl.minimum(h + 1, block * HEADS + HEADS - 1), L, S)
-        near_decay, far_decay, column = local_decays(head_sums, here.size, all_tokens, S.C, S.EXACT)
+        next_near, next_far = chunk_scales(x, here, tl.minimum(h + 1, block * S.HEADS + S.HEADS - 1), L, S)
+        near_decay, far_decay, column = local_decays(head_sums, here.size, all_tokens, S)
         dp = tl.zeros([S.C, S.C], tl.float32)
         for first_v in tl.static_range(0, S.V, S.BV):
             v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v)
@@ -99,8 +84,8 @@ def local_grads_kernel(
         grads += dp * mask
         pairs = scores * dp
         decays = (near_decay, far_decay, column)
-        gradient, row_part = level_gradients(pairs, (near, far), decays, own_score * own_dp, x.factor, L, S, LEVELS)
-        levels = tl.arange(0, LEVELS)
+        gradient, row_part = level_gradients(pairs, (near, far), decays, own_score * own_dp, x.factor, L, S)
+        levels = tl.arange(0, S.LEVELS)
         place = dscales + here.origin * (S.H * L) + h * L + (in_chunk[:, None] * (S.H * L) + levels[None, :])
         written = here.valid[:, None] & (levels < tl.minimum(L, S.LOG_C + 1))[None, :]
         tl.store(place, gradient.to(dscales.dtype.element_ty), mask=written)
@@ -108,6 +93,5 @@ def local_grads_kernel(
             tokens = h.to(tl.int64) * all_tokens + here.origin + in_chunk
             tl.store(gains.rows + tokens, row_part, mask=here.valid)
             tl.store(gains.columns + tokens, tl.reshape(tl.sum(pairs * mask, axis=0), [S.C]), mask=here.valid)
-    target = score_grads + (row.to(tl.int64) * (S.H // HEADS) + block) * (S.C * S.C)
-    ds = tl.reshape(grads, [S.C, S.C]).to(score_grads.dtype.element_ty)
-    tl.store(target + in_chunk[:, None] * S.C + in_chunk[None, :], ds)
+    target = score_grads + (row.to(tl.int64) * (S.H // S.HEADS) + block) * (S.C * S.C)
+    tl.store(square(target, S.C), tl.reshape(grads, [S.C, S.C]).to(score_grads.dtype.element_ty))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.place import GROUP, locate, log2_of_power
+from loglinear.kernels.tree.place import GROUP, locate, log2_of_power, tile_of_program
 from loglinear.kernels.tree.tiles import load_tile, store_entry
 
 
@@ -27,44 +27,29 @@ def chunk_weight(x, sums, h, level, origin, valid, L, S: tl.constexpr):
 
 
 @triton.jit
-def chunk_gradient(x, h, weight, origin, valid, first_k, first_v, S: tl.constexpr):
+def chunk_gradient(x, part, weight, origin, valid, S: tl.constexpr):
     """``(weight ∘ Q)ᵀ dO`` of one chunk from token ``origin`` on: the weight goes to dO, the narrower of the two."""
-    q = x.q + h // (S.H // S.G) * S.K + origin * x.stride_q
-    q_tile = load_tile(q, x.stride_q, valid, S.C, S.K, S.BK, first_k)
-    do_tile = load_tile(x.do + h * S.V + origin * x.stride_do, x.stride_do, valid, S.C, S.V, S.BV, first_v)
+    q = x.q + part.h // (S.H // S.G) * S.K + origin * x.stride_q
+    q_tile = load_tile(q, x.stride_q, valid, S.C, S.K, S.BK, part.first_k)
+    do = x.do + part.h * S.V + origin * x.stride_do
+    do_tile = load_tile(do, x.stride_do, valid, S.C, S.V, S.BV, part.first_v)
     weighted = (do_tile.to(tl.float32) * weight[:, None]).to(do_tile.dtype)
     return tl.dot(tl.trans(q_tile), weighted, input_precision=S.PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "sums_stride", "L", "groups", "slots"])
 def window_grads_kernel(
-    x,
-    L,
-    states,
-    node_grads,  # [groups, H, K, V]
-    segments,  # [levels, slots, H, K, V], for levels of more than SEGMENT groups
-    table,
-    T,
-    N,
-    NG,
-    sums_stride,
-    groups,
-    slots,
-    S: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    HIGH_LEVELS: tl.constexpr,
+    x, L, states, out, table, T, N, NG, sums_stride, groups, slots, S: tl.constexpr, SEGMENT: tl.constexpr
 ):
-    """Grid: levels (widest first) x groups x H x tiles; programs that begin no segment of a window return at once.
+    """Grid: LEVELS, widest first, x groups x H x tiles; programs that begin no segment of a window return at once.
 
+    out: ``nodes [groups, H, K, V]`` and, for levels of more than SEGMENT groups, ``segments [levels, slots, H, K, V]``.
     float32: accumulator, weights.
     """
-    TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
-    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
-    pid = tl.program_id(0)
-    tile = pid % TILES
-    h = pid // TILES % S.H
-    group = pid // (TILES * S.H) % groups
-    level = HIGH_LEVELS - 1 - pid // (TILES * S.H * groups)
+    part, rest = tile_of_program(S)
+    h = part.h
+    group = rest % groups
+    level = S.LEVELS - 1 - rest // groups
     at = locate(group, table, T, N, NG, NG, S.PACKED)
     j = at.n0 // GROUP + group - at.group0
     span = 1 << level
@@ -72,8 +57,6 @@ def window_grads_kernel(
     entry = j // span * span  # groups before the window: the number of the entry, in groups
     if (at.length < 0) | (j // span % 2 == 0) | (j % run != 0) | (entry * GROUP <= at.n0):
         return
-    first_k = tile // TILES_V * S.BK
-    first_v = tile % TILES_V * S.BV
     in_chunk = tl.arange(0, S.C)
     sums = states.sums + h.to(tl.int64) * sums_stride
     scale_level = tl.minimum(log2_of_power(span * (GROUP * S.C)) + 1, L - 1)
@@ -92,20 +75,20 @@ def window_grads_kernel(
         earlier = (at.start + before * S.C).to(tl.int64)
         weight = chunk_weight(x, sums, h, scale_level, earlier, before * S.C + in_chunk < at.length, L, S)
         decay = tl.load(states.chunk_log + (at.row0 + before).to(tl.int64) * S.H + h)
-        gradient = chunk_gradient(x, h, now, origin, position < at.length, first_k, first_v, S)
+        gradient = chunk_gradient(x, part, now, origin, position < at.length, S)
         total = total * now_decay + gradient
     if span <= SEGMENT:
         slot = at.group0 + entry - 1 - at.n0 // GROUP
-        store_entry(node_grads, slot.to(tl.int64) * S.H + h, total, True, first_k, first_v, S)
+        store_entry(out.nodes, slot.to(tl.int64) * S.H + h, total, True, part.first_k, part.first_v, S)
     else:
         slot = log2_of_power(span // (2 * SEGMENT)) * slots + group // SEGMENT + at.sequence
-        store_entry(segments, slot.to(tl.int64) * S.H + h, total, True, first_k, first_v, S)
+        store_entry(out.segments, slot.to(tl.int64) * S.H + h, total, True, part.first_k, part.first_v, S)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "groups", "slots"])
 def segment_sums_kernel(
-    states, segments, node_grads, table, T, N, NG, groups, slots, S: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    states, out, table, T, N, NG, groups, slots, S: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr
+):
     """Grid: levels of more than SEGMENT groups x groups x H x blocks of [K, V]. float32: accumulator, logs."""
     STATE: tl.constexpr = S.K * S.V
     BLOCKS: tl.constexpr = (STATE + BLOCK - 1) // BLOCK
@@ -129,9 +112,9 @@ def segment_sums_kernel(
     for i in range(count):
         offset = (count - 1 - i) * SEGMENT
         slot = level * slots + (group + offset) // SEGMENT + at.sequence
-        state = tl.load(segments + (slot.to(tl.int64) * S.H + h) * STATE + elements, mask=inside, other=0.0)
+        state = tl.load(out.segments + (slot.to(tl.int64) * S.H + h) * STATE + elements, mask=inside, other=0.0)
         units = (group + offset + in_segment).to(tl.int64) * S.H + h
         logs = tl.load(states.group_log + units, mask=j + offset + in_segment < end, other=0.0)
         total = total * tl.exp2(tl.sum(logs, axis=0)) + state.to(tl.float32)
-    target = node_grads + ((group - 1).to(tl.int64) * S.H + h) * STATE
-    tl.store(target + elements, total.to(node_grads.dtype.element_ty), mask=inside)
+    target = out.nodes + ((group - 1).to(tl.int64) * S.H + h) * STATE
+    tl.store(target + elements, total.to(out.nodes.dtype.element_ty), mask=inside)

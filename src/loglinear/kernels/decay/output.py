@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.decays import to_chunk_end
+from loglinear.kernels.tree.decays import to_end
 from loglinear.kernels.tree.levels import column, local_mask, path_weights
-from loglinear.kernels.tree.place import GROUP, chunk_of, locate, log2_of_power, lowbit, path_length
+from loglinear.kernels.tree.place import GROUP, chunk_of, log2_of_power, lowbit, path_length, row_of_program
 from loglinear.kernels.tree.tiles import load_entry, load_tile, load_tokens, store_tokens
 
 
@@ -61,7 +61,7 @@ def attend_to_previous(acc, q_tile, weight, k, v, sums, x, plane, first_v, S: tl
     whole = tl.arange(0, S.C) < S.C
     k_tile = load_tile(k, x.stride_k, whole, S.C, S.K, S.BK, 0)
     v_tile = load_tile(v, x.stride_v, whole, S.C, S.V, S.BV, first_v)
-    decay = to_chunk_end(sums, S.C, plane, S.C, S.EXACT)
+    decay = to_end(sums, S.C, plane, S)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=S.PRECISION) * decay[None, :]
     return acc + weight[:, None] * tl.dot(scores.to(v_tile.dtype), v_tile, input_precision=S.PRECISION)
 
@@ -75,12 +75,8 @@ def output_kernel(
     One head a program: sharing Q Kᵀ among heads costs more registers than the product is worth. float32: scores, mask,
     accumulator. TREE: levels of the tree, padded; TILES: of the checks of a group.
     """
-    rows = tl.num_programs(0) // (S.H * ((S.V + S.BV - 1) // S.BV))
-    pid = tl.program_id(0)
-    row = pid % rows
-    h = pid // rows % S.H
-    first_v = pid // (rows * S.H) * S.BV
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    at, row, block, _ = row_of_program(table, T, N, NG, S.H * ((S.V + S.BV - 1) // S.BV), S)
+    h, first_v = block % S.H, block // S.H * S.BV
     if at.length < 0:
         return
     here = chunk_of(at, row, S.C)

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.levels import scales_of
-from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit, path_length
-from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tile
+from loglinear.kernels.tree.place import chunk_of, log2_of_power, lowbit, path_length, row_of_program
+from loglinear.kernels.tree.tiles import load_entry, load_tokens, square, store_tile
 
 
 @triton.jit
@@ -44,30 +44,15 @@ def path_step(x, entry_log, at, here, e, h, L, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def query_grads_kernel(
-    x,
-    L,
-    states,
-    score_grads,
-    dq,  # [H / HEADS / G, B*T, G, K], float32 partial sums unless the first size is 1
-    dscales,
-    gains,  # completes ``rows``, writes ``levels``: [tree levels, H, rows] q·dq of a chunk through its entry of each level
-    table,
-    T,
-    N,
-    NG,
-    all_tokens,
-    sums_stride,
-    S: tl.constexpr,
-    HEADS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    x, L, states, score_grads, dq, dscales, gains, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr
 ):
-    """Grid: H/HEADS x rows, rows fastest. float32: accumulators, dλ, weights."""
-    BLOCKS: tl.constexpr = S.H // S.G // HEADS
-    rows = tl.num_programs(0) // (S.H // HEADS)
-    pid = tl.program_id(0)
-    row = pid % rows
-    block = pid // rows
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    """dq ``[H / HEADS / G, B*T, G, K]``: float32 partial sums unless the first size is 1. Completes dλ.
+
+    Completes the gains ``rows``, writes ``levels``: q·dq of a chunk through its entry of each level.
+    Grid: H/HEADS x rows, rows fastest. float32: accumulators, dλ, weights.
+    """
+    BLOCKS: tl.constexpr = S.H // S.G // S.HEADS
+    at, row, block, rows = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
     if at.length < 0:
         return
     here = chunk_of(at, row, S.C)
@@ -75,13 +60,12 @@ def query_grads_kernel(
     group_head = block // BLOCKS
     q_tile = load_tokens(x.q, x.stride_q, group_head, here, S.C, S.K, S.BK, 0)
     k_tile = load_tokens(x.k, x.stride_k, group_head, here, S.C, S.K, S.BK, 0)
-    source = score_grads + (row.to(tl.int64) * (S.H // HEADS) + block) * (S.C * S.C)
-    ds = tl.load(source + in_chunk[:, None] * S.C + in_chunk[None, :])
+    ds = tl.load(square(score_grads + (row.to(tl.int64) * (S.H // S.HEADS) + block) * (S.C * S.C), S.C))
     acc = tl.dot(ds, k_tile, input_precision=S.PRECISION)
-    levels = tl.arange(0, LEVELS)
+    levels = tl.arange(0, S.LEVELS)
     steps = path_length(here.n, at.n0)
-    for i in range(HEADS):
-        h = block * HEADS + i
+    for i in range(S.HEADS):
+        h = block * S.HEADS + i
         row_gains = gains.rows + h.to(tl.int64) * all_tokens + here.origin + in_chunk
         place = dscales + here.origin * (S.H * L) + h * L + (in_chunk[:, None] * (S.H * L) + levels[None, :])
         head_sums = states.sums + h.to(tl.int64) * sums_stride + here.origin
@@ -90,7 +74,7 @@ def query_grads_kernel(
         if x.g is not None:
             row_part = tl.load(row_gains, mask=here.valid, other=0.0)
         do_tile = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, 0)
-        gradient = tl.zeros([S.C, LEVELS], tl.float32)
+        gradient = tl.zeros([S.C, S.LEVELS], tl.float32)
         e = here.n
         since = 0.0
         for _ in range(steps):

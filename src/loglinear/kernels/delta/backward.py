@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.delta.entry_grads import entry_grads_kernel
-from loglinear.kernels.delta.forward import (
-    FIRST_OF_TWO,
-    launch_maps,
-    launch_path_queries,
-    launch_path_states,
-)
+from loglinear.kernels.delta.forward import FIRST_OF_TWO, launch_maps, launch_path_queries, launch_path_states
 from loglinear.kernels.delta.group_grads import SPARE, group_grads_kernel
 from loglinear.kernels.delta.key_grads import key_grads_kernel
 from loglinear.kernels.delta.map_grads import map_grads_kernel
@@ -84,14 +79,12 @@ def launch_path_grads(
     H, K, C = problem.heads, problem.key_width, problem.config.chunk
     inner_grads = launching.scratch(tuple(queries[0].shape), x.v.dtype, x.v.device)
     query_grads = launching.scratch((problem.rows, H, C, K), x.v.dtype, x.v.device)
-    launch = problem.config.path_grads
-    launching.launch(
-        path_grads_kernel, problem.rows * H,
-        x, problem.levels, maps.chunks, states, *queries, inner_grads, query_grads, out, problem.path_starts, *problem.of_rows,
-        problem.path_entries, problem.tokens, maps.sums.stride(0),
-        S=problem.sizes(x.v.dtype, problem.tile(K), tiles(problem, launch, problem.value_width)[0], HEADS=maps.heads),
-        LEVELS=padded(problem.levels), **launch.options,
-    )  # fmt: skip
+    launch, levels = problem.config.path_grads, padded(problem.levels)
+    tile_v = tiles(problem, launch, problem.value_width)[0]
+    places = problem.path_starts, *problem.of_rows, problem.path_entries, problem.tokens, maps.sums.stride(0)
+    arguments = x, problem.levels, maps.chunks, states, *queries, inner_grads, query_grads, out, *places
+    S = problem.sizes(x.v.dtype, BK=problem.tile(K), BV=tile_v, HEADS=maps.heads, LEVELS=levels)
+    launching.launch(path_grads_kernel, problem.rows * H, *arguments, S=S, **launch.options)
     return inner_grads, query_grads
 
 
@@ -100,11 +93,12 @@ def launch_entry_grads(problem: Problem, x: Inputs, inner_queries: Tensor, inner
     H, K, V = problem.heads, problem.key_width, problem.value_width
     launch = problem.config.entry_grads
     block = min(launch.block_v, problem.tile(max(K, V)))
-    launching.launch(
-        entry_grads_kernel, problem.rows * H * (cdiv(K, block) + cdiv(V, block)),
-        x, problem.levels, inner_queries, inner_grads, grads, *problem.of_rows,
-        S=problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block), **launch.options,
-    )  # fmt: skip
+    programs, S = (
+        problem.rows * H * (cdiv(K, block) + cdiv(V, block)),
+        problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block),
+    )
+    arguments = x, problem.levels, inner_queries, inner_grads, grads, *problem.of_rows
+    launching.launch(entry_grads_kernel, programs, *arguments, S=S, **launch.options)
 
 
 def launch_transport_grads(problem: Problem, x: Inputs, maps: Maps, group_queries: Tensor) -> Tensor:
@@ -113,21 +107,21 @@ def launch_transport_grads(problem: Problem, x: Inputs, maps: Maps, group_querie
     path_grads = launching.scratch((problem.path_slots, H, K, K + V), x.v.dtype, x.v.device)
     launch = problem.config.path_state_grads
     block, blocks = tiles(problem, launch, V)
-    launching.launch(
-        path_state_grads_kernel, problem.row_groups * H * problem.high_levels * blocks,
-        x, problem.levels, group_queries, path_grads, problem.path_starts, *problem.of_groups, problem.path_entries,
-        problem.high_levels, S=problem.sizes(dtype, BK=problem.tile(K), BN=block), **launch.options,
-    )  # fmt: skip
+    longest, places = problem.high_levels, (problem.path_starts, *problem.of_groups, problem.path_entries)
+    arguments = x, problem.levels, group_queries, path_grads, *places, longest
+    programs, S = problem.row_groups * H * longest * blocks, problem.sizes(dtype, BK=problem.tile(K), BN=block)
+    launching.launch(path_state_grads_kernel, programs, *arguments, S=S, **launch.options)
     if problem.chunk_groups > FIRST_OF_TWO:
         launch = problem.config.transport_grads
         block, blocks = tiles(problem, launch, K)
         # An IEEE product holds its operands in registers over the whole inner size.
         inner = min(block if dtype == torch.float32 else 128, problem.tile(V))
-        launching.launch(
-            transport_grads_kernel, problem.row_groups * H * blocks,
-            maps.entries, path_grads, problem.path_starts, *problem.of_groups, problem.path_entries,
-            S=problem.sizes(dtype, BK=problem.tile(K), BV=inner, HEADS=maps.heads), BM=block, **launch.options,
-        )  # fmt: skip
+        programs, S = (
+            problem.row_groups * H * blocks,
+            problem.sizes(dtype, BK=problem.tile(K), BV=inner, HEADS=maps.heads),
+        )
+        arguments = maps.entries, path_grads, *places
+        launching.launch(transport_grads_kernel, programs, *arguments, S=S, BM=block, **launch.options)
     return path_grads
 
 
@@ -141,21 +135,17 @@ def launch_wide_entry_grads(problem: Problem, maps: Maps, states: Tensor, path_g
     slots = problem.row_groups // segment + 1 + problem.sequence_count
     segments = launching.scratch((levels, slots, H, K, K + V), dtype, states.device)
     programs = problem.row_groups * H * (cdiv(K, block) + cdiv(V, block))
-    for long in (True, False) if levels else (False,):
-        launching.launch(
-            wide_entry_grads_kernel, programs * (levels if long else 1),
-            maps.entries, states, path_grads, segments if long else grads, problem.path_starts, *problem.of_groups,
-            problem.path_entries, problem.row_groups, slots,
-            S=problem.sizes(dtype, BK=problem.tile(K), BN=block, HEADS=maps.heads),
-            BT=min(launch.block_v, 64, problem.tile(K)), SEGMENT=segment, LONG=long, **launch.options,
-        )  # fmt: skip
+    places = problem.path_starts, *problem.of_groups, problem.path_entries, problem.row_groups, slots
+    for long in (levels, 0) if levels else (0,):
+        S = problem.sizes(dtype, BK=problem.tile(K), BN=block, HEADS=maps.heads, LEVELS=long)
+        arguments = maps.entries, states, path_grads, segments if long else grads, *places
+        constants = {"S": S, "BT": min(launch.block_v, 64, problem.tile(K)), "SEGMENT": segment, "LONG": long > 0}
+        launching.launch(wide_entry_grads_kernel, programs * max(long, 1), *arguments, **constants, **launch.options)
     if levels:
-        size = K * (K + V)
+        size, S = K * (K + V), problem.sizes(dtype)
         part = min(2048, padded(size))
-        launching.launch(
-            segment_sums_kernel, problem.row_groups * H * cdiv(size, part),
-            segments, grads, *problem.of_groups, slots, S=problem.sizes(dtype), SEGMENT=segment, BLOCK=part, num_warps=4,
-        )  # fmt: skip
+        programs, arguments = problem.row_groups * H * cdiv(size, part), (segments, grads, *problem.of_groups, slots)
+        launching.launch(segment_sums_kernel, programs, *arguments, S=S, SEGMENT=segment, BLOCK=part, num_warps=4)
 
 
 def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) -> None:
@@ -164,24 +154,22 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
     walk, outer = problem.config.group_grads, problem.config.unit_grads
     block, blocks = tiles(problem, walk, K + V)
     tile_n = min(outer.block_v, problem.tile(max(K, V)))
-    map_grads = grads
+    S, BW = (
+        problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block, HEADS=maps.heads),
+        min(walk.block_v, problem.tile(K + V)),
+    )
+    unit_sizes = problem.sizes(x.v.dtype, BK=problem.tile(K), BN=tile_n, HEADS=maps.heads)
+    map_grads, places = grads, (problem.tokens, maps.sums.stride(0), x.stride_k, problem.rows)
     for t, tier in reversed(list(enumerate(problem.tiers))):
-        top = t + 1 == len(problem.tiers)
-        launching.launch(
-            group_grads_kernel, tier.groups * H * blocks,
-            x.k, maps.groups[t - 1] if t else maps.writes, maps.sums, maps.chunk_log, map_grads, grads, *tier.of_groups,
-            problem.tokens, maps.sums.stride(0), x.stride_k, problem.rows,
-            S=problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block, HEADS=maps.heads), TIER=t, TOP=top, **walk.options,
-        )  # fmt: skip
+        top, units = t + 1 == len(problem.tiers), maps.groups[t - 1] if t else maps.writes
+        arguments = x.k, units, maps.sums, maps.chunk_log, map_grads, grads, *tier.of_groups, *places
+        launching.launch(group_grads_kernel, tier.groups * H * blocks, *arguments, S=S, TIER=t, TOP=top, **walk.options)
         if t == 0:
             return
         map_grads = launching.scratch((tier.units, H, K, K + V), x.v.dtype, x.v.device)
-        launching.launch(
-            unit_grads_kernel, tier.groups * GROUP.value * H * (cdiv(K, tile_n) + cdiv(V, tile_n)),
-            maps.prefixes[t], maps.entries, grads, map_grads, *tier.of_groups, problem.rows,
-            S=problem.sizes(x.v.dtype, BK=problem.tile(K), BN=tile_n, HEADS=maps.heads),
-            BW=min(walk.block_v, problem.tile(K + V)), TIER=t, **outer.options,
-        )  # fmt: skip
+        programs = tier.groups * GROUP.value * H * (cdiv(K, tile_n) + cdiv(V, tile_n))
+        arguments = maps.prefixes[t], maps.entries, grads, map_grads, *tier.of_groups, problem.rows
+        launching.launch(unit_grads_kernel, programs, *arguments, S=unit_sizes, BW=BW, TIER=t, **outer.options)
 
 
 def launch_score_grads(
@@ -193,17 +181,16 @@ def launch_score_grads(
     tile_k, tile_v = (tiles(problem, launch, width)[0] for width in (problem.key_width, problem.value_width))
     scores = launching.scratch((problem.rows, H, PLANES.value, C, C), x.v.dtype, x.v.device)
     gains = launching.scratch((H, problem.tokens if x.g is not None else 0), torch.float32, x.v.device)
-    launching.launch(
-        score_grads_kernel, problem.rows * H,
-        x, problem.levels, maps.chunks, query_grads, scores, out, gains, *problem.of_rows, problem.tokens, maps.sums.stride(0),
-        S=problem.sizes(x.v.dtype, tile_k, tile_v, HEADS=maps.heads), LEVELS=padded(problem.levels), **launch.options,
-    )  # fmt: skip
+    places = *problem.of_rows, problem.tokens, maps.sums.stride(0)
+    arguments = x, problem.levels, maps.chunks, query_grads, scores, out, gains, *places
+    S = problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v, HEADS=maps.heads, LEVELS=padded(problem.levels))
+    launching.launch(score_grads_kernel, problem.rows * H, *arguments, S=S, **launch.options)
     return scores, gains
 
 
 def launch_map_grads(
-    problem: Problem, x: Inputs, out: Gradients, maps: Maps, grads: Tensor, query_grads: Tensor, scores: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem: Problem, x: Inputs, out: Gradients, maps: Maps, grads: Tensor, query_grads: Tensor, scores: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(shares of dk ``[rows, H, 2, C, K]``, gains of the chunks' ends, gains of the chunks); dv, and dT in ``scores``."""
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     launch, gated, device = problem.config.map_grads, x.g is not None, x.v.device
@@ -211,28 +198,30 @@ def launch_map_grads(
     key_grads = launching.scratch((problem.rows, H, 2, C, K), x.v.dtype, device)
     ends = launching.scratch((H, problem.tokens if gated else 0), torch.float32, device)
     chunk_gains = launching.scratch((problem.rows if gated else 0, H), torch.float32, device)
-    launching.launch(
-        map_grads_kernel, problem.rows * H,
-        x, maps.chunks, maps.prefixes[0], grads, query_grads, scores, key_grads, out, ends, chunk_gains, *problem.of_rows,
-        problem.tokens, maps.sums.stride(0), problem.rows,
-        S=problem.sizes(x.v.dtype, problem.tile(K), tile_v, tiles(problem, launch, K)[0], maps.heads), **launch.options,
-    )  # fmt: skip
+    places = *problem.of_rows, problem.tokens, maps.sums.stride(0), problem.rows
+    made = key_grads, out, ends, chunk_gains
+    arguments = x, maps.chunks, maps.prefixes[0], grads, query_grads, scores, *made, *places
+    S = problem.sizes(x.v.dtype, BK=problem.tile(K), BV=tile_v, BN=tiles(problem, launch, K)[0], HEADS=maps.heads)
+    launching.launch(map_grads_kernel, problem.rows * H, *arguments, S=S, **launch.options)
     return key_grads, ends, chunk_gains
 
 
 def launch_key_grads(
-    problem: Problem, x: Inputs, out: Gradients, maps: Maps, query_grads: Tensor, scores: Tensor, key_grads: Tensor,
-    gains: tuple[Tensor, Tensor, Tensor],
-) -> None:  # fmt: skip
-    """dq, dk, dβ and dg."""
+    problem: Problem,
+    x: Inputs,
+    out: Gradients,
+    maps: Maps,
+    query_grads: Tensor,
+    scores: Tensor,
+    shares: tuple[Tensor, ...],
+) -> None:
+    """dq, dk, dβ and dg. ``shares``: of dk, and the gains of queries, of the chunks' ends and of the chunks."""
     launch = problem.config.key_grads
     chunks = maps.chunks._replace(writes=None, entries=None)  # a kernel that is given them would keep their memory
-    launching.launch(
-        key_grads_kernel, problem.rows * problem.heads,
-        x, chunks, query_grads, scores, key_grads, *gains, out, *problem.of_rows, problem.tokens, maps.sums.stride(0),
-        out.dq.stride(0), out.dk.stride(0),
-        S=problem.sizes(x.v.dtype, tiles(problem, launch, problem.key_width)[0], HEADS=maps.heads), **launch.options,
-    )  # fmt: skip
+    strides = maps.sums.stride(0), out.dq.stride(0), out.dk.stride(0)
+    arguments = x, chunks, query_grads, scores, *shares, out, *problem.of_rows, problem.tokens, *strides
+    S = problem.sizes(x.v.dtype, BK=tiles(problem, launch, problem.key_width)[0], HEADS=maps.heads)
+    launching.launch(key_grads_kernel, problem.rows * problem.heads, *arguments, S=S, **launch.options)
 
 
 def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | None) -> None:
@@ -257,7 +246,7 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | 
     scores, gains = launch_score_grads(problem, x, out, maps, query_grads)
     key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, query_grads, scores)
     del grads
-    launch_key_grads(problem, x, out, maps, query_grads, scores, key_grads, (gains, ends, chunk_gains))
+    launch_key_grads(problem, x, out, maps, query_grads, scores, (key_grads, gains, ends, chunk_gains))
 
 
 def allocate_gradients(problem: Problem, x: Inputs) -> Gradients:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.decays import gate_sums, gates_of, pair_decays
+from loglinear.kernels.tree.decays import gate_sums, gates_of, pairs
 from loglinear.kernels.tree.levels import SUB
-from loglinear.kernels.tree.place import locate
-from loglinear.kernels.tree.tiles import load_tile
+from loglinear.kernels.tree.place import chunk_of, locate
+from loglinear.kernels.tree.tiles import load_tile, square, store_part
 
 
 @triton.jit
@@ -71,23 +71,20 @@ def triangular_inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
     return tl.reshape(inverses, [C, C])
 
 
+@triton.jit
+def strengths_of(x, here, h, S: tl.constexpr):
+    """β of a chunk's tokens ``[C]``, float32; 0 past the end."""
+    first = x.beta + here.origin * x.stride_beta + h
+    return tl.load(first + tl.arange(0, S.C) * x.stride_beta, mask=here.valid, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def chunk_maps_kernel(
-    x,
-    sums,  # [H, planes, B*T] cumulative log-decay inside each chunk
-    chunk_log,  # [rows, H] log-decay of a chunk
-    solve,  # [rows, H, C, C]
-    writes,  # [rows, H, C, K+V]
-    table,
-    T,
-    N,
-    NG,
-    all_tokens,
-    sums_stride,
-    S: tl.constexpr,
-    SOLVE: tl.constexpr,
+    x, sums, chunk_log, solve, writes, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, SOLVE: tl.constexpr
 ):
-    """Grid: rows x H, heads fastest. float32: sums, decays, the matrix and its inverse, accumulators.
+    """The first four of ``Maps``. Grid: rows x H, heads fastest.
+
+    float32: sums, decays, the matrix and its inverse, accumulators.
 
     Tokens past the end have β = 0 and k = v = 0: their rows and columns of ``solve`` and their ``writes`` are zero. A token
     whose k, g or β is not finite gets zeros too: 0 · NaN would reach earlier tokens. Its sum of logs is NaN, and every later
@@ -96,13 +93,11 @@ def chunk_maps_kernel(
     pid = tl.program_id(0)
     h = pid % S.H
     row = pid // S.H
-    start, length, row0, _, _, _ = locate(row, table, T, N, NG, N, S.PACKED)
-    if length < 0:
+    at = locate(row, table, T, N, NG, N, S.PACKED)
+    if at.length < 0:
         return
-    local = row - row0
-    in_chunk = tl.arange(0, S.C)
-    valid = in_chunk < length - local * S.C
-    origin = (start + local * S.C).to(tl.int64)
+    here = chunk_of(at, row, S.C)
+    in_chunk, valid, origin = tl.arange(0, S.C), here.valid, here.origin
     unit = row.to(tl.int64) * S.H + h
     gate = gates_of(x, origin, h, valid, S)
     high, low, _, total = gate_sums(gate)
@@ -111,10 +106,7 @@ def chunk_maps_kernel(
     for first in tl.static_range(0, S.K, S.BK):
         k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
         products = tl.dot(k_tile, tl.trans(k_tile), products, input_precision=S.PRECISION)
-    strength = tl.load(x.beta + origin * x.stride_beta + h + in_chunk * x.stride_beta, mask=valid, other=0.0).to(
-        tl.float32
-    )
-
+    strength = strengths_of(x, here, h, S)
     squares = tl.sum(tl.where(in_chunk[:, None] == in_chunk[None, :], products, 0.0), axis=1)
     finite = (squares < float("inf")) & (tl.abs(strength) < float("inf")) & (high == high)
     high = tl.where(finite, high, float("nan"))
@@ -127,31 +119,19 @@ def chunk_maps_kernel(
     strength = tl.where(valid, strength, 0.0)
 
     earlier = tl.where(valid, in_chunk, 0)[:, None] > tl.where(valid, in_chunk, S.C)[None, :]
-    lower = tl.where(earlier, products * pair_decays(high, low, S.EXACT) * strength[:, None], 0.0)
+    lower = tl.where(earlier, products * pairs(high, low, S) * strength[:, None], 0.0)
     solved = triangular_inverse(lower, S.C, SOLVE) * strength[None, :]
 
     dtype = solve.dtype.element_ty
-    square = in_chunk[:, None] * S.C + in_chunk[None, :]
-    tl.store(solve + unit * (S.C * S.C) + square, solved.to(dtype))
+    tl.store(square(solve + unit * (S.C * S.C), S.C), solved.to(dtype))
     written = writes + unit * (S.C * (S.K + S.V))
     erase = (solved * tl.exp2(tl.where(valid, high, 0.0))[None, :]).to(dtype)
     for first in tl.static_range(0, S.K, S.BK):
         k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
         erased = tl.dot(erase, k_tile, input_precision=S.PRECISION)
-        store_columns(written, erased, S.C, S.K + S.V, S.K, S.BK, first)
+        store_part(written, S.K + S.V, erased, 0, first, S.C, S.K, S.C, S.BK)
     solved_low = solved.to(dtype)
     for first in tl.static_range(0, S.V, S.BV):
         v_tile = load_tile(x.v + origin * x.stride_v + h * S.V, x.stride_v, valid, S.C, S.V, S.BV, first)
         added = tl.dot(solved_low, v_tile, input_precision=S.PRECISION)
-        store_columns(written + S.K, added, S.C, S.K + S.V, S.V, S.BV, first)
-
-
-@triton.jit
-def store_columns(base, tile, C: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, first):
-    """Write columns from ``first`` on, up to WIDTH, of a matrix with C rows of STRIDE elements."""
-    columns = first + tl.arange(0, TILE)
-    pointers = base + (tl.arange(0, C)[:, None] * STRIDE + columns[None, :])
-    if WIDTH % TILE == 0:
-        tl.store(pointers, tile.to(base.dtype.element_ty))
-    else:
-        tl.store(pointers, tile.to(base.dtype.element_ty), mask=(columns < WIDTH)[None, :])
+        store_part(written + S.K, S.K + S.V, added, 0, first, S.C, S.V, S.C, S.BV)

@@ -13,14 +13,7 @@ from loglinear.kernels.delta.path_queries import path_queries_kernel
 from loglinear.kernels.delta.path_states import path_states_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
-from loglinear.kernels.tree.problem import (
-    Problem,
-    cdiv,
-    describe,
-    packed_tables,
-    sizes_of_tables,
-    token_rows,
-)
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, sizes_of_tables, token_rows
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 
@@ -32,11 +25,10 @@ def launch_chunk_maps(problem: Problem, x: Inputs) -> tuple[Tensor, ...]:
     launch, dtype = problem.config.chunk_maps, x.v.dtype
     made = tuple(launching.scratch(*y, x.v.device) for y in map_shapes(problem, dtype)[:4])
     tile_k, tile_v = (min(launch.block_v, problem.tile(width)) for width in (problem.key_width, problem.value_width))
-    launching.launch(
-        chunk_maps_kernel, problem.rows * problem.heads, x, *made, *problem.of_rows, problem.tokens, made[0].stride(0),
-        S=problem.sizes(dtype, BK=tile_k, BV=tile_v),
-        SOLVE="tf32x3" if torch.version.hip is None and dtype != torch.float32 else "ieee", **launch.options,
-    )  # fmt: skip
+    solve = "tf32x3" if torch.version.hip is None and dtype != torch.float32 else "ieee"
+    programs, S = problem.rows * problem.heads, problem.sizes(dtype, BK=tile_k, BV=tile_v)
+    arguments = x, *made, *problem.of_rows, problem.tokens, made[0].stride(0)
+    launching.launch(chunk_maps_kernel, programs, *arguments, S=S, SOLVE=solve, **launch.options)
     return made
 
 
@@ -50,16 +42,13 @@ def launch_maps(problem: Problem, x: Inputs, prefixes: bool = False) -> Maps:
     entries, groups, before = maps[0], tuple(maps[1 : len(tiers)]), tuple(maps[len(tiers) :])
     launch = problem.config.group_maps
     block = min(launch.block_v, problem.tile(K + V))
+    S, places = problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block), (problem.tokens, sums.stride(0), x.stride_k)
     for t, tier in enumerate(tiers):
-        dense, top = t > 0, t + 1 == len(tiers)
-        launching.launch(
-            group_maps_kernel,
-            tier.groups * H * cdiv(K + V, block) * 2,
-            x.k, groups[t - 1] if dense else writes, sums, entries, entries if top else groups[t],
-            before[t] if prefixes else entries, *tier.of_groups, problem.tokens, sums.stride(0), x.stride_k,
-            S=problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block), TIER=t, TOP=top, STORE_PREFIXES=prefixes,
-            **launch.options,
-        )  # fmt: skip
+        top, programs = t + 1 == len(tiers), tier.groups * H * cdiv(K + V, block) * 2
+        made = entries, entries if top else groups[t], before[t] if prefixes else entries
+        arguments = x.k, groups[t - 1] if t else writes, sums, *made, *tier.of_groups, *places
+        constants = {"S": S, "TIER": t, "TOP": top, "STORE_PREFIXES": prefixes}
+        launching.launch(group_maps_kernel, programs, *arguments, **constants, **launch.options)
     return Maps(sums, chunk_log, solve, writes, entries, groups, before)
 
 
@@ -75,12 +64,10 @@ def launch_path_states(problem: Problem, entries: Tensor, maps: bool = False) ->
         return states
     launch = problem.config.path_states
     block = min(launch.block_v, problem.tile(K))
-    launching.launch(
-        path_states_kernel, problem.row_groups * H * cdiv(K, block),
-        entries, states, problem.path_starts, *problem.of_groups, problem.path_entries,
-        S=problem.sizes(entries.dtype, BK=problem.tile(K), HEADS=entries.stride(0) // (K * (K + V))), BM=block, MAPS=maps,
-        **launch.options,
-    )  # fmt: skip
+    programs = problem.row_groups * H * cdiv(K, block)
+    arguments = entries, states, problem.path_starts, *problem.of_groups, problem.path_entries
+    S = problem.sizes(entries.dtype, BK=problem.tile(K), HEADS=entries.stride(0) // (K * (K + V)))
+    launching.launch(path_states_kernel, programs, *arguments, S=S, BM=block, MAPS=maps, **launch.options)
     return states
 
 
@@ -89,11 +76,10 @@ def launch_output(problem: Problem, x: Inputs, maps: Maps, states: Tensor) -> Te
     launch = problem.config.output
     tile = problem.tile(problem.key_width)
     o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    launching.launch(
-        output_kernel, problem.rows * problem.heads * cdiv(problem.value_width, tile),
-        x, problem.levels, maps.chunks, states, o, problem.path_starts, *problem.of_rows, problem.path_entries, problem.tokens,
-        maps.sums.stride(0), S=problem.sizes(x.v.dtype, BK=tile), **launch.options,
-    )  # fmt: skip
+    programs = problem.rows * problem.heads * cdiv(problem.value_width, tile)
+    places = problem.path_starts, *problem.of_rows, problem.path_entries, problem.tokens, maps.sums.stride(0)
+    arguments = x, problem.levels, maps.chunks, states, o, *places
+    launching.launch(output_kernel, programs, *arguments, S=problem.sizes(x.v.dtype, BK=tile), **launch.options)
     return o
 
 
@@ -107,11 +93,9 @@ def launch_path_queries(problem: Problem, x: Inputs, maps: Maps) -> tuple[Tensor
     inner_queries = launching.scratch((problem.rows * 3 // 2, *shape), x.q.dtype, x.q.device)
     group_queries = launching.scratch((problem.rows, *shape), x.q.dtype, x.q.device)
     launch = problem.config.path_queries
-    launching.launch(
-        path_queries_kernel, problem.rows * problem.heads,
-        x, maps.chunks, inner_queries, group_queries, *problem.of_rows, problem.tokens, maps.sums.stride(0),
-        S=problem.sizes(x.q.dtype, BK=problem.tile(problem.key_width), HEADS=maps.heads), **launch.options,
-    )  # fmt: skip
+    arguments = x, maps.chunks, inner_queries, group_queries, *problem.of_rows, problem.tokens, maps.sums.stride(0)
+    S = problem.sizes(x.q.dtype, BK=problem.tile(problem.key_width), HEADS=maps.heads)
+    launching.launch(path_queries_kernel, problem.rows * problem.heads, *arguments, S=S, **launch.options)
     return inner_queries, group_queries
 
 

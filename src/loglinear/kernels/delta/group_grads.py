@@ -15,11 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.group_maps import decay_to_end, load_square, locate_group, map_tile, store_map
-from loglinear.kernels.delta.products import tokens_times, transposed_times
+from loglinear.kernels.delta.group_maps import FIRST_PAIRED, PREFIXES, Units, locate_group, prefix_slot, store_map
+from loglinear.kernels.delta.products import load_erased, tokens_times, transposed_times
+from loglinear.kernels.tree.decays import to_end
 from loglinear.kernels.tree.place import GROUP
+from loglinear.kernels.tree.tiles import load_block
 
-SPARE = tl.constexpr(4)
+SPARE = tl.constexpr(PREFIXES.value)
 
 
 @triton.jit
@@ -31,45 +33,34 @@ def is_prefix(c):
 @triton.jit
 def prefix_row(c, entry_row, spare_row):
     """Row of the gradient of the prefix after unit c; ``spare_row`` is the first of the group's own."""
-    return tl.where(is_prefix(c), entry_row, spare_row + tl.maximum(c - 3, 0))
+    return tl.where(is_prefix(c), entry_row, prefix_slot(c + 1, 0) + spare_row)
 
 
 @triton.jit
-def load_map_if(active, base, first, WIDTH: tl.constexpr, S: tl.constexpr):
-    """A block of columns of a map ``[K, WIDTH]``, float32; zero if not active."""
-    pointers, inside = map_tile(base, first, 0, tl.where(active, WIDTH, 0), WIDTH, S.K, S.BK, S.BN)
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+def load_map_if(active, maps, unit, first, S: tl.constexpr):
+    """What ``store_map`` writes, float32; zero if not active."""
+    base = maps + unit * (S.K * (S.K + S.V))
+    return load_block(base, S.K + S.V, 0, first, 0, tl.where(active, S.K + S.V, 0), S.K, S.BK, S.BN, True).to(
+        tl.float32
+    )
 
 
 @triton.jit
-def pull_back(
-    x,
-    maps,
-    k_head,
-    sums,
-    chunk_log,
-    unit,
-    local,
-    start,
-    length,
-    plane,
-    stride_k,
-    WIDTH: tl.constexpr,
-    TIER: tl.constexpr,
-    S: tl.constexpr,
-):
+def pull_back(x, units, unit, at, local, TIER: tl.constexpr, S: tl.constexpr):
     """``Aᵀ X`` for the transition A of a unit, in tier 0 as ``γ X - Wᵀ (K_end X)``."""
-    low = x.to(maps.dtype.element_ty)
+    low = x.to(units.maps.dtype.element_ty)
     if TIER == 0:
-        valid = tl.arange(0, S.C) < length - local * S.C
-        origin = (start + local * S.C).to(tl.int64)
-        change = tokens_times(k_head + origin * stride_k, stride_k, valid, low, S.BN, S)
-        to_end = decay_to_end(sums + origin, tl.minimum(length - local * S.C, S.C), plane, S)
-        erased = load_square(maps + unit * (S.C * WIDTH), WIDTH, S.C, S.C, S)
-        x = x * tl.exp2(tl.load(chunk_log + unit))
-        x = tl.dot(tl.trans(erased), (change * -to_end[:, None]).to(low.dtype), x, input_precision=S.PRECISION)
+        size = at.length - local * S.C
+        origin = (at.start + local * S.C).to(tl.int64)
+        keys = units.keys + origin * units.stride
+        change = tokens_times(keys, units.stride, tl.arange(0, S.C) < size, low, S.BN, S)
+        # Every unit has tokens. Without the condition the kernel spills 80 bytes (Triton 3.6, sm_90).
+        decay = to_end(units.sums + origin, size, units.plane, S, size > 0)
+        erased = load_erased(units.maps + unit * (S.C * (S.K + S.V)), S)
+        x = x * tl.exp2(tl.load(units.logs + unit))
+        x = tl.dot(tl.trans(erased), (change * -decay[:, None]).to(low.dtype), x, input_precision=S.PRECISION)
     else:
-        x = transposed_times(maps + unit * (S.K * WIDTH), low, WIDTH, S)
+        x = transposed_times(units.maps + unit * (S.K * (S.K + S.V)), low, S.K + S.V, S)
     return x
 
 
@@ -94,52 +85,40 @@ def group_grads_kernel(
     TOP: tl.constexpr,
 ):
     """Grid: groups x H x blocks of columns, blocks fastest. float32: X, decays. ``spare`` is the first spare row."""
-    WIDTH: tl.constexpr = S.K + S.V
     SIZE: tl.constexpr = GROUP**TIER  # chunks of a unit
-    BLOCKS: tl.constexpr = (WIDTH + S.BN - 1) // S.BN
+    BLOCKS: tl.constexpr = (S.K + S.V + S.BN - 1) // S.BN
     pid = tl.program_id(0)
     first = pid % BLOCKS * S.BN
     h = pid // BLOCKS % S.H
     group = pid // (BLOCKS * S.H)
-    start, length, unit0, units, row0, group0 = locate_group(group, table, T, N, NG, TIER, S)
-    if length < 0:
+    at, _ = locate_group(group, table, T, N, NG, TIER, S)
+    if at.length < 0:
         return
-    first_unit = (group - group0) * GROUP
-    here = tl.minimum(units - first_unit, GROUP)
-    k_head = k + h // (S.H // S.G) * S.K
-    head_sums = sums + h.to(tl.int64) * sums_stride
-    if here > 5:
-        local = first_unit + 5
-        row = row0 + (local + 1) * SIZE - 1
-        pair = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
-        unit = (unit0 + local).to(tl.int64) * S.HEADS + h
-        both = load_map_if(here > 5, pair, first, WIDTH, S)
-        both = pull_back(
-            both, maps, k_head, head_sums, chunk_log, unit, local, start, length, all_tokens, stride_k, WIDTH, TIER, S
-        )
-        single = grads + ((row - SIZE).to(tl.int64) * S.H + h) * (S.K * WIDTH)
-        both += load_map_if(here > 5, single, first, WIDTH, S)
-        store_map(single, both, True, first, WIDTH, S)
+    here = at.here
+    head = h // (S.H // S.G) * S.K
+    units = Units(maps, k + head, stride_k, sums + h.to(tl.int64) * sums_stride, all_tokens, chunk_log)
+    if here > FIRST_PAIRED + 1:
+        local = at.first + FIRST_PAIRED + 1
+        row = at.row0 + (local + 1) * SIZE - 1
+        both = load_map_if(here > FIRST_PAIRED + 1, grads, row.to(tl.int64) * S.H + h, first, S)
+        both = pull_back(both, units, (at.unit0 + local).to(tl.int64) * S.HEADS + h, at, local, TIER, S)
+        single = (row - SIZE).to(tl.int64) * S.H + h
+        both += load_map_if(here > FIRST_PAIRED + 1, grads, single, first, S)
+        store_map(grads, single, both, True, first, S)
     if TOP:
         x = tl.zeros([S.BK, S.BN], tl.float32)
     else:
         # Nothing reads a map that ends with a group that is not whole.
-        x = load_map_if(here == GROUP, map_grads + (group.to(tl.int64) * S.H + h) * (S.K * WIDTH), first, WIDTH, S)
+        x = load_map_if(here == GROUP, map_grads, group.to(tl.int64) * S.H + h, first, S)
     for i in range(here - 1):
         c = here - 1 - i
-        local = first_unit + c
-        row = row0 + (local + 1) * SIZE - 1
-        own = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
-        entry = load_map_if(is_prefix(c) & (c + 1 < GROUP), own, first, WIDTH, S)
-        x += entry
-        target = grads + (prefix_row(c, row, spare + group * SPARE).to(tl.int64) * S.H + h) * (S.K * WIDTH)
-        store_map(target, x, True, first, WIDTH, S)
-        unit = (unit0 + local).to(tl.int64) * S.HEADS + h
-        x = pull_back(
-            x, maps, k_head, head_sums, chunk_log, unit, local, start, length, all_tokens, stride_k, WIDTH, TIER, S
-        )
+        local = at.first + c
+        row = at.row0 + (local + 1) * SIZE - 1
+        x += load_map_if(is_prefix(c) & (c + 1 < GROUP), grads, row.to(tl.int64) * S.H + h, first, S)
+        target = prefix_row(c, row, spare + group * SPARE).to(tl.int64) * S.H + h
+        store_map(grads, target, x, True, first, S)
+        x = pull_back(x, units, (at.unit0 + local).to(tl.int64) * S.HEADS + h, at, local, TIER, S)
     if here > 0:
-        row = row0 + (first_unit + 1) * SIZE - 1
-        own = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
-        x += load_map_if(here > 0, own, first, WIDTH, S)
-        store_map(own, x, True, first, WIDTH, S)
+        own = (at.row0 + (at.first + 1) * SIZE - 1).to(tl.int64) * S.H + h
+        x += load_map_if(here > 0, grads, own, first, S)
+        store_map(grads, own, x, True, first, S)

@@ -10,93 +10,125 @@ are the groups of the tier below. So the longest chain has eight units a tier, a
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from loglinear.fenwick import lowbit, query_path
 from loglinear.kernels.delta.products import memory_times
-from loglinear.kernels.tree.decays import decay_between, load_sum
-from loglinear.kernels.tree.place import GROUP, LOG_GROUP, locate
-from loglinear.kernels.tree.tiles import load_tile
+from loglinear.kernels.tree.decays import to_end
+from loglinear.kernels.tree.place import GROUP, LOG_GROUP, bit, locate
+from loglinear.kernels.tree.tiles import load_block, load_tile, store_part_if
 
-FIRST_PAIRED = tl.constexpr(4)  # units 4 and 5 are a pair that is an entry; 0 to 3 belong to the prefix
-PREFIXES = tl.constexpr(4)  # prefixes of a group that are neither ``[I | 0]`` nor an entry: before units 3, 5, 6, 7
+
+def is_entry(c: int) -> bool:
+    """Whether the first c units of a group are one entry of the tree."""
+    return len(list(query_path(c))) == 1
+
+
+def closes_pair(c: int) -> bool:
+    """Whether unit c of a group, from 0, ends an entry of several units that does not begin with the group."""
+    return 1 < lowbit(c + 1) < c + 1
+
+
+PAIRS = [c for c in range(GROUP.value) if closes_pair(c)]
+FIRST_PAIRED = tl.constexpr(PAIRS[0] - 1)  # this unit and the next are a pair that is an entry
+# A bit for each unit of a group. AFTER_ENTRY: the prefix before it is an entry, or the pair's first unit is. AFTER_PREFIX: the
+# prefix before it is neither [I | 0] nor an entry.
+AFTER_ENTRY = tl.constexpr(sum(1 << c for c in range(1, GROUP.value) if is_entry(c) or c in PAIRS))
+AFTER_PREFIX = tl.constexpr(sum(1 << c for c in range(1, GROUP.value) if not is_entry(c)))
+PREFIXES = tl.constexpr(AFTER_PREFIX.value.bit_count())  # prefixes of a group that are kept: those of AFTER_PREFIX
+
+
+class Group(NamedTuple):
+    """Where a group of units lies: first token and tokens of its sequence, -1 past the last group; first unit and first row of
+    the sequence; the group's first unit in the sequence, and how many whole units it has.
+
+    Tokens are known in tier 0 only. All chunks count as whole.
+    """
+
+    start: Any
+    length: Any
+    unit0: Any
+    row0: Any
+    first: Any
+    here: Any
+
+
+class Units(NamedTuple):
+    """The units of a tier as one head sees them: maps, in tier 0 the writes of chunks; and in tier 0 keys with the distance of
+    two tokens, sums and the distance of their planes, log-decays.
+    """
+
+    maps: Any
+    keys: Any
+    stride: Any
+    sums: Any
+    plane: Any
+    logs: Any
 
 
 @triton.jit
 def locate_group(group, table, T, N, NG, TIER: tl.constexpr, S: tl.constexpr):
-    """(first token of the sequence, its tokens or -1, its first unit, whole units, first row, first group) of a group.
-
-    Tokens are known in tier 0 only. All chunks count as whole.
-    """
-    start, length, row0, group0, _, _ = locate(group, table, T, N, NG, NG, S.PACKED)
+    """The ``Group``."""
+    at = locate(group, table, T, N, NG, NG, S.PACKED)
     if TIER == 0:
-        unit0 = row0
-        units = (length + S.C - 1) // S.C
+        unit0 = at.row0
+        units = (at.length + S.C - 1) // S.C
     else:
-        unit0 = start
-        units = (length if S.PACKED else N) >> (LOG_GROUP * TIER)
-    return start, length, unit0, units, row0, group0
+        unit0 = at.start
+        units = (at.length if S.PACKED else N) >> (LOG_GROUP * TIER)
+    first = (group - at.group0) * GROUP
+    return Group(at.start, at.length, unit0, at.row0, first, tl.minimum(units - first, GROUP)), group - at.group0
 
 
 @triton.jit
 def prefix_slot(c, group):
-    """The index of the prefix before unit c of a group, if it is one of the PREFIXES."""
-    return group * PREFIXES + tl.maximum(c - 4, 0)
+    """The index of the prefix before unit c of a group, if it is one of the PREFIXES: before units 3, 5, 6 and 7 of 8."""
+    return group * PREFIXES + tl.maximum(c - GROUP // 2, 0)
 
 
 @triton.jit
-def map_tile(base, first, low, high, STRIDE: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Pointers and mask of tile ``[BR, BC]`` of a matrix with ROWS rows of STRIDE elements, for columns in [low, high)."""
-    rows = tl.arange(0, BR)
-    columns = first + tl.arange(0, BC)
-    inside = ((columns >= low) & (columns < high))[None, :]
-    if ROWS % BR != 0:
-        inside = inside & (rows < ROWS)[:, None]
-    return base + (rows[:, None] * STRIDE + columns[None, :]), inside
-
-
-@triton.jit
-def load_square(base, STRIDE: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, S: tl.constexpr):
-    """The first K columns of a matrix with ROWS rows of STRIDE elements, as a tile ``[BR, BK]``."""
-    pointers, inside = map_tile(base, 0, 0, S.K, STRIDE, ROWS, BR, S.BK)
-    if ROWS % BR == 0 and S.K % S.BK == 0:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
-def load_added(base, first, STRIDE: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, S: tl.constexpr):
+def load_added(base, first, ROWS: tl.constexpr, BR: tl.constexpr, S: tl.constexpr):
     """Columns from ``first`` on of ``[0 | S]``, from ``[A | S]`` with A of K columns."""
-    pointers, inside = map_tile(base, first, S.K, STRIDE, STRIDE, ROWS, BR, S.BN)
-    return tl.load(pointers, mask=inside, other=0.0)
+    return load_block(base, S.K + S.V, 0, first, S.K, S.K + S.V, ROWS, BR, S.BN, True)
 
 
 @triton.jit
-def store_map(base, tile, active, first, WIDTH: tl.constexpr, S: tl.constexpr):
-    """Write a block of columns of a map ``[K, WIDTH]``."""
-    pointers, inside = map_tile(base, first, 0, WIDTH, WIDTH, S.K, S.BK, S.BN)
-    if active:
-        if S.K % S.BK == 0 and WIDTH % S.BN == 0:
-            tl.store(pointers, tile.to(base.dtype.element_ty))
-        else:
-            tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+def store_map(maps, unit, tile, active, first, S: tl.constexpr):
+    """Write a block of columns of map ``unit`` (int64) of ``maps [units, K, K+V]``, if active."""
+    base = maps + unit * (S.K * (S.K + S.V))
+    store_part_if(active, base, S.K + S.V, tile, 0, first, S.K, S.K + S.V, S.BK, S.BN)
 
 
 @triton.jit
-def identity_columns(first, S: tl.constexpr):
+def identity(first, S: tl.constexpr):
     """Columns from ``first`` on of ``[I | 0]``."""
     return tl.where(tl.arange(0, S.BK)[:, None] == (first + tl.arange(0, S.BN))[None, :], 1.0, 0.0)
 
 
 @triton.jit
-def decay_to_end(sums, size, plane, S: tl.constexpr):
-    """Decay ``[C]`` from each token of a chunk of ``size`` tokens to its last one."""
-    t = tl.arange(0, S.C)
-    high, low = load_sum(sums, t, t < size, plane, S.EXACT)
-    end_high, end_low = load_sum(sums, size - 1, size > 0, plane, S.EXACT)
-    return decay_between(end_high, end_low, high, low, S.EXACT)
+def compose(x, units, unit, at, local, first, TIER: tl.constexpr, S: tl.constexpr):
+    """``A X + [0 | S]`` for the map of a unit, in tier 0 as ``γ X + K_endᵀ ([0 | U] - W X)``; columns from ``first`` on."""
+    low = x.to(units.maps.dtype.element_ty)
+    if TIER == 0:
+        size = tl.minimum(at.length - local * S.C, S.C)
+        origin = (at.start + local * S.C).to(tl.int64)
+        base = units.maps + unit * (S.C * (S.K + S.V))
+        added = load_added(base, first, S.C, S.C, S)
+        valid = tl.arange(0, S.C) < at.length - local * S.C
+        k_tile = load_tile(units.keys + origin * units.stride, units.stride, valid, S.C, S.K, S.BK, 0)
+        head_sums = units.sums + origin
+        decay = tl.exp2(tl.load(head_sums + size - 1))
+        change = added.to(tl.float32) - memory_times(base, low, S.K + S.V, S.C, S.C, S)
+        change = (change * to_end(head_sums, size, units.plane, S)[:, None]).to(low.dtype)
+        x = tl.dot(tl.trans(k_tile), change, x * decay, input_precision=S.PRECISION)
+    else:
+        base = units.maps + unit * (S.K * (S.K + S.V))
+        added = load_added(base, first, S.K, S.BK, S)
+        x = added.to(tl.float32) + memory_times(base, low, S.K + S.V, S.K, S.BK, S)
+    return x
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
@@ -120,57 +152,37 @@ def group_maps_kernel(
     STORE_PREFIXES: tl.constexpr,
 ):
     """Grid: groups x H x (prefix, pair) x blocks of columns, blocks fastest. float32: the map that is built, decays."""
-    WIDTH: tl.constexpr = S.K + S.V
-    BLOCKS: tl.constexpr = (WIDTH + S.BN - 1) // S.BN
+    BLOCKS: tl.constexpr = (S.K + S.V + S.BN - 1) // S.BN
     pid = tl.program_id(0)
     first = pid % BLOCKS * S.BN
     paired = pid // BLOCKS % 2
     h = pid // (2 * BLOCKS) % S.H
     group = pid // (2 * BLOCKS * S.H)
-    start, length, unit0, units, row0, group0 = locate_group(group, table, T, N, NG, TIER, S)
-    if length < 0:
+    at, number = locate_group(group, table, T, N, NG, TIER, S)
+    if at.length < 0:
         return
-    first_unit = (group - group0) * GROUP
-    here = tl.minimum(units - first_unit, GROUP)
     if paired == 0:
-        steps = here
+        steps = at.here
     else:
-        steps = (here > FIRST_PAIRED + 1).to(tl.int32) * 2
-    x = identity_columns(first, S)
+        steps = (at.here > FIRST_PAIRED + 1).to(tl.int32) * 2
+    head = h // (S.H // S.G) * S.K
+    units = Units(units_in, k + head, stride_k, sums + h.to(tl.int64) * sums_stride, all_tokens, None)
+    x = identity(first, S)
     for i in range(steps):
         c = i + paired * FIRST_PAIRED
-        local = first_unit + c
-        unit = (unit0 + local).to(tl.int64) * S.H + h
+        local = at.first + c
         if STORE_PREFIXES:
-            inside = (paired == 0) & (c > 2) & (c != 4)  # the other prefixes are [I | 0] or an entry
-            place = prefix_slot(c, group).to(tl.int64) * S.H + h
-            store_map(prefixes + place * (S.K * WIDTH), x, inside, first, WIDTH, S)
-        low = x.to(units_in.dtype.element_ty)
-        if TIER == 0:
-            valid = tl.arange(0, S.C) < length - local * S.C
-            origin = (start + local * S.C).to(tl.int64)
-            base = units_in + unit * (S.C * WIDTH)
-            added = load_added(base, first, WIDTH, S.C, S.C, S)
-            k_tile = load_tile(k + origin * stride_k + h // (S.H // S.G) * S.K, stride_k, valid, S.C, S.K, S.BK, 0)
-            head_sums = sums + h.to(tl.int64) * sums_stride + origin
-            size = tl.minimum(length - local * S.C, S.C)
-            to_end = decay_to_end(head_sums, size, all_tokens, S)
-            decay = tl.exp2(tl.load(head_sums + size - 1))
-            change = added.to(tl.float32) - memory_times(base, low, WIDTH, S.C, S.C, S)
-            change = (change * to_end[:, None]).to(low.dtype)
-            x = tl.dot(tl.trans(k_tile), change, x * decay, input_precision=S.PRECISION)
-        else:
-            base = units_in + unit * (S.K * WIDTH)
-            added = load_added(base, first, WIDTH, S.K, S.BK, S)
-            x = added.to(tl.float32) + memory_times(base, low, WIDTH, S.K, S.BK, S)
-        is_entry = (paired == 1) | ((c & (c + 1)) == 0)
+            kept = (paired == 0) & (bit(AFTER_PREFIX, c) == 1)
+            store_map(prefixes, prefix_slot(c, group).to(tl.int64) * S.H + h, x, kept, first, S)
+        x = compose(x, units, (at.unit0 + local).to(tl.int64) * S.H + h, at, local, first, TIER, S)
+        stored = (paired == 1) | ((c & (c + 1)) == 0)
         # An entry of one unit has been written by the tier below, if it is one that a query reads as it is (see leaf.py).
         if TIER > 0 or not STORE_PREFIXES:
-            is_entry = is_entry & (c % 2 == 1)
+            stored = stored & (c % 2 == 1)
         # The next tier writes an entry of this group and others.
-        closes_group = (c + 1 == GROUP) & ((group - group0) % 2 == 1)
-        row = (row0 + ((local + 1) << (LOG_GROUP * TIER)) - 1).to(tl.int64) * S.H + h
-        store_map(entries + row * (S.K * WIDTH), x, is_entry & (not closes_group), first, WIDTH, S)
+        closes_group = (c + 1 == GROUP) & (number % 2 == 1)
+        row = (at.row0 + ((local + 1) << (LOG_GROUP * TIER)) - 1).to(tl.int64) * S.H + h
+        store_map(entries, row, x, stored & (not closes_group), first, S)
     if not TOP:
         whole = group.to(tl.int64) * S.H + h
-        store_map(whole_maps + whole * (S.K * WIDTH), x, (paired == 0) & (here == GROUP), first, WIDTH, S)
+        store_map(whole_maps, whole, x, (paired == 0) & (at.here == GROUP), first, S)

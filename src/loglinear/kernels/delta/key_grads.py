@@ -13,11 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.score_grads import PLANES, PRODUCT_GRADS, SOLVE_GRADS, product, square
-from loglinear.kernels.delta.tiles import load_part
-from loglinear.kernels.tree.decays import GATE_FLOOR, load_sum, pair_decays
-from loglinear.kernels.tree.place import locate
-from loglinear.kernels.tree.tiles import load_tile, store_tile
+from loglinear.kernels.delta.chunk_maps import strengths_of
+from loglinear.kernels.delta.score_grads import PRODUCT_GRADS, SOLVE_GRADS, plane, product
+from loglinear.kernels.tree.decays import GATE_FLOOR, load_sum, pairs
+from loglinear.kernels.tree.place import chunk_of, row_of_program
+from loglinear.kernels.tree.tiles import key_head, load_part, load_tile, query_head, square, store_tile
 
 
 @triton.jit
@@ -60,61 +60,46 @@ def key_grads_kernel(
     S: tl.constexpr,
 ):
     """Grid: H x rows, rows fastest. float32: accumulators, decays, the gate's gradient."""
-    rows = tl.num_programs(0) // S.H
-    pid = tl.program_id(0)
-    row = pid % rows
-    h = pid // rows
-    start, length, row0, _, _, _ = locate(row, table, T, N, NG, N, S.PACKED)
-    if length < 0:
+    at, row, h, _ = row_of_program(table, T, N, NG, S.H, S)
+    if at.length < 0:
         return
-    n = row - row0
-    in_chunk = tl.arange(0, S.C)
-    valid = in_chunk < length - n * S.C
-    origin = (start + n * S.C).to(tl.int64)
+    here = chunk_of(at, row, S.C)
+    in_chunk, valid, origin = tl.arange(0, S.C), here.valid, here.origin
     unit = row.to(tl.int64) * S.H + h
     dtype = scores.dtype.element_ty
-    planes = scores + unit * (PLANES * S.C * S.C)
-    q_head = x.q + origin * x.stride_q + h // (S.H // S.G) * S.K
-    k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
-    high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S.EXACT)
-    decays = pair_decays(high, low, S.EXACT)
+    q_head, k_head = query_head(x, here, h, S), key_head(x, here, h, S)
+    high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S)
+    decays = pairs(high, low, S)
     from_start = tl.exp2(high)
-    strength = tl.load(x.beta + origin * x.stride_beta + h + in_chunk * x.stride_beta, mask=valid, other=0.0).to(
-        tl.float32
-    )
+    strength = strengths_of(x, here, h, S)
     products = product(k_head, k_head, x.stride_k, x.stride_k, valid, S.K, S.BK, S)
     solved = tl.load(square(maps.solve + (row.to(tl.int64) * S.HEADS + h) * (S.C * S.C), S.C))
-    solve_grads = tl.load(square(planes + SOLVE_GRADS * S.C * S.C, S.C))
+    solve_grads = tl.load(plane(scores, unit, SOLVE_GRADS, S))
     doverlap, overlap, dstrength = inverse_grads(products, decays, strength, solved, solve_grads, S)
-    tl.store(
-        out.dbeta + origin * out.stride_dbeta + h + in_chunk * out.stride_dbeta,
-        dstrength.to(out.dbeta.dtype.element_ty),
-        mask=valid,
-    )
+    dbeta = out.dbeta + origin * out.stride_dbeta + h + in_chunk * out.stride_dbeta
+    tl.store(dbeta, dstrength.to(out.dbeta.dtype.element_ty), mask=valid)
     gain = tl.zeros([S.C], tl.float32)
     if x.g is not None:
-        pairs = doverlap * overlap
-        gain += tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
+        shares = doverlap * overlap
+        gain += tl.sum(shares, axis=1) - tl.sum(shares, axis=0)
 
     doverlap_low = (doverlap * decays).to(dtype)
-    dproducts = tl.load(square(planes + PRODUCT_GRADS * S.C * S.C, S.C))
+    dproducts = tl.load(plane(scores, unit, PRODUCT_GRADS, S))
     sources = key_grads + unit * (2 * S.C * S.K)
     part = (h % (S.H // S.G)).to(tl.int64)
     dq_head = out.dq + part * dq_parts + origin * out.stride_dq + h // (S.H // S.G) * S.K
     dk_head = out.dk + part * dk_parts + origin * out.stride_dk + h // (S.H // S.G) * S.K
     for first in range(0, S.K, S.BK):
         k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
-        acc = (
-            load_part(query_grads + unit * (S.C * S.K), 0, first, S.K, S.C, S.K, S.C, S.BK).to(tl.float32)
-            * from_start[:, None]
-        )
+        seen = load_part(query_grads + unit * (S.C * S.K), S.K, 0, first, S.C, S.K, S.C, S.BK)
+        acc = seen.to(tl.float32) * from_start[:, None]
         acc = tl.dot(dproducts, k_tile, acc, input_precision=S.PRECISION)
         store_tile(dq_head, out.stride_dq, valid, acc, S.C, S.K, S.BK, first)
-        dw = load_part(sources, 0, first, S.K, S.C, S.K, S.C, S.BK)
+        dw = load_part(sources, S.K, 0, first, S.C, S.K, S.C, S.BK)
         acc = tl.dot(tl.trans(solved), dw, input_precision=S.PRECISION) * from_start[:, None]
         if x.g is not None:
             gain += tl.sum(acc * k_tile.to(tl.float32), axis=1)
-        acc += load_part(sources + S.C * S.K, 0, first, S.K, S.C, S.K, S.C, S.BK).to(tl.float32)
+        acc += load_part(sources + S.C * S.K, S.K, 0, first, S.C, S.K, S.C, S.BK).to(tl.float32)
         acc = tl.dot(doverlap_low, k_tile, acc, input_precision=S.PRECISION)
         acc = tl.dot(tl.trans(doverlap_low), k_tile, acc, input_precision=S.PRECISION)
         q_tile = load_tile(q_head, x.stride_q, valid, S.C, S.K, S.BK, first)
@@ -128,8 +113,5 @@ def key_grads_kernel(
         gradient += tl.load(chunk_gains + unit)
         gate = tl.load(x.g + origin * x.stride_g + h + in_chunk * x.stride_g, mask=valid, other=0.0).to(tl.float32)
         gradient = tl.where(gate > GATE_FLOOR, gradient, 0.0)
-        tl.store(
-            out.dg + origin * out.stride_dg + h + in_chunk * out.stride_dg,
-            gradient.to(out.dg.dtype.element_ty),
-            mask=valid,
-        )
+        dg = out.dg + origin * out.stride_dg + h + in_chunk * out.stride_dg
+        tl.store(dg, gradient.to(out.dg.dtype.element_ty), mask=valid)

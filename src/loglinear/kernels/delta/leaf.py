@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.group_maps import decay_to_end
 from loglinear.kernels.delta.products import times_tokens
+from loglinear.kernels.tree.decays import to_end
 
 
 @triton.jit
@@ -18,11 +18,11 @@ def leaf_scores(queries, keys, stride_k, sums, plane, S: tl.constexpr):
     """``Q K_endᵀ`` ``[C, C]`` float32; keys and sums point at the first token of a whole chunk."""
     everywhere = tl.arange(0, S.C) >= 0
     pairs = times_tokens(queries, keys, stride_k, everywhere, S)
-    return pairs * decay_to_end(sums, S.C, plane, S)[None, :]
+    return pairs * to_end(sums, S.C, plane, S)[None, :]
 
 
 @triton.jit
-def leaf_jump(queries, pairs, sums, erased, S: tl.constexpr):
+def jump(queries, pairs, sums, erased, S: tl.constexpr):
     """``Q A`` ``[C, BK]`` in Q's dtype, from ``pairs = Q K_endᵀ`` and ``erased = W``; sums point at the chunk's first token."""
     passed = queries.to(tl.float32) * tl.exp2(tl.load(sums + S.C - 1))
     return tl.dot(-pairs.to(queries.dtype), erased, passed, input_precision=S.PRECISION).to(queries.dtype)

@@ -10,17 +10,58 @@ the chunk closes are added up first.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.group_grads import SPARE, prefix_row
-from loglinear.kernels.delta.group_maps import decay_to_end, identity_columns, load_square, prefix_slot
-from loglinear.kernels.delta.products import memory_times, times_tokens, tokens_times
-from loglinear.kernels.delta.score_grads import MASKED, PLANES, PRODUCTS, SOLVE_GRADS, square
-from loglinear.kernels.delta.tiles import load_part, load_part_if, store_part
-from loglinear.kernels.delta.unit_grads import state_grads
-from loglinear.kernels.tree.place import GROUP, locate
-from loglinear.kernels.tree.tiles import load_tile, store_tile
+from loglinear.kernels.delta.group_maps import identity
+from loglinear.kernels.delta.products import load_erased, memory_times, times_tokens, tokens_times
+from loglinear.kernels.delta.score_grads import MASKED, PRODUCTS, SOLVE_GRADS, plane
+from loglinear.kernels.delta.unit_grads import block_before, blocks_before, state_grads, unit_of
+from loglinear.kernels.tree.decays import to_end
+from loglinear.kernels.tree.place import GROUP, chunk_of, row_of_program
+from loglinear.kernels.tree.tiles import (
+    key_head,
+    load_block,
+    load_part,
+    load_tile,
+    load_tokens,
+    square,
+    store_part,
+    store_tile,
+)
+
+
+class Thin(NamedTuple):
+    """The two thin matrices of a chunk, K and W, in registers for tensor cores and in memory for IEEE products."""
+
+    k_tile: Any
+    erased: Any
+    keys: Any
+    stride: Any
+    valid: Any
+    written: Any
+
+
+@triton.jit
+def keys_times(thin, right, BN: tl.constexpr, S: tl.constexpr):
+    """``K X`` ``[C, BN]`` of ``right [BK, BN]``, float32."""
+    if S.PRECISION == "ieee":
+        product = tokens_times(thin.keys, thin.stride, thin.valid, right, BN, S)
+    else:
+        product = tl.dot(thin.k_tile, right, input_precision=S.PRECISION)
+    return product
+
+
+@triton.jit
+def erased_times(thin, right, S: tl.constexpr):
+    """``W Y`` ``[C, BN]`` of ``right [BK, BN]``, float32."""
+    if S.PRECISION == "ieee":
+        product = memory_times(thin.written, right, S.K + S.V, S.C, S.C, S)
+    else:
+        product = tl.dot(thin.erased, right, input_precision=S.PRECISION)
+    return product
 
 
 @triton.jit
@@ -36,95 +77,43 @@ def inner_product(left, right, S: tl.constexpr):
 
 
 @triton.jit
-def after_maps(
-    prefixes,
-    entries,
-    grads,
-    c,
-    group,
-    row,
-    x_row,
-    h,
-    k_tile,
-    erased,
-    k_head,
-    stride_k,
-    valid,
-    written,
-    WIDTH: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    S: tl.constexpr,
-):
+def after_maps(u, thin, GATED: tl.constexpr, S: tl.constexpr):
     """``(W Y Xᵀ, K X Yᵀ, <X, Y>)`` of the prefix before unit c and, for unit 5, of unit 4 before it; zero for unit 0."""
-    own = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
-    x = grads + (x_row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
-    prefix = prefixes + (prefix_slot(c, group).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
-    # The prefix before units 1, 2 and 4 is an entry, as is the pair's first unit before unit 5.
-    entry = entries + ((row - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
-    other = tl.where(c == 5, own, x)
     acc = tl.zeros([S.C, S.BK], tl.float32)
     dw = tl.zeros([S.C, S.BK], tl.float32)
     trace = 0.0
-    BLOCKS: tl.constexpr = (WIDTH + S.BN - 1) // S.BN
-    after_entry = (0b110110 >> c) & 1
-    after_prefix = (0b11101000 >> c) & 1
-    for i in range(BLOCKS * (1 - after_entry), BLOCKS * (1 + after_prefix)):
-        is_other = i < BLOCKS
-        first = tl.where(is_other, i, i - BLOCKS) * S.BN
-        left = load_part(tl.where(is_other, other, x), 0, first, WIDTH, S.K, WIDTH, S.BK, S.BN)
-        right = load_part(tl.where(is_other, entry, prefix), 0, first, WIDTH, S.K, WIDTH, S.BK, S.BN)
-        if HAS_GATE:
+    BLOCKS: tl.constexpr = (S.K + S.V + S.BN - 1) // S.BN
+    begin, end = blocks_before(u, BLOCKS)
+    for i in range(begin, end):
+        left, right = block_before(u, i, BLOCKS, 0, 0, S.BK, S.BN, S)
+        if GATED:
             trace += inner_product(left, right, S)
-        if S.PRECISION == "ieee":
-            passed = tokens_times(k_head, stride_k, valid, left, S.BN, S)
-        else:
-            passed = tl.dot(k_tile, left, input_precision=S.PRECISION)
+        passed = keys_times(thin, left, S.BN, S)
         dw = tl.dot(passed.to(left.dtype), tl.trans(right), dw, input_precision=S.PRECISION)
-        if S.PRECISION == "ieee":
-            change = memory_times(written, right, WIDTH, S.C, S.C, S)
-        else:
-            change = tl.dot(erased, right, input_precision=S.PRECISION)
+        change = erased_times(thin, right, S)
         acc = tl.dot(change.to(left.dtype), tl.trans(left), acc, input_precision=S.PRECISION)
     return acc, dw, trace
 
 
 @triton.jit
-def after_identity(
-    acc,
-    dw,
-    trace,
-    grads,
-    c,
-    row,
-    h,
-    k_tile,
-    erased,
-    k_head,
-    stride_k,
-    valid,
-    written,
-    WIDTH: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    S: tl.constexpr,
-):
+def after_identity(acc, dw, trace, u, thin, GATED: tl.constexpr, S: tl.constexpr):
     """Add the same of ``Y = [I | 0]``, where unit c is the first of the prefix or of a pair."""
-    x = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
-    if HAS_GATE:
+    WIDTH: tl.constexpr = S.K + S.V
+    end = tl.where(u.c % 2 == 0, S.K, 0)
+    if GATED:
         diagonal = tl.arange(0, S.BK)
-        inside = diagonal < tl.where(c % 2 == 0, S.K, 0)
-        trace += tl.sum(tl.load(x + diagonal * (WIDTH + 1), mask=inside, other=0.0).to(tl.float32))
+        trace += tl.sum(tl.load(u.own + diagonal * (WIDTH + 1), mask=diagonal < end, other=0.0).to(tl.float32))
     if S.PRECISION == "ieee" or S.BK > 128:  # no room for the whole of A
         for first in range(0, S.K, S.BN):
-            left = load_part_if(c % 2 == 0, x, 0, first, S.K, S.K, WIDTH, S.BK, S.BN)
-            identity = identity_columns(first, S).to(left.dtype)
-            passed = tokens_times(k_head, stride_k, valid, left, S.BN, S).to(left.dtype)
-            part = load_part(written, 0, first, S.K, S.C, WIDTH, S.C, S.BN)
-            dw = tl.dot(passed, tl.trans(identity), dw, input_precision=S.PRECISION)
+            left = load_block(u.own, WIDTH, 0, first, 0, end, S.K, S.BK, S.BN, True)
+            passed = tokens_times(thin.keys, thin.stride, thin.valid, left, S.BN, S).to(left.dtype)
+            part = load_part(thin.written, WIDTH, 0, first, S.C, S.K, S.C, S.BN)
+            dw = tl.dot(passed, tl.trans(identity(first, S).to(left.dtype)), dw, input_precision=S.PRECISION)
             acc = tl.dot(part, tl.trans(left), acc, input_precision=S.PRECISION)
-    elif c % 2 == 0:
-        left = load_part(x, 0, 0, S.K, S.K, WIDTH, S.BK, S.BK)
-        dw = tl.dot(k_tile, left, dw, input_precision=S.PRECISION)
-        acc = tl.dot(erased, tl.trans(left), acc, input_precision=S.PRECISION)
+    elif u.c % 2 == 0:
+        left = load_part(u.own, WIDTH, 0, 0, S.K, S.K, S.BK, S.BK)
+        dw = tl.dot(thin.k_tile, left, dw, input_precision=S.PRECISION)
+        acc = tl.dot(thin.erased, tl.trans(left), acc, input_precision=S.PRECISION)
     return acc, dw, trace
 
 
@@ -150,95 +139,63 @@ def map_grads_kernel(
     S: tl.constexpr,
 ):
     """Grid: H x rows, rows fastest. float32: accumulators, decays."""
-    WIDTH: tl.constexpr = S.K + S.V
-    rows = tl.num_programs(0) // S.H
-    pid = tl.program_id(0)
-    row = pid % rows
-    h = pid // rows
-    start, length, row0, group0, _, _ = locate(row, table, T, N, NG, N, S.PACKED)
-    if length < 0:
+    GATED: tl.constexpr = x.g is not None
+    at, row, h, _ = row_of_program(table, T, N, NG, S.H, S)
+    if at.length < 0:
         return
-    n = row - row0
+    here = chunk_of(at, row, S.C)
+    n, valid = here.local, here.valid
     in_chunk = tl.arange(0, S.C)
-    valid = in_chunk < length - n * S.C
-    origin = (start + n * S.C).to(tl.int64)
     unit = row.to(tl.int64) * S.H + h
     kept = row.to(tl.int64) * S.HEADS + h
     dtype = scores.dtype.element_ty
-    k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
-    k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, 0)
-    head_sums = maps.sums + h.to(tl.int64) * sums_stride + origin
-    written = maps.writes + kept * (S.C * WIDTH)
-    c = n % GROUP
-    group = group0 + n // GROUP
-    x_row = prefix_row(c, row, spare + group * SPARE)
-    erased = load_square(written, WIDTH, S.C, S.C, S)
-    acc, dw, trace = after_maps(
-        prefixes,
-        maps.entries,
-        grads,
-        c,
-        group,
-        row,
-        x_row,
-        h,
-        k_tile,
-        erased,
-        k_head,
-        x.stride_k,
-        valid,
-        written,
-        WIDTH,
-        x.g is not None,
-        S,
-    )
-    acc, dw, trace = after_identity(
-        acc, dw, trace, grads, c, row, h, k_tile, erased, k_head, x.stride_k, valid, written, WIDTH, x.g is not None, S
-    )
-    if x.g is not None:
+    keys = key_head(x, here, h, S)
+    k_tile = load_tile(keys, x.stride_k, valid, S.C, S.K, S.BK, 0)
+    head_sums = maps.sums + h.to(tl.int64) * sums_stride + here.origin
+    written = maps.writes + kept * (S.C * (S.K + S.V))
+    u = unit_of(prefixes, maps.entries, grads, n % GROUP, at.group0 + n // GROUP, row, 1, spare, h, S)
+    thin = Thin(k_tile, load_erased(written, S), keys, x.stride_k, valid, written)
+    acc, dw, trace = after_maps(u, thin, GATED, S)
+    acc, dw, trace = after_identity(acc, dw, trace, u, thin, GATED, S)
+    if GATED:
         tl.store(chunk_gains + unit, trace * tl.exp2(tl.load(maps.chunk_log + kept)))
-    to_end = decay_to_end(head_sums, tl.minimum(length - n * S.C, S.C), all_tokens, S)
+    decay = to_end(head_sums, here.size, all_tokens, S)
     acc = -acc
-    planes = scores + unit * (PLANES * S.C * S.C)
     targets = key_grads + unit * (2 * S.C * S.K)
-    products = tl.load(square(planes + PRODUCTS * S.C * S.C, S.C))
-    queries = load_part(query_grads + unit * (S.C * S.K), 0, 0, S.K, S.C, S.K, S.C, S.BK)
-    dw = tl.dot(tl.trans(products), queries, dw * to_end[:, None], input_precision=S.PRECISION)
+    products = tl.load(plane(scores, unit, PRODUCTS, S))
+    queries = load_part(query_grads + unit * (S.C * S.K), S.K, 0, 0, S.C, S.K, S.C, S.BK)
+    dw = tl.dot(tl.trans(products), queries, dw * decay[:, None], input_precision=S.PRECISION)
     dw_low = (-dw).to(dtype)
-    store_part(targets, dw_low, 0, 0, S.K, S.C, S.K, S.C, S.BK)
+    store_part(targets, S.K, dw_low, 0, 0, S.C, S.K, S.C, S.BK)
     from_start = tl.exp2(tl.load(head_sums + in_chunk, mask=valid, other=0.0))
     if S.PRECISION == "ieee":
-        solve_grads = times_tokens(dw_low, k_head, x.stride_k, valid, S)
+        solve_grads = times_tokens(dw_low, keys, x.stride_k, valid, S)
     else:
         solve_grads = tl.dot(dw_low, tl.trans(k_tile), input_precision=S.PRECISION)
     solve_grads *= from_start[None, :]
 
-    masked = tl.load(square(planes + MASKED * S.C * S.C, S.C))
+    masked = tl.load(plane(scores, unit, MASKED, S))
     solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))
     # Not pipelined: the buffers would leave room for one program on a multiprocessor and not two.
     for first in tl.range(0, S.V, S.BV, num_stages=1):
-        values = load_tile(x.v + origin * x.stride_v + h * S.V, x.stride_v, valid, S.C, S.V, S.BV, first)
-        outputs = load_tile(x.do + origin * x.stride_do + h * S.V, x.stride_do, valid, S.C, S.V, S.BV, first)
-        added = load_part(written + S.K, 0, first, S.V, S.C, WIDTH, S.C, S.BV)
-        ds = state_grads(grads, c, row, x_row, h, 0, first, S.BV, S).to(dtype)
-        if S.PRECISION == "ieee":
-            du = tokens_times(k_head, x.stride_k, valid, ds, S.BV, S)
-        else:
-            du = tl.dot(k_tile, ds, input_precision=S.PRECISION)
-        du = (du * to_end[:, None]).to(dtype)
+        values = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first)
+        outputs = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first)
+        added = load_part(written + S.K, S.K + S.V, 0, first, S.C, S.V, S.C, S.BV)
+        ds = state_grads(u, 0, first, S.BV, S).to(dtype)
+        du = (keys_times(thin, ds, S.BV, S) * decay[:, None]).to(dtype)
         solve_grads = tl.dot(du, tl.trans(values), solve_grads, input_precision=S.PRECISION)
         dvalues = tl.dot(tl.trans(masked), outputs, input_precision=S.PRECISION)
         dvalues = tl.dot(tl.trans(solved), du, dvalues, input_precision=S.PRECISION)
-        store_tile(out.dv + origin * out.stride_dv + h * S.V, out.stride_dv, valid, dvalues, S.C, S.V, S.BV, first)
+        dv = out.dv + here.origin * out.stride_dv + h * S.V
+        store_tile(dv, out.stride_dv, valid, dvalues, S.C, S.V, S.BV, first)
         acc = tl.dot(added, tl.trans(ds), acc, input_precision=S.PRECISION)
 
-    target = square(planes + SOLVE_GRADS * S.C * S.C, S.C)
+    target = plane(scores, unit, SOLVE_GRADS, S)
     tl.store(target, (solve_grads + tl.load(target).to(tl.float32)).to(dtype))
-    acc = acc * to_end[:, None]
-    store_part(targets + S.C * S.K, acc, 0, 0, S.K, S.C, S.K, S.C, S.BK)
-    if x.g is not None:
-        keys = load_tile(
-            k_head, x.stride_k, valid, S.C, S.K, S.BK, 0
-        )  # loaded again: registers need not hold them until here
-        ends = tl.sum(acc * keys.to(tl.float32), axis=1)
-        tl.store(end_gains + h.to(tl.int64) * all_tokens + origin + in_chunk, ends, mask=valid)
+    acc = acc * decay[:, None]
+    store_part(targets + S.C * S.K, S.K, acc, 0, 0, S.C, S.K, S.C, S.BK)
+    if GATED:
+        # Loaded again: registers need not hold them until here.
+        k_again = load_tile(keys, x.stride_k, valid, S.C, S.K, S.BK, 0)
+        ends = tl.sum(acc * k_again.to(tl.float32), axis=1)
+        tl.store(end_gains + h.to(tl.int64) * all_tokens + here.origin + in_chunk, ends, mask=valid)

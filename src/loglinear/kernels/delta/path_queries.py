@@ -8,15 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.group_maps import load_square, map_tile
-from loglinear.kernels.delta.leaf import leaf_jump, leaf_scores
-from loglinear.kernels.delta.output import local_products, start_queries
-from loglinear.kernels.delta.products import times_memory
+from loglinear.fenwick import query_path
+from loglinear.kernels.delta.leaf import jump, leaf_scores
+from loglinear.kernels.delta.output import gate_scores, start_queries
+from loglinear.kernels.delta.products import load_erased, times_memory
 from loglinear.kernels.tree.decays import load_sum
-from loglinear.kernels.tree.place import GROUP, locate, lowbit, set_bits, set_bits_before
-from loglinear.kernels.tree.tiles import load_tile
+from loglinear.kernels.tree.place import GROUP, chunk_of, lowbit, row_of_program, set_bits, set_bits_before
+from loglinear.kernels.tree.tiles import key_head, load_tile, query_head, store_part
 
-IN_GROUP = tl.constexpr(12)  # entries that lie within a group on the paths of its chunks: bits set in 0 … 7
+# Entries that lie within a group on the paths of its chunks.
+IN_GROUP = tl.constexpr(sum(len(list(query_path(n))) for n in range(GROUP.value)))
 
 
 @triton.jit
@@ -30,65 +31,48 @@ def inner_start(n, row0):
 
 @triton.jit
 def store_queries(base, tile, S: tl.constexpr):
-    pointers, inside = map_tile(base, 0, 0, S.K, S.K, S.C, S.C, S.BK)
-    tl.store(pointers, tile, mask=inside)
+    store_part(base, S.K, tile, 0, 0, S.C, S.K, S.C, S.BK)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def path_queries_kernel(
-    x,
-    maps,
-    inner_queries,  # [1.5 rows, H, C, K] queries before each entry within their group, nearest entry first
-    group_queries,  # [rows, H, C, K] queries as seen from the start of their group; none in a sequence's first
-    table,
-    T,
-    N,
-    NG,
-    all_tokens,
-    sums_stride,
-    S: tl.constexpr,
+    x, maps, inner_queries, group_queries, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr
 ):
-    """Grid: H x rows, rows fastest. float32: scores, decays, accumulators."""
-    rows = tl.num_programs(0) // S.H
-    pid = tl.program_id(0)
-    row = pid % rows
-    h = pid // rows
-    start, length, row0, _, _, _ = locate(row, table, T, N, NG, N, S.PACKED)
-    n = row - row0
-    if (length < 0) | (n == 0):
+    """``inner_queries [1.5 rows, H, C, K]``: before each entry within their group, the nearest first. ``group_queries
+    [rows, H, C, K]``: as seen from the start of their group; none in a sequence's first.
+
+    Grid: H x rows, rows fastest. float32: scores, decays, accumulators.
+    """
+    at, row, h, _ = row_of_program(table, T, N, NG, S.H, S)
+    n = row - at.row0
+    if (at.length < 0) | (n == 0):
         return
-    in_chunk = tl.arange(0, S.C)
-    valid = in_chunk < length - n * S.C
-    origin = (start + n * S.C).to(tl.int64)
-    unit = row.to(tl.int64) * S.H + h
+    here = chunk_of(at, row, S.C)
     kept = row.to(tl.int64) * S.HEADS + h
-    q_head = x.q + origin * x.stride_q + h // (S.H // S.G) * S.K
-    k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
-    high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S.EXACT)
-    products = local_products(q_head, k_head, x.stride_q, x.stride_k, valid, high, low, S)
-    q_tile = load_tile(q_head, x.stride_q, valid, S.C, S.K, S.BK, 0)
-    erased = load_square(maps.writes + kept * (S.C * (S.K + S.V)), S.K + S.V, S.C, S.C, S)
-    queries = start_queries(q_tile, products, erased, high, S.PRECISION)
-    slot = inner_start(n, row0)
+    head_sums = maps.sums + h.to(tl.int64) * sums_stride + here.origin
+    high, low = load_sum(head_sums, tl.arange(0, S.C), here.valid, all_tokens, S)
+    products = gate_scores(x, here, h, high, low, S)
+    q_tile = load_tile(query_head(x, here, h, S), x.stride_q, here.valid, S.C, S.K, S.BK, 0)
+    written = maps.writes + kept * (S.C * (S.K + S.V))
+    queries = start_queries(q_tile, products, load_erased(written, S), high, S.PRECISION)
+    slot = inner_start(n, at.row0)
     first_group = n < GROUP
     leaf = ((n % 2 == 1) & (n > 1)).to(tl.int32)  # no jump past the last entry of all
     if leaf == 1:
         store_queries(inner_queries + (slot.to(tl.int64) * S.H + h) * (S.C * S.K), queries, S)
-        before_sums = maps.sums + h.to(tl.int64) * sums_stride + (origin - S.C)
-        erased = load_square(maps.writes + (kept - S.HEADS) * (S.C * (S.K + S.V)), S.K + S.V, S.C, S.C, S)
-        pairs = leaf_scores(queries, k_head - S.C * x.stride_k, x.stride_k, before_sums, all_tokens, S)
-        queries = leaf_jump(queries, pairs, before_sums, erased, S)
+        erased = load_erased(maps.writes + (kept - S.HEADS) * (S.C * (S.K + S.V)), S)
+        keys = key_head(x, here, h, S) - S.C * x.stride_k
+        pairs = leaf_scores(queries, keys, x.stride_k, head_sums - S.C, all_tokens, S)
+        queries = jump(queries, pairs, head_sums - S.C, erased, S)
     slot += leaf
     e = n - leaf
     for _ in range(set_bits(n % GROUP) - first_group.to(tl.int32) - leaf):
         store_queries(inner_queries + (slot.to(tl.int64) * S.H + h) * (S.C * S.K), queries, S)
-        entry = maps.entries + ((row0 + e - 1).to(tl.int64) * S.HEADS + h) * (S.K * (S.K + S.V))
-        queries = times_memory(queries, entry, 0, 0, S.K, S.K + S.V, S.K, S.C, S.BK, S.K % S.BK != 0, S).to(
-            queries.dtype
-        )
+        entry = maps.entries + ((at.row0 + e - 1).to(tl.int64) * S.HEADS + h) * (S.K * (S.K + S.V))
+        after = times_memory(queries, entry, S.K + S.V, 0, S.K, S.C, S.K % S.BK != 0, S)
+        queries = after.to(queries.dtype)
         slot += 1
         e -= lowbit(e)
-    last = tl.where(
-        first_group, inner_queries + (slot.to(tl.int64) * S.H + h) * (S.C * S.K), group_queries + unit * (S.C * S.K)
-    )
-    store_queries(last, queries, S)
+    inner = inner_queries + (slot.to(tl.int64) * S.H + h) * (S.C * S.K)
+    of_group = group_queries + (row.to(tl.int64) * S.H + h) * (S.C * S.K)
+    store_queries(tl.where(first_group, inner, of_group), queries, S)

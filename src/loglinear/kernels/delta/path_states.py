@@ -12,47 +12,28 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.delta.products import times_memory
-from loglinear.kernels.delta.tiles import load_part
 from loglinear.kernels.tree.place import GROUP, locate, set_bits, set_bits_before
+from loglinear.kernels.tree.tiles import block_of, load_part
 
 
 @triton.jit
-def path_start(m, sequence, path_starts, paths, PACKED: tl.constexpr):
-    """Slot of the first entry on the path of group m in an array of all paths."""
+def path_start(m, at, path_starts, paths, PACKED: tl.constexpr):
+    """Slot of the first entry on the path of group m, of the sequence at ``at``, in an array of all paths."""
     if PACKED:
-        before = tl.load(path_starts + sequence)
+        before = tl.load(path_starts + at.sequence)
     else:
-        before = sequence * paths
+        before = at.sequence * paths
     return before + set_bits_before(m)
-
-
-@triton.jit
-def store_columns(base, tile, first_k, first, end, K: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr):  # fmt: skip
-    """Write tile ``[BM, BN]`` of a matrix of K rows of STRIDE elements, as far as column ``end``."""
-    rows = first_k + tl.arange(0, BM)
-    columns = first + tl.arange(0, BN)
-    inside = (columns < end)[None, :]
-    if K % BM != 0:
-        inside = inside & (rows < K)[:, None]
-    tl.store(base + (rows[:, None] * STRIDE + columns[None, :]), tile, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths"])
 def path_states_kernel(
-    entries,  # [rows, H, K, K+V]
-    states,  # [slots, H, K, V]: T_j S_j, or if MAPS [slots, H, K, K+V]: [T_j | T_j S_j]; none for j = 0
-    path_starts,
-    table,
-    T,
-    N,
-    NG,
-    paths,
-    S: tl.constexpr,
-    BM: tl.constexpr,
-    MAPS: tl.constexpr,
+    entries, states, path_starts, table, T, N, NG, paths, S: tl.constexpr, BM: tl.constexpr, MAPS: tl.constexpr
 ):
-    """Grid: groups x H x blocks of BM rows of T, blocks fastest. float32: accumulators; T is rounded before each product."""
+    """States ``[slots, H, K, V]``: T_j S_j, or if MAPS ``[slots, H, K, K+V]``: [T_j | T_j S_j]; none for j = 0.
+
+    Grid: groups x H x blocks of BM rows of T, blocks fastest. float32: accumulators; T is rounded before each product.
+    """
     WIDTH: tl.constexpr = S.K + S.V
     STRIDE: tl.constexpr = WIDTH if MAPS else S.V
     BLOCKS: tl.constexpr = (S.K + BM - 1) // BM
@@ -61,27 +42,28 @@ def path_states_kernel(
     first_k = pid % BLOCKS * BM
     h = pid // BLOCKS % S.H
     group = pid // (BLOCKS * S.H)
-    _, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
-    m = group - group0
+    at = locate(group, table, T, N, NG, NG, S.PACKED)
+    m = group - at.group0
     count = set_bits(m)
-    if (length < 0) | (count < 2):
+    if (at.length < 0) | (count < 2):
         return
-    slot = path_start(m, sequence, path_starts, paths, S.PACKED)
-    nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
-    x = load_part(nearest, first_k, 0, S.K, S.K, WIDTH, BM, S.BK)
+    slot = path_start(m, at, path_starts, paths, S.PACKED)
+    nearest = entries + ((at.row0 + m * GROUP - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
+    x = load_part(nearest, WIDTH, first_k, 0, S.K, S.K, BM, S.BK)
     f = m & (m - 1)
     for step in range((count - 1) * (TILES + 1) - 1):
         j = step // (TILES + 1) + 1
         tile = step % (TILES + 1)
         jump = tile == TILES
-        source = entries + ((row0 + f * GROUP - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
+        source = entries + ((at.row0 + f * GROUP - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
         first = tl.where(jump, 0, S.K + tile * S.BK)
         end = tl.where(jump, S.K, WIDTH)
         MASKED: tl.constexpr = (S.K % S.BK != 0) or (S.V % S.BK != 0)
-        result = times_memory(x, source, first, 0, end, WIDTH, S.K, BM, S.BK, MASKED, S).to(x.dtype)
+        result = times_memory(x, source, WIDTH, first, end, BM, MASKED, S).to(x.dtype)
         target = states + ((slot + j + jump.to(tl.int32)).to(tl.int64) * S.H + h) * (S.K * STRIDE)
         first = tl.where(jump, 0, STRIDE - S.V + tile * S.BK)
         end = tl.where(jump, STRIDE - S.V, STRIDE)  # without MAPS a jump stores nothing
-        store_columns(target, result, first_k, first, end, S.K, STRIDE, BM, S.BK)
+        pointers, inside = block_of(target, STRIDE, first_k, first, 0, end, S.K, BM, S.BK)
+        tl.store(pointers, result, mask=inside)
         x = tl.where(jump, result, x)
         f = tl.where(jump, f & (f - 1), f)

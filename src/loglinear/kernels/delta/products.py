@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.tiles import load_tile
+from loglinear.kernels.tree.tiles import load_block, load_part, load_tile
 
 FLOAT32_SLICE = tl.constexpr(32)
 
@@ -29,44 +29,23 @@ def row_slice(matrix, which, PARTS: tl.constexpr, SIZE: tl.constexpr, N: tl.cons
 
 
 @triton.jit
-def load_block(base, first_row, first, low, high, stride, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-               MASKED: tl.constexpr):  # fmt: skip
-    """Tile ``[BR, BC]`` of a matrix with ROWS rows of ``stride`` elements, zero outside of it and of columns [low, high)."""
-    rows = first_row + tl.arange(0, BR)
-    columns = first + tl.arange(0, BC)
-    pointers = base + (rows[:, None] * stride + columns[None, :])
-    if MASKED:
-        inside = ((columns >= low) & (columns < high))[None, :] & (rows < ROWS)[:, None]
-        tile = tl.load(pointers, mask=inside, other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
+def load_erased(written, S: tl.constexpr):
+    """W ``[C, BK]`` of a chunk, from its ``[W | U]``."""
+    return load_part(written, S.K + S.V, 0, 0, S.C, S.K, S.C, S.BK)
 
 
 @triton.jit
-def times_memory(
-    left,
-    base,
-    first,
-    low,
-    high,
-    stride,
-    ROWS: tl.constexpr,
-    M: tl.constexpr,
-    BN: tl.constexpr,
-    MASKED: tl.constexpr,
-    S: tl.constexpr,
-):
-    """``left [M, BK]`` times columns from ``first`` on, of those in [low, high), of a matrix of ROWS <= BK rows. float32."""
+def times_memory(left, base, stride, first, end, M: tl.constexpr, MASKED: tl.constexpr, S: tl.constexpr):
+    """``left [M, BK]`` times BK columns from ``first`` on, if MASKED as far as ``end``, of a matrix of K rows. float32."""
     if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
-        total = tl.zeros([M, BN], tl.float32)
-        for part in range(S.BK // FLOAT32_SLICE):
+        total = tl.zeros([M, S.BK], tl.float32)
+        for part in range((S.K + FLOAT32_SLICE - 1) // FLOAT32_SLICE):
             row = part * FLOAT32_SLICE
-            tile = load_block(base, row, first, low, high, stride, ROWS, FLOAT32_SLICE, BN, MASKED)
+            tile = load_block(base, stride, row, first, 0, end, S.K, FLOAT32_SLICE, S.BK, MASKED)
             part_of_left = column_slice(left, part, S.BK // FLOAT32_SLICE, M, FLOAT32_SLICE)
             total = tl.dot(part_of_left, tile, total, input_precision=S.PRECISION)
     else:
-        tile = load_block(base, 0, first, low, high, stride, ROWS, S.BK, BN, MASKED)
+        tile = load_block(base, stride, 0, first, 0, end, S.K, S.BK, S.BK, MASKED)
         total = tl.dot(left, tile, input_precision=S.PRECISION)
     return total
 
@@ -78,11 +57,11 @@ def memory_times(base, right, STRIDE: tl.constexpr, ROWS: tl.constexpr, BR: tl.c
     if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
         total = tl.zeros([BR, S.BN], tl.float32)
         for part in range(S.BK // FLOAT32_SLICE):
-            tile = load_block(base, 0, part * FLOAT32_SLICE, 0, S.K, STRIDE, ROWS, BR, FLOAT32_SLICE, MASKED)
+            tile = load_block(base, STRIDE, 0, part * FLOAT32_SLICE, 0, S.K, ROWS, BR, FLOAT32_SLICE, MASKED)
             part_of_right = row_slice(right, part, S.BK // FLOAT32_SLICE, FLOAT32_SLICE, S.BN)
             total = tl.dot(tile, part_of_right, total, input_precision=S.PRECISION)
     else:
-        tile = load_block(base, 0, 0, 0, S.K, STRIDE, ROWS, BR, S.BK, MASKED)
+        tile = load_block(base, STRIDE, 0, 0, 0, S.K, ROWS, BR, S.BK, MASKED)
         total = tl.dot(tile, right, input_precision=S.PRECISION)
     return total
 
@@ -109,11 +88,11 @@ def times_transposed(left, base, STRIDE: tl.constexpr, M: tl.constexpr, S: tl.co
     if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
         total = tl.zeros([M, S.BK], tl.float32)
         for part in range(S.BK // FLOAT32_SLICE):
-            tile = load_block(base, 0, part * FLOAT32_SLICE, 0, S.K, STRIDE, S.K, S.BK, FLOAT32_SLICE, MASKED)
+            tile = load_block(base, STRIDE, 0, part * FLOAT32_SLICE, 0, S.K, S.K, S.BK, FLOAT32_SLICE, MASKED)
             part_of_left = column_slice(left, part, S.BK // FLOAT32_SLICE, M, FLOAT32_SLICE)
             total = tl.dot(part_of_left, tl.trans(tile), total, input_precision=S.PRECISION)
     else:
-        tile = load_block(base, 0, 0, 0, S.K, STRIDE, S.K, S.BK, S.BK, MASKED)
+        tile = load_block(base, STRIDE, 0, 0, 0, S.K, S.K, S.BK, S.BK, MASKED)
         total = tl.dot(left, tl.trans(tile), input_precision=S.PRECISION)
     return total
 
@@ -124,12 +103,12 @@ def transposed_times(base, right, STRIDE: tl.constexpr, S: tl.constexpr):
     MASKED: tl.constexpr = S.K % S.BK != 0
     if S.PRECISION == "ieee" and S.BK > FLOAT32_SLICE:
         total = tl.zeros([S.BK, S.BN], tl.float32)
-        for part in range(S.BK // FLOAT32_SLICE):
-            tile = load_block(base, part * FLOAT32_SLICE, 0, 0, S.K, STRIDE, S.K, FLOAT32_SLICE, S.BK, MASKED)
+        for part in range((S.K + FLOAT32_SLICE - 1) // FLOAT32_SLICE):
+            tile = load_block(base, STRIDE, part * FLOAT32_SLICE, 0, 0, S.K, S.K, FLOAT32_SLICE, S.BK, MASKED)
             part_of_right = row_slice(right, part, S.BK // FLOAT32_SLICE, FLOAT32_SLICE, S.BN)
             total = tl.dot(tl.trans(tile), part_of_right, total, input_precision=S.PRECISION)
     else:
-        tile = load_block(base, 0, 0, 0, S.K, STRIDE, S.K, S.BK, S.BK, MASKED)
+        tile = load_block(base, STRIDE, 0, 0, 0, S.K, S.K, S.BK, S.BK, MASKED)
         total = tl.dot(tl.trans(tile), right, input_precision=S.PRECISION)
     return total
 

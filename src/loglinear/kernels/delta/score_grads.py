@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.decays import load_sum, pair_decays
-from loglinear.kernels.tree.levels import LOG_SUB, SUB, assemble_mask, local_levels, local_scales
-from loglinear.kernels.tree.place import locate
-from loglinear.kernels.tree.tiles import load_tile
+from loglinear.kernels.tree.decays import load_sum, pairs
+from loglinear.kernels.tree.levels import LOG_SUB, SUB, level_mask, local_levels
+from loglinear.kernels.tree.place import chunk_of, row_of_program
+from loglinear.kernels.tree.tiles import key_head, load_tile, query_head, square
 
 # Planes of ``scores``. The last is P's share Pᵀ dR of dT, until map_grads adds the others.
 PRODUCTS = tl.constexpr(0)  # P
@@ -24,21 +24,21 @@ PLANES = tl.constexpr(4)
 
 
 @triton.jit
-def square(base, C: tl.constexpr):
-    """Pointers to a contiguous matrix ``[C, C]``."""
-    return base + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+def plane(scores, unit, which, S: tl.constexpr):
+    """Pointers to one of the planes of a chunk and head."""
+    return square(scores + unit * (PLANES * S.C * S.C) + which * S.C * S.C, S.C)
 
 
 @triton.jit
-def sums_by_level(pairs, L, LEVELS: tl.constexpr, S: tl.constexpr):
-    """Row sums ``[C, LEVELS]`` of ``pairs [C, C]`` over the columns of each level, the last shared. Zero above the diagonal."""
+def sums_by_level(values, L, S: tl.constexpr):
+    """Row sums ``[C, LEVELS]`` of ``values [C, C]`` over the columns of each level. Zero above the diagonal."""
     own, other = local_levels(S.C)
     is_own = (tl.arange(0, S.C) // SUB)[:, None] == tl.arange(0, S.C // SUB)[None, :]
-    blocks = tl.reshape(pairs, [S.C, S.C // SUB, SUB])
+    blocks = tl.reshape(values, [S.C, S.C // SUB, SUB])
     near = tl.sum(tl.where(is_own[:, :, None], blocks, 0.0), axis=1)
     far = tl.sum(blocks, axis=2)
-    columns = tl.arange(0, LEVELS)[None, :]
-    total = tl.zeros([S.C, LEVELS], tl.float32)
+    columns = tl.arange(0, S.LEVELS)[None, :]
+    total = tl.zeros([S.C, S.LEVELS], tl.float32)
     for level in tl.static_range(0, S.LOG_C + 1):
         if level <= LOG_SUB:
             row = tl.sum(tl.where(own == level, near, 0.0), axis=1)
@@ -71,79 +71,50 @@ def query_gain(q_head, stride_q, query_grads, valid, TILE: tl.constexpr, S: tl.c
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def score_grads_kernel(
-    x,
-    L,
-    maps,
-    query_grads,
-    scores,  # [rows, H, PLANES, C, C]
-    out,
-    gains,  # [H, B*T] the share of a row's queries in dG
-    table,
-    T,
-    N,
-    NG,
-    all_tokens,
-    sums_stride,
-    S: tl.constexpr,
-    LEVELS: tl.constexpr,
+    x, L, maps, query_grads, scores, out, gains, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr
 ):
-    """Grid: H x rows, rows fastest. float32: products, decays, scores and their gradients until they are stored."""
-    rows = tl.num_programs(0) // S.H
-    pid = tl.program_id(0)
-    row = pid % rows
-    h = pid // rows
-    start, length, row0, _, _, _ = locate(row, table, T, N, NG, N, S.PACKED)
-    if length < 0:
+    """``scores [rows, H, PLANES, C, C]``; completes dλ; ``gains [H, B*T]``, the share of a row's queries in dG.
+
+    Grid: H x rows, rows fastest. float32: products, decays, scores and their gradients until they are stored.
+    """
+    at, row, h, _ = row_of_program(table, T, N, NG, S.H, S)
+    if at.length < 0:
         return
-    n = row - row0
-    in_chunk = tl.arange(0, S.C)
-    valid = in_chunk < length - n * S.C
-    origin = (start + n * S.C).to(tl.int64)
+    here = chunk_of(at, row, S.C)
+    in_chunk, valid, origin = tl.arange(0, S.C), here.valid, here.origin
     unit = row.to(tl.int64) * S.H + h
     kept = row.to(tl.int64) * S.HEADS + h
     dtype = scores.dtype.element_ty
-    q_head = x.q + origin * x.stride_q + h // (S.H // S.G) * S.K
-    k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
-    planes = scores + unit * (PLANES * S.C * S.C)
+    q_head, k_head = query_head(x, here, h, S), key_head(x, here, h, S)
     earlier = in_chunk[:, None] >= in_chunk[None, :]
 
-    outer = product(
-        x.do + origin * x.stride_do + h * S.V,
-        x.v + origin * x.stride_v + h * S.V,
-        x.stride_do,
-        x.stride_v,
-        valid,
-        S.V,
-        S.BV,
-        S,
-    )
-    high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S.EXACT)
-    decays = tl.where(earlier, pair_decays(high, low, S.EXACT), 0.0)
+    do, v = x.do + origin * x.stride_do + h * S.V, x.v + origin * x.stride_v + h * S.V
+    outer = product(do, v, x.stride_do, x.stride_v, valid, S.V, S.BV, S)
+    high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S)
+    decays = tl.where(earlier, pairs(high, low, S), 0.0)
     products = product(q_head, k_head, x.stride_q, x.stride_k, valid, S.K, S.BK, S) * decays
     products_low = products.to(dtype)
-    tl.store(square(planes + PRODUCTS * S.C * S.C, S.C), products_low)
+    tl.store(plane(scores, unit, PRODUCTS, S), products_low)
     solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))
     within = tl.dot(products_low, solved, input_precision=S.PRECISION)
-    scales = x.scales + origin * x.stride_scales + h * L
-    near, far = local_scales(scales, valid, x.stride_scales, x.factor, L, S.C)
-    mask = tl.reshape(assemble_mask(near, far, tl.full([S.C // SUB, SUB], 1.0, tl.float32), S.C), [S.C, S.C])
-    tl.store(square(planes + MASKED * S.C * S.C, S.C), (within * mask).to(dtype))
-    columns = tl.arange(0, LEVELS)[None, :]
+    mask = level_mask(x, here, h, L, S)
+    tl.store(plane(scores, unit, MASKED, S), (within * mask).to(dtype))
+    columns = tl.arange(0, S.LEVELS)[None, :]
     place = out.dscales + origin * out.stride_dscales + h * L + (in_chunk[:, None] * out.stride_dscales + columns)
     inside = valid[:, None] & (columns < tl.minimum(L, S.LOG_C + 1))
-    gradient = sums_by_level(tl.where(earlier, within * outer, 0.0), L, LEVELS, S) * x.factor
+    gradient = sums_by_level(tl.where(earlier, within * outer, 0.0), L, S) * x.factor
     gradient += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, gradient.to(out.dscales.dtype.element_ty), mask=inside)
 
     dwithin = (outer * mask).to(dtype)
     solve_grads = tl.dot(tl.trans(products_low), dwithin, input_precision=S.PRECISION)
-    tl.store(square(planes + SOLVE_GRADS * S.C * S.C, S.C), solve_grads.to(dtype))
-    query_head = query_grads + unit * (S.C * S.K)
-    erased = product(query_head, maps.writes + kept * (S.C * (S.K + S.V)), S.K, S.K + S.V, in_chunk >= 0, S.K, S.BK, S)
+    tl.store(plane(scores, unit, SOLVE_GRADS, S), solve_grads.to(dtype))
+    query_grad = query_grads + unit * (S.C * S.K)
+    erased = product(query_grad, maps.writes + kept * (S.C * (S.K + S.V)), S.K, S.K + S.V, in_chunk >= 0, S.K, S.BK, S)
     dproducts = tl.dot(dwithin, tl.trans(solved), input_precision=S.PRECISION) - erased
-    tl.store(square(planes + PRODUCT_GRADS * S.C * S.C, S.C), (dproducts * decays).to(dtype))
+    tl.store(plane(scores, unit, PRODUCT_GRADS, S), (dproducts * decays).to(dtype))
     if x.g is not None:
-        pairs = tl.where(in_chunk[:, None] == in_chunk[None, :], 0.0, dproducts * products)
-        gain = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
-        gain += query_gain(q_head, x.stride_q, query_head, valid, S.BK, S) * tl.exp2(high)
+        shares = tl.where(in_chunk[:, None] == in_chunk[None, :], 0.0, dproducts * products)
+        gain = tl.sum(shares, axis=1) - tl.sum(shares, axis=0)
+        gain += query_gain(q_head, x.stride_q, query_grad, valid, S.BK, S) * tl.exp2(high)
         tl.store(gains + h.to(tl.int64) * all_tokens + origin + in_chunk, gain, mask=valid)

@@ -13,26 +13,18 @@ import triton.language as tl
 from loglinear.kernels.delta.entry_grads import weighted_values
 from loglinear.kernels.delta.path_states import path_start
 from loglinear.kernels.delta.products import times_transposed
-from loglinear.kernels.delta.tiles import load_part, store_part
 from loglinear.kernels.tree.place import GROUP, bit_length, locate, log2_of_power, lowbit, set_bits
+from loglinear.kernels.tree.tiles import load_part, store_part
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths", "L", "longest"])
 def path_state_grads_kernel(
-    x,
-    L,
-    group_queries,  # [rows, H, C, K] queries as seen from the start of their group
-    path_grads,  # [slots, H, K, K+V], of which this kernel writes d(T S)
-    path_starts,
-    table,
-    T,
-    N,
-    NG,
-    paths,
-    longest,
-    S: tl.constexpr,
+    x, L, group_queries, path_grads, path_starts, table, T, N, NG, paths, longest, S: tl.constexpr
 ):
-    """Grid: groups x H x entries of the longest path x tiles, tiles fastest. float32: accumulator, weights."""
+    """d(T S) of ``path_grads [slots, H, K, K+V]``.
+
+    Grid: groups x H x entries of the longest path x tiles, tiles fastest. float32: accumulator, weights.
+    """
     TILES_N: tl.constexpr = (S.V + S.BN - 1) // S.BN
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_N
     pid = tl.program_id(0)
@@ -41,77 +33,66 @@ def path_state_grads_kernel(
     j = pid // TILES % longest
     h = pid // (TILES * longest) % S.H
     group = pid // (TILES * longest * S.H)
-    start, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
-    m = group - group0
-    if (length < 0) | (j >= set_bits(m)):
+    at = locate(group, table, T, N, NG, NG, S.PACKED)
+    m = group - at.group0
+    if (at.length < 0) | (j >= set_bits(m)):
         return
     f = m
     for _ in range(j):
         f &= f - 1
-    level = tl.minimum(log2_of_power(lowbit(f * GROUP)) + S.LOG_C + 1, L - 1)
-    origin = start.to(tl.int64)
-    scales = x.scales + origin * x.stride_scales + h * L + level
-    values = x.do + origin * x.stride_do + h * S.V
-    count = tl.minimum((length + S.C - 1) // S.C - m * GROUP, GROUP)
+    scale_level = tl.minimum(log2_of_power(lowbit(f * GROUP)) + S.LOG_C + 1, L - 1)
+    count = tl.minimum((at.length + S.C - 1) // S.C - m * GROUP, GROUP)
     total = tl.zeros([S.BK, S.BN], tl.float32)
     for i in range(count):
         n = m * GROUP + i
-        place = ((row0 + n).to(tl.int64) * S.H + h) * (S.C * S.K)
-        queries = load_part(group_queries + place, 0, first_k, S.K, S.C, S.K, S.C, S.BK)
-        right = weighted_values(values, scales, n, length, first_n, x, S)
+        place = ((at.row0 + n).to(tl.int64) * S.H + h) * (S.C * S.K)
+        queries = load_part(group_queries + place, S.K, 0, first_k, S.C, S.K, S.C, S.BK)
+        right = weighted_values(x, at, n, h, scale_level, first_n, L, S)
         total = tl.dot(tl.trans(queries), right, total, input_precision=S.PRECISION)
-    slot = path_start(m, sequence, path_starts, paths, S.PACKED) + j
+    slot = path_start(m, at, path_starts, paths, S.PACKED) + j
     target = path_grads + (slot.to(tl.int64) * S.H + h) * (S.K * (S.K + S.V))
-    store_part(target + S.K, total, first_k, first_n, S.V, S.K, S.K + S.V, S.BK, S.BN)
+    store_part(target + S.K, S.K + S.V, total, first_k, first_n, S.K, S.V, S.BK, S.BN)
 
 
 @triton.jit
 def state_product(total, gradient, entry, first_k, BM: tl.constexpr, S: tl.constexpr):
     """Add rows ``[BM, BK]`` of ``d(T S) Sᵀ``, over tiles of V."""
     for first in range(0, S.V, S.BV):
-        left = load_part(gradient + S.K, first_k, first, S.V, S.K, S.K + S.V, BM, S.BV)
-        right = load_part(entry + S.K, 0, first, S.V, S.K, S.K + S.V, S.BK, S.BV)
+        left = load_part(gradient + S.K, S.K + S.V, first_k, first, S.K, S.V, BM, S.BV)
+        right = load_part(entry + S.K, S.K + S.V, 0, first, S.K, S.V, S.BK, S.BV)
         total = tl.dot(left, tl.trans(right), total, input_precision=S.PRECISION)
     return total
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths"])
-def transport_grads_kernel(
-    entries,  # [rows, H, K, K+V]
-    path_grads,  # [slots, H, K, K+V]: reads d(T_j S_j), writes dT_{j+1}; none at the last entry of a path
-    path_starts,
-    table,
-    T,
-    N,
-    NG,
-    paths,
-    S: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """Grid: groups x H x blocks of BM rows of T, blocks fastest. float32: accumulators; dT is rounded before each product."""
+def transport_grads_kernel(entries, path_grads, path_starts, table, T, N, NG, paths, S: tl.constexpr, BM: tl.constexpr):
+    """Reads d(T_j S_j) of ``path_grads [slots, H, K, K+V]``, writes dT_{j+1}; none at the last entry of a path.
+
+    Grid: groups x H x blocks of BM rows of T, blocks fastest. float32: accumulators; dT is rounded before each product.
+    """
     SIZE: tl.constexpr = S.K * (S.K + S.V)
     BLOCKS: tl.constexpr = (S.K + BM - 1) // BM
     pid = tl.program_id(0)
     first_k = pid % BLOCKS * BM
     h = pid // BLOCKS % S.H
     group = pid // (BLOCKS * S.H)
-    _, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
-    m = group - group0
+    at = locate(group, table, T, N, NG, NG, S.PACKED)
+    m = group - at.group0
     count = set_bits(m)
-    if (length < 0) | (count < 2):
+    if (at.length < 0) | (count < 2):
         return
-    slot = path_start(m, sequence, path_starts, paths, S.PACKED) + count - 1
+    slot = path_start(m, at, path_starts, paths, S.PACKED) + count - 1
     target = path_grads + (slot.to(tl.int64) * S.H + h) * SIZE
     rest = m - (1 << (bit_length(m) - 1))  # the bits of the entries after the next one, which has the other bits
-    entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
+    entry = entries + ((at.row0 + (m - rest) * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
     acc = tl.zeros([BM, S.BK], tl.float32)
     acc = state_product(acc, target, entry, first_k, BM, S)
     for _ in range(count - 2):
         after = acc.to(path_grads.dtype.element_ty)
         target -= S.H * SIZE
-        store_part(target, after, first_k, 0, S.K, S.K, S.K + S.V, BM, S.BK)
+        store_part(target, S.K + S.V, after, first_k, 0, S.K, S.K, BM, S.BK)
         rest -= 1 << (bit_length(rest) - 1)
-        entry = entries + ((row0 + (m - rest) * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
+        entry = entries + ((at.row0 + (m - rest) * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
         acc = times_transposed(after, entry, S.K + S.V, BM, S)
         acc = state_product(acc, target, entry, first_k, BM, S)
-    store_part(target - S.H * SIZE, acc, first_k, 0, S.K, S.K, S.K + S.V, BM, S.BK)
+    store_part(target - S.H * SIZE, S.K + S.V, acc, first_k, 0, S.K, S.K, BM, S.BK)

@@ -8,107 +8,102 @@ dA of a chunk.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from loglinear.kernels.delta.entry_grads import map_tile_of_program
 from loglinear.kernels.delta.group_grads import SPARE, is_prefix, prefix_row
-from loglinear.kernels.delta.group_maps import locate_group, prefix_slot
-from loglinear.kernels.delta.tiles import load_part, load_part_if, store_part
-from loglinear.kernels.tree.place import GROUP
+from loglinear.kernels.delta.group_maps import AFTER_ENTRY, AFTER_PREFIX, FIRST_PAIRED, locate_group, prefix_slot
+from loglinear.kernels.tree.place import GROUP, bit
+from loglinear.kernels.tree.tiles import load_block, load_part, store_part
+
+
+class Unit(NamedTuple):
+    """Unit c of a group, of one head: the maps before it, a prefix and an entry; and X of the prefix and of the entry that it
+    closes, ``own``. All ``[K, K+V]``.
+    """
+
+    c: Any
+    prefix: Any
+    entry: Any
+    x: Any
+    own: Any
 
 
 @triton.jit
-def transition_grads(
-    prefixes,
-    entries,
-    grads,
-    c,
-    group,
-    row,
-    x_row,
-    h,
-    first_k,
-    first_n,
-    WIDTH: tl.constexpr,
-    SIZE: tl.constexpr,
-    BW: tl.constexpr,
-    S: tl.constexpr,
-):
-    """Tile ``[BK, BN]`` of dA of unit c of a group, whose prefix's gradient is in ``x_row``; entries have SIZE rows a unit."""
-    own = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
+def unit_of(prefixes, entries, grads, c, group, row, size, spare, h, S: tl.constexpr):
+    """The ``Unit`` that ends in a row; units have ``size`` rows, and ``spare`` is the first spare row."""
+    MAP: tl.constexpr = S.K * (S.K + S.V)
+    x = grads + (prefix_row(c, row, spare + group * SPARE).to(tl.int64) * S.H + h) * MAP
+    own = grads + (row.to(tl.int64) * S.H + h) * MAP
+    prefix = prefixes + (prefix_slot(c, group).to(tl.int64) * S.HEADS + h) * MAP
+    entry = entries + ((row - size).to(tl.int64) * S.HEADS + h) * MAP
+    return Unit(c, prefix, entry, x, own)
+
+
+@triton.jit
+def blocks_before(u, blocks):
+    """(first, end) of the blocks of columns that ``block_before`` takes: those after an entry, then those after a prefix."""
+    return blocks * (1 - bit(AFTER_ENTRY, u.c)), blocks * (1 + bit(AFTER_PREFIX, u.c))
+
+
+@triton.jit
+def block_before(u, i, blocks, first_k, first_n, BN: tl.constexpr, BW: tl.constexpr, S: tl.constexpr):
+    """Block i, of BW columns, of X (BK rows from ``first_k`` on) and of the map before it, Y (BN rows from ``first_n`` on)."""
+    other = i < blocks
+    first = tl.where(other, i, i - blocks) * BW
+    left = tl.where(other, tl.where(u.c == FIRST_PAIRED + 1, u.own, u.x), u.x)
+    right = tl.where(other, u.entry, u.prefix)
+    x = load_part(left, S.K + S.V, first_k, first, S.K, S.K + S.V, S.BK, BW)
+    return x, load_part(right, S.K + S.V, first_n, first, S.K, S.K + S.V, BN, BW)
+
+
+@triton.jit
+def transition_grads(u, first_k, first_n, BW: tl.constexpr, S: tl.constexpr):
+    """Tile ``[BK, BN]`` of dA of a unit."""
     # Units 2, 4 and 6 are a pair's first, as unit 0 is the prefix's: what is before them is [I | 0].
-    total = load_part_if(c % 2 == 0, own, first_k, first_n, S.K, S.K, WIDTH, S.BK, S.BN).to(tl.float32)
-    x = grads + (x_row.to(tl.int64) * S.H + h) * (S.K * WIDTH)
-    before_x = prefixes + (prefix_slot(c, group).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
-    # The prefix before units 1, 2 and 4 is an entry, as is the pair's first unit before unit 5.
-    other = tl.where(c == 5, own, x)
-    before_other = entries + ((row - SIZE).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
-    blocks = (WIDTH + BW - 1) // BW
-    after_entry = (0b110110 >> c) & 1
-    after_prefix = (0b11101000 >> c) & 1
-    for i in range(blocks * (1 - after_entry), blocks * (1 + after_prefix)):
-        is_other = i < blocks
-        first = tl.where(is_other, i, i - blocks) * BW
-        left = load_part(tl.where(is_other, other, x), first_k, first, WIDTH, S.K, WIDTH, S.BK, BW)
-        right = load_part(tl.where(is_other, before_other, before_x), first_n, first, WIDTH, S.K, WIDTH, S.BN, BW)
-        total = tl.dot(left, tl.trans(right), total, input_precision=S.PRECISION)
+    end = tl.where(u.c % 2 == 0, S.K, 0)
+    total = load_block(u.own, S.K + S.V, first_k, first_n, 0, end, S.K, S.BK, S.BN, True).to(tl.float32)
+    blocks = (S.K + S.V + BW - 1) // BW
+    begin, end = blocks_before(u, blocks)
+    for i in range(begin, end):
+        x, y = block_before(u, i, blocks, first_k, first_n, S.BN, BW, S)
+        total = tl.dot(x, tl.trans(y), total, input_precision=S.PRECISION)
     return total
 
 
 @triton.jit
-def state_grads(grads, c, row, x_row, h, first_k, first_n, BN: tl.constexpr, S: tl.constexpr):
-    """Tile ``[BK, BN]`` of dS of unit c of a group. float32."""
-    WIDTH: tl.constexpr = S.K + S.V
-    x = grads + (x_row.to(tl.int64) * S.H + h) * (S.K * WIDTH) + S.K
-    own = grads + (row.to(tl.int64) * S.H + h) * (S.K * WIDTH) + S.K
-    total = load_part(x, first_k, first_n, S.V, S.K, WIDTH, S.BK, BN).to(tl.float32)
-    if is_prefix(c) == 0:
-        total += load_part(own, first_k, first_n, S.V, S.K, WIDTH, S.BK, BN).to(tl.float32)
+def state_grads(u, first_k, first_n, BN: tl.constexpr, S: tl.constexpr):
+    """Tile ``[BK, BN]`` of dS of a unit. float32."""
+    total = load_part(u.x + S.K, S.K + S.V, first_k, first_n, S.K, S.V, S.BK, BN).to(tl.float32)
+    if is_prefix(u.c) == 0:
+        total += load_part(u.own + S.K, S.K + S.V, first_k, first_n, S.K, S.V, S.BK, BN).to(tl.float32)
     return total
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "spare"])
 def unit_grads_kernel(
-    prefixes,  # [4 groups, H, K, K+V]
-    entries,  # [rows, H, K, K+V]
-    grads,  # [rows + spare rows, H, K, K+V], as group_grads leaves them
-    map_grads,  # [units, H, K, K+V]
-    table,
-    T,
-    N,
-    NG,
-    spare,
-    S: tl.constexpr,
-    BW: tl.constexpr,
-    TIER: tl.constexpr,
+    prefixes, entries, grads, map_grads, table, T, N, NG, spare, S: tl.constexpr, BW: tl.constexpr, TIER: tl.constexpr
 ):
-    """Grid: groups x GROUP x H x tiles of [K, K+V], tiles fastest. float32: accumulator."""
-    WIDTH: tl.constexpr = S.K + S.V
+    """``map_grads [units, H, K, K+V]``, from ``grads`` as group_grads leaves them.
+
+    Grid: groups x GROUP x H x tiles of [K, K+V], tiles fastest. float32: accumulator.
+    """
     SIZE: tl.constexpr = GROUP**TIER  # chunks of a unit
-    TILES_A: tl.constexpr = (S.K + S.BN - 1) // S.BN
-    TILES_N: tl.constexpr = TILES_A + (S.V + S.BN - 1) // S.BN
-    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_N
-    pid = tl.program_id(0)
-    tile_n = pid % TILES_N
-    first_k = pid % TILES // TILES_N * S.BK
-    h = pid // TILES % S.H
-    c = pid // (TILES * S.H) % GROUP
-    group = pid // (TILES * S.H * GROUP)
-    _, length, unit0, units, row0, group0 = locate_group(group, table, T, N, NG, TIER, S)
-    local = (group - group0) * GROUP + c
-    if (length < 0) | (local >= units):
+    first_k, first_n, in_state, h, rest = map_tile_of_program(S)
+    c = rest % GROUP
+    group = rest // GROUP
+    at, _ = locate_group(group, table, T, N, NG, TIER, S)
+    if (at.length < 0) | (c >= at.here):
         return
-    row = row0 + (local + 1) * SIZE - 1
-    x_row = prefix_row(c, row, spare + group * SPARE)
-    unit = (unit0 + local).to(tl.int64) * S.H + h
-    target = map_grads + unit * (S.K * WIDTH)
-    if tile_n < TILES_A:
-        first_n = tile_n * S.BN
-        total = transition_grads(
-            prefixes, entries, grads, c, group, row, x_row, h, first_k, first_n, WIDTH, SIZE, BW, S
-        )
-        store_part(target, total, first_k, first_n, S.K, S.K, WIDTH, S.BK, S.BN)
+    local = at.first + c
+    u = unit_of(prefixes, entries, grads, c, group, at.row0 + (local + 1) * SIZE - 1, SIZE, spare, h, S)
+    target = map_grads + ((at.unit0 + local).to(tl.int64) * S.H + h) * (S.K * (S.K + S.V))
+    if in_state:
+        total = state_grads(u, first_k, first_n, S.BN, S)
+        store_part(target + S.K, S.K + S.V, total, first_k, first_n, S.K, S.V, S.BK, S.BN)
     else:
-        first_n = (tile_n - TILES_A) * S.BN
-        total = state_grads(grads, c, row, x_row, h, first_k, first_n, S.BN, S)
-        store_part(target + S.K, total, first_k, first_n, S.V, S.K, WIDTH, S.BK, S.BN)
+        total = transition_grads(u, first_k, first_n, BW, S)
+        store_part(target, S.K + S.V, total, first_k, first_n, S.K, S.K, S.BK, S.BN)

@@ -8,60 +8,45 @@ window are added by a second kernel in a fixed order.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from loglinear.kernels.delta.entry_grads import map_tile_of_program
 from loglinear.kernels.delta.path_states import path_start
-from loglinear.kernels.delta.products import load_block
-from loglinear.kernels.delta.tiles import store_part
 from loglinear.kernels.tree.place import GROUP, locate, log2_of_power, lowbit, set_bits
+from loglinear.kernels.tree.tiles import load_block, store_part
+
+
+class Window(NamedTuple):
+    """``count`` groups from ``first > f`` on that read entry ``GROUP * f``; ``slot`` is the first slot of group ``first``."""
+
+    f: Any
+    first: Any
+    count: Any
+    slot: Any
 
 
 @triton.jit
-def groups_sum(
-    total,
-    entries,
-    states,
-    path_grads,
-    f,
-    first,
-    count,
-    slot,
-    row0,
-    h,
-    first_k,
-    first_n,
-    end,
-    BT: tl.constexpr,
-    S: tl.constexpr,
-):
-    """Add tile ``[BK, BN]``, as far as column ``end``, of ``count`` groups from ``first > f`` on; ``slot`` is that of first.
-
-    A product is over BT of the K rows of T at a time.
-    """
+def groups_sum(total, entries, states, path_grads, at, w, h, first_k, first_n, end, BT: tl.constexpr, S: tl.constexpr):
+    """Add tile ``[BK, BN]``, as far as column ``end``, over a window. A product is over BT of the K rows of T at a time."""
     SIZE: tl.constexpr = S.K * (S.K + S.V)
     PARTS: tl.constexpr = (S.K + BT - 1) // BT
-    for step in range(count * PARTS):
-        m = first + step // PARTS
+    ROWS_MASKED: tl.constexpr = S.K % BT != 0
+    slot = w.slot
+    for step in range(w.count * PARTS):
+        m = w.first + step // PARTS
         row = step % PARTS * BT
-        j = set_bits(m - f)
+        j = set_bits(m - w.f)
         # T_1 is the A of the nearest entry.
-        nearest = entries + ((row0 + m * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
+        nearest = entries + ((at.row0 + m * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
         place = ((slot + j).to(tl.int64) * S.H + h) * SIZE
         source = tl.where(j == 1, nearest, states + place)
-        left = load_block(source, row, first_k, 0, S.K, S.K + S.V, S.K, BT, S.BK, S.K % BT != 0 or S.K % S.BK != 0)
-        right = load_block(
-            path_grads + place,
-            row,
-            first_n,
-            0,
-            end,
-            S.K + S.V,
-            S.K,
-            BT,
-            S.BN,
-            S.K % BT != 0 or S.K % S.BN != 0 or S.V % S.BN != 0,
-        )
+        left_masked: tl.constexpr = ROWS_MASKED or S.K % S.BK != 0
+        left = load_block(source, S.K + S.V, row, first_k, 0, S.K, S.K, BT, S.BK, left_masked)
+        right_masked: tl.constexpr = ROWS_MASKED or S.K % S.BN != 0 or S.V % S.BN != 0
+        right = load_block(path_grads + place, S.K + S.V, row, first_n, 0, end, S.K, BT, S.BN, right_masked)
         total = tl.dot(tl.trans(left), right, total, input_precision=S.PRECISION)
         slot += tl.where(row + BT >= S.K, set_bits(m), 0)
     return total
@@ -91,96 +76,69 @@ def wide_entry_grads_kernel(
     A program takes the entry that ends with a group, if the window of this entry is one segment. If LONG, a program takes a
     segment that begins at a group, for one level of the tree with longer windows. Programs without work return at once.
     """
-    TILES_A: tl.constexpr = (S.K + S.BN - 1) // S.BN
-    TILES_N: tl.constexpr = TILES_A + (S.V + S.BN - 1) // S.BN
-    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_N
-    pid = tl.program_id(0)
-    tile_n = pid % TILES_N
-    first_k = pid % TILES // TILES_N * S.BK
-    h = pid // TILES % S.H
-    group = pid // (TILES * S.H) % units
-    _, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
-    if length < 0:
+    first_k, first_n, in_state, h, rest = map_tile_of_program(S)
+    group = rest % units
+    at = locate(group, table, T, N, NG, NG, S.PACKED)
+    if at.length < 0:
         return
-    chunks = (length + S.C - 1) // S.C
+    chunks = (at.length + S.C - 1) // S.C
     groups = (chunks + GROUP - 1) // GROUP
     if LONG:
-        level = tl.num_programs(0) // (TILES * S.H * units) - 1 - pid // (TILES * S.H * units)
-        first = group - group0
+        level = S.LEVELS - 1 - rest // units
+        first = group - at.group0
         span = (2 * SEGMENT) << level
         if (first % SEGMENT != 0) | (first // span % 2 == 0):
             return
         f = first // span * span
         count = tl.minimum(SEGMENT, groups - first)
-        target = level.to(tl.int64) * slots + ((group0 + first) // SEGMENT + sequence)
+        target = level.to(tl.int64) * slots + ((at.group0 + first) // SEGMENT + at.sequence)
     else:
-        f = group - group0 + 1
+        f = group - at.group0 + 1
         span = lowbit(f)
         first = f
         if (span > SEGMENT) | (f * GROUP > chunks):
             return
         count = tl.minimum(span, groups - f)
-        target = (row0 + f * GROUP - 1).to(tl.int64)
+        target = (at.row0 + f * GROUP - 1).to(tl.int64)
     # An entry that begins at the first chunk is the last of every path: nothing is carried past it.
-    count = tl.where((tile_n < TILES_A) & (f == span), 0, count)
-    end = tl.where(tile_n < TILES_A, S.K, S.K + S.V)
-    first_n = tl.where(tile_n < TILES_A, tile_n * S.BN, S.K + (tile_n - TILES_A) * S.BN)
-    slot = path_start(first, sequence, path_starts, paths, S.PACKED)
+    count = tl.where((in_state == 0) & (f == span), 0, count)
+    end = tl.where(in_state, S.K + S.V, S.K)
+    column = tl.where(in_state, S.K + first_n, first_n)
+    slot = path_start(first, at, path_starts, paths, S.PACKED)
     # On the path of group f the entry is the nearest, and T the identity.
     nearest = ((first == f) & (count > 0)).to(tl.int32)
     own = path_grads + (slot.to(tl.int64) * S.H + h) * (S.K * (S.K + S.V))
-    total = load_block(own, first_k, first_n, 0, end * nearest, S.K + S.V, S.K, S.BK, S.BN, True).to(tl.float32)
+    total = load_block(own, S.K + S.V, first_k, column, 0, end * nearest, S.K, S.BK, S.BN, True).to(tl.float32)
     slot += tl.where(nearest > 0, set_bits(first), 0)
-    total = groups_sum(
-        total,
-        entries,
-        states,
-        path_grads,
-        f,
-        first + nearest,
-        count - nearest,
-        slot,
-        row0,
-        h,
-        first_k,
-        first_n,
-        end,
-        BT,
-        S,
-    )
+    w = Window(f, first + nearest, count - nearest, slot)
+    total = groups_sum(total, entries, states, path_grads, at, w, h, first_k, column, end, BT, S)
     head = grads + (target * S.H + h) * (S.K * (S.K + S.V))
-    if tile_n < TILES_A:
-        store_part(head, total, first_k, first_n, S.K, S.K, S.K + S.V, S.BK, S.BN)
+    if in_state:
+        store_part(head + S.K, S.K + S.V, total, first_k, first_n, S.K, S.V, S.BK, S.BN)
     else:
-        store_part(head + S.K, total, first_k, first_n - S.K, S.V, S.K, S.K + S.V, S.BK, S.BN)
+        store_part(head, S.K + S.V, total, first_k, first_n, S.K, S.K, S.BK, S.BN)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "slots"])
 def segment_sums_kernel(
-    segments,  # [levels, slots, H, SIZE]
-    grads,  # [rows + …, H, SIZE]
-    table,
-    T,
-    N,
-    NG,
-    slots,
-    S: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    segments, grads, table, T, N, NG, slots, S: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Grid: groups x H x blocks of ``[K, K+V]``, for the entries that end with a group and have long windows. float32: sum."""
+    """From ``segments [levels, slots, H, K, K+V]`` to ``grads [rows + …, H, K, K+V]``.
+
+    Grid: groups x H x blocks of ``[K, K+V]``, for the entries that end with a group and have long windows. float32: sum.
+    """
     SIZE: tl.constexpr = S.K * (S.K + S.V)
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     block = pid % BLOCKS
     h = pid // BLOCKS % S.H
     group = pid // (BLOCKS * S.H)
-    _, length, row0, group0, _, sequence = locate(group, table, T, N, NG, NG, S.PACKED)
-    if length < 0:
+    at = locate(group, table, T, N, NG, NG, S.PACKED)
+    if at.length < 0:
         return
-    f = group - group0 + 1
+    f = group - at.group0 + 1
     span = lowbit(f)
-    chunks = (length + S.C - 1) // S.C
+    chunks = (at.length + S.C - 1) // S.C
     groups = (chunks + GROUP - 1) // GROUP
     if (span <= SEGMENT) | (f * GROUP > chunks):
         return
@@ -190,7 +148,7 @@ def segment_sums_kernel(
     inside = elements < SIZE
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(count):
-        source = level.to(tl.int64) * slots + ((group0 + f) // SEGMENT + i + sequence)
+        source = level.to(tl.int64) * slots + ((at.group0 + f) // SEGMENT + i + at.sequence)
         total += tl.load(segments + (source * S.H + h) * SIZE + elements, mask=inside, other=0.0).to(tl.float32)
-    target = grads + ((row0 + f * GROUP - 1).to(tl.int64) * S.H + h) * SIZE
+    target = grads + ((at.row0 + f * GROUP - 1).to(tl.int64) * S.H + h) * SIZE
     tl.store(target + elements, total.to(grads.dtype.element_ty), mask=inside)

@@ -70,7 +70,8 @@ def hash_of(bundle: tuple) -> int:
 class Sizes(NamedTuple):
     """Sizes of a launch, compile-time constants: letters of the legend; BK, BV, BN tiles; EXACT: sums of logs are pairs.
 
-    HEADS: heads side by side in the maps of the delta rule. PRECISION: of products.
+    HEADS: heads of a program; with the delta rule, heads side by side in the maps. LEVELS: levels that a program tells apart.
+    PRECISION: of products.
     """
 
     H: Any
@@ -83,6 +84,7 @@ class Sizes(NamedTuple):
     BV: Any
     BN: Any
     HEADS: Any
+    LEVELS: Any
     EXACT: Any
     PACKED: Any
     PRECISION: Any

@@ -47,36 +47,36 @@ def gate_sums(gate):
 
 
 @triton.jit
-def load_sum(sums, offsets, valid, plane, EXACT: tl.constexpr):
+def load_sum(sums, offsets, valid, plane, S: tl.constexpr):
     """Cumulative log-decay at ``offsets``, zero where not valid: (value, its rounding error or 0)."""
     high = tl.load(sums + offsets, mask=valid, other=0.0)
-    low = tl.load(sums + plane + offsets, mask=valid, other=0.0) if EXACT else 0.0
+    low = tl.load(sums + plane + offsets, mask=valid, other=0.0) if S.EXACT else 0.0
     return high, low
 
 
 @triton.jit
-def decay_between(late_high, late_low, early_high, early_low, EXACT: tl.constexpr):
+def decay_between(late_high, late_low, early_high, early_low, S: tl.constexpr):
     """exp2 of the log-decay from an earlier to a later token of a chunk. Capped at 1, for rows that are masked later."""
     difference = late_high - early_high
-    if EXACT:
+    if S.EXACT:
         difference += late_low - early_low
     return tl.exp2(at_most_zero(difference))
 
 
 @triton.jit
-def to_chunk_end(sums, size, plane, C: tl.constexpr, EXACT: tl.constexpr):
-    """Decay from each token of a chunk of ``size`` tokens to its end ``[C]``."""
-    in_chunk = tl.arange(0, C)
-    high, low = load_sum(sums, in_chunk, in_chunk < size, plane, EXACT)
-    last_high, last_low = load_sum(sums, tl.minimum(size, C) - 1, True, plane, EXACT)
-    return decay_between(last_high, last_low, high, low, EXACT)
+def to_end(sums, size, plane, S: tl.constexpr, present=True):
+    """Decay ``[C]`` from each token of a chunk of ``size`` tokens to its end, from the sums of a chunk that is present."""
+    t = tl.arange(0, S.C)
+    high, low = load_sum(sums, t, t < size, plane, S)
+    last_high, last_low = load_sum(sums, tl.minimum(size, S.C) - 1, present, plane, S)
+    return decay_between(last_high, last_low, high, low, S)
 
 
 @triton.jit
-def pair_decays(high, low, EXACT: tl.constexpr):
+def pairs(high, low, S: tl.constexpr):
     """Decay ``[C, C]`` from a token (column) to a later one (row) of a chunk, from its sums; 1 above the diagonal."""
-    if EXACT:
-        decays = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], True)
+    if S.EXACT:
+        late_low, early_low = low[:, None], low[None, :]
     else:
-        decays = decay_between(high[:, None], 0.0, high[None, :], 0.0, False)
-    return decays
+        late_low, early_low = 0.0, 0.0
+    return decay_between(high[:, None], late_low, high[None, :], early_low, S)

@@ -38,30 +38,29 @@ def local_scales(scales, valid, stride, factor, L, C: tl.constexpr):
 
 
 @triton.jit
-def local_decays(sums, size, plane, C: tl.constexpr, EXACT: tl.constexpr):
+def local_decays(sums, size, plane, S: tl.constexpr):
     """Decays inside a chunk of ``size`` tokens, as (near ``[C, SUB]``, far ``[C, C/SUB]``, column ``[C/SUB, SUB]``).
     From token s to t: near in one sub-block; otherwise far[t, block of s] * column[s], over the end of s's sub-block.
     Both factors are at most 1, and there are C + C²/SUB + C·SUB exponentials instead of C².
     """
-    t = tl.arange(0, C)
-    block = tl.arange(0, C // SUB)
+    t = tl.arange(0, S.C)
+    block = tl.arange(0, S.C // SUB)
     inner = tl.arange(0, SUB)
     # Each view of the sums is loaded again: to move one between register layouts costs more than the cache does.
-    row_high, row_low = load_sum(sums, t, t < size, plane, EXACT)
+    row_high, row_low = load_sum(sums, t, t < size, plane, S)
     near = (t // SUB * SUB)[:, None] + inner[None, :]
-    near_high, near_low = load_sum(sums, near, near < size, plane, EXACT)
+    near_high, near_low = load_sum(sums, near, near < size, plane, S)
     end = block * SUB + SUB - 1
-    end_high, end_low = load_sum(sums, end, end < size, plane, EXACT)
+    end_high, end_low = load_sum(sums, end, end < size, plane, S)
     column = block[:, None] * SUB + inner[None, :]
-    column_high, column_low = load_sum(sums, column, column < size, plane, EXACT)
-    if EXACT:
-        near_decay = decay_between(row_high[:, None], row_low[:, None], near_high, near_low, True)
-        far_decay = decay_between(row_high[:, None], row_low[:, None], end_high[None, :], end_low[None, :], True)
-        column_decay = decay_between(end_high[:, None], end_low[:, None], column_high, column_low, True)
+    column_high, column_low = load_sum(sums, column, column < size, plane, S)
+    if S.EXACT:
+        row_low, end_low_row, end_low_column = row_low[:, None], end_low[None, :], end_low[:, None]
     else:
-        near_decay = decay_between(row_high[:, None], 0.0, near_high, 0.0, False)
-        far_decay = decay_between(row_high[:, None], 0.0, end_high[None, :], 0.0, False)
-        column_decay = decay_between(end_high[:, None], 0.0, column_high, 0.0, False)
+        end_low_row, end_low_column = 0.0, 0.0
+    near_decay = decay_between(row_high[:, None], row_low, near_high, near_low, S)
+    far_decay = decay_between(row_high[:, None], row_low, end_high[None, :], end_low_row, S)
+    column_decay = decay_between(end_high[:, None], end_low_column, column_high, column_low, S)
     return near_decay, far_decay, column_decay
 
 
@@ -85,10 +84,18 @@ def chunk_scales(x, here, h, L, S: tl.constexpr):
 
 
 @triton.jit
+def level_mask(x, here, h, L, S: tl.constexpr):
+    """λ inside a chunk ``[C, C]``, times the factor of o."""
+    near, far = chunk_scales(x, here, h, L, S)
+    ones = tl.full([S.C // SUB, SUB], 1.0, tl.float32)
+    return tl.reshape(assemble_mask(near, far, ones, S.C), [S.C, S.C])
+
+
+@triton.jit
 def local_mask(x, sums, here, h, plane, L, S: tl.constexpr):
     """λ times decay inside a chunk ``[C, C/SUB, SUB]``, times the factor of o; ``sums`` points at its first token."""
     near, far = chunk_scales(x, here, h, L, S)
-    near_decay, far_decay, columns = local_decays(sums, here.size, plane, S.C, S.EXACT)
+    near_decay, far_decay, columns = local_decays(sums, here.size, plane, S)
     return assemble_mask(near * near_decay, far * far_decay, columns, S.C)
 
 

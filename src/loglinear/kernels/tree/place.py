@@ -32,6 +32,12 @@ def lowbit(e):
 
 
 @triton.jit
+def bit(mask, i):
+    """Bit i of a constant below 2^31."""
+    return (tl.cast(mask, tl.int32) >> i) & 1
+
+
+@triton.jit
 def set_bits(x):
     """Number of bits set in 0 <= x < 2^24. A loop here would keep the loop around it from being pipelined."""
     x = x - (x >> 1 & 0x555555)
@@ -86,6 +92,15 @@ class Chunk(NamedTuple):
     origin: Any
 
 
+class Part(NamedTuple):
+    """The part of the states that a program owns: a tile from a row and a column on, of a head."""
+
+    tile: Any
+    first_k: Any
+    first_v: Any
+    h: Any
+
+
 @triton.jit
 def locate(unit, table, T, N, NG, units, PACKED: tl.constexpr):
     """The place of a row or group. PACKED reads ``table`` (see problem.py); otherwise all sequences have T tokens, N chunks and
@@ -118,3 +133,25 @@ def chunk_of(at, row, C: tl.constexpr):
     valid = tl.arange(0, C) < size
     origin = (at.start + local * C).to(tl.int64)
     return Chunk(local, n, size, valid, origin)
+
+
+@triton.jit
+def row_of_program(table, T, N, NG, BLOCKS: tl.constexpr, S: tl.constexpr):
+    """(place of the sequence, row, block, rows) of a program in a grid of BLOCKS x rows, rows fastest.
+
+    A kernel returns where there is no sequence, and only then asks for the chunk: nothing of it is carried over the branch.
+    """
+    rows = tl.num_programs(0) // BLOCKS
+    pid = tl.program_id(0)
+    row = pid % rows
+    return locate(row, table, T, N, NG, N, S.PACKED), row, pid // rows, rows
+
+
+@triton.jit
+def tile_of_program(S: tl.constexpr):
+    """(what a program owns in a grid of … x H x tiles of [K, V], tiles fastest; its number among the …)."""
+    TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
+    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
+    pid = tl.program_id(0)
+    tile = pid % TILES
+    return Part(tile, tile // TILES_V * S.BK, tile % TILES_V * S.BV, pid // TILES % S.H), pid // (TILES * S.H)

@@ -122,12 +122,14 @@ class Problem:
         """The same of a group."""
         return Table(self.group_sequence, self.sequences), self.length, self.chunks, self.chunk_groups
 
-    def sizes(self, dtype: torch.dtype, BK: int = 0, BV: int = 0, BN: int = 0, HEADS: int = 0) -> Sizes:
+    def sizes(
+        self, dtype: torch.dtype, BK: int = 0, BV: int = 0, BN: int = 0, HEADS: int = 0, LEVELS: int = 0
+    ) -> Sizes:
         """The sizes of a launch on inputs of this dtype, with tiles of these widths, as the compiler knows them."""
         exact, chunk = dtype == torch.float32, self.config.chunk
         precision = "ieee" if exact else "tf32"
         letters = self.heads, self.groups, self.key_width, self.value_width, chunk, chunk.bit_length() - 1
-        return sizes(*letters, BK, BV, BN, HEADS, exact, self.packed, precision)
+        return sizes(*letters, BK, BV, BN, HEADS, LEVELS, exact, self.packed, precision)
 
     @property
     def row_sequence(self) -> Tensor | None:
