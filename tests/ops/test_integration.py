@@ -7,7 +7,6 @@ import pytest
 import torch
 from calls import C, fields, inputs, meaning, output, run
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import loglinear
 from loglinear.ops.operators import differentiable_once
@@ -16,8 +15,6 @@ from oracle import SAME_NUMBERS, error, gradients
 
 gates = pytest.mark.parametrize("gate", ["scalar", "delta"])
 both_forms = pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 @pytest.fixture
@@ -26,26 +23,6 @@ def compiled():
     torch._dynamo.reset()
     yield partial(torch.compile, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
-
-
-@gates
-@both_forms
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_compiled_is_eager(compiled, gate, linear, dynamic, packed):
-    """One graph, forward and backward; with dynamic shapes, one graph for every length."""
-    function = compiled(lambda x, **kwargs: 2 * output(x, **kwargs), dynamic=dynamic)
-    for i, T in enumerate((C + 7, 2 * C + 1, 5 * C) if dynamic else (C + 7,)):
-        x = inputs(gate, B=1 if packed else 2, T=T, seed=T, linear=linear, grad=True)
-        bounds = torch.tensor([0, 5, 5, T])
-        kwargs = {"cu_seqlens": bounds, "cu_seqlens_cpu": bounds.clone()} if packed else {}
-        with torch.compiler.set_stance("fail_on_recompile" if dynamic and i else "default"):
-            o = function(x, **kwargs)
-            have = gradients(o, x.values())
-        expected = 2 * output(x, **kwargs)
-        assert error(o, expected) <= SAME_NUMBERS
-        for name, *pair in zip(x, have, gradients(expected, x.values())):
-            assert error(*pair) <= SAME_NUMBERS, name
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's own, where the graph breaks
@@ -60,65 +37,6 @@ def test_compiled_with_states(compiled):
     assert error(o, expected) <= SAME_NUMBERS
     assert error(step, expected_step) <= SAME_NUMBERS
     assert max(map(error, meaning(state), meaning(eager))) <= SAME_NUMBERS
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@gates
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("missing", ["nothing", "g", "level_scales"])
-def test_opcheck(device, gate, packed, missing):
-    """Schema, fake implementation, autograd registration, and AOT dispatch with static and dynamic shapes.
-
-    With what kernels keep: tests/kernels/on_device/test_compiled.py.
-    """
-    x = inputs(gate, B=1 if packed else 2, T=C + 3, dtype=torch.float64 if device == "cpu" else torch.float32)
-    names = ("q", "k", "v", "g", "beta", "level_scales")
-    args = [None if name == missing or name not in x else x[name].to(device).requires_grad_() for name in names]
-    bounds = torch.tensor([0, 9, C + 3], device=device) if packed else None
-    rest = 0.5, bounds, None, 0, "maps" if device == "cpu" and missing != "g" else "", "auto"
-    torch.library.opcheck(torch.ops.loglinear.attention.default, (*args, *rest))
-    args = [None if value is None else value.detach() for value in args]
-    backward = (torch.randn_like(args[2]), *args, *rest, [])
-    before = [value.clone() if isinstance(value, torch.Tensor) else value for value in backward]
-    torch.library.opcheck(torch.ops.loglinear.attention_backward.default, backward)
-    assert all(torch.equal(v, old) for v, old in zip(backward, before) if isinstance(v, torch.Tensor))
-
-
-@gates
-@both_forms
-def test_autocast_is_the_explicit_cast(gate, linear):
-    """q, k, v to bfloat16; gates and λ as they are; gradients in the dtype of the float32 arguments."""
-    x = inputs(gate, T=C + 9, dtype=torch.float32, linear=linear, grad=True)
-    cast = {name: t.bfloat16() if name in ("q", "k", "v") else t for name, t in x.items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        o, state = run(x)
-    expected, wanted = run(cast)
-    assert o.dtype == torch.bfloat16
-    assert torch.equal(o, expected)
-    assert all(map(torch.equal, fields(state).values(), fields(wanted).values()))
-    for name, *pair in zip(x, gradients(o, x.values()), gradients(expected, x.values())):
-        assert pair[0].dtype == torch.float32
-        assert torch.equal(*pair), name
-
-
-@gates
-@both_forms
-def test_checkpointing(gate, linear):
-    x = inputs(gate, T=2 * C + 9, linear=linear, grad=True)
-    names = list(x)
-    o = checkpoint(lambda *values: output(dict(zip(names, values))), *x.values(), use_reentrant=False)
-    expected = output(x)
-    assert torch.equal(o, expected)
-    assert all(map(torch.equal, gradients(o, x.values()), gradients(expected, x.values())))
-
-
-@gates
-@both_forms
-def test_a_graph_kept_can_be_walked_twice(gate, linear):
-    x = inputs(gate, T=3 * C + 9, linear=linear, grad=True)
-    o, state = run(x)
-    outputs = [o, *fields(state).values()]
-    assert all(map(torch.equal, gradients(outputs, x.values()), gradients(outputs, x.values())))
 
 
 @gates

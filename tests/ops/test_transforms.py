@@ -36,14 +36,6 @@ def assert_same(got, want):
 
 @gates
 @both_forms
-@pytest.mark.parametrize("dim", [0, 2])
-def test_vmap_is_a_loop(gate, linear, dim):
-    many, each = several(gate, linear, dim)
-    assert_same(vmap(output, in_dims=dim)(many), map(output, each))
-
-
-@gates
-@both_forms
 def test_vmap_over_one_argument(gate, linear):
     """The others are the same for all."""
     many, each = several(gate, linear)
