@@ -21,11 +21,17 @@ from loglinear.kernels.tree.launching import launch, scratch
 class Compiled:
     """Stands for a compiled kernel: notes the grid, the stream and the arguments of every launch that a plan makes of it."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, name):
         self.name, self.calls = name, []
 
     def __getitem__(self, grid):
-        return lambda *arguments, stream: self.calls.append((grid, stream, *arguments))
+        return None
+
+    def run(self, *arguments):
+        assert arguments[4:9] == ("function", "metadata", None, None, None)
+        self.calls.append((arguments[:3], arguments[3], *arguments[9:]))
 
 
 class Kernel:

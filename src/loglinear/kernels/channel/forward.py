@@ -19,7 +19,7 @@ from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config
 
 
 class Prepared(NamedTuple):
-    """The facts about the chunks that depend on no λ and no value. A *row* is a chunk of a sequence of the batch; logs in base 2.
+    """The facts about the chunks that depend on no λ and no value. A *row* is a chunk of a sequence; logs in base 2.
 
     sums: ``[planes, B*T, H, K]`` float32, running sums of the gates inside each chunk; two planes, value and rounding error,
         for float32 inputs. chunk_log: ``[rows, H, K]`` float32.

@@ -84,8 +84,8 @@ def gather(
 def tiles_of(q: torch.Size, v: torch.Size, chunk: int, block_v: int, precision: str = "ieee") -> tuple[int, Sizes]:
     """(Tiles of V x H x B, sizes) of a launch for q and v of these shapes, with tiles of ``block_v`` columns at most."""
     tile_v = min(block_v, padded(v[3]))
-    letters = v[2], q[2], q[3], v[3], chunk, chunk.bit_length() - 1, padded(q[3]), tile_v
-    return v[0] * v[2] * cdiv(v[3], tile_v), sizes(*letters, 0, 0, False, False, precision)
+    letters = v[2], q[2], q[3], v[3], chunk, chunk.bit_length() - 1
+    return v[0] * v[2] * cdiv(v[3], tile_v), sizes(*letters, BK=padded(q[3]), BV=tile_v, PRECISION=precision)
 
 
 def chosen(launch: Launch, q: Tensor, entries: Tensor) -> tuple[Launch, dict]:

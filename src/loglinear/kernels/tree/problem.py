@@ -129,7 +129,8 @@ class Problem:
         exact, chunk = dtype == torch.float32, self.config.chunk
         precision = "ieee" if exact else "tf32"
         letters = self.heads, self.groups, self.key_width, self.value_width, chunk, chunk.bit_length() - 1
-        return sizes(*letters, BK, BV, BN, HEADS, LEVELS, exact, self.packed, precision)
+        tiles = {"BK": BK, "BV": BV, "BN": BN, "HEADS": HEADS, "LEVELS": LEVELS}
+        return sizes(*letters, **tiles, EXACT=exact, PACKED=self.packed, PRECISION=precision)
 
     @property
     def row_sequence(self) -> Tensor | None:

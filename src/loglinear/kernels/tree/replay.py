@@ -65,7 +65,7 @@ class Recording:
         placed = [tuple(map(self.place, x)) if isinstance(x, tuple) else self.place(x) for x in arguments]
         self.complete = self.complete and compiled is not None
         if self.complete:
-            self.launches.append((compiled[(programs, 1, 1)], placed))
+            self.launches.append((starter(compiled, programs), placed))
 
     def place(self, x: Any) -> Any:
         """The place of a tensor, and anything else as it is. Memory that is no input's and no scratch ends the record."""
@@ -125,6 +125,19 @@ def lay_out(lives: list[Life]) -> tuple[dict[int, int], int]:
     return {life.number: begin for begin, _, life in placed}, max((end for _, end, _ in placed), default=0)
 
 
+def starter(compiled: Any, programs: int) -> Callable:
+    """``start(stream, arguments)``: the launcher below ``compiled[grid]``, which makes a dictionary of all arguments for
+    profilers with each launch (Triton 3.6).
+    """
+    compiled[(programs, 1, 1)]  # loads the kernel's code onto the device
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def start(stream: int, arguments: list) -> None:
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+    return start
+
+
 class Plan:
     """A call of one kind, ready to be repeated.
 
@@ -166,7 +179,7 @@ class Plan:
                     table[index] = base + offset
         stream = torch.cuda.current_stream(device).cuda_stream
         for start, picks in self.launches:
-            start(*[table[x] if type(x) is int else tuple(table[x]) for x in picks], stream=stream)
+            start(stream, [table[x] if type(x) is int else tuple(table[x]) for x in picks])
         return results
 
 
