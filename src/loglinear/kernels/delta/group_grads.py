@@ -38,7 +38,7 @@ def prefix_row(c, entry_row, spare_row):
 
 @triton.jit
 def load_map_if(active, maps, unit, first, S: tl.constexpr):
-    """What ``store_map`` writes, float32; zero if not active."""
+    """The map that ``store_map`` writes, float32; zero if not active."""
     base = maps + unit * (S.K * (S.K + S.V))
     return load_block(base, S.K + S.V, 0, first, 0, tl.where(active, S.K + S.V, 0), S.K, S.BK, S.BN, True).to(
         tl.float32
