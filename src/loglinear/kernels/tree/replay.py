@@ -8,6 +8,7 @@ alignments alone. It is therefore done once for each kind of call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -202,22 +203,17 @@ def replay(
     device = next(x.device for x in inputs if x is not None)
     kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
     plans = plans_of(function, device, *settings, *kind)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run(plans, function, inputs, settings, device)
-    return _run(plans, function, inputs, settings, device)
-
-
-def _run(plans, function, inputs, settings, device):
-    if plans:
-        return function(inputs, *settings) if plans[0] is None else plans[0].play(inputs, device)
-    # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
-    own = [None if x is None else x.detach() for x in inputs]
-    note = Recording(own)
-    launching.record(note)
-    try:
-        results = function(own, *settings)
-    finally:
-        launching.record(None)
-    plans.append(note.plan(results))
-    return results
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        if plans:
+            return function(inputs, *settings) if plans[0] is None else plans[0].play(inputs, device)
+        # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
+        own = [None if x is None else x.detach() for x in inputs]
+        note = Recording(own)
+        launching.record(note)
+        try:
+            results = function(own, *settings)
+        finally:
+            launching.record(None)
+        plans.append(note.plan(results))
+        return results
