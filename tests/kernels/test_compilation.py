@@ -50,7 +50,7 @@ SHARED_MEMORY = {
 SPILLED_BYTES = 200
 # Compiled for every target; the others, built of the same parts, for Hopper alone, to keep the test short.
 EVERYWHERE = ("chunk_states_kernel", "output_kernel", "local_grads_kernel", "segment_sums_kernel", "gate_grads_kernel")
-DELTA_EVERYWHERE = ("chunk_maps_kernel", "group_grads_kernel", "key_grads_kernel")
+DELTA_EVERYWHERE = ("chunk_maps_kernel", "octet_grads_kernel", "key_grads_kernel")
 # Those that hold the most at once where shared memory is small, by a compilation of all of them for sm_86 (docs/kernels.md).
 LARGEST = ("value_grads_kernel", "key_grads_kernel")
 DELTA_LARGEST = ("output_kernel", "map_grads_kernel")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from loglinear.fenwick import bucket, level, query_path
 from loglinear.kernels.decay import chunk_grads
-from loglinear.kernels.delta import group_grads, group_maps, path_queries
-from loglinear.kernels.tree.place import GROUP, set_bits
+from loglinear.kernels.delta import octet_grads, octet_maps, path_queries
+from loglinear.kernels.tree.place import OCTET, set_bits
 
 
 def test_every_chunk_receives_each_later_chunk_once_at_its_level():
-    size = GROUP.value
+    size = OCTET.value
     base, seen, complete = set(), set(), {size - 1: set()}
     for step in range(chunk_grads.STEPS.value):
         if step == chunk_grads.REBASE.value:
@@ -25,21 +25,21 @@ def test_every_chunk_receives_each_later_chunk_once_at_its_level():
 
 
 def test_the_map_before_a_unit_is_an_entry_or_a_kept_prefix():
-    """A group's units are leaves 0 to GROUP - 1: a prefix is ``[0, c)``; a pair is an entry that begins later."""
-    size = GROUP.value
+    """A group's units are leaves 0 to OCTET - 1: a prefix is ``[0, c)``; a pair is an entry that begins later."""
+    size = OCTET.value
     entries = [bucket(e) for e in range(1, size + 1)]
     pairs = [entry for entry in entries if entry.start > 0 and len(entry) > 1]
-    assert pairs == [range(group_maps.FIRST_PAIRED.value, group_maps.FIRST_PAIRED.value + 2)]
+    assert pairs == [range(octet_maps.FIRST_PAIRED.value, octet_maps.FIRST_PAIRED.value + 2)]
     prefixes = [c for c in range(1, size) if range(c) not in entries]
     after_entry = {c for c in range(1, size) if range(c) in entries} | {pairs[0][1]}
-    assert {c for c in range(size) if group_maps.AFTER_PREFIX.value >> c & 1} == set(prefixes)
-    assert {c for c in range(size) if group_maps.AFTER_ENTRY.value >> c & 1} == after_entry
-    assert group_maps.PREFIXES.value == group_grads.SPARE.value == len(prefixes)
+    assert {c for c in range(size) if octet_maps.AFTER_PREFIX.value >> c & 1} == set(prefixes)
+    assert {c for c in range(size) if octet_maps.AFTER_ENTRY.value >> c & 1} == after_entry
+    assert octet_maps.PREFIXES.value == octet_grads.SPARE.value == len(prefixes)
 
 
 def test_entries_within_a_group_are_counted():
-    inner = [e for n in range(GROUP.value) for e in query_path(GROUP.value + n) if e > GROUP.value]
-    assert path_queries.IN_GROUP.value == len(inner)
+    inner = [e for n in range(OCTET.value) for e in query_path(OCTET.value + n) if e > OCTET.value]
+    assert path_queries.IN_OCTET.value == len(inner)
 
 
 def test_set_bits_are_the_entries_of_a_query_path():

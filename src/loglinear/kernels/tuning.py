@@ -183,7 +183,7 @@ class DeltaRuleConfig:
     segment: int
     least_tile: int
     chunk_maps: Launch
-    group_maps: Launch
+    octet_maps: Launch
     path_states: Launch
     output: Launch
     path_queries: Launch
@@ -192,7 +192,7 @@ class DeltaRuleConfig:
     path_state_grads: Launch
     transport_grads: Launch
     wide_entry_grads: Launch
-    group_grads: Launch
+    octet_grads: Launch
     unit_grads: Launch
     score_grads: Launch
     map_grads: Launch
@@ -220,7 +220,7 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     segment=8,
     least_tile=LEAST_TILE,
     chunk_maps=Launch(warps=4, stages=2, block_v=64),
-    group_maps=Launch(warps=4, stages=2, block_v=64),
+    octet_maps=Launch(warps=4, stages=2, block_v=64),
     path_states=Launch(warps=4, stages=2, block_v=64),
     output=Launch(warps=4, stages=3, block_v=64),
     path_queries=Launch(warps=4, stages=1, block_v=64),
@@ -229,7 +229,7 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     path_state_grads=Launch(warps=4, stages=1, block_v=64),
     transport_grads=Launch(warps=4, stages=1, block_v=64),
     wide_entry_grads=Launch(warps=4, stages=1, block_v=64),
-    group_grads=Launch(warps=4, stages=2, block_v=64),
+    octet_grads=Launch(warps=4, stages=2, block_v=64),
     unit_grads=Launch(warps=4, stages=1, block_v=64),
     score_grads=Launch(warps=4, stages=1, block_v=128),
     map_grads=Launch(warps=4, stages=2, block_v=64),

@@ -113,18 +113,18 @@ def test_tables_of_tiers_and_paths(device):
     x = make(device, DELTA, T=int(bounds[-1]))
     tables = packed_tables(bounds, int(bounds[-1]), config.chunk, tree=True)
     problem = describe(x["q"], x["v"], x["level_scales"], tables, config)
-    assert [tier.sequence_groups for tier in problem.tiers] == [10, 2, 1]
+    assert [tier.sequence_octets for tier in problem.tiers] == [10, 2, 1]
     second, third = problem.tiers[1:]
-    assert second.of_groups[0].units[: 1 + 2 + 1 + 1].tolist() == [1, 2, 2, 4, -1]
-    assert second.of_groups[0].sequences.tolist() == [
+    assert second.of_octets[0].units[: 1 + 2 + 1 + 1].tolist() == [1, 2, 2, 4, -1]
+    assert second.of_octets[0].sequences.tolist() == [
         [0, 0, 0, 0, 0],
         [0, 1, 0, 0, 0],
         [1, 70, 1, 1, 0],
         [10, 0, 71, 3, 0],
         [10, 9, 71, 3, 0],
     ]
-    assert third.of_groups[0].sequences[:, 0].tolist() == [0, 0, 1, 3, 3]
-    assert third.of_groups[0].sequences[:, 3].tolist() == [0, 0, 1, 2, 2]
+    assert third.of_octets[0].sequences[:, 0].tolist() == [0, 0, 1, 3, 3]
+    assert third.of_octets[0].sequences[:, 3].tolist() == [0, 0, 1, 2, 2]
     lengths = [sum(i.bit_count() for i in range((n + 7) // 8)) for n in chunks]
     assert [set_bits_before((n + 7) // 8) for n in chunks] == lengths
     assert problem.path_starts.tolist() == [sum(lengths[:i]) for i in range(5)]

@@ -104,8 +104,8 @@ def test_long_sequences_in_bfloat16(device, rule, T):
 def test_chunk_sizes_of_the_delta_rule(device, chunk):
     """Every merge of the triangular inverse, and blocks of columns that straddle the border of ``[A | S]``."""
     config = config_of(DELTA, torch.float32, 24, 16)
-    launch = dataclasses.replace(config.group_maps, block_v=32)
-    config = dataclasses.replace(config, chunk=chunk, group_maps=launch)
+    launch = dataclasses.replace(config.octet_maps, block_v=32)
+    config = dataclasses.replace(config, chunk=chunk, octet_maps=launch)
     check(device, DELTA, T=chunk + 5 if INTERPRETED else 2 * chunk + 5, K=24, config=config)
 
 

@@ -120,7 +120,7 @@ def tokens_alone(place, x: Tensor) -> Tensor:
 def check_sums(place, compare, sums: Tensor, chunk_log: Tensor) -> None:
     """Logs in base 2, the sums as planes of values and rounding errors."""
     assert relative(of_tokens(place, sums.sum(1)) * math.log(2), tokens_alone(place, compare.made["sums"])) <= FLOAT32
-    assert relative(chunk_log[: place.rows] * math.log(2), compare.made["chunk_log"]) <= FLOAT32
+    assert relative(chunk_log[: place.all_chunks] * math.log(2), compare.made["chunk_log"]) <= FLOAT32
 
 
 def spans(place) -> Tensor:
@@ -137,7 +137,7 @@ def check_results(compare, x, results) -> None:
 def test_decay(device, launched, dtype):
     x, do, lengths, config = make(DECAY, device, CHUNKS[0], dtype)
     o, results, (place, _, made), plain = both(decay_stages, decay, launched, x, do, lengths, config)
-    compare, rows, C = Compare(made, plain), place.rows, config.chunk
+    compare, rows, C = Compare(made, plain), place.all_chunks, config.chunk
     last = {name: calls[-1] for name, calls in launched.items()}
     states = last["chunk_states_kernel"]
     check_sums(place, compare, states["states.sums"], states["states.chunk_log"])
@@ -160,10 +160,10 @@ def test_decay(device, launched, dtype):
             got = query["gains.levels"][m].mT
             compare("gains.levels", got[:rows], lambda y, m=m: y[m], only=place.reads[m][0])
     followed = torch.tensor(
-        [row for _, row in zip(*(y.tolist() for y in place.group_end)) if place.n[row] + 1 < place.chunks[row]]
+        [row for _, row in zip(*(y.tolist() for y in place.octet_end)) if place.n[row] + 1 < place.chunks[row]]
     )
     nodes = last.get("segment_sums_kernel", last["window_grads_kernel"])["out.nodes"]
-    compare("node_grads", nodes[: len(place.tiers[0].unit)], only=place.group[followed])
+    compare("node_grads", nodes[: len(place.tiers[0].unit)], only=place.octet[followed])
     chunk = last["chunk_grads_kernel"]
     compare("chunk_grads", chunk["chunk_grads"][:rows])
     carried = torch.cat([entry for entry, _ in place.parents[1:]])
@@ -178,14 +178,14 @@ def test_decay(device, launched, dtype):
 def test_delta(device, launched, dtype):
     x, do, lengths, config = make(DELTA, device, CHUNKS[1], dtype)
     o, results, (place, _, made), plain = both(delta_stages, delta, launched, x, do, lengths, config)
-    compare, rows, C, K = Compare(made, plain), place.rows, config.chunk, x["k"].shape[3]
+    compare, rows, C, K = Compare(made, plain), place.all_chunks, config.chunk, x["k"].shape[3]
     last = {name: calls[-1] for name, calls in launched.items()}
     maps = last["chunk_maps_kernel"]
     check_sums(place, compare, maps["sums"], maps["chunk_log"])
     compare("solve", maps["solve"][:rows])
     compare("writes", maps["writes"][:rows])
     tiers = len(place.tiers)
-    upward = launched["group_maps_kernel"][len(launched["group_maps_kernel"]) // 2 :]  # the forward makes as many
+    upward = launched["octet_maps_kernel"][len(launched["octet_maps_kernel"]) // 2 :]  # the forward makes as many
     for t in range(tiers):
         tier = place.tiers[t]
         there = tier.unit[:, PREFIXES] >= 0
@@ -205,7 +205,7 @@ def test_delta(device, launched, dtype):
     queries, path = last["path_queries_kernel"], last["path_grads_kernel"]
     slots = torch.cat([slot for _, _, slot in place.inner])
     compare("inner_queries", queries["inner_queries"][: place.inner_slots], only=slots)
-    compare("group_queries", queries["group_queries"][:rows], only=place.n >= 8)
+    compare("octet_queries", queries["octet_queries"][:rows], only=place.n >= 8)
     size = spans(place)
     earlier = torch.cat([slot[place.n[entry] + 1 > size[entry]] for _, entry, slot in place.inner])
     compare("inner_grads", path["inner_grads"][: place.inner_slots], only=earlier)
@@ -219,7 +219,7 @@ def test_delta(device, launched, dtype):
     compare("entry_grads", last["entry_grads_kernel"]["grads"][:rows], only=size < 8)
     wide = last.get("segment_sums_kernel", last["wide_entry_grads_kernel"])["grads"][:rows]
     compare("entry_grads", wide, only=size >= 8)
-    for t, call in zip(range(tiers), reversed(launched["group_grads_kernel"])):
+    for t, call in zip(range(tiers), reversed(launched["octet_grads_kernel"])):
         compare("prefix_grads", prefix_rows(place.tiers[t], call), lambda y, t=t: y[t], only=place.tiers[t].unit >= 0)
     for t, call in zip(range(1, tiers), reversed(launched.get("unit_grads_kernel", []))):
         whole = place.tiers[t].unit[place.tiers[t].unit >= 0]
@@ -242,4 +242,4 @@ def prefix_rows(tier, call) -> Tensor:
     """X ``[groups, 8, H, K, K+V]`` from where the kernel leaves it: the row of an entry, or one of the group's own rows."""
     c = torch.arange(8, device=tier.unit.device)
     own = call["spare"] + torch.arange(len(tier.unit), device=c.device)[:, None] * 4 + (c - 3).clamp(min=0)
-    return call["grads"][torch.where(c & (c + 1) == 0, tier.row, own)]
+    return call["grads"][torch.where(c & (c + 1) == 0, tier.chunk, own)]

@@ -24,9 +24,9 @@ from loglinear.kernels.tuning import ChannelConfig, channel_config
 class Gradients(NamedTuple):
     """Gradients between the stages; None before they are made and after they are used.
 
-    q, k: of the decayed queries and keys ``[B*T, H, K]``. entries, chunks: of the Fenwick array and of the state at the end of
-    each chunk ``[rows, H, K, V]``. window_log: log-decay of an entry's window ``[rows, H, K]``. levels, beyond: gains of gates,
-    see query_grads and chunk_grads.
+    q, k: of the decayed queries and keys ``[B*T, H, K]``. entries, chunks: of the Fenwick array and of the state at the end
+    of each chunk ``[chunks, H, K, V]``. window_log: log-decay of an entry's window ``[chunks, H, K]``. levels, beyond:
+    gains of gates, see query_grads and chunk_grads.
     """
 
     q: Tensor | None = None
@@ -39,18 +39,18 @@ class Gradients(NamedTuple):
 
 
 def launch_local_grads(problem: Problem, x: Inputs, states: States) -> tuple[Tensor, Tensor]:
-    """(gradient of the scores ``[rows, H, C, C]``, dλ, complete for the levels inside a chunk)."""
+    """(gradient of the scores ``[chunks, H, C, C]``, dλ, complete for the levels inside a chunk)."""
     launch, C = problem.config.local_grads, problem.config.chunk
-    score_grads = launching.scratch((problem.rows, problem.heads, C, C), x.v.dtype, x.v.device)
+    score_grads = launching.scratch((problem.all_chunks, problem.heads, C, C), x.v.dtype, x.v.device)
     dscales = launching.scratch(tuple(x.scales.shape), x.scales.dtype, x.v.device)
     launching.launch(
         local_grads_kernel,
-        problem.rows * problem.heads,
+        problem.all_chunks * problem.heads,
         x._replace(q=None, k=None),
         states._replace(entries=None),
         score_grads,
         dscales,
-        *problem.of_rows,
+        *problem.of_chunks,
         problem.levels,
         S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
         LEVELS=padded(problem.levels),
@@ -63,16 +63,16 @@ def launch_query_grads(problem: Problem, x: Inputs, states: States, dscales: Ten
     """The gradients of the decayed queries, and gains by level; completes dλ."""
     H, K, device, launch = problem.heads, problem.key_width, x.v.device, problem.config.query_grads
     dq = launching.scratch((problem.tokens, H, K), x.v.dtype, device)
-    levels = launching.scratch((problem.tree_levels, problem.rows, H, K), torch.float32, device)
+    levels = launching.scratch((problem.tree_levels, problem.all_chunks, H, K), torch.float32, device)
     grads = Gradients(q=dq, levels=levels)
     launching.launch(
         query_grads_kernel,
-        problem.rows * H,
+        problem.all_chunks * H,
         x._replace(k=None, v=None),
         states._replace(scores=None),
         grads,
         dscales,
-        *problem.of_rows,
+        *problem.of_chunks,
         problem.levels,
         S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
         LEVELS=padded(problem.levels),
@@ -87,23 +87,29 @@ def launch_tree_grads(problem: Problem, x: Inputs, states: States, grads: Gradie
     launch = problem.config.entries
     tiles = tile_sizes(problem, launch, whole_key=False)
     tiles_k, tiles_v = cdiv(K, tiles["BK"]), cdiv(V, tiles["BV"])
-    programs, sizes = problem.rows * H * tiles_k * tiles_v, problem.sizes(dtype, **tiles)
-    entries = launching.scratch((problem.rows, H, K, V), dtype, device)
-    window_log = launching.scratch((problem.rows, H, K), torch.float32, device)
+    programs, sizes = problem.all_chunks * H * tiles_k * tiles_v, problem.sizes(dtype, **tiles)
+    entries = launching.scratch((problem.all_chunks, H, K, V), dtype, device)
+    window_log = launching.scratch((problem.all_chunks, H, K), torch.float32, device)
     found = Gradients(entries=entries, window_log=window_log)
     launching.launch(
         entry_grads_kernel, programs, x._replace(k=None, v=None), states._replace(scores=None, entries=None), found,
-        *problem.of_rows, problem.levels, S=sizes, **launch.options,
+        *problem.of_chunks, problem.levels, S=sizes, **launch.options,
     )  # fmt: skip
-    beyond = launching.scratch((tiles_v, problem.rows, H, K), torch.float32, device)
-    found = found._replace(chunks=launching.scratch((problem.rows, H, K, V), dtype, device), beyond=beyond)
+    beyond = launching.scratch((tiles_v, problem.all_chunks, H, K), torch.float32, device)
+    found = found._replace(chunks=launching.scratch((problem.all_chunks, H, K, V), dtype, device), beyond=beyond)
     launching.launch(
         chunk_grads_kernel, programs, x._replace(q=None, k=None, v=None, do=None, scales=None),
-        states._replace(scores=None, chunk_log=None), found, *problem.of_rows, problem.rows, S=sizes, **launch.options,
+        states._replace(scores=None, chunk_log=None), found, *problem.of_chunks, problem.all_chunks, S=sizes, **launch.options,
     )  # fmt: skip
     levels = Gradients(levels=grads.levels)
     launching.launch(
-        window_sums_kernel, problem.rows * H * tiles_k, levels, *problem.of_rows, problem.rows, S=sizes, num_warps=1
+        window_sums_kernel,
+        problem.all_chunks * H * tiles_k,
+        levels,
+        *problem.of_chunks,
+        problem.all_chunks,
+        S=sizes,
+        num_warps=1,
     )
     return grads._replace(chunks=found.chunks, beyond=beyond)
 
@@ -115,12 +121,12 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, grads: Gradien
     dk = launching.scratch((problem.tokens, problem.heads, problem.key_width), x.v.dtype, x.v.device)
     launching.launch(
         key_grads_kernel,
-        problem.rows * problem.heads,
+        problem.all_chunks * problem.heads,
         x._replace(q=None),
         states._replace(entries=None),
         Gradients(k=dk, chunks=grads.chunks),
         dv,
-        *problem.of_rows,
+        *problem.of_chunks,
         problem.levels,
         S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
         **launch.options,
@@ -139,7 +145,7 @@ def launch_gate_grads(
     dg = launching.scratch(tuple(x.g.shape), x.g.dtype, x.g.device)
     launching.launch(
         gate_grads_kernel,
-        problem.rows * problem.heads * cdiv(problem.key_width, tiles["BK"]),
+        problem.all_chunks * problem.heads * cdiv(problem.key_width, tiles["BK"]),
         x._replace(v=None, do=None, scales=None),
         sums,
         score_grads,
@@ -147,8 +153,8 @@ def launch_gate_grads(
         *partial,
         dg,
         sums.stride(0),
-        *problem.of_rows,
-        problem.rows,
+        *problem.of_chunks,
+        problem.all_chunks,
         problem.tokens,
         grads.beyond.shape[0],  # type: ignore[union-attr]
         S=problem.sizes(x.v.dtype, **tiles),

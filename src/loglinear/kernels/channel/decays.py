@@ -83,33 +83,33 @@ def chunk_decays(sums, here, h, high, low, plane, first, S: tl.constexpr):
 
 
 @triton.jit
-def load_log(logs, unit, first, S: tl.constexpr):
+def load_log(logs, site, first, S: tl.constexpr):
     """Log-decay ``[BK]`` of a unit (int64) of ``logs [units, K]``."""
     columns = first + tl.arange(0, S.BK)
-    return tl.load(logs + unit * S.K + columns, mask=columns < S.K, other=0.0)
+    return tl.load(logs + site * S.K + columns, mask=columns < S.K, other=0.0)
 
 
 @triton.jit
-def store_log(logs, unit, value, first, S: tl.constexpr):
+def store_log(logs, site, value, first, S: tl.constexpr):
     """Write what ``load_log`` reads."""
     columns = first + tl.arange(0, S.BK)
-    tl.store(logs + unit * S.K + columns, value, mask=columns < S.K)
+    tl.store(logs + site * S.K + columns, value, mask=columns < S.K)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
 def sums_kernel(x, sums, plane, table, T, N, NG, S: tl.constexpr):
     """Running sums ``[planes, B*T, H, K]`` of the gates of every chunk, clamped; NaN from a gate of NaN or infinite growth on.
 
-    Grid: tiles of K x H x rows, tiles fastest.
+    Grid: tiles of K x H x chunks, tiles fastest.
     """
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK
     first = tl.program_id(0) % TILES * S.BK
     h = tl.program_id(0) // TILES % S.H
-    row = tl.program_id(0) // (TILES * S.H)
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    chunk = tl.program_id(0) // (TILES * S.H)
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     raw = load_columns(x.g + h * S.K, x.stride_g, here, first, S)
     gates = raw.to(tl.float64 if S.EXACT else tl.float32)
     gates = tl.where(gates < float("inf"), tl.maximum(gates, GATE_FLOOR), float("nan")) * LOG2_E

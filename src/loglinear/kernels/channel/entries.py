@@ -16,14 +16,14 @@ from loglinear.kernels.tree.tiles import load_entry, load_tile, store_entry
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
 def entries_kernel(x, states, table, T, N, NG, S: tl.constexpr):
-    """Grid: rows x H x tiles of [K, V], tiles fastest. float32: accumulator, logs. The last chunk ends no entry."""
+    """Grid: chunks x H x tiles of [K, V], tiles fastest. float32: accumulator, logs. The last chunk ends no entry."""
     TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
     tile = tl.program_id(0) % TILES
     h = tl.program_id(0) // TILES % S.H
-    row = tl.program_id(0) // (TILES * S.H)
-    at = locate(row, table, T, N, NG, N, S.PACKED)
-    e = row - at.row0 + 1
+    chunk = tl.program_id(0) // (TILES * S.H)
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    e = chunk - at.chunk0 + 1
     if (at.length < 0) | (e * S.C >= at.length):
         return
     first_k = tile // TILES_V * S.BK
@@ -37,14 +37,14 @@ def entries_kernel(x, states, table, T, N, NG, S: tl.constexpr):
         origin = (at.start + local * S.C).to(tl.int64)
         k_tile = load_tile(x.k + h * S.K + origin * x.stride_k, x.stride_k, whole, S.C, S.K, S.BK, first_k)
         v_tile = load_tile(x.v + h * S.V + origin * x.stride_v, x.stride_v, whole, S.C, S.V, S.BV, first_v)
-        decay = load_log(states.chunk_log, (at.row0 + local).to(tl.int64) * S.H + h, first_k, S)
+        decay = load_log(states.chunk_log, (at.chunk0 + local).to(tl.int64) * S.H + h, first_k, S)
         total = total * tl.exp2(decay)[:, None]
         total = tl.dot(tl.trans(k_tile), v_tile, acc=total, input_precision=S.PRECISION)
         log += decay
-    unit = row.to(tl.int64) * S.H + h
-    store_entry(states.entries, unit, total, True, first_k, first_v, S)
+    site = chunk.to(tl.int64) * S.H + h
+    store_entry(states.entries, site, total, True, first_k, first_v, S)
     if first_v == 0:
-        store_log(states.entry_log, unit, log, first_k, S)
+        store_log(states.entry_log, site, log, first_k, S)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
@@ -64,9 +64,9 @@ def entry_grads_kernel(
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
     tile = tl.program_id(0) % TILES
     h = tl.program_id(0) // TILES % S.H
-    row = tl.program_id(0) // (TILES * S.H)
-    at = locate(row, table, T, N, NG, N, S.PACKED)
-    e = row - at.row0 + 1
+    chunk = tl.program_id(0) // (TILES * S.H)
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    e = chunk - at.chunk0 + 1
     if (at.length < 0) | (e * S.C >= at.length):
         return
     first_k = tile // TILES_V * S.BK
@@ -85,17 +85,17 @@ def entry_grads_kernel(
         q_tile = load_tile(x.q + h * S.K + origin * x.stride_q, x.stride_q, valid, S.C, S.K, S.BK, first_k)
         do_tile = load_tile(x.do + h * S.V + origin * x.stride_do, x.stride_do, valid, S.C, S.V, S.BV, first_v)
         weighted = (do_tile.to(tl.float32) * scale[:, None]).to(do_tile.dtype)
-        decay = load_log(states.chunk_log, (at.row0 + local).to(tl.int64) * S.H + h, first_k, S)
+        decay = load_log(states.chunk_log, (at.chunk0 + local).to(tl.int64) * S.H + h, first_k, S)
         total = total * tl.exp2(decay)[:, None]
         total = tl.dot(tl.trans(q_tile), weighted, acc=total, input_precision=S.PRECISION)
         log += decay
-    unit = row.to(tl.int64) * S.H + h
-    store_entry(grads.entries, unit, total, True, first_k, first_v, S)
+    site = chunk.to(tl.int64) * S.H + h
+    store_entry(grads.entries, site, total, True, first_k, first_v, S)
     if first_v == 0:
-        store_log(grads.window_log, unit, log, first_k, S)
+        store_log(grads.window_log, site, log, first_k, S)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_rows"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks"])
 def chunk_grads_kernel(
     x,
     states,
@@ -104,38 +104,38 @@ def chunk_grads_kernel(
     T,
     N,
     NG,
-    all_rows,
+    all_chunks,
     S: tl.constexpr,
 ):
     """The gradient of the state at the end of every chunk: the sum over the entries on its update path, each decayed back.
 
-    ``beyond [tiles of V, rows, H, K]``: the share of the gate's gradient that the keys of an entry pass to queries after its
+    ``beyond [tiles of V, chunks, H, K]``: the share of the gate's gradient that the keys of an entry pass to queries after its
     window. Grid and types as above.
     """
     TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
     tile = tl.program_id(0) % TILES
     h = tl.program_id(0) // TILES % S.H
-    row = tl.program_id(0) // (TILES * S.H)
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    chunk = tl.program_id(0) // (TILES * S.H)
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
     first_k = tile // TILES_V * S.BK
     first_v = tile % TILES_V * S.BV
-    unit = row.to(tl.int64) * S.H + h
-    e = row - at.row0 + 1
+    site = chunk.to(tl.int64) * S.H + h
+    e = chunk - at.chunk0 + 1
     own = tl.zeros([S.BK, S.BV], tl.float32)
     later = tl.zeros([S.BK, S.BV], tl.float32)
     if e * S.C < at.length:
-        own = load_entry(grads.entries, unit, first_k, first_v, S).to(tl.float32)
-        log = load_log(grads.window_log, unit, first_k, S)
+        own = load_entry(grads.entries, site, first_k, first_v, S).to(tl.float32)
+        log = load_log(grads.window_log, site, first_k, S)
         next_e = e + lowbit(e)
         while next_e * S.C < at.length:
-            there = (at.row0 + next_e - 1).to(tl.int64) * S.H + h
+            there = (at.chunk0 + next_e - 1).to(tl.int64) * S.H + h
             later += load_entry(grads.entries, there, first_k, first_v, S).to(tl.float32) * tl.exp2(log)[:, None]
             log += load_log(grads.window_log, there, first_k, S)
             next_e += lowbit(next_e)
-        state = load_entry(states.entries, unit, first_k, first_v, S).to(tl.float32)
-        place = (tile % TILES_V) * all_rows.to(tl.int64) * S.H + unit
+        state = load_entry(states.entries, site, first_k, first_v, S).to(tl.float32)
+        place = (tile % TILES_V) * all_chunks.to(tl.int64) * S.H + site
         store_log(grads.beyond, place, tl.sum(state * later, axis=1), first_k, S)
-    store_entry(grads.chunks, unit, own + later, True, first_k, first_v, S)
+    store_entry(grads.chunks, site, own + later, True, first_k, first_v, S)

@@ -19,12 +19,12 @@ from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config
 
 
 class Prepared(NamedTuple):
-    """The facts about the chunks that depend on no λ and no value. A *row* is a chunk of a sequence; logs in base 2.
+    """The facts about the chunks that depend on no λ and no value. A *chunk* is a chunk of a sequence; logs in base 2.
 
     sums: ``[planes, B*T, H, K]`` float32, running sums of the gates inside each chunk; two planes, value and rounding error,
-        for float32 inputs. chunk_log: ``[rows, H, K]`` float32.
+        for float32 inputs. chunk_log: ``[chunks, H, K]`` float32.
     q, k: ``[B*T, H, K]`` of v's dtype, queries as seen from the start of their chunk, keys as seen from its end.
-    scores: ``[rows, H, C, C]`` of v's dtype, under their decays, zero above the diagonal.
+    scores: ``[chunks, H, C, C]`` of v's dtype, under their decays, zero above the diagonal.
     """
 
     sums: Tensor
@@ -35,7 +35,10 @@ class Prepared(NamedTuple):
 
 
 class States(NamedTuple):
-    """``scores`` and ``chunk_log`` as above. entries: ``[rows, H, K, V]``, the Fenwick array. entry_log: ``[rows, H, K]``."""
+    """``scores`` and ``chunk_log`` as above.
+
+    entries: ``[chunks, H, K, V]``, the Fenwick array. entry_log: ``[chunks, H, K]``.
+    """
 
     scores: Tensor | None
     chunk_log: Tensor
@@ -54,24 +57,24 @@ def launch_scores(problem: Problem, x: Inputs) -> tuple[Prepared, Inputs]:
     """The prepared chunks, and the inputs of the stages between: decayed queries and keys, a pair for each value head."""
     H, K, C, dtype, device = problem.heads, problem.key_width, problem.config.chunk, x.v.dtype, x.v.device
     q, k = (launching.scratch((problem.tokens, 1, H, K), dtype, device) for _ in range(2))
-    scores = launching.scratch((problem.rows, H, C, C), dtype, device)
+    scores = launching.scratch((problem.all_chunks, H, C, C), dtype, device)
     sums = launching.scratch((2 if dtype == torch.float32 else 1, problem.tokens, H, K), torch.float32, device)
     launch, plane = problem.config.scores, sums.stride(0)
     tiles = tile_sizes(problem, launch, whole_key=False)
     sizes = problem.sizes(dtype, **tiles)
     gates = x._replace(q=None, k=None, v=None, scales=None, do=None)
-    programs = problem.rows * H * cdiv(K, tiles["BK"])
-    launching.launch(sums_kernel, programs, gates, sums, plane, *problem.of_rows, S=sizes, num_warps=4)
-    made = Prepared(sums, q, k, scores, launching.scratch((problem.rows, H, K), torch.float32, device))
+    programs = problem.all_chunks * H * cdiv(K, tiles["BK"])
+    launching.launch(sums_kernel, programs, gates, sums, plane, *problem.of_chunks, S=sizes, num_warps=4)
+    made = Prepared(sums, q, k, scores, launching.scratch((problem.all_chunks, H, K), torch.float32, device))
     inputs = x._replace(g=None, v=None, scales=None, do=None)
     launching.launch(
         scores_kernel,
-        problem.rows * H,
+        problem.all_chunks * H,
         inputs,
         sums,
         made._replace(sums=None),
         plane,
-        *problem.of_rows,
+        *problem.of_chunks,
         S=sizes,
         **launch.options,
     )
@@ -81,17 +84,17 @@ def launch_scores(problem: Problem, x: Inputs) -> tuple[Prepared, Inputs]:
 def launch_entries(problem: Problem, x: Inputs, made: Prepared) -> States:
     """The Fenwick array."""
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
-    entries = launching.scratch((problem.rows, H, K, V), dtype, device)
-    entry_log = launching.scratch((problem.rows, H, K), torch.float32, device)
+    entries = launching.scratch((problem.all_chunks, H, K, V), dtype, device)
+    entry_log = launching.scratch((problem.all_chunks, H, K), torch.float32, device)
     states = States(
         None, made.chunk_log, entries, entry_log
     )  # a kernel that is given the scores would keep their memory
     launch = problem.config.entries
     tiles = tile_sizes(problem, launch, whole_key=False)
-    programs = problem.rows * H * cdiv(K, tiles["BK"]) * cdiv(V, tiles["BV"])
+    programs = problem.all_chunks * H * cdiv(K, tiles["BK"]) * cdiv(V, tiles["BV"])
     inputs = x._replace(q=None, scales=None, do=None)
     sizes = problem.sizes(dtype, **tiles)
-    launching.launch(entries_kernel, programs, inputs, states, *problem.of_rows, S=sizes, **launch.options)
+    launching.launch(entries_kernel, programs, inputs, states, *problem.of_chunks, S=sizes, **launch.options)
     return states._replace(scores=made.scores)
 
 
@@ -100,11 +103,11 @@ def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     launch = problem.config.output
     tiles = tile_sizes(problem, launch)
     o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    programs = problem.rows * problem.heads * cdiv(problem.value_width, tiles["BV"])
+    programs = problem.all_chunks * problem.heads * cdiv(problem.value_width, tiles["BV"])
     sizes = problem.sizes(x.v.dtype, **tiles)
     inputs = x._replace(k=None, do=None)
     launching.launch(
-        output_kernel, programs, inputs, states, o, *problem.of_rows, problem.levels, S=sizes, **launch.options
+        output_kernel, programs, inputs, states, o, *problem.of_chunks, problem.levels, S=sizes, **launch.options
     )
     return o
 

@@ -25,38 +25,38 @@ from loglinear.kernels.tree.decays import GATE_FLOOR
 from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_rows"])
-def window_sums_kernel(grads, table, T, N, NG, all_rows, S: tl.constexpr):
-    """``levels`` of a chunk, in place: the gains of the queries after it in the same window. Grid: tiles of K x H x rows."""
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks"])
+def window_sums_kernel(grads, table, T, N, NG, all_chunks, S: tl.constexpr):
+    """``levels`` of a chunk, in place: the gains of the queries after it in the same window. Grid: tiles of K x H x chunks."""
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK
     first = tl.program_id(0) % TILES * S.BK
     h = tl.program_id(0) // TILES % S.H
-    row = tl.program_id(0) // (TILES * S.H)
-    at = locate(row, table, T, N, NG, N, S.PACKED)
-    e = row - at.row0 + 1
+    chunk = tl.program_id(0) // (TILES * S.H)
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    e = chunk - at.chunk0 + 1
     if (at.length < 0) | (e * S.C >= at.length):
         return
     span = lowbit(e)
     end = tl.minimum(e + span, (at.length + S.C - 1) // S.C)
     later = tl.zeros([S.BK], tl.float32)
     for i in range(end - e):
-        place = (log2_of_power(span) * all_rows + at.row0 + end - 1 - i).to(tl.int64) * S.H + h
+        place = (log2_of_power(span) * all_chunks + at.chunk0 + end - 1 - i).to(tl.int64) * S.H + h
         own = load_log(grads.levels, place, first, S)
         store_log(grads.levels, place, later, first, S)
         later += own
 
 
 @triton.jit
-def skipping(grads, at, row, n, h, all_rows, tiles, first, S: tl.constexpr):
+def skipping(grads, at, chunk, n, h, all_chunks, tiles, first, S: tl.constexpr):
     """``[BK]`` gains of the pairs that skip a chunk, by the entry of the key: queries in its window, and queries after it."""
     total = tl.zeros([S.BK], tl.float32)
     e = n
     while e > 0:
-        place = (log2_of_power(lowbit(e)) * all_rows + row).to(tl.int64) * S.H + h
+        place = (log2_of_power(lowbit(e)) * all_chunks + chunk).to(tl.int64) * S.H + h
         total += load_log(grads.levels, place, first, S)
-        unit = (at.row0 + e - 1).to(tl.int64) * S.H + h
+        site = (at.chunk0 + e - 1).to(tl.int64) * S.H + h
         for tile in range(tiles):
-            total += load_log(grads.beyond, tile * all_rows.to(tl.int64) * S.H + unit, first, S)
+            total += load_log(grads.beyond, tile * all_chunks.to(tl.int64) * S.H + site, first, S)
         e -= lowbit(e)
     return total
 
@@ -72,7 +72,7 @@ def passed(level, S: tl.constexpr):
     return tl.where((t[:, None] >> level == t[None, :] >> level) & (query | key), 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_rows", "all_tokens", "tiles"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks", "all_tokens", "tiles"])
 def gate_grads_kernel(
     x,  # the inputs of the call, not the decayed ones
     sums,
@@ -86,26 +86,26 @@ def gate_grads_kernel(
     T,
     N,
     NG,
-    all_rows,
+    all_chunks,
     all_tokens,
     tiles,  # of V, of ``beyond``
     S: tl.constexpr,
 ):
-    """Grid: tiles of K x H x rows, rows fastest. float32: accumulators, logs, gains."""
+    """Grid: tiles of K x H x chunks, chunks fastest. float32: accumulators, logs, gains."""
     PARTS: tl.constexpr = S.H // S.G
-    row = tl.program_id(0) % all_rows
-    h = tl.program_id(0) // all_rows % S.H
-    first = tl.program_id(0) // (all_rows * S.H) * S.BK
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    chunk = tl.program_id(0) % all_chunks
+    h = tl.program_id(0) // all_chunks % S.H
+    first = tl.program_id(0) // (all_chunks * S.H) * S.BK
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     t = tl.arange(0, S.C)
     head = h // PARTS * S.K
     q_tile = load_columns(x.q + head, x.stride_q, here, first, S)
     q = q_tile.to(tl.float32)
     k = load_columns(x.k + head, x.stride_k, here, first, S).to(tl.float32)
-    square = score_grads + (row.to(tl.int64) * S.H + h) * (S.C * S.C)
+    square = score_grads + (chunk.to(tl.int64) * S.H + h) * (S.C * S.C)
     # The gradient of a pair for both of its tokens; zero above the diagonal of what is stored.
     pairs = tl.load(square + t[:, None] * S.C + t[None, :]) + tl.load(square + t[None, :] * S.C + t[:, None])
     itself = tl.load(square + t * S.C + t).to(tl.float32)[:, None]
@@ -129,7 +129,7 @@ def gate_grads_kernel(
     from_here = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
     gain = tl.dot(from_here, own_query * q, acc=gain, input_precision=S.PRECISION)
     gain = tl.dot(1.0 - from_here, own_key * k, acc=gain, input_precision=S.PRECISION)
-    gain += skipping(grads, at, row, here.n, h, all_rows, tiles, first, S)[None, :]
+    gain += skipping(grads, at, chunk, here.n, h, all_chunks, tiles, first, S)[None, :]
 
     part = (h % PARTS).to(tl.int64) * all_tokens * (S.G * S.K) + head
     store_columns(dq + part, S.G * S.K, here, query_sum + own_query, first, S)

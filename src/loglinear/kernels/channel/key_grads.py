@@ -23,23 +23,23 @@ def key_grads_kernel(
     L,
     S: tl.constexpr,
 ):
-    """Grid: H x rows, rows fastest. float32: mask, accumulators."""
-    rows = tl.num_programs(0) // S.H
-    row = tl.program_id(0) % rows
-    h = tl.program_id(0) // rows
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    """Grid: H x chunks, chunks fastest. float32: mask, accumulators."""
+    all_chunks = tl.num_programs(0) // S.H
+    chunk = tl.program_id(0) % all_chunks
+    h = tl.program_id(0) // all_chunks
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
-    unit = row.to(tl.int64) * S.H + h
+    here = chunk_of(at, chunk, S.C)
+    site = chunk.to(tl.int64) * S.H + h
     k_tile = load_tokens(x.k, x.stride_k, h, here, S.C, S.K, S.BK, 0)
-    weights = load_square(states.scores, unit, S.C).to(tl.float32) * level_mask(x, here, h, L, S)
+    weights = load_square(states.scores, site, S.C).to(tl.float32) * level_mask(x, here, h, L, S)
     weights = weights.to(k_tile.dtype)
     total = tl.zeros([S.C, S.BK], tl.float32)
     for first_v in range(0, S.V, S.BV):
         v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v)
         do_tile = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)
-        state = load_entry(grads.chunks, unit, 0, first_v, S)
+        state = load_entry(grads.chunks, site, 0, first_v, S)
         total = tl.dot(v_tile, tl.trans(state), acc=total, input_precision=S.PRECISION)
         own = tl.dot(k_tile, state, input_precision=S.PRECISION)
         own = tl.dot(tl.trans(weights), do_tile, acc=own, input_precision=S.PRECISION)

@@ -12,23 +12,26 @@ from loglinear.kernels.tree.tiles import load_tokens
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
 def local_grads_kernel(x, states, score_grads, dscales, table, T, N, NG, L, S: tl.constexpr, LEVELS: tl.constexpr):
-    """Grid: H x rows, rows fastest. float32: scores, mask, dλ, and the gradient until it is stored ``[rows, H, C, C]``."""
-    rows = tl.num_programs(0) // S.H
-    row = tl.program_id(0) % rows
-    h = tl.program_id(0) // rows
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    """Grid: H x chunks, chunks fastest.
+
+    float32: scores, mask, dλ, and the gradient until it is stored ``[chunks, H, C, C]``.
+    """
+    all_chunks = tl.num_programs(0) // S.H
+    chunk = tl.program_id(0) % all_chunks
+    h = tl.program_id(0) // all_chunks
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     t = tl.arange(0, S.C)
-    unit = row.to(tl.int64) * S.H + h
+    site = chunk.to(tl.int64) * S.H + h
     grads = tl.zeros([S.C, S.C], tl.float32)
     for first_v in tl.static_range(0, S.V, S.BV):
         v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v)
         do_tile = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)
         grads = tl.dot(do_tile, tl.trans(v_tile), acc=grads, input_precision=S.PRECISION)
     grads = tl.where(t[:, None] >= t[None, :], grads, 0.0)
-    pairs = grads * load_square(states.scores, unit, S.C).to(tl.float32)
+    pairs = grads * load_square(states.scores, site, S.C).to(tl.float32)
     apart = bit_length(t[:, None] ^ t[None, :])
     levels = tl.arange(0, LEVELS)
     gradient = tl.zeros([S.C, LEVELS], tl.float32)
@@ -38,5 +41,5 @@ def local_grads_kernel(x, states, score_grads, dscales, table, T, N, NG, L, S: t
     place = dscales + here.origin * (S.H * L) + h * L + (t[:, None] * (S.H * L) + levels[None, :])
     written = here.valid[:, None] & (levels < L)[None, :]
     tl.store(place, (gradient * x.factor).to(dscales.dtype.element_ty), mask=written)
-    target = score_grads + unit * (S.C * S.C) + t[:, None] * S.C + t[None, :]
+    target = score_grads + site * (S.C * S.C) + t[:, None] * S.C + t[None, :]
     tl.store(target, (grads * level_mask(x, here, h, L, S)).to(score_grads.dtype.element_ty))

@@ -12,10 +12,10 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 
 
 @triton.jit
-def load_square(base, unit, C: tl.constexpr):
+def load_square(base, site, C: tl.constexpr):
     """``[C, C]`` of a unit (int64) of ``[units, C, C]``."""
     t = tl.arange(0, C)
-    return tl.load(base + unit * (C * C) + t[:, None] * C + t[None, :])
+    return tl.load(base + site * (C * C) + t[:, None] * C + t[None, :])
 
 
 @triton.jit
@@ -36,18 +36,18 @@ def entry_scale(x, here, h, e, L, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
 def output_kernel(x, states, o, table, T, N, NG, L, S: tl.constexpr):
-    """Grid: tiles of V x H x rows, rows fastest. float32: mask, accumulator, logs."""
-    rows = tl.num_programs(0) // (S.H * ((S.V + S.BV - 1) // S.BV))
-    row = tl.program_id(0) % rows
-    h = tl.program_id(0) // rows % S.H
-    first_v = tl.program_id(0) // (rows * S.H) * S.BV
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    """Grid: tiles of V x H x chunks, chunks fastest. float32: mask, accumulator, logs."""
+    all_chunks = tl.num_programs(0) // (S.H * ((S.V + S.BV - 1) // S.BV))
+    chunk = tl.program_id(0) % all_chunks
+    h = tl.program_id(0) // all_chunks % S.H
+    first_v = tl.program_id(0) // (all_chunks * S.H) * S.BV
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     q_tile = load_tokens(x.q, x.stride_q, h, here, S.C, S.K, S.BK, 0)
     v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v)
-    scores = load_square(states.scores, row.to(tl.int64) * S.H + h, S.C).to(tl.float32)
+    scores = load_square(states.scores, chunk.to(tl.int64) * S.H + h, S.C).to(tl.float32)
     weights = scores * level_mask(x, here, h, L, S)
     t = tl.arange(0, S.C)
     finite = tl.sum(v_tile.to(tl.float32) * 0.0, axis=1) == 0.0
@@ -61,10 +61,10 @@ def output_kernel(x, states, o, table, T, N, NG, L, S: tl.constexpr):
     log = tl.zeros([S.BK], tl.float32)
     e = here.n
     while e > 0:
-        unit = (at.row0 + e - 1).to(tl.int64) * S.H + h
+        site = (at.chunk0 + e - 1).to(tl.int64) * S.H + h
         query = (q_tile.to(tl.float32) * tl.exp2(log)[None, :]).to(q_tile.dtype)
-        state = load_entry(states.entries, unit, 0, first_v, S)
+        state = load_entry(states.entries, site, 0, first_v, S)
         acc += entry_scale(x, here, h, e, L, S)[:, None] * tl.dot(query, state, input_precision=S.PRECISION)
-        log += load_log(states.entry_log, unit, 0, S)
+        log += load_log(states.entry_log, site, 0, S)
         e -= lowbit(e)
     store_tokens(o, S.H * S.V, h, here, acc, S.C, S.V, S.BV, first_v)

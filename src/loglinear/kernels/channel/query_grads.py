@@ -15,7 +15,7 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 def query_grads_kernel(
     x,
     states,
-    grads,  # writes ``q``, and ``levels [tree levels, rows, H, K]``: q·dq of a chunk through its entry of each level
+    grads,  # writes ``q``, and ``levels [tree levels, chunks, H, K]``: q·dq of a chunk through its entry of each level
     dscales,
     table,
     T,
@@ -25,14 +25,14 @@ def query_grads_kernel(
     S: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """Grid: H x rows, rows fastest. float32: accumulators, dλ, logs."""
-    rows = tl.num_programs(0) // S.H
-    row = tl.program_id(0) % rows
-    h = tl.program_id(0) // rows
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    """Grid: H x chunks, chunks fastest. float32: accumulators, dλ, logs."""
+    all_chunks = tl.num_programs(0) // S.H
+    chunk = tl.program_id(0) % all_chunks
+    h = tl.program_id(0) // all_chunks
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     q = load_tokens(x.q, x.stride_q, h, here, S.C, S.K, S.BK, 0).to(tl.float32)
     total = tl.zeros([S.C, S.BK], tl.float32)
     levels = tl.arange(0, LEVELS)
@@ -40,22 +40,22 @@ def query_grads_kernel(
     log = tl.zeros([S.BK], tl.float32)
     e = here.n
     while e > 0:
-        unit = (at.row0 + e - 1).to(tl.int64) * S.H + h
+        site = (at.chunk0 + e - 1).to(tl.int64) * S.H + h
         tree_level = log2_of_power(lowbit(e))
         scale = entry_scale(x, here, h, e, L, S)
         product = tl.zeros([S.C, S.BK], tl.float32)
         for first_v in range(0, S.V, S.BV):
             do_tile = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)
-            state = load_entry(states.entries, unit, 0, first_v, S)
+            state = load_entry(states.entries, site, 0, first_v, S)
             product = tl.dot(do_tile, tl.trans(state), acc=product, input_precision=S.PRECISION)
         product = product * tl.exp2(log)[None, :]
         total += scale[:, None] * product
         gains = q * product
         column = tl.minimum(tree_level + S.LOG_C + 1, L - 1)
         gradient += tl.where(levels[None, :] == column, tl.sum(gains, axis=1)[:, None] * x.factor, 0.0)
-        place = (tree_level * rows + row).to(tl.int64) * S.H + h
+        place = (tree_level * all_chunks + chunk).to(tl.int64) * S.H + h
         store_log(grads.levels, place, tl.sum(gains * scale[:, None], axis=0), 0, S)
-        log += load_log(states.entry_log, unit, 0, S)
+        log += load_log(states.entry_log, site, 0, S)
         e -= lowbit(e)
     store_tokens(grads.q, S.H * S.K, h, here, total, S.C, S.K, S.BK, 0)
     t = tl.arange(0, S.C)

@@ -33,16 +33,16 @@ def scores_kernel(
     NG,
     S: tl.constexpr,
 ):
-    """Grid: H x rows, rows fastest. float32: scores, logs."""
-    rows = tl.num_programs(0) // S.H
-    row = tl.program_id(0) % rows
-    h = tl.program_id(0) // rows
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    """Grid: H x chunks, chunks fastest. float32: scores, logs."""
+    all_chunks = tl.num_programs(0) // S.H
+    chunk = tl.program_id(0) % all_chunks
+    h = tl.program_id(0) // all_chunks
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     head = h // (S.H // S.G) * S.K
-    unit = row.to(tl.int64) * S.H + h
+    site = chunk.to(tl.int64) * S.H + h
     t = tl.arange(0, S.C)
     scores = tl.zeros([S.C, S.C], tl.float32)
     for first in tl.static_range(0, S.K, S.BK):
@@ -60,6 +60,6 @@ def scores_kernel(
         store_columns(made.q + h * S.K, S.H * S.K, here, q * late, first, S)
         store_columns(made.k + h * S.K, S.H * S.K, here, k * early, first, S)
         columns = first + tl.arange(0, S.BK)
-        tl.store(made.chunk_log + unit * S.K + columns[None, :], log, mask=(columns < S.K)[None, :])
-    target = made.scores + unit * (S.C * S.C) + t[:, None] * S.C + t[None, :]
+        tl.store(made.chunk_log + site * S.K + columns[None, :], log, mask=(columns < S.K)[None, :])
+    target = made.scores + site * (S.C * S.C) + t[:, None] * S.C + t[None, :]
     tl.store(target, scores.to(made.scores.dtype.element_ty))

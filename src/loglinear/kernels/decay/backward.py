@@ -27,8 +27,8 @@ from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_confi
 class Gains(NamedTuple):
     """Shares of q·dq and k·dk that the gate's gradient is made of, float32; empty without a gate. See gate_grads.py.
 
-    rows, columns: ``[H, B*T]``, of a token with all keys before it, and with all queries after it. chunks: ``[rows, H]``.
-    levels: ``[tree levels, H, rows]``. beyond: ``[rows, H, tiles]``.
+    rows, columns: ``[H, B*T]``, of a token with all keys before it, and with all queries after it. chunks: ``[chunks, H]``.
+    levels: ``[tree levels, H, chunks]``. beyond: ``[chunks, H, tiles]``.
     """
 
     rows: Tensor
@@ -39,8 +39,8 @@ class Gains(NamedTuple):
 
 
 class NodeGrads(NamedTuple):
-    """nodes: ``[groups, H, K, V]`` gradients of the entries of whole groups, by the group that ends them; segments: ``[levels,
-    slots, H, K, V]`` parts of those with more groups than a segment.
+    """nodes: ``[octets, H, K, V]`` gradients of the entries of whole octets, by the octet that ends them; segments: ``[levels,
+    slots, H, K, V]`` parts of those with more octets than a segment.
     """
 
     nodes: Tensor
@@ -48,50 +48,50 @@ class NodeGrads(NamedTuple):
 
 
 def allocate_gains(problem: Problem, x: Inputs) -> Gains:
-    H, tokens, rows = problem.heads, problem.tokens, problem.rows
+    H, tokens, all_chunks = problem.heads, problem.tokens, problem.all_chunks
     tiles = state_tiles(problem, problem.config.chunk_grads)[2]
-    shapes = (H, tokens), (H, tokens), (rows, H), (problem.tree_levels, H, rows), (rows, H, tiles)
+    shapes = (H, tokens), (H, tokens), (all_chunks, H), (problem.tree_levels, H, all_chunks), (all_chunks, H, tiles)
     return Gains(*(launching.scratch(s if x.g is not None else (0,), torch.float32, x.v.device) for s in shapes))
 
 
 def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
-    """``NodeGrads.nodes``; none where a sequence is one group."""
-    H, state, levels, groups = (
+    """``NodeGrads.nodes``; none where a sequence is one octet."""
+    H, state, levels, octets = (
         problem.heads,
         (problem.key_width, problem.value_width),
         problem.high_levels,
-        problem.row_groups,
+        problem.all_octets,
     )
     launch, segment, dtype, device = problem.config.windows, problem.config.segment, x.v.dtype, x.v.device
     segment_levels = max(levels - segment.bit_length(), 0)
-    slots = groups // segment + 1 + problem.sequence_count
-    nodes = launching.scratch((groups if levels else 0, H, *state), dtype, device)
+    slots = octets // segment + 1 + problem.sequence_count
+    nodes = launching.scratch((octets if levels else 0, H, *state), dtype, device)
     if levels == 0:
         return nodes
     out = NodeGrads(nodes, launching.scratch((segment_levels, slots, H, *state), dtype, device))
     tile_k, tile_v, tiles = state_tiles(problem, launch)
-    arguments = x, problem.levels, states, out, *problem.of_groups, states.sums.stride(0), groups, slots
+    arguments = x, problem.levels, states, out, *problem.of_octets, states.sums.stride(0), octets, slots
     S = problem.sizes(dtype, BK=tile_k, BV=tile_v, LEVELS=levels)
     launching.launch(
-        window_grads_kernel, levels * groups * H * tiles, *arguments, S=S, SEGMENT=segment, **launch.options
+        window_grads_kernel, levels * octets * H * tiles, *arguments, S=S, SEGMENT=segment, **launch.options
     )
     if segment_levels:
         block = min(2048, padded(state[0] * state[1]))
-        programs = segment_levels * groups * H * cdiv(state[0] * state[1], block)
-        arguments = states, out, *problem.of_groups, groups, slots
+        programs = segment_levels * octets * H * cdiv(state[0] * state[1], block)
+        arguments = states, out, *problem.of_octets, octets, slots
         constants = {"S": problem.sizes(dtype), "SEGMENT": segment, "BLOCK": block}
         launching.launch(segment_sums_kernel, programs, *arguments, **constants, num_warps=4)
     return nodes
 
 
 def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: Tensor, gains: Gains) -> Tensor:
-    """Gradients of the states of all chunks, ``[rows, H, K, V]``."""
+    """Gradients of the states of all chunks, ``[chunks, H, K, V]``."""
     launch = problem.config.chunk_grads
     tile_k, tile_v, tiles = state_tiles(problem, launch)
-    shape = problem.rows, problem.heads, problem.key_width, problem.value_width
+    shape = problem.all_chunks, problem.heads, problem.key_width, problem.value_width
     chunk_grads = launching.scratch(shape, x.v.dtype, x.v.device)
-    programs = problem.row_groups * problem.heads * tiles
-    arguments = x, problem.levels, states, node_grads, chunk_grads, gains, *problem.of_groups, states.sums.stride(0)
+    programs = problem.all_octets * problem.heads * tiles
+    arguments = x, problem.levels, states, node_grads, chunk_grads, gains, *problem.of_octets, states.sums.stride(0)
     S = problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v)
     launching.launch(chunk_grads_kernel, programs, *arguments, S=S, **launch.options)
     return chunk_grads
@@ -103,30 +103,30 @@ def head_blocks(problem: Problem) -> tuple[int, int]:
     return heads, problem.heads // heads
 
 
-def launch_rows(kernel, launch: Launch, problem: Problem, x: Inputs, states: States, *arguments) -> None:
+def launch_chunks(kernel, launch: Launch, problem: Problem, x: Inputs, states: States, *arguments) -> None:
     """A kernel whose program owns a chunk and a block of heads."""
     heads, blocks = head_blocks(problem)
     tile_k, tile_v = problem.tile(problem.key_width), min(launch.block_v, problem.tile(problem.value_width))
     S = problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v, HEADS=heads, LEVELS=padded(problem.levels))
-    places = *problem.of_rows, problem.tokens, states.sums.stride(0)
+    places = *problem.of_chunks, problem.tokens, states.sums.stride(0)
     launching.launch(
-        kernel, problem.rows * blocks, x, problem.levels, states, *arguments, *places, S=S, **launch.options
+        kernel, problem.all_chunks * blocks, x, problem.levels, states, *arguments, *places, S=S, **launch.options
     )
 
 
 def launch_local_grads(problem: Problem, x: Inputs, states: States, gains: Gains) -> tuple[Tensor, Tensor]:
-    """(dλ of the levels inside a chunk, gradient of the scores ``[rows, head blocks, C, C]``)."""
+    """(dλ of the levels inside a chunk, gradient of the scores ``[chunks, head blocks, C, C]``)."""
     chunk, device = problem.config.chunk, x.v.device
     dscales = launching.scratch(tuple(x.scales.shape), x.scales.dtype, device)
-    score_grads = launching.scratch((problem.rows, head_blocks(problem)[1], chunk, chunk), x.v.dtype, device)
-    launch_rows(local_grads_kernel, problem.config.local, problem, x, states, score_grads, dscales, gains)
+    score_grads = launching.scratch((problem.all_chunks, head_blocks(problem)[1], chunk, chunk), x.v.dtype, device)
+    launch_chunks(local_grads_kernel, problem.config.local, problem, x, states, score_grads, dscales, gains)
     return dscales, score_grads
 
 
 def launch_value_grads(problem: Problem, x: Inputs, states: States, chunk_grads: Tensor, gains: Gains) -> Tensor:
     """dv."""
     dv = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    launch_rows(value_grads_kernel, problem.config.value, problem, x, states, chunk_grads, dv, gains)
+    launch_chunks(value_grads_kernel, problem.config.value, problem, x, states, chunk_grads, dv, gains)
     return dv
 
 
@@ -142,22 +142,22 @@ def launch_query_grads(
 ) -> Tensor:
     """dq; completes dλ and the gains of the rows."""
     partial = partial_sums(problem, x.q)
-    launch_rows(query_grads_kernel, problem.config.query, problem, x, states, score_grads, partial, dscales, gains)
+    launch_chunks(query_grads_kernel, problem.config.query, problem, x, states, score_grads, partial, dscales, gains)
     return sum_heads(partial, x.q)
 
 
 def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: Tensor, score_grads: Tensor) -> Tensor:
     """dk."""
     partial = partial_sums(problem, x.k)
-    launch_rows(key_grads_kernel, problem.config.key, problem, x, states, chunk_grads, score_grads, partial)
+    launch_chunks(key_grads_kernel, problem.config.key, problem, x, states, chunk_grads, score_grads, partial)
     return sum_heads(partial, x.k)
 
 
 def launch_gate_grads(problem: Problem, x: Inputs, gains: Gains) -> Tensor:
     """dg."""
     dg, tiles = launching.scratch(tuple(x.g.shape), x.g.dtype, x.g.device), gains.beyond.shape[2]
-    arguments = x, gains, dg, *problem.of_groups, problem.tokens, problem.rows, problem.high_levels
-    programs, S = problem.row_groups * problem.heads, problem.sizes(x.v.dtype)
+    arguments = x, gains, dg, *problem.of_octets, problem.tokens, problem.all_chunks, problem.high_levels
+    programs, S = problem.all_octets * problem.heads, problem.sizes(x.v.dtype)
     launching.launch(gate_grads_kernel, programs, *arguments, S=S, TILES=tiles, num_warps=4)
     return dg
 

@@ -1,7 +1,7 @@
 """CHUNK GRADIENTS: the gradient of every chunk's state, from the entries that contain it.
 
 Gradients are pushed down the tree, so that a key reads one gradient instead of one per level: the gradient D_c at the
-end of chunk c is that of its parent on the update path, decayed back, plus its own entry's. Inside a group the tree is
+end of chunk c is that of its parent on the update path, decayed back, plus its own entry's. Inside an octet the tree is
 walked depth first with two accumulators, by the schedule below.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from loglinear.fenwick import level
 from loglinear.kernels.decay.node_grads import chunk_gradient, chunk_weight
-from loglinear.kernels.tree.place import GROUP, locate, log2_of_power, lowbit, tile_of_program
+from loglinear.kernels.tree.place import OCTET, locate, log2_of_power, lowbit, tile_of_program
 from loglinear.kernels.tree.tiles import load_entry, store_entry
 
 
@@ -20,7 +20,7 @@ def schedule(end: int, size: int) -> list[tuple[int, int, bool, bool]]:
     """The steps from D of chunk ``end - 1`` to every D of the ``size - 1`` chunks before it, depth first.
 
     A step reads a chunk, at a level of the tree. The third member says whether D of the chunk before is complete after it, the
-    fourth whether the step begins again from the base: D of the group's last chunk and, from REBASE on, D of its middle.
+    fourth whether the step begins again from the base: D of the octet's last chunk and, from REBASE on, D of its middle.
     """
     steps, width = [], 1
     while width < size:
@@ -32,63 +32,63 @@ def schedule(end: int, size: int) -> list[tuple[int, int, bool, bool]]:
     return steps
 
 
-_STEPS = schedule(GROUP.value, GROUP.value)
+_STEPS = schedule(OCTET.value, OCTET.value)
 # One digit or bit a step, step 0 the last.
 CHUNKS = tl.constexpr(sum(step[0] << 4 * i for i, step in enumerate(_STEPS)))
 LEVELS = tl.constexpr(sum(step[1] << 4 * i for i, step in enumerate(_STEPS)))
 STORES = tl.constexpr(sum(step[2] << i for i, step in enumerate(_STEPS)))
 RESTARTS = tl.constexpr(sum(step[3] << i for i, step in enumerate(_STEPS)))
 STEPS = tl.constexpr(len(_STEPS))
-REBASE = tl.constexpr(len(_STEPS) - len(schedule(GROUP.value // 2, GROUP.value // 2)))
+REBASE = tl.constexpr(len(_STEPS) - len(schedule(OCTET.value // 2, OCTET.value // 2)))
 
 
 @triton.jit
-def log_of_groups(group_log, unit, count, h, H: tl.constexpr):
-    """Sum of the log-decays of ``count`` groups from ``unit`` on."""
+def log_of_octets(octet_log, site, count, h, H: tl.constexpr):
+    """Sum of the log-decays of ``count`` octets from ``unit`` on."""
     total = 0.0
     block = tl.arange(0, 64)
     for i in range((count + 63) // 64):
         index = i * 64 + block
-        total += tl.sum(tl.load(group_log + (unit + index).to(tl.int64) * H + h, mask=index < count, other=0.0), axis=0)
+        total += tl.sum(tl.load(octet_log + (site + index).to(tl.int64) * H + h, mask=index < count, other=0.0), axis=0)
     return total
 
 
 @triton.jit
-def gradient_after_group(states, node_grads, group, j, end, part, S: tl.constexpr):
-    """D at the end of group j: the gradients of its entries of a group or more, each decayed back from its end."""
+def gradient_after_octet(states, node_grads, octet, j, end, part, S: tl.constexpr):
+    """D at the end of octet j: the gradients of its entries of an octet or more, each decayed back from its end."""
     total = tl.zeros([S.BK, S.BV], tl.float32)
     e = j + 1
     log = 0.0
     while e < end:
-        slot = (group + e - 1 - j).to(tl.int64) * S.H + part.h
+        slot = (octet + e - 1 - j).to(tl.int64) * S.H + part.h
         gradient = load_entry(node_grads, slot, part.first_k, part.first_v, S).to(tl.float32)
         total += gradient * tl.exp2(log)
         span = lowbit(e)
-        log += log_of_groups(states.group_log, group + e - j, tl.minimum(span, end - e), part.h, S.H)
+        log += log_of_octets(states.octet_log, octet + e - j, tl.minimum(span, end - e), part.h, S.H)
         e += span
     return total
 
 
 @triton.jit
-def store_beyond(beyond, gradient, states, row, group, b, n0, part, S: tl.constexpr):
+def store_beyond(beyond, gradient, states, chunk, octet, b, n0, part, S: tl.constexpr):
     """Share of the gate's gradient that flows from each entry whose window ends with chunk b - 1 past that end.
 
-    ``gradient`` is D at the end of that chunk, which stands at ``row``; the entries are b - 2, b - 4, … while the step divides
-    b. Their inner product with D, over the decay of the window, is what all their keys pass to queries after it.
+    ``gradient`` is D at the end of that chunk, which stands at ``chunk``; the entries are b - 2, b - 4, … while the step
+    divides b. Their inner product with D, over the decay of the window, is what all their keys pass to queries after it.
     """
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * ((S.V + S.BV - 1) // S.BV)
     h = part.h
-    inside = tl.arange(0, GROUP)
+    inside = tl.arange(0, OCTET)
     span = tl.cast(2, tl.int32)
     while (span < lowbit(b)) & (b - span > n0):
-        if span < GROUP:
-            rows = (row - inside).to(tl.int64) * S.H + h
-            log = tl.sum(tl.load(states.chunk_log + rows, mask=inside < span, other=0.0), axis=0)
+        if span < OCTET:
+            sites = (chunk - inside).to(tl.int64) * S.H + h
+            log = tl.sum(tl.load(states.chunk_log + sites, mask=inside < span, other=0.0), axis=0)
         else:
-            log = log_of_groups(states.group_log, group + 1 - span // GROUP, span // GROUP, h, S.H)
-        unit = (row - span).to(tl.int64) * S.H + h
-        state = load_entry(states.entries, unit, part.first_k, part.first_v, S).to(tl.float32)
-        tl.store(beyond + unit * TILES + part.tile, tl.sum(tl.sum(gradient * state, axis=1), axis=0) * tl.exp2(log))
+            log = log_of_octets(states.octet_log, octet + 1 - span // OCTET, span // OCTET, h, S.H)
+        site = (chunk - span).to(tl.int64) * S.H + h
+        state = load_entry(states.entries, site, part.first_k, part.first_v, S).to(tl.float32)
+        tl.store(beyond + site * TILES + part.tile, tl.sum(tl.sum(gradient * state, axis=1), axis=0) * tl.exp2(log))
         span *= 2
 
 
@@ -103,7 +103,7 @@ def step_weight(i, x, L, states, sums, at, first, h, S: tl.constexpr):
     origin = (at.start + local * S.C).to(tl.int64)
     weight = chunk_weight(x, sums, h, scale_level, origin, (position >= 0) & (position < at.length), L, S)
     inside = (local >= 0) & (local < (at.length + S.C - 1) // S.C)
-    return weight, tl.load(states.chunk_log + (at.row0 + local).to(tl.int64) * S.H + h, mask=inside, other=0.0)
+    return weight, tl.load(states.chunk_log + (at.chunk0 + local).to(tl.int64) * S.H + h, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -123,38 +123,38 @@ def descend(
         valid = (position >= 0) & (position < at.length)
         origin = (at.start + local * S.C).to(tl.int64)
         acc = acc * decay + chunk_gradient(x, part, now, origin, valid, S)
-        unit = (at.row0 + local - 1).to(tl.int64) * S.H + h
+        site = (at.chunk0 + local - 1).to(tl.int64) * S.H + h
         complete = (STORES >> i & 1 == 1) & (local > 0) & (local <= (at.length + S.C - 1) // S.C)
-        store_entry(chunk_grads, unit, acc, complete, part.first_k, part.first_v, S)
+        store_entry(chunk_grads, site, acc, complete, part.first_k, part.first_v, S)
     return acc
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "sums_stride", "L"])
 def chunk_grads_kernel(x, L, states, node_grads, chunk_grads, gains, table, T, N, NG, sums_stride, S: tl.constexpr):
-    """``chunk_grads [rows, H, K, V]``; the gains ``beyond``, of entries of two chunks or more.
+    """``chunk_grads [chunks, H, K, V]``; the gains ``beyond``, of entries of two chunks or more.
 
-    Grid: groups x H x tiles, tiles fastest. float32: accumulators, weights, inner products.
+    Grid: octets x H x tiles, tiles fastest. float32: accumulators, weights, inner products.
     """
     GATED: tl.constexpr = x.g is not None
-    part, group = tile_of_program(S)
-    at = locate(group, table, T, N, NG, NG, S.PACKED)
+    part, octet = tile_of_program(S)
+    at = locate(octet, table, T, N, NG, NG, S.PACKED)
     if at.length < 0:
         return
     n0 = at.n0
-    j = n0 // GROUP + group - at.group0
+    j = n0 // OCTET + octet - at.octet0
     chunks = (at.length + S.C - 1) // S.C
-    end = (n0 + chunks + GROUP - 1) // GROUP
-    base = gradient_after_group(states, node_grads, group, j, end, part, S)
-    # Local number of the group's first chunk; negative where the sequence began inside the group.
-    first = j * GROUP - n0
-    row = at.row0 + first + GROUP - 1
-    complete = first + GROUP <= chunks
-    store_entry(chunk_grads, row.to(tl.int64) * S.H + part.h, base, complete, part.first_k, part.first_v, S)
+    end = (n0 + chunks + OCTET - 1) // OCTET
+    base = gradient_after_octet(states, node_grads, octet, j, end, part, S)
+    # Local number of the octet's first chunk; negative where the sequence began inside the octet.
+    first = j * OCTET - n0
+    chunk = at.chunk0 + first + OCTET - 1
+    complete = first + OCTET <= chunks
+    store_entry(chunk_grads, chunk.to(tl.int64) * S.H + part.h, base, complete, part.first_k, part.first_v, S)
     if GATED & complete:
-        store_beyond(gains.beyond, base, states, row, group, (j + 1) * GROUP, n0, part, S)
+        store_beyond(gains.beyond, base, states, chunk, octet, (j + 1) * OCTET, n0, part, S)
     sums = states.sums + part.h.to(tl.int64) * sums_stride
     middle = descend(base, 0, REBASE, x, L, states, sums, chunk_grads, at, first, part, S)
-    local = first + GROUP // 2
+    local = first + OCTET // 2
     if GATED & (local > 0) & (local <= chunks):
-        store_beyond(gains.beyond, middle, states, at.row0 + local - 1, group, n0 + local, n0, part, S)
+        store_beyond(gains.beyond, middle, states, at.chunk0 + local - 1, octet, n0 + local, n0, part, S)
     descend(middle, REBASE, STEPS, x, L, states, sums, chunk_grads, at, first, part, S)

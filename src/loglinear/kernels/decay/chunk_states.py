@@ -1,6 +1,6 @@
-"""CHUNK STATES: the leaf of every chunk and the entries inside a group of chunks, without a round trip through memory.
+"""CHUNK STATES: the leaf of every chunk and the entries inside an octet of chunks, without a round trip through memory.
 
-A program owns ``GROUP`` chunks of one head and keeps two accumulators: the *prefix* of the group, which is the entry after
+A program owns ``OCTET`` chunks of one head and keeps two accumulators: the *prefix* of the octet, which is the entry after
 1, 2, 4 and 8 chunks, and the *pair*, the last one or two chunks, which is the entry after 3, 5, 6 and 7.
 """
 
@@ -10,23 +10,23 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.decays import gate_sums, gates_of
-from loglinear.kernels.tree.place import GROUP, locate, tile_of_program
+from loglinear.kernels.tree.place import OCTET, locate, tile_of_program
 from loglinear.kernels.tree.tiles import load_tile, store_entry
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, LEAVES: tl.constexpr):
-    """Grid: groups x H x tiles of [K, V], tiles fastest. float32: accumulators, logs. Fills ``states`` but for longer entries.
+    """Grid: octets x H x tiles of [K, V], tiles fastest. float32: accumulators, logs. Fills ``states`` but for longer entries.
 
     LEAVES: whether entries of a single chunk, every other one, are stored; their logs are in any case.
     """
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * ((S.V + S.BV - 1) // S.BV)
-    part, group = tile_of_program(S)
+    part, octet = tile_of_program(S)
     tile, first_k, first_v, h = part
-    at = locate(group, table, T, N, NG, NG, S.PACKED)
+    at = locate(octet, table, T, N, NG, NG, S.PACKED)
     if at.length < 0:
         return
-    first_chunk = (at.n0 // GROUP + group - at.group0) * GROUP
+    first_chunk = (at.n0 // OCTET + octet - at.octet0) * OCTET
     in_chunk = tl.arange(0, S.C)
     k_head = x.k + h // (S.H // S.G) * S.K
     v_head = x.v + h * S.V
@@ -34,7 +34,7 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
     pair = tl.zeros([S.BK, S.BV], tl.float32)
     prefix_log = 0.0
     pair_log = 0.0
-    for c in range(GROUP):
+    for c in range(OCTET):
         local = first_chunk + c - at.n0
         position = local * S.C + in_chunk
         valid = (position >= 0) & (position < at.length)
@@ -53,23 +53,23 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
         prefix_log += total
         pair_log = pair_log * keep + total
         is_prefix = (c & (c + 1)) == 0
-        row = (at.row0 + local).to(tl.int64) * S.H + h
-        # The entry that closes a group of a longer entry is node_states' to write.
-        closes_group = (c + 1 == GROUP) & ((first_chunk // GROUP) % 2 == 1)
+        site = (at.chunk0 + local).to(tl.int64) * S.H + h
+        # The entry that closes an octet of a longer entry is node_states' to write.
+        closes_octet = (c + 1 == OCTET) & ((first_chunk // OCTET) % 2 == 1)
         entry = tl.where(is_prefix, prefix, pair)
-        stored = active & (not closes_group) & (LEAVES | (c % 2 == 1))
-        store_entry(states.entries, row, entry, stored, first_k, first_v, S)
+        stored = active & (not closes_octet) & (LEAVES | (c % 2 == 1))
+        store_entry(states.entries, site, entry, stored, first_k, first_v, S)
         if tile == 0:
             head_sums = states.sums + h.to(tl.int64) * sums_stride + origin + in_chunk
             tl.store(head_sums, high, mask=valid)
             if S.EXACT:
                 tl.store(head_sums + all_tokens, low, mask=valid)
-            tl.store(states.chunk_log + row, total, mask=active)
+            tl.store(states.chunk_log + site, total, mask=active)
             tl.store(
-                states.entry_log + row, tl.where(is_prefix, prefix_log, pair_log), mask=active & (not closes_group)
+                states.entry_log + site, tl.where(is_prefix, prefix_log, pair_log), mask=active & (not closes_octet)
             )
-    whole = group.to(tl.int64) * S.H + h
-    store_entry(states.group_states, whole, prefix, True, first_k, first_v, S)
+    whole = octet.to(tl.int64) * S.H + h
+    store_entry(states.octet_states, whole, prefix, True, first_k, first_v, S)
     tl.store(states.checks + whole * TILES + tile, tl.sum(prefix))
     if tile == 0:
-        tl.store(states.group_log + whole, prefix_log)
+        tl.store(states.octet_log + whole, prefix_log)

@@ -19,21 +19,21 @@ from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_confi
 
 
 class States(NamedTuple):
-    """The facts about the chunks that depend on no query. A *row* is a chunk of a sequence of the batch; logs in base 2.
+    """The facts about the chunks that depend on no query. Chunks are those of all sequences; logs in base 2.
 
     The backward builds it again. This costs less than a tenth of the backward, and a model keeps no states of its layers.
 
-    sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[rows, H]`` float32.
-    group_log: ``[groups, H]``. entries: ``[rows, H, K, V]``, the Fenwick array. group_states: ``[groups, H, K, V]``.
-    checks: ``[groups, H, tiles]`` float32, finite where the tokens of a group are.
+    sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[chunks, H]`` float32.
+    octet_log: ``[octets, H]``. entries: ``[chunks, H, K, V]``, the Fenwick array. octet_states: ``[octets, H, K, V]``.
+    checks: ``[octets, H, tiles]`` float32, finite where the tokens of an octet are.
     """
 
     sums: Tensor
     chunk_log: Tensor
     entry_log: Tensor
-    group_log: Tensor
+    octet_log: Tensor
     entries: Tensor | None
-    group_states: Tensor | None
+    octet_states: Tensor | None
     checks: Any  # a tensor, or None in the backward pass
 
 
@@ -45,45 +45,48 @@ def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
 
 
 def launch_chunk_states(problem: Problem, x: Inputs, leaves: bool) -> States:
-    """Entries inside groups, those of a single chunk only with ``leaves``; ``launch_node_states`` adds the longer ones."""
+    """Entries inside octets, those of a single chunk only with ``leaves``; ``launch_node_states`` adds the longer ones."""
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
     sums = launching.scratch((H, 2 if dtype == torch.float32 else 1, problem.tokens), torch.float32, device)
-    logs = [launching.scratch((n, H), torch.float32, device) for n in (problem.rows, problem.rows, problem.row_groups)]
-    matrices = [launching.scratch((n, H, K, V), dtype, device) for n in (problem.rows, problem.row_groups)]
+    logs = [
+        launching.scratch((n, H), torch.float32, device)
+        for n in (problem.all_chunks, problem.all_chunks, problem.all_octets)
+    ]
+    matrices = [launching.scratch((n, H, K, V), dtype, device) for n in (problem.all_chunks, problem.all_octets)]
     options = problem.config.states.options
     tile_k, tile_v, tiles = state_tiles(problem, problem.config.states)
-    states = States(sums, *logs, *matrices, launching.scratch((problem.row_groups, H, tiles), torch.float32, device))
-    arguments = x, states, *problem.of_groups, problem.tokens, sums.stride(0)
+    states = States(sums, *logs, *matrices, launching.scratch((problem.all_octets, H, tiles), torch.float32, device))
+    arguments = x, states, *problem.of_octets, problem.tokens, sums.stride(0)
     S = problem.sizes(dtype, BK=tile_k, BV=tile_v)
-    launching.launch(chunk_states_kernel, problem.row_groups * H * tiles, *arguments, S=S, LEAVES=leaves, **options)
+    launching.launch(chunk_states_kernel, problem.all_octets * H * tiles, *arguments, S=S, LEAVES=leaves, **options)
     return states
 
 
 def launch_node_states(problem: Problem, states: States, dtype: torch.dtype) -> None:
-    """Entries of two groups or more."""
-    if problem.chunk_groups < 2:
+    """Entries of two octets or more."""
+    if problem.sequence_octets < 2:
         return
     state = problem.key_width * problem.value_width
     block = min(2048, padded(state))
-    programs = problem.row_groups * problem.heads * cdiv(state, block)
+    programs = problem.all_octets * problem.heads * cdiv(state, block)
     sizes = problem.sizes(dtype)
-    launching.launch(node_states_kernel, programs, states, *problem.of_groups, S=sizes, BLOCK=block, num_warps=4)
+    launching.launch(node_states_kernel, programs, states, *problem.of_octets, S=sizes, BLOCK=block, num_warps=4)
 
 
 def launch_states(problem: Problem, x: Inputs, leaves: bool) -> States:
     """The Fenwick array, without the entries of a single chunk (which ``output`` does not read) or with them."""
     states = launch_chunk_states(problem, x, leaves)
     launch_node_states(problem, states, x.v.dtype)
-    return states._replace(group_states=None)  # a kernel that is given them would keep their memory
+    return states._replace(octet_states=None)  # a kernel that is given them would keep their memory
 
 
 def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     """o, from the chunks themselves and the entries before them."""
     launch, tree, tiles = problem.config.output, padded(problem.tree_levels), states.checks.shape[2]
     tile_v = min(launch.block_v, problem.tile(problem.value_width))
-    programs = problem.rows * problem.heads * cdiv(problem.value_width, tile_v)
+    programs = problem.all_chunks * problem.heads * cdiv(problem.value_width, tile_v)
     o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    arguments = x, problem.levels, states, o, *problem.of_rows, problem.tokens, states.sums.stride(0)
+    arguments = x, problem.levels, states, o, *problem.of_chunks, problem.tokens, states.sums.stride(0)
     S = problem.sizes(x.v.dtype, BK=problem.tile(problem.key_width), BV=tile_v)
     launching.launch(output_kernel, programs, *arguments, S=S, TREE=tree, TILES=tiles, **launch.options)
     return o

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.decays import GATE_FLOOR
-from loglinear.kernels.tree.place import GROUP, LOG_GROUP, locate
+from loglinear.kernels.tree.place import LOG_OCTET, OCTET, locate
 
 
 @triton.jit
@@ -27,34 +27,34 @@ def strided_sum(base, stride, count):
     return total
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "rows", "high_levels"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "all_chunks", "high_levels"])
 def gate_grads_kernel(
-    x, gains, dg, table, T, N, NG, all_tokens, rows, high_levels, S: tl.constexpr, TILES: tl.constexpr
+    x, gains, dg, table, T, N, NG, all_tokens, all_chunks, high_levels, S: tl.constexpr, TILES: tl.constexpr
 ):
-    """dg ``[B*T, H]`` from all ``gains``. Grid: groups x H. float32 throughout."""
+    """dg ``[B*T, H]`` from all ``gains``. Grid: octets x H. float32 throughout."""
     pid = tl.program_id(0)
     h = pid % S.H
-    group = pid // S.H
-    at = locate(group, table, T, N, NG, NG, S.PACKED)
+    octet = pid // S.H
+    at = locate(octet, table, T, N, NG, NG, S.PACKED)
     if at.length < 0:
         return
-    n0, row0 = at.n0, at.row0
-    j = n0 // GROUP + group - at.group0
+    n0, chunk0 = at.n0, at.chunk0
+    j = n0 // OCTET + octet - at.octet0
     chunks = (at.length + S.C - 1) // S.C
     in_chunk = tl.arange(0, S.C)
     m = tl.arange(0, 32)
     # Per tree level: the gain of the queries after the chunk, within the chunk's window, from the entry before this window.
     later = tl.zeros([32], tl.float32)
     for i in range(high_levels):
-        level = LOG_GROUP + i
-        entry = (j * GROUP) >> level << level
-        first = (j + 1) * GROUP - n0
+        level = LOG_OCTET + i
+        entry = (j * OCTET) >> level << level
+        first = (j + 1) * OCTET - n0
         last = tl.minimum(entry + (tl.cast(1, tl.int32) << level) - n0, chunks)
-        if ((j * GROUP >> level) & 1 == 1) & (entry > n0) & (first < last):
-            base = gains.levels + (level * S.H + h).to(tl.int64) * rows + row0 + first
+        if ((j * OCTET >> level) & 1 == 1) & (entry > n0) & (first < last):
+            base = gains.levels + (level * S.H + h).to(tl.int64) * all_chunks + chunk0 + first
             later = tl.where(m == level, strided_sum(base, 1, last - first), later)
-    for i in range(GROUP):
-        n = j * GROUP + GROUP - 1 - i
+    for i in range(OCTET):
+        n = j * OCTET + OCTET - 1 - i
         local = n - n0
         if (local >= 0) & (local < chunks):
             position = local * S.C + in_chunk
@@ -65,18 +65,18 @@ def gate_grads_kernel(
             loss = tl.load(gains.columns + row_place, mask=valid, other=0.0)
             entry = n >> m << m
             reads = ((n >> m) & 1 == 1) & (entry > n0)
-            place = (m * S.H + h).to(tl.int64) * rows + row0 + local
+            place = (m * S.H + h).to(tl.int64) * all_chunks + chunk0 + local
             own = tl.load(gains.levels + place, mask=reads, other=0.0)
             passes = reads & (entry + (tl.cast(1, tl.int32) << m) < n0 + chunks)
             # A single chunk passes on its whole gain minus the gain that this chunk takes: one difference is harmless.
-            unit = (row0 + local).to(tl.int64) * S.H + h
+            site = (chunk0 + local).to(tl.int64) * S.H + h
             skips = tl.where(reads, later, 0.0)
-            skips += tl.load(gains.chunks + unit - S.H + 0 * m, mask=passes & (m == 0), other=0.0)
+            skips += tl.load(gains.chunks + site - S.H + 0 * m, mask=passes & (m == 0), other=0.0)
             skips -= tl.where(passes & (m == 0), own, 0.0)
             for t in range(TILES):
-                place = ((row0 + entry - 1 - n0).to(tl.int64) * S.H + h) * TILES + t
+                place = ((chunk0 + entry - 1 - n0).to(tl.int64) * S.H + h) * TILES + t
                 skips += tl.load(gains.beyond + place, mask=passes & (m > 0), other=0.0)
-            crossing = tl.sum(skips, axis=0) + tl.load(gains.chunks + unit)
+            crossing = tl.sum(skips, axis=0) + tl.load(gains.chunks + site)
             gradient = crossing + tl.cumsum(gain - loss, axis=0, reverse=True)
             gate = tl.load(x.g + tokens.to(tl.int64) * x.stride_g + h, mask=valid, other=0.0)
             gradient = tl.where(gate.to(tl.float32) > GATE_FLOOR, gradient, 0.0)

@@ -16,17 +16,17 @@ def key_grads_kernel(
 ):
     """dk ``[H / HEADS / G, B*T, G, K]``: float32 partial sums unless the first size is 1.
 
-    Grid: H/HEADS x rows, rows fastest. float32: accumulator, decays.
+    Grid: H/HEADS x chunks, chunks fastest. float32: accumulator, decays.
     """
     BLOCKS: tl.constexpr = S.H // S.G // S.HEADS
     TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
-    at, row, block, _ = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
+    at, chunk, block, _ = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     group_head = block // BLOCKS
     q_tile = load_tokens(x.q, x.stride_q, group_head, here, S.C, S.K, S.BK, 0)
-    ds = tl.load(square(score_grads + (row.to(tl.int64) * (S.H // S.HEADS) + block) * (S.C * S.C), S.C))
+    ds = tl.load(square(score_grads + (chunk.to(tl.int64) * (S.H // S.HEADS) + block) * (S.C * S.C), S.C))
     acc = tl.dot(tl.trans(ds), q_tile, input_precision=S.PRECISION)
     for i in range(S.HEADS * TILES_V):
         h = block * S.HEADS + i // TILES_V
@@ -34,7 +34,7 @@ def key_grads_kernel(
         head_sums = states.sums + h.to(tl.int64) * sums_stride + here.origin
         decay = to_end(head_sums, here.size, all_tokens, S)
         v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v)
-        state = load_entry(chunk_grads, row.to(tl.int64) * S.H + h, 0, first_v, S)
+        state = load_entry(chunk_grads, chunk.to(tl.int64) * S.H + h, 0, first_v, S)
         weighted = (v_tile.to(tl.float32) * decay[:, None]).to(v_tile.dtype)
         acc = tl.dot(weighted, tl.trans(state), acc=acc, input_precision=S.PRECISION)
     part = (block % BLOCKS).to(tl.int64) * all_tokens + here.origin

@@ -47,15 +47,15 @@ def level_gradients(pairs, scales, decays, diagonal, factor, L, S: tl.constexpr)
 def local_grads_kernel(
     x, L, states, score_grads, dscales, gains, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr
 ):
-    """dS ``[rows, H / HEADS, C, C]`` and dλ. Grid: H/HEADS x rows, rows fastest. float32: all of it until it is stored.
+    """dS ``[chunks, H / HEADS, C, C]`` and dλ. Grid: H/HEADS x chunks, chunks fastest. float32: all of it until it is stored.
 
     The gains ``rows`` and ``columns`` are sums of the same float32 products, so that their difference keeps its digits.
     """
     NB: tl.constexpr = S.C // SUB
-    at, row, block, _ = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
+    at, chunk, block, _ = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     in_chunk = tl.arange(0, S.C)
     group_head = block * S.HEADS // (S.H // S.G)
     q_tile = load_tokens(x.q, x.stride_q, group_head, here, S.C, S.K, S.BK, 0)
@@ -93,5 +93,5 @@ def local_grads_kernel(
             tokens = h.to(tl.int64) * all_tokens + here.origin + in_chunk
             tl.store(gains.rows + tokens, row_part, mask=here.valid)
             tl.store(gains.columns + tokens, tl.reshape(tl.sum(pairs * mask, axis=0), [S.C]), mask=here.valid)
-    target = score_grads + (row.to(tl.int64) * (S.H // S.HEADS) + block) * (S.C * S.C)
+    target = score_grads + (chunk.to(tl.int64) * (S.H // S.HEADS) + block) * (S.C * S.C)
     tl.store(square(target, S.C), tl.reshape(grads, [S.C, S.C]).to(score_grads.dtype.element_ty))

@@ -1,8 +1,8 @@
-"""NODE GRADIENTS: the gradient of every entry of a whole group or more, the mirror image of node_states.
+"""NODE GRADIENTS: the gradient of every entry of a whole octet or more, the mirror image of node_states.
 
 Entry e is read by the chunks of its *window*, the ``lowbit(e)`` chunks after it, so its gradient is the sum over these
-chunks of ``(λ exp2(log-decay since e) ∘ Q)ᵀ dO``. A program sums at most SEGMENT groups of a window; the segments of a
-longer window are added by a second kernel in a fixed order. An entry's gradient stands at the slot of its last group.
+chunks of ``(λ exp2(log-decay since e) ∘ Q)ᵀ dO``. A program sums at most SEGMENT octets of a window; the segments of a
+longer window are added by a second kernel in a fixed order. An entry's gradient stands at the slot of its last octet.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.place import GROUP, locate, log2_of_power, tile_of_program
+from loglinear.kernels.tree.place import OCTET, locate, log2_of_power, tile_of_program
 from loglinear.kernels.tree.tiles import load_tile, store_entry
 
 
@@ -37,35 +37,35 @@ def chunk_gradient(x, part, weight, origin, valid, S: tl.constexpr):
     return tl.dot(tl.trans(q_tile), weighted, input_precision=S.PRECISION)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "sums_stride", "L", "groups", "slots"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "sums_stride", "L", "octets", "slots"])
 def window_grads_kernel(
-    x, L, states, out, table, T, N, NG, sums_stride, groups, slots, S: tl.constexpr, SEGMENT: tl.constexpr
+    x, L, states, out, table, T, N, NG, sums_stride, octets, slots, S: tl.constexpr, SEGMENT: tl.constexpr
 ):
-    """Grid: LEVELS, widest first, x groups x H x tiles; programs that begin no segment of a window return at once.
+    """Grid: LEVELS, widest first, x octets x H x tiles; programs that begin no segment of a window return at once.
 
-    out: ``nodes [groups, H, K, V]`` and, for levels of more than SEGMENT groups, ``segments [levels, slots, H, K, V]``.
+    out: ``nodes [octets, H, K, V]`` and, for levels of more than SEGMENT octets, ``segments [levels, slots, H, K, V]``.
     float32: accumulator, weights.
     """
     part, rest = tile_of_program(S)
     h = part.h
-    group = rest % groups
-    level = S.LEVELS - 1 - rest // groups
-    at = locate(group, table, T, N, NG, NG, S.PACKED)
-    j = at.n0 // GROUP + group - at.group0
+    octet = rest % octets
+    level = S.LEVELS - 1 - rest // octets
+    at = locate(octet, table, T, N, NG, NG, S.PACKED)
+    j = at.n0 // OCTET + octet - at.octet0
     span = 1 << level
     run = tl.minimum(span, SEGMENT)
-    entry = j // span * span  # groups before the window: the number of the entry, in groups
-    if (at.length < 0) | (j // span % 2 == 0) | (j % run != 0) | (entry * GROUP <= at.n0):
+    entry = j // span * span  # octets before the window: the number of the entry, in octets
+    if (at.length < 0) | (j // span % 2 == 0) | (j % run != 0) | (entry * OCTET <= at.n0):
         return
     in_chunk = tl.arange(0, S.C)
     sums = states.sums + h.to(tl.int64) * sums_stride
-    scale_level = tl.minimum(log2_of_power(span * (GROUP * S.C)) + 1, L - 1)
-    first = j * GROUP - at.n0
-    last = tl.minimum(first + run * GROUP, (at.length + S.C - 1) // S.C) - 1
+    scale_level = tl.minimum(log2_of_power(span * (OCTET * S.C)) + 1, L - 1)
+    first = j * OCTET - at.n0
+    last = tl.minimum(first + run * OCTET, (at.length + S.C - 1) // S.C) - 1
     total = tl.zeros([S.BK, S.BV], tl.float32)
     origin = (at.start + last * S.C).to(tl.int64)
     weight = chunk_weight(x, sums, h, scale_level, origin, last * S.C + in_chunk < at.length, L, S)
-    decay = tl.load(states.chunk_log + (at.row0 + last).to(tl.int64) * S.H + h)
+    decay = tl.load(states.chunk_log + (at.chunk0 + last).to(tl.int64) * S.H + h)
     for i in range(last + 1 - first):
         local = last - i
         position = local * S.C + in_chunk
@@ -74,36 +74,36 @@ def window_grads_kernel(
         before = tl.maximum(local - 1, first)
         earlier = (at.start + before * S.C).to(tl.int64)
         weight = chunk_weight(x, sums, h, scale_level, earlier, before * S.C + in_chunk < at.length, L, S)
-        decay = tl.load(states.chunk_log + (at.row0 + before).to(tl.int64) * S.H + h)
+        decay = tl.load(states.chunk_log + (at.chunk0 + before).to(tl.int64) * S.H + h)
         gradient = chunk_gradient(x, part, now, origin, position < at.length, S)
         total = total * now_decay + gradient
     if span <= SEGMENT:
-        slot = at.group0 + entry - 1 - at.n0 // GROUP
+        slot = at.octet0 + entry - 1 - at.n0 // OCTET
         store_entry(out.nodes, slot.to(tl.int64) * S.H + h, total, True, part.first_k, part.first_v, S)
     else:
-        slot = log2_of_power(span // (2 * SEGMENT)) * slots + group // SEGMENT + at.sequence
+        slot = log2_of_power(span // (2 * SEGMENT)) * slots + octet // SEGMENT + at.sequence
         store_entry(out.segments, slot.to(tl.int64) * S.H + h, total, True, part.first_k, part.first_v, S)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "groups", "slots"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "octets", "slots"])
 def segment_sums_kernel(
-    states, out, table, T, N, NG, groups, slots, S: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr
+    states, out, table, T, N, NG, octets, slots, S: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Grid: levels of more than SEGMENT groups x groups x H x blocks of [K, V]. float32: accumulator, logs."""
+    """Grid: levels of more than SEGMENT octets x octets x H x blocks of [K, V]. float32: accumulator, logs."""
     STATE: tl.constexpr = S.K * S.V
     BLOCKS: tl.constexpr = (STATE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     block = pid % BLOCKS
     h = pid // BLOCKS % S.H
-    group = pid // (BLOCKS * S.H) % groups
-    level = pid // (BLOCKS * S.H * groups)
-    at = locate(group, table, T, N, NG, NG, S.PACKED)
-    first = at.n0 // GROUP
-    j = first + group - at.group0
+    octet = pid // (BLOCKS * S.H) % octets
+    level = pid // (BLOCKS * S.H * octets)
+    at = locate(octet, table, T, N, NG, NG, S.PACKED)
+    first = at.n0 // OCTET
+    j = first + octet - at.octet0
     span = (2 * SEGMENT) << level
-    if (at.length < 0) | (j % span != 0) | (j // span % 2 == 0) | (j * GROUP <= at.n0):
+    if (at.length < 0) | (j % span != 0) | (j // span % 2 == 0) | (j * OCTET <= at.n0):
         return
-    end = (at.n0 + (at.length + S.C - 1) // S.C + GROUP - 1) // GROUP
+    end = (at.n0 + (at.length + S.C - 1) // S.C + OCTET - 1) // OCTET
     count = (tl.minimum(span, end - j) + SEGMENT - 1) // SEGMENT
     elements = block * BLOCK + tl.arange(0, BLOCK)
     inside = elements < STATE
@@ -111,10 +111,10 @@ def segment_sums_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(count):
         offset = (count - 1 - i) * SEGMENT
-        slot = level * slots + (group + offset) // SEGMENT + at.sequence
+        slot = level * slots + (octet + offset) // SEGMENT + at.sequence
         state = tl.load(out.segments + (slot.to(tl.int64) * S.H + h) * STATE + elements, mask=inside, other=0.0)
-        units = (group + offset + in_segment).to(tl.int64) * S.H + h
-        logs = tl.load(states.group_log + units, mask=j + offset + in_segment < end, other=0.0)
+        sites = (octet + offset + in_segment).to(tl.int64) * S.H + h
+        logs = tl.load(states.octet_log + sites, mask=j + offset + in_segment < end, other=0.0)
         total = total * tl.exp2(tl.sum(logs, axis=0)) + state.to(tl.float32)
-    target = out.nodes + ((group - 1).to(tl.int64) * S.H + h) * STATE
+    target = out.nodes + ((octet - 1).to(tl.int64) * S.H + h) * STATE
     tl.store(target + elements, total.to(out.nodes.dtype.element_ty), mask=inside)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from loglinear.kernels.tree.decays import to_end
 from loglinear.kernels.tree.levels import column, local_mask, path_weights
-from loglinear.kernels.tree.place import GROUP, chunk_of, log2_of_power, lowbit, path_length, row_of_program
+from loglinear.kernels.tree.place import OCTET, chunk_of, log2_of_power, lowbit, path_length, row_of_program
 from loglinear.kernels.tree.tiles import load_entry, load_tile, load_tokens, store_tokens
 
 
@@ -21,12 +21,12 @@ def walk(acc, q_tile, weights, entries, at, n, h, first_v, S: tl.constexpr, TREE
 
     weights ``[C, TREE]`` by tree level. Rows are scaled after the product, in float32: V multiplications a row, not K.
     """
-    rows = at.row0 - at.n0
+    base = at.chunk0 - at.n0
     e = n & -2
     for _ in range(path_length(e, at.n0)):
         span = lowbit(e)
-        unit = (rows + e - 1).to(tl.int64) * S.H + h
-        state = load_entry(entries, unit, 0, first_v, S)
+        site = (base + e - 1).to(tl.int64) * S.H + h
+        state = load_entry(entries, site, 0, first_v, S)
         weight = column(weights, log2_of_power(span), TREE)
         acc += weight[:, None] * tl.dot(q_tile, state, input_precision=S.PRECISION)
         e -= span
@@ -48,7 +48,7 @@ def careful_product(weights, values, S: tl.constexpr):
 
 @triton.jit
 def all_finite(checks, TILES: tl.constexpr):
-    """Whether the tokens of a group are, by the sums that ``chunk_states`` has left of its state."""
+    """Whether the tokens of an octet are, by the sums that ``chunk_states`` has left of its state."""
     total = 0.0
     for tile in range(TILES):
         total += tl.load(checks + tile)
@@ -70,23 +70,23 @@ def attend_to_previous(acc, q_tile, weight, k, v, sums, x, plane, first_v, S: tl
 def output_kernel(
     x, L, states, o, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, TREE: tl.constexpr, TILES: tl.constexpr
 ):
-    """Grid: tiles of V x H x rows, rows fastest, so that running programs share the entries of few heads in L2.
+    """Grid: tiles of V x H x chunks, chunks fastest, so that running programs share the entries of few heads in L2.
 
     One head a program: sharing Q Kᵀ among heads costs more registers than the product is worth. float32: scores, mask,
-    accumulator. TREE: levels of the tree, padded; TILES: of the checks of a group.
+    accumulator. TREE: levels of the tree, padded; TILES: of the checks of an octet.
     """
-    at, row, block, _ = row_of_program(table, T, N, NG, S.H * ((S.V + S.BV - 1) // S.BV), S)
+    at, chunk, block, _ = row_of_program(table, T, N, NG, S.H * ((S.V + S.BV - 1) // S.BV), S)
     h, first_v = block % S.H, block // S.H * S.BV
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     k_head = x.k + here.origin * x.stride_k + h // (S.H // S.G) * S.K
     v_head = x.v + here.origin * x.stride_v + h * S.V
     q_tile = load_tokens(x.q, x.stride_q, h // (S.H // S.G), here, S.C, S.K, S.BK, 0)
     k_tile = load_tile(k_head, x.stride_k, here.valid, S.C, S.K, S.BK, 0)
     v_tile = load_tile(v_head, x.stride_v, here.valid, S.C, S.V, S.BV, first_v)
-    group = (at.group0 + here.n // GROUP - at.n0 // GROUP).to(tl.int64) * S.H + h
-    sound = all_finite(states.checks + group * TILES, TILES)
+    octet = (at.octet0 + here.n // OCTET - at.n0 // OCTET).to(tl.int64) * S.H + h
+    sound = all_finite(states.checks + octet * TILES, TILES)
     head_sums = states.sums + h.to(tl.int64) * sums_stride + here.origin
     row_sums = tl.load(head_sums + tl.arange(0, S.C), mask=here.valid, other=0.0)
     weights = x.factor * path_weights(x, row_sums, states.entry_log, at, here, h, L, S, TREE)

@@ -11,22 +11,22 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, square, store_
 
 
 @triton.jit
-def entry_product(x, here, h, do_tile, entries, unit, S: tl.constexpr):
+def entry_product(x, here, h, do_tile, entries, site, S: tl.constexpr):
     """``dO S_eᵀ`` ``[C, BK]``, over tiles of V where one tile does not hold it."""
     if S.V <= S.BV:
-        state = load_entry(entries, unit, 0, 0, S)
+        state = load_entry(entries, site, 0, 0, S)
         product = tl.dot(do_tile, tl.trans(state), input_precision=S.PRECISION)
     elif S.V > 2 * S.BV:  # the loads of all tiles at once would not fit into shared memory
         product = tl.zeros([S.C, S.BK], tl.float32)
         for first_v in tl.range(0, S.V, S.BV):
             part = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)
-            state = load_entry(entries, unit, 0, first_v, S)
+            state = load_entry(entries, site, 0, first_v, S)
             product = tl.dot(part, tl.trans(state), acc=product, input_precision=S.PRECISION)
     else:
         product = tl.zeros([S.C, S.BK], tl.float32)
         for first_v in tl.static_range(0, S.V, S.BV):
             part = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)
-            state = load_entry(entries, unit, 0, first_v, S)
+            state = load_entry(entries, site, 0, first_v, S)
             product = tl.dot(part, tl.trans(state), acc=product, input_precision=S.PRECISION)
     return product
 
@@ -39,7 +39,7 @@ def path_step(x, entry_log, at, here, e, h, L, S: tl.constexpr):
     inside = here.valid & (tl.zeros_like(in_chunk) + e > at.n0)
     pointers = scales_of(x, here, h, L) + (in_chunk * x.stride_scales + level)
     scale = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    return scale, tl.load(entry_log + (at.row0 - at.n0 + e - 1).to(tl.int64) * S.H + h, mask=e > at.n0, other=0.0)
+    return scale, tl.load(entry_log + (at.chunk0 - at.n0 + e - 1).to(tl.int64) * S.H + h, mask=e > at.n0, other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
@@ -49,18 +49,18 @@ def query_grads_kernel(
     """dq ``[H / HEADS / G, B*T, G, K]``: float32 partial sums unless the first size is 1. Completes dλ.
 
     Completes the gains ``rows``, writes ``levels``: q·dq of a chunk through its entry of each level.
-    Grid: H/HEADS x rows, rows fastest. float32: accumulators, dλ, weights.
+    Grid: H/HEADS x chunks, chunks fastest. float32: accumulators, dλ, weights.
     """
     BLOCKS: tl.constexpr = S.H // S.G // S.HEADS
-    at, row, block, rows = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
+    at, chunk, block, all_chunks = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     in_chunk = tl.arange(0, S.C)
     group_head = block // BLOCKS
     q_tile = load_tokens(x.q, x.stride_q, group_head, here, S.C, S.K, S.BK, 0)
     k_tile = load_tokens(x.k, x.stride_k, group_head, here, S.C, S.K, S.BK, 0)
-    ds = tl.load(square(score_grads + (row.to(tl.int64) * (S.H // S.HEADS) + block) * (S.C * S.C), S.C))
+    ds = tl.load(square(score_grads + (chunk.to(tl.int64) * (S.H // S.HEADS) + block) * (S.C * S.C), S.C))
     acc = tl.dot(ds, k_tile, input_precision=S.PRECISION)
     levels = tl.arange(0, S.LEVELS)
     steps = path_length(here.n, at.n0)
@@ -78,7 +78,7 @@ def query_grads_kernel(
         e = here.n
         since = 0.0
         for _ in range(steps):
-            unit = (at.row0 + e - 1 - at.n0).to(tl.int64) * S.H + h
+            site = (at.chunk0 + e - 1 - at.n0).to(tl.int64) * S.H + h
             tree_level = log2_of_power(lowbit(e))
             level = tl.minimum(tree_level + S.LOG_C + 1, L - 1)
             decay = tl.exp2(row_sums + since)
@@ -86,13 +86,13 @@ def query_grads_kernel(
             since += log
             e = e & (e - 1)
             scale, log = path_step(x, states.entry_log, at, here, e, h, L, S)
-            product = entry_product(x, here, h, do_tile, states.entries, unit, S)
+            product = entry_product(x, here, h, do_tile, states.entries, site, S)
             gain = tl.sum(product * q_tile.to(tl.float32), axis=1) * decay
             acc += (now * decay)[:, None] * product
             gradient += tl.where(levels[None, :] == level, (gain * x.factor)[:, None], 0.0)
             if x.g is not None:
                 row_part += gain * now
-                level_place = (tree_level * S.H + h).to(tl.int64) * rows + row
+                level_place = (tree_level * S.H + h).to(tl.int64) * all_chunks + chunk
                 tl.store(gains.levels + level_place, tl.sum(gain * now, axis=0))
         if L <= S.LOG_C + 1:  # the last level inside the chunk is that of all entries too
             inside = here.valid[:, None] & (levels < L)[None, :]

@@ -13,15 +13,15 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride", "L"])
 def value_grads_kernel(x, L, states, chunk_grads, dv, gains, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr):
-    """Grid: H/HEADS x rows, rows fastest. float32: scores, mask, accumulators.
+    """Grid: H/HEADS x chunks, chunks fastest. float32: scores, mask, accumulators.
 
     The diagonal is added apart from the product, in float32: see local_grads. Completes the gains ``columns``, k·dk = v·dv
     without the diagonal, and writes ``chunks``, k·dk of a chunk, from later chunks.
     """
-    at, row, block, _ = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
+    at, chunk, block, _ = row_of_program(table, T, N, NG, S.H // S.HEADS, S)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     in_chunk = tl.arange(0, S.C)
     group_head = block * S.HEADS // (S.H // S.G)
     q_tile = load_tokens(x.q, x.stride_q, group_head, here, S.C, S.K, S.BK, 0)
@@ -46,11 +46,11 @@ def value_grads_kernel(x, L, states, chunk_grads, dv, gains, table, T, N, NG, al
         column_gains = gains.columns + h.to(tl.int64) * all_tokens + here.origin + in_chunk
         if x.g is not None:
             inner_part = tl.load(column_gains, mask=here.valid, other=0.0)
-        unit = row.to(tl.int64) * S.H + h
+        site = chunk.to(tl.int64) * S.H + h
         later_part = tl.zeros([S.C], tl.float32)
         for first_v in tl.static_range(0, S.V, S.BV):
             do_tile = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)
-            state = load_entry(chunk_grads, unit, 0, first_v, S)
+            state = load_entry(chunk_grads, site, 0, first_v, S)
             later = tl.dot(k_tile, state, input_precision=S.PRECISION) * decay[:, None]
             if x.g is not None:
                 v_tile = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first_v).to(tl.float32)
@@ -60,4 +60,4 @@ def value_grads_kernel(x, L, states, chunk_grads, dv, gains, table, T, N, NG, al
             store_tokens(dv, S.H * S.V, h, here, total, S.C, S.V, S.BV, first_v)
         if x.g is not None:
             tl.store(column_gains, inner_part + later_part, mask=here.valid)
-            tl.store(gains.chunks + row.to(tl.int64) * S.H + h, tl.sum(later_part, axis=0))
+            tl.store(gains.chunks + chunk.to(tl.int64) * S.H + h, tl.sum(later_part, axis=0))

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from loglinear.kernels.delta.entry_grads import entry_grads_kernel
 from loglinear.kernels.delta.forward import FIRST_OF_TWO, launch_maps, launch_path_queries, launch_path_states
-from loglinear.kernels.delta.group_grads import SPARE, group_grads_kernel
 from loglinear.kernels.delta.key_grads import key_grads_kernel
 from loglinear.kernels.delta.map_grads import map_grads_kernel
 from loglinear.kernels.delta.memory import Maps, heads_at_a_time
+from loglinear.kernels.delta.octet_grads import SPARE, octet_grads_kernel
 from loglinear.kernels.delta.path_grads import path_grads_kernel
 from loglinear.kernels.delta.score_grads import PLANES, score_grads_kernel
 from loglinear.kernels.delta.transport_grads import path_state_grads_kernel, transport_grads_kernel
@@ -26,7 +26,7 @@ from loglinear.kernels.delta.wide_entry_grads import segment_sums_kernel, wide_e
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.head_sums import sum_heads
-from loglinear.kernels.tree.place import GROUP
+from loglinear.kernels.tree.place import OCTET
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config
@@ -75,49 +75,51 @@ def tiles(problem: Problem, launch: Launch, width: int) -> tuple[int, int]:
 def launch_path_grads(
     problem: Problem, x: Inputs, out: Gradients, maps: Maps, states: Tensor, queries: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of (the queries after each entry within their group, those at the start of their chunk ``[rows, H, C, K]``)."""
+    """Gradients of (the queries after each entry within their octet, those at the start of their chunk ``[chunks, H, C,
+    K]``).
+    """
     H, K, C = problem.heads, problem.key_width, problem.config.chunk
     inner_grads = launching.scratch(tuple(queries[0].shape), x.v.dtype, x.v.device)
-    query_grads = launching.scratch((problem.rows, H, C, K), x.v.dtype, x.v.device)
+    query_grads = launching.scratch((problem.all_chunks, H, C, K), x.v.dtype, x.v.device)
     launch, levels = problem.config.path_grads, padded(problem.levels)
     tile_v = tiles(problem, launch, problem.value_width)[0]
-    places = problem.path_starts, *problem.of_rows, problem.path_entries, problem.tokens, maps.sums.stride(0)
+    places = problem.path_starts, *problem.of_chunks, problem.path_entries, problem.tokens, maps.sums.stride(0)
     arguments = x, problem.levels, maps.chunks, states, *queries, inner_grads, query_grads, out, *places
     S = problem.sizes(x.v.dtype, BK=problem.tile(K), BV=tile_v, HEADS=maps.heads, LEVELS=levels)
-    launching.launch(path_grads_kernel, problem.rows * H, *arguments, S=S, **launch.options)
+    launching.launch(path_grads_kernel, problem.all_chunks * H, *arguments, S=S, **launch.options)
     return inner_grads, query_grads
 
 
 def launch_entry_grads(problem: Problem, x: Inputs, inner_queries: Tensor, inner_grads: Tensor, grads: Tensor) -> None:
-    """Rows of ``grads``: the gradients of the entries within a group."""
+    """Rows of ``grads``: the gradients of the entries within an octet."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
     launch = problem.config.entry_grads
     block = min(launch.block_v, problem.tile(max(K, V)))
     programs, S = (
-        problem.rows * H * (cdiv(K, block) + cdiv(V, block)),
+        problem.all_chunks * H * (cdiv(K, block) + cdiv(V, block)),
         problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block),
     )
-    arguments = x, problem.levels, inner_queries, inner_grads, grads, *problem.of_rows
+    arguments = x, problem.levels, inner_queries, inner_grads, grads, *problem.of_chunks
     launching.launch(entry_grads_kernel, programs, *arguments, S=S, **launch.options)
 
 
-def launch_transport_grads(problem: Problem, x: Inputs, maps: Maps, group_queries: Tensor) -> Tensor:
-    """Gradients of ``T_j [A_j | S_j]``, ``[slots, H, K, K+V]``, for entry j of every group's path; no dA for the last."""
+def launch_transport_grads(problem: Problem, x: Inputs, maps: Maps, octet_queries: Tensor) -> Tensor:
+    """Gradients of ``T_j [A_j | S_j]``, ``[slots, H, K, K+V]``, for entry j of every octet's path; no dA for the last."""
     H, K, V, dtype = problem.heads, problem.key_width, problem.value_width, x.v.dtype
     path_grads = launching.scratch((problem.path_slots, H, K, K + V), x.v.dtype, x.v.device)
     launch = problem.config.path_state_grads
     block, blocks = tiles(problem, launch, V)
-    longest, places = problem.high_levels, (problem.path_starts, *problem.of_groups, problem.path_entries)
-    arguments = x, problem.levels, group_queries, path_grads, *places, longest
-    programs, S = problem.row_groups * H * longest * blocks, problem.sizes(dtype, BK=problem.tile(K), BN=block)
+    longest, places = problem.high_levels, (problem.path_starts, *problem.of_octets, problem.path_entries)
+    arguments = x, problem.levels, octet_queries, path_grads, *places, longest
+    programs, S = problem.all_octets * H * longest * blocks, problem.sizes(dtype, BK=problem.tile(K), BN=block)
     launching.launch(path_state_grads_kernel, programs, *arguments, S=S, **launch.options)
-    if problem.chunk_groups > FIRST_OF_TWO:
+    if problem.sequence_octets > FIRST_OF_TWO:
         launch = problem.config.transport_grads
         block, blocks = tiles(problem, launch, K)
         # An IEEE product holds its operands in registers over the whole inner size.
         inner = min(block if dtype == torch.float32 else 128, problem.tile(V))
         programs, S = (
-            problem.row_groups * H * blocks,
+            problem.all_octets * H * blocks,
             problem.sizes(dtype, BK=problem.tile(K), BV=inner, HEADS=maps.heads),
         )
         arguments = maps.entries, path_grads, *places
@@ -126,16 +128,16 @@ def launch_transport_grads(problem: Problem, x: Inputs, maps: Maps, group_querie
 
 
 def launch_wide_entry_grads(problem: Problem, maps: Maps, states: Tensor, path_grads: Tensor, grads: Tensor) -> None:
-    """Rows of ``grads``: the gradients of the entries of whole groups."""
+    """Rows of ``grads``: the gradients of the entries of whole octets."""
     H, K, V, dtype = problem.heads, problem.key_width, problem.value_width, states.dtype
     launch, segment = problem.config.wide_entry_grads, problem.config.segment
     block = min(launch.block_v, problem.tile(max(K, V)))
-    # Levels of entries longer than a segment. They include the entry that ends with the last group; nothing reads it.
-    levels = max(problem.chunk_groups.bit_length() - segment.bit_length(), 0)
-    slots = problem.row_groups // segment + 1 + problem.sequence_count
+    # Levels of entries longer than a segment. They include the entry that ends with the last octet; nothing reads it.
+    levels = max(problem.sequence_octets.bit_length() - segment.bit_length(), 0)
+    slots = problem.all_octets // segment + 1 + problem.sequence_count
     segments = launching.scratch((levels, slots, H, K, K + V), dtype, states.device)
-    programs = problem.row_groups * H * (cdiv(K, block) + cdiv(V, block))
-    places = problem.path_starts, *problem.of_groups, problem.path_entries, problem.row_groups, slots
+    programs = problem.all_octets * H * (cdiv(K, block) + cdiv(V, block))
+    places = problem.path_starts, *problem.of_octets, problem.path_entries, problem.all_octets, slots
     for long in (levels, 0) if levels else (0,):
         S = problem.sizes(dtype, BK=problem.tile(K), BN=block, HEADS=maps.heads, LEVELS=long)
         arguments = maps.entries, states, path_grads, segments if long else grads, *places
@@ -144,14 +146,14 @@ def launch_wide_entry_grads(problem: Problem, maps: Maps, states: Tensor, path_g
     if levels:
         size, S = K * (K + V), problem.sizes(dtype)
         part = min(2048, padded(size))
-        programs, arguments = problem.row_groups * H * cdiv(size, part), (segments, grads, *problem.of_groups, slots)
+        programs, arguments = problem.all_octets * H * cdiv(size, part), (segments, grads, *problem.of_octets, slots)
         launching.launch(segment_sums_kernel, programs, *arguments, S=S, SEGMENT=segment, BLOCK=part, num_warps=4)
 
 
 def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) -> None:
     """Turns ``grads`` of the entries into gradients of the maps after each chunk, from the top of the tree down."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
-    walk, outer = problem.config.group_grads, problem.config.unit_grads
+    walk, outer = problem.config.octet_grads, problem.config.unit_grads
     block, blocks = tiles(problem, walk, K + V)
     tile_n = min(outer.block_v, problem.tile(max(K, V)))
     S, BW = (
@@ -159,16 +161,16 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
         min(walk.block_v, problem.tile(K + V)),
     )
     unit_sizes = problem.sizes(x.v.dtype, BK=problem.tile(K), BN=tile_n, HEADS=maps.heads)
-    map_grads, places = grads, (problem.tokens, maps.sums.stride(0), x.stride_k, problem.rows)
+    map_grads, places = grads, (problem.tokens, maps.sums.stride(0), x.stride_k, problem.all_chunks)
     for t, tier in reversed(list(enumerate(problem.tiers))):
-        top, units = t + 1 == len(problem.tiers), maps.groups[t - 1] if t else maps.writes
-        arguments = x.k, units, maps.sums, maps.chunk_log, map_grads, grads, *tier.of_groups, *places
-        launching.launch(group_grads_kernel, tier.groups * H * blocks, *arguments, S=S, TIER=t, TOP=top, **walk.options)
+        top, units = t + 1 == len(problem.tiers), maps.octets[t - 1] if t else maps.writes
+        arguments = x.k, units, maps.sums, maps.chunk_log, map_grads, grads, *tier.of_octets, *places
+        launching.launch(octet_grads_kernel, tier.octets * H * blocks, *arguments, S=S, TIER=t, TOP=top, **walk.options)
         if t == 0:
             return
         map_grads = launching.scratch((tier.units, H, K, K + V), x.v.dtype, x.v.device)
-        programs = tier.groups * GROUP.value * H * (cdiv(K, tile_n) + cdiv(V, tile_n))
-        arguments = maps.prefixes[t], maps.entries, grads, map_grads, *tier.of_groups, problem.rows
+        programs = tier.octets * OCTET.value * H * (cdiv(K, tile_n) + cdiv(V, tile_n))
+        arguments = maps.prefixes[t], maps.entries, grads, map_grads, *tier.of_octets, problem.all_chunks
         launching.launch(unit_grads_kernel, programs, *arguments, S=unit_sizes, BW=BW, TIER=t, **outer.options)
 
 
@@ -179,30 +181,30 @@ def launch_score_grads(
     H, C = problem.heads, problem.config.chunk
     launch = problem.config.score_grads
     tile_k, tile_v = (tiles(problem, launch, width)[0] for width in (problem.key_width, problem.value_width))
-    scores = launching.scratch((problem.rows, H, PLANES.value, C, C), x.v.dtype, x.v.device)
+    scores = launching.scratch((problem.all_chunks, H, PLANES.value, C, C), x.v.dtype, x.v.device)
     gains = launching.scratch((H, problem.tokens if x.g is not None else 0), torch.float32, x.v.device)
-    places = *problem.of_rows, problem.tokens, maps.sums.stride(0)
+    places = *problem.of_chunks, problem.tokens, maps.sums.stride(0)
     arguments = x, problem.levels, maps.chunks, query_grads, scores, out, gains, *places
     S = problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v, HEADS=maps.heads, LEVELS=padded(problem.levels))
-    launching.launch(score_grads_kernel, problem.rows * H, *arguments, S=S, **launch.options)
+    launching.launch(score_grads_kernel, problem.all_chunks * H, *arguments, S=S, **launch.options)
     return scores, gains
 
 
 def launch_map_grads(
     problem: Problem, x: Inputs, out: Gradients, maps: Maps, grads: Tensor, query_grads: Tensor, scores: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(shares of dk ``[rows, H, 2, C, K]``, gains of the chunks' ends, gains of the chunks); dv, and dT in ``scores``."""
+    """(shares of dk ``[chunks, H, 2, C, K]``, gains of the chunks' ends, gains of the chunks); dv, and dT in ``scores``."""
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     launch, gated, device = problem.config.map_grads, x.g is not None, x.v.device
     tile_v = tiles(problem, launch, V)[0]
-    key_grads = launching.scratch((problem.rows, H, 2, C, K), x.v.dtype, device)
+    key_grads = launching.scratch((problem.all_chunks, H, 2, C, K), x.v.dtype, device)
     ends = launching.scratch((H, problem.tokens if gated else 0), torch.float32, device)
-    chunk_gains = launching.scratch((problem.rows if gated else 0, H), torch.float32, device)
-    places = *problem.of_rows, problem.tokens, maps.sums.stride(0), problem.rows
+    chunk_gains = launching.scratch((problem.all_chunks if gated else 0, H), torch.float32, device)
+    places = *problem.of_chunks, problem.tokens, maps.sums.stride(0), problem.all_chunks
     made = key_grads, out, ends, chunk_gains
     arguments = x, maps.chunks, maps.prefixes[0], grads, query_grads, scores, *made, *places
     S = problem.sizes(x.v.dtype, BK=problem.tile(K), BV=tile_v, BN=tiles(problem, launch, K)[0], HEADS=maps.heads)
-    launching.launch(map_grads_kernel, problem.rows * H, *arguments, S=S, **launch.options)
+    launching.launch(map_grads_kernel, problem.all_chunks * H, *arguments, S=S, **launch.options)
     return key_grads, ends, chunk_gains
 
 
@@ -219,9 +221,9 @@ def launch_key_grads(
     launch = problem.config.key_grads
     chunks = maps.chunks._replace(writes=None, entries=None)  # a kernel that is given them would keep their memory
     strides = maps.sums.stride(0), out.dq.stride(0), out.dk.stride(0)
-    arguments = x, chunks, query_grads, scores, *shares, out, *problem.of_rows, problem.tokens, *strides
+    arguments = x, chunks, query_grads, scores, *shares, out, *problem.of_chunks, problem.tokens, *strides
     S = problem.sizes(x.v.dtype, BK=tiles(problem, launch, problem.key_width)[0], HEADS=maps.heads)
-    launching.launch(key_grads_kernel, problem.rows * problem.heads, *arguments, S=S, **launch.options)
+    launching.launch(key_grads_kernel, problem.all_chunks * problem.heads, *arguments, S=S, **launch.options)
 
 
 def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | None) -> None:
@@ -232,12 +234,12 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | 
     states = launch_path_states(problem, maps.entries, maps=True)
     queries = launch_path_queries(problem, x, maps)
     inner_grads, query_grads = launch_path_grads(problem, x, out, maps, states, queries)
-    inner_queries, group_queries = queries
-    deep = problem.chunk_groups > 1
-    path_grads = launch_transport_grads(problem, x, maps, group_queries) if deep else None
-    del queries, group_queries
-    spare = SPARE.value * max(tier.groups for tier in problem.tiers)
-    grads = launching.scratch((problem.rows + spare, problem.heads, K, K + V), x.v.dtype, x.v.device)
+    inner_queries, octet_queries = queries
+    deep = problem.sequence_octets > 1
+    path_grads = launch_transport_grads(problem, x, maps, octet_queries) if deep else None
+    del queries, octet_queries
+    spare = SPARE.value * max(tier.octets for tier in problem.tiers)
+    grads = launching.scratch((problem.all_chunks + spare, problem.heads, K, K + V), x.v.dtype, x.v.device)
     launch_entry_grads(problem, x, inner_queries, inner_grads, grads)
     if path_grads is not None:
         launch_wide_entry_grads(problem, maps, states, path_grads, grads)

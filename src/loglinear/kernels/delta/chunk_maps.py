@@ -82,7 +82,7 @@ def strengths_of(x, here, h, S: tl.constexpr):
 def chunk_maps_kernel(
     x, sums, chunk_log, solve, writes, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, SOLVE: tl.constexpr
 ):
-    """The first four of ``Maps``. Grid: rows x H, heads fastest.
+    """The first four of ``Maps``. Grid: chunks x H, heads fastest.
 
     float32: sums, decays, the matrix and its inverse, accumulators.
 
@@ -92,13 +92,13 @@ def chunk_maps_kernel(
     """
     pid = tl.program_id(0)
     h = pid % S.H
-    row = pid // S.H
-    at = locate(row, table, T, N, NG, N, S.PACKED)
+    chunk = pid // S.H
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     in_chunk, valid, origin = tl.arange(0, S.C), here.valid, here.origin
-    unit = row.to(tl.int64) * S.H + h
+    site = chunk.to(tl.int64) * S.H + h
     gate = gates_of(x, origin, h, valid, S)
     high, low, _, total = gate_sums(gate)
     k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
@@ -114,7 +114,7 @@ def chunk_maps_kernel(
     tl.store(head_sums, high, mask=valid)
     if S.EXACT:
         tl.store(head_sums + all_tokens, low, mask=valid)
-    tl.store(chunk_log + unit, total)
+    tl.store(chunk_log + site, total)
     valid = valid & finite
     strength = tl.where(valid, strength, 0.0)
 
@@ -123,8 +123,8 @@ def chunk_maps_kernel(
     solved = triangular_inverse(lower, S.C, SOLVE) * strength[None, :]
 
     dtype = solve.dtype.element_ty
-    tl.store(square(solve + unit * (S.C * S.C), S.C), solved.to(dtype))
-    written = writes + unit * (S.C * (S.K + S.V))
+    tl.store(square(solve + site * (S.C * S.C), S.C), solved.to(dtype))
+    written = writes + site * (S.C * (S.K + S.V))
     erase = (solved * tl.exp2(tl.where(valid, high, 0.0))[None, :]).to(dtype)
     for first in tl.static_range(0, S.K, S.BK):
         k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)

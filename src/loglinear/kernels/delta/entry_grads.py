@@ -1,8 +1,8 @@
-"""ENTRY GRADIENTS: the gradient ``[dA | dS]`` of every entry that lies within a group, from the chunks that read it.
+"""ENTRY GRADIENTS: the gradient ``[dA | dS]`` of every entry that lies within an octet, from the chunks that read it.
 
-Entry e is read by its *window*, the ``lowbit(e)`` chunks from chunk e on, here at most half a group. A chunk's queries Q, as
+Entry e is read by its *window*, the ``lowbit(e)`` chunks from chunk e on, here at most half an octet. A chunk's queries Q, as
 they meet the entry, are seen from its end, so nothing decays: the gradient is the sum over the window of
-``Qᵀ [dQ' | λ ∘ dO]``. The entries of whole groups are in wide_entry_grads.py.
+``Qᵀ [dQ' | λ ∘ dO]``. The entries of whole octets are in wide_entry_grads.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.delta.path_queries import inner_start
-from loglinear.kernels.tree.place import GROUP, locate, log2_of_power, lowbit, set_bits
+from loglinear.kernels.tree.place import OCTET, locate, log2_of_power, lowbit, set_bits
 from loglinear.kernels.tree.tiles import load_part, load_tile, store_part
 
 
@@ -34,8 +34,8 @@ def window_sum(
 ):
     """Tile ``[BK, BN]`` of dS (STATE) or dA of entry e of a sequence, over ``count`` chunks from chunk e on."""
     scale_level = tl.minimum(log2_of_power(lowbit(e)) + S.LOG_C + 1, L - 1)
-    slot = inner_start(e, at.row0)
-    own = set_bits(e % GROUP)
+    slot = inner_start(e, at.chunk0)
+    own = set_bits(e % OCTET)
     total = tl.zeros([S.BK, S.BN], tl.float32)
     for i in range(count):
         above = set_bits(i)
@@ -52,7 +52,8 @@ def window_sum(
 
 @triton.jit
 def map_tile_of_program(S: tl.constexpr):
-    """(first row, first column in A or in S, whether in S, head, the rest) of a program in a grid of … x H x tiles of [K, K+V].
+    """(first chunk, first column in A or in S, whether in S, head, the rest) of a program in a grid of … x H x tiles of [K,
+    K+V].
 
     Tiles are fastest, those of A before those of S.
     """
@@ -68,17 +69,17 @@ def map_tile_of_program(S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
 def entry_grads_kernel(x, L, inner_queries, inner_grads, grads, table, T, N, NG, S: tl.constexpr):
-    """``grads [rows + …, H, K, K+V]`` by entry. Programs of whole groups return at once.
+    """``grads [chunks + …, H, K, K+V]`` by entry. Programs of whole octets return at once.
 
-    Grid: rows x H x tiles, tiles fastest. float32: accumulator, weights.
+    Grid: chunks x H x tiles, tiles fastest. float32: accumulator, weights.
     """
-    first_k, first_n, in_state, h, row = map_tile_of_program(S)
-    at = locate(row, table, T, N, NG, N, S.PACKED)
-    e = row - at.row0 + 1
-    if (at.length < 0) | (e % GROUP == 0):
+    first_k, first_n, in_state, h, chunk = map_tile_of_program(S)
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    e = chunk - at.chunk0 + 1
+    if (at.length < 0) | (e % OCTET == 0):
         return
     count = tl.minimum(lowbit(e), (at.length + S.C - 1) // S.C - e)
-    head = grads + (row.to(tl.int64) * S.H + h) * (S.K * (S.K + S.V))
+    head = grads + (chunk.to(tl.int64) * S.H + h) * (S.K * (S.K + S.V))
     if in_state:
         total = window_sum(x, inner_queries, inner_grads, at, e, count, h, first_k, first_n, True, L, S)
         store_part(head + S.K, S.K + S.V, total, first_k, first_n, S.K, S.V, S.BK, S.BN)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.delta.chunk_maps import chunk_maps_kernel
-from loglinear.kernels.delta.group_maps import group_maps_kernel
 from loglinear.kernels.delta.memory import Maps, keeps_maps, map_shapes
+from loglinear.kernels.delta.octet_maps import octet_maps_kernel
 from loglinear.kernels.delta.output import output_kernel
 from loglinear.kernels.delta.path_queries import path_queries_kernel
 from loglinear.kernels.delta.path_states import path_states_kernel
@@ -17,7 +17,7 @@ from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_table
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 
-FIRST_OF_TWO = 3  # the first group, from 0, with two entries before it
+FIRST_OF_TWO = 3  # the first octet, from 0, with two entries before it
 
 
 def launch_chunk_maps(problem: Problem, x: Inputs) -> tuple[Tensor, ...]:
@@ -26,8 +26,8 @@ def launch_chunk_maps(problem: Problem, x: Inputs) -> tuple[Tensor, ...]:
     made = tuple(launching.scratch(*y, x.v.device) for y in map_shapes(problem, dtype)[:4])
     tile_k, tile_v = (min(launch.block_v, problem.tile(width)) for width in (problem.key_width, problem.value_width))
     solve = "tf32x3" if torch.version.hip is None and dtype != torch.float32 else "ieee"
-    programs, S = problem.rows * problem.heads, problem.sizes(dtype, BK=tile_k, BV=tile_v)
-    arguments = x, *made, *problem.of_rows, problem.tokens, made[0].stride(0)
+    programs, S = problem.all_chunks * problem.heads, problem.sizes(dtype, BK=tile_k, BV=tile_v)
+    arguments = x, *made, *problem.of_chunks, problem.tokens, made[0].stride(0)
     launching.launch(chunk_maps_kernel, programs, *arguments, S=S, SOLVE=solve, **launch.options)
     return made
 
@@ -39,33 +39,33 @@ def launch_maps(problem: Problem, x: Inputs, prefixes: bool = False) -> Maps:
     tiers = problem.tiers
     shapes = map_shapes(problem, x.v.dtype)[4:]
     maps = [launching.scratch(*y, x.v.device) for y in (shapes if prefixes else shapes[: len(tiers)])]
-    entries, groups, before = maps[0], tuple(maps[1 : len(tiers)]), tuple(maps[len(tiers) :])
-    launch = problem.config.group_maps
+    entries, octets, before = maps[0], tuple(maps[1 : len(tiers)]), tuple(maps[len(tiers) :])
+    launch = problem.config.octet_maps
     block = min(launch.block_v, problem.tile(K + V))
     S, places = problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block), (problem.tokens, sums.stride(0), x.stride_k)
     for t, tier in enumerate(tiers):
-        top, programs = t + 1 == len(tiers), tier.groups * H * cdiv(K + V, block) * 2
-        made = entries, entries if top else groups[t], before[t] if prefixes else entries
-        arguments = x.k, groups[t - 1] if t else writes, sums, *made, *tier.of_groups, *places
+        top, programs = t + 1 == len(tiers), tier.octets * H * cdiv(K + V, block) * 2
+        made = entries, entries if top else octets[t], before[t] if prefixes else entries
+        arguments = x.k, octets[t - 1] if t else writes, sums, *made, *tier.of_octets, *places
         constants = {"S": S, "TIER": t, "TOP": top, "STORE_PREFIXES": prefixes}
-        launching.launch(group_maps_kernel, programs, *arguments, **constants, **launch.options)
-    return Maps(sums, chunk_log, solve, writes, entries, groups, before)
+        launching.launch(octet_maps_kernel, programs, *arguments, **constants, **launch.options)
+    return Maps(sums, chunk_log, solve, writes, entries, octets, before)
 
 
 def launch_path_states(problem: Problem, entries: Tensor, maps: bool = False) -> Tensor:
-    """``[slots, H, K, V]`` low: the states on the path of each group, as seen from its start. If ``maps``,
-    ``[slots, H, K, K+V]``: ``[T | T S]``, with the transition from the end of the entry to the start of the group.
+    """``[slots, H, K, V]`` low: the states on the path of each octet, as seen from its start. If ``maps``,
+    ``[slots, H, K, K+V]``: ``[T | T S]``, with the transition from the end of the entry to the start of the octet.
 
-    Entry j > 0 on the path of group m is at slot ``path_states.path_start + j``; undefined for j = 0.
+    Entry j > 0 on the path of octet m is at slot ``path_states.path_start + j``; undefined for j = 0.
     """
     H, K, V = problem.heads, problem.key_width, problem.value_width
     states = launching.scratch((problem.path_slots, H, K, K + V if maps else V), entries.dtype, entries.device)
-    if problem.chunk_groups <= FIRST_OF_TWO:
+    if problem.sequence_octets <= FIRST_OF_TWO:
         return states
     launch = problem.config.path_states
     block = min(launch.block_v, problem.tile(K))
-    programs = problem.row_groups * H * cdiv(K, block)
-    arguments = entries, states, problem.path_starts, *problem.of_groups, problem.path_entries
+    programs = problem.all_octets * H * cdiv(K, block)
+    arguments = entries, states, problem.path_starts, *problem.of_octets, problem.path_entries
     S = problem.sizes(entries.dtype, BK=problem.tile(K), HEADS=entries.stride(0) // (K * (K + V)))
     launching.launch(path_states_kernel, programs, *arguments, S=S, BM=block, MAPS=maps, **launch.options)
     return states
@@ -76,27 +76,27 @@ def launch_output(problem: Problem, x: Inputs, maps: Maps, states: Tensor) -> Te
     launch = problem.config.output
     tile = problem.tile(problem.key_width)
     o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    programs = problem.rows * problem.heads * cdiv(problem.value_width, tile)
-    places = problem.path_starts, *problem.of_rows, problem.path_entries, problem.tokens, maps.sums.stride(0)
+    programs = problem.all_chunks * problem.heads * cdiv(problem.value_width, tile)
+    places = problem.path_starts, *problem.of_chunks, problem.path_entries, problem.tokens, maps.sums.stride(0)
     arguments = x, problem.levels, maps.chunks, states, o, *places
     launching.launch(output_kernel, programs, *arguments, S=problem.sizes(x.v.dtype, BK=tile), **launch.options)
     return o
 
 
 def launch_path_queries(problem: Problem, x: Inputs, maps: Maps) -> tuple[Tensor, Tensor]:
-    """(the queries of each chunk before each entry of its path within the group, as seen from the start of the group), low.
+    """(the queries of each chunk before each entry of its path within the octet, as seen from the start of the octet), low.
 
-    ``[1.5 rows, H, C, K]``, entry i of chunk n at slot ``path_queries.inner_start + i``, nearest first; and
-    ``[rows, H, C, K]``, undefined in the first group of a sequence.
+    ``[1.5 chunks, H, C, K]``, entry i of chunk n at slot ``path_queries.inner_start + i``, nearest first; and
+    ``[chunks, H, C, K]``, undefined in the first octet of a sequence.
     """
     shape = (problem.heads, problem.config.chunk, problem.key_width)
-    inner_queries = launching.scratch((problem.rows * 3 // 2, *shape), x.q.dtype, x.q.device)
-    group_queries = launching.scratch((problem.rows, *shape), x.q.dtype, x.q.device)
+    inner_queries = launching.scratch((problem.all_chunks * 3 // 2, *shape), x.q.dtype, x.q.device)
+    octet_queries = launching.scratch((problem.all_chunks, *shape), x.q.dtype, x.q.device)
     launch = problem.config.path_queries
-    arguments = x, maps.chunks, inner_queries, group_queries, *problem.of_rows, problem.tokens, maps.sums.stride(0)
+    arguments = x, maps.chunks, inner_queries, octet_queries, *problem.of_chunks, problem.tokens, maps.sums.stride(0)
     S = problem.sizes(x.q.dtype, BK=problem.tile(problem.key_width), HEADS=maps.heads)
-    launching.launch(path_queries_kernel, problem.rows * problem.heads, *arguments, S=S, **launch.options)
-    return inner_queries, group_queries
+    launching.launch(path_queries_kernel, problem.all_chunks * problem.heads, *arguments, S=S, **launch.options)
+    return inner_queries, octet_queries
 
 
 def forward(

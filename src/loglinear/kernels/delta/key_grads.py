@@ -59,13 +59,13 @@ def key_grads_kernel(
     dk_parts,
     S: tl.constexpr,
 ):
-    """Grid: H x rows, rows fastest. float32: accumulators, decays, the gate's gradient."""
-    at, row, h, _ = row_of_program(table, T, N, NG, S.H, S)
+    """Grid: H x chunks, chunks fastest. float32: accumulators, decays, the gate's gradient."""
+    at, chunk, h, _ = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     in_chunk, valid, origin = tl.arange(0, S.C), here.valid, here.origin
-    unit = row.to(tl.int64) * S.H + h
+    site = chunk.to(tl.int64) * S.H + h
     dtype = scores.dtype.element_ty
     q_head, k_head = query_head(x, here, h, S), key_head(x, here, h, S)
     high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S)
@@ -73,8 +73,8 @@ def key_grads_kernel(
     from_start = tl.exp2(high)
     strength = strengths_of(x, here, h, S)
     products = product(k_head, k_head, x.stride_k, x.stride_k, valid, S.K, S.BK, S)
-    solved = tl.load(square(maps.solve + (row.to(tl.int64) * S.HEADS + h) * (S.C * S.C), S.C))
-    solve_grads = tl.load(plane(scores, unit, SOLVE_GRADS, S))
+    solved = tl.load(square(maps.solve + (chunk.to(tl.int64) * S.HEADS + h) * (S.C * S.C), S.C))
+    solve_grads = tl.load(plane(scores, site, SOLVE_GRADS, S))
     doverlap, overlap, dstrength = inverse_grads(products, decays, strength, solved, solve_grads, S)
     dbeta = out.dbeta + origin * out.stride_dbeta + h + in_chunk * out.stride_dbeta
     tl.store(dbeta, dstrength.to(out.dbeta.dtype.element_ty), mask=valid)
@@ -84,14 +84,14 @@ def key_grads_kernel(
         gain += tl.sum(shares, axis=1) - tl.sum(shares, axis=0)
 
     doverlap_low = (doverlap * decays).to(dtype)
-    dproducts = tl.load(plane(scores, unit, PRODUCT_GRADS, S))
-    sources = key_grads + unit * (2 * S.C * S.K)
+    dproducts = tl.load(plane(scores, site, PRODUCT_GRADS, S))
+    sources = key_grads + site * (2 * S.C * S.K)
     part = (h % (S.H // S.G)).to(tl.int64)
     dq_head = out.dq + part * dq_parts + origin * out.stride_dq + h // (S.H // S.G) * S.K
     dk_head = out.dk + part * dk_parts + origin * out.stride_dk + h // (S.H // S.G) * S.K
     for first in range(0, S.K, S.BK):
         k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
-        seen = load_part(query_grads + unit * (S.C * S.K), S.K, 0, first, S.C, S.K, S.C, S.BK)
+        seen = load_part(query_grads + site * (S.C * S.K), S.K, 0, first, S.C, S.K, S.C, S.BK)
         acc = seen.to(tl.float32) * from_start[:, None]
         acc = tl.dot(dproducts, k_tile, acc, input_precision=S.PRECISION)
         store_tile(dq_head, out.stride_dq, valid, acc, S.C, S.K, S.BK, first)
@@ -110,7 +110,7 @@ def key_grads_kernel(
         gain += tl.load(gains + place, mask=valid, other=0.0)
         ends = tl.load(end_gains + place, mask=valid, other=0.0)
         gradient = tl.cumsum(gain, axis=0, reverse=True) + (tl.cumsum(ends, axis=0) - ends)
-        gradient += tl.load(chunk_gains + unit)
+        gradient += tl.load(chunk_gains + site)
         gate = tl.load(x.g + origin * x.stride_g + h + in_chunk * x.stride_g, mask=valid, other=0.0).to(tl.float32)
         gradient = tl.where(gate > GATE_FLOOR, gradient, 0.0)
         dg = out.dg + origin * out.stride_dg + h + in_chunk * out.stride_dg

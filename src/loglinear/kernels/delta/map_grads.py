@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.group_maps import identity
+from loglinear.kernels.delta.octet_maps import identity
 from loglinear.kernels.delta.products import load_erased, memory_times, times_tokens, tokens_times
 from loglinear.kernels.delta.score_grads import MASKED, PRODUCTS, SOLVE_GRADS, plane
 from loglinear.kernels.delta.unit_grads import block_before, blocks_before, state_grads, unit_of
 from loglinear.kernels.tree.decays import to_end
-from loglinear.kernels.tree.place import GROUP, chunk_of, row_of_program
+from loglinear.kernels.tree.place import OCTET, chunk_of, row_of_program
 from loglinear.kernels.tree.tiles import (
     key_head,
     load_block,
@@ -121,14 +121,14 @@ def after_identity(acc, dw, trace, u, thin, GATED: tl.constexpr, S: tl.constexpr
 def map_grads_kernel(
     x,
     maps,
-    prefixes,  # [4 groups, H, K, K+V]
-    grads,  # [rows + spare rows, H, K, K+V], as group_grads leaves them
+    prefixes,  # [4 octets, H, K, K+V]
+    grads,  # [chunks + spare rows, H, K, K+V], as octet_grads leaves them
     query_grads,
     scores,
-    key_grads,  # [rows, H, 2, C, K]: the gradients of W and of K through K_end
+    key_grads,  # [chunks, H, 2, C, K]: the gradients of W and of K through K_end
     out,
     end_gains,  # [H, B*T] K_end · dK_end
-    chunk_gains,  # [rows, H] the share of the chunk's decay in dG
+    chunk_gains,  # [chunks, H] the share of the chunk's decay in dG
     table,
     T,
     N,
@@ -138,32 +138,32 @@ def map_grads_kernel(
     spare,
     S: tl.constexpr,
 ):
-    """Grid: H x rows, rows fastest. float32: accumulators, decays."""
+    """Grid: H x chunks, chunks fastest. float32: accumulators, decays."""
     GATED: tl.constexpr = x.g is not None
-    at, row, h, _ = row_of_program(table, T, N, NG, S.H, S)
+    at, chunk, h, _ = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     n, valid = here.local, here.valid
     in_chunk = tl.arange(0, S.C)
-    unit = row.to(tl.int64) * S.H + h
-    kept = row.to(tl.int64) * S.HEADS + h
+    site = chunk.to(tl.int64) * S.H + h
+    kept = chunk.to(tl.int64) * S.HEADS + h
     dtype = scores.dtype.element_ty
     keys = key_head(x, here, h, S)
     k_tile = load_tile(keys, x.stride_k, valid, S.C, S.K, S.BK, 0)
     head_sums = maps.sums + h.to(tl.int64) * sums_stride + here.origin
     written = maps.writes + kept * (S.C * (S.K + S.V))
-    u = unit_of(prefixes, maps.entries, grads, n % GROUP, at.group0 + n // GROUP, row, 1, spare, h, S)
+    u = unit_of(prefixes, maps.entries, grads, n % OCTET, at.octet0 + n // OCTET, chunk, 1, spare, h, S)
     thin = Thin(k_tile, load_erased(written, S), keys, x.stride_k, valid, written)
     acc, dw, trace = after_maps(u, thin, GATED, S)
     acc, dw, trace = after_identity(acc, dw, trace, u, thin, GATED, S)
     if GATED:
-        tl.store(chunk_gains + unit, trace * tl.exp2(tl.load(maps.chunk_log + kept)))
+        tl.store(chunk_gains + site, trace * tl.exp2(tl.load(maps.chunk_log + kept)))
     decay = to_end(head_sums, here.size, all_tokens, S)
     acc = -acc
-    targets = key_grads + unit * (2 * S.C * S.K)
-    products = tl.load(plane(scores, unit, PRODUCTS, S))
-    queries = load_part(query_grads + unit * (S.C * S.K), S.K, 0, 0, S.C, S.K, S.C, S.BK)
+    targets = key_grads + site * (2 * S.C * S.K)
+    products = tl.load(plane(scores, site, PRODUCTS, S))
+    queries = load_part(query_grads + site * (S.C * S.K), S.K, 0, 0, S.C, S.K, S.C, S.BK)
     dw = tl.dot(tl.trans(products), queries, dw * decay[:, None], input_precision=S.PRECISION)
     dw_low = (-dw).to(dtype)
     store_part(targets, S.K, dw_low, 0, 0, S.C, S.K, S.C, S.BK)
@@ -174,7 +174,7 @@ def map_grads_kernel(
         solve_grads = tl.dot(dw_low, tl.trans(k_tile), input_precision=S.PRECISION)
     solve_grads *= from_start[None, :]
 
-    masked = tl.load(plane(scores, unit, MASKED, S))
+    masked = tl.load(plane(scores, site, MASKED, S))
     solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))
     # Not pipelined: the buffers would leave room for one program on a multiprocessor and not two.
     for first in tl.range(0, S.V, S.BV, num_stages=1):
@@ -190,7 +190,7 @@ def map_grads_kernel(
         store_tile(dv, out.stride_dv, valid, dvalues, S.C, S.V, S.BV, first)
         acc = tl.dot(added, tl.trans(ds), acc, input_precision=S.PRECISION)
 
-    target = plane(scores, unit, SOLVE_GRADS, S)
+    target = plane(scores, site, SOLVE_GRADS, S)
     tl.store(target, (solve_grads + tl.load(target).to(tl.float32)).to(dtype))
     acc = acc * decay[:, None]
     store_part(targets + S.C * S.K, S.K, acc, 0, 0, S.C, S.K, S.C, S.BK)

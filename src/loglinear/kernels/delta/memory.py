@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.kernels.delta.group_maps import PREFIXES
+from loglinear.kernels.delta.octet_maps import PREFIXES
 from loglinear.kernels.delta.score_grads import PLANES
 from loglinear.kernels.tree.problem import Problem, cdiv
 
@@ -37,15 +37,15 @@ class Maps(NamedTuple):
     A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X that comes before the span leaves it as ``A X + S``.
 
     sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk; two planes, value and rounding error, for
-        float32 inputs; NaN for a token that is not finite. chunk_log: ``[rows, H]`` float32.
-    solve: ``[rows, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
-    writes: ``[rows, H, C, K+V]`` low, ``[W | U]``.
-    entries: ``[rows, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at row0 + e - 1. The entry of all chunks of
-        the highest tier's group is there too, if the group is whole; no query reads it. Entries of single chunks are
-        undefined (see leaf.py), except, beside prefixes, those of a group's unit 0 and, before a unit 5, of unit 4.
-    groups: one ``[groups, H, K, K+V]`` low per tier, the map of each whole group; none for the highest tier.
-    prefixes: one ``[4 groups, H, K, K+V]`` low per tier: the map of the units of a group before each unit, where it is
-        neither ``[I | 0]`` nor an entry (``group_maps.prefix_slot``); None if they were not asked for.
+        float32 inputs; NaN for a token that is not finite. chunk_log: ``[chunks, H]`` float32.
+    solve: ``[chunks, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
+    writes: ``[chunks, H, C, K+V]`` low, ``[W | U]``.
+    entries: ``[chunks, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at chunk0 + e - 1. The entry of all chunks of
+        the highest tier's octet is there too, if the octet is whole; no query reads it. Entries of single chunks are
+        undefined (see leaf.py), except, beside prefixes, those of an octet's unit 0 and, before a unit 5, of unit 4.
+    octets: one ``[octets, H, K, K+V]`` low per tier, the map of each whole octet; none for the highest tier.
+    prefixes: one ``[4 octets, H, K, K+V]`` low per tier: the map of the units of an octet before each unit, where it is
+        neither ``[I | 0]`` nor an entry (``octet_maps.prefix_slot``); None if they were not asked for.
     """
 
     sums: Tensor
@@ -53,13 +53,13 @@ class Maps(NamedTuple):
     solve: Tensor
     writes: Tensor
     entries: Tensor
-    groups: tuple[Tensor, ...]
+    octets: tuple[Tensor, ...]
     prefixes: tuple[Tensor, ...]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors in one tuple. ``Maps.of`` undoes this."""
-        return *self[:5], *self.groups, *self.prefixes
+        return *self[:5], *self.octets, *self.prefixes
 
     @staticmethod
     def of(tensors: tuple[Tensor, ...]) -> Maps:
@@ -81,17 +81,23 @@ class Maps(NamedTuple):
         """The maps of ``count`` heads, as views."""
         heads = slice(first, first + count)
         own = (x[:, heads] for x in self[1:5])
-        rest = (tuple(x[:, heads] for x in maps) for maps in (self.groups, self.prefixes))
+        rest = (tuple(x[:, heads] for x in maps) for maps in (self.octets, self.prefixes))
         return Maps(self.sums[heads], *own, *rest)  # type: ignore[arg-type, misc]
 
 
 def map_shapes(problem: Problem, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of ``Maps.tensors``, with prefixes, where v is of ``dtype``. The first two are the logs."""
-    H, K, V, C, rows = problem.heads, problem.key_width, problem.value_width, problem.config.chunk, problem.rows
-    groups = [total for total, _ in problem.tier_groups]
-    maps = rows, *groups[:-1], *(PREFIXES.value * count for count in groups)
-    shapes = [(rows, H, C, C), (rows, H, C, K + V), *((count, H, K, K + V) for count in maps)]
-    logs = [(H, 2 if dtype == torch.float32 else 1, problem.tokens), (rows, H)]
+    H, K, V, C, all_chunks = (
+        problem.heads,
+        problem.key_width,
+        problem.value_width,
+        problem.config.chunk,
+        problem.all_chunks,
+    )
+    octets = [total for total, _ in problem.tier_octets]
+    maps = all_chunks, *octets[:-1], *(PREFIXES.value * count for count in octets)
+    shapes = [(all_chunks, H, C, C), (all_chunks, H, C, K + V), *((count, H, K, K + V) for count in maps)]
+    logs = [(H, 2 if dtype == torch.float32 else 1, problem.tokens), (all_chunks, H)]
     return [*((shape, torch.float32) for shape in logs), *((shape, dtype) for shape in shapes)]
 
 
@@ -109,7 +115,7 @@ def given_bytes(problem: Problem, size: int) -> int:
 def keeps_maps(problem: Problem, size: int) -> bool:
     """Whether a forward pass leaves its maps for the backward: all of them or none."""
     kept = map_elements(problem) * problem.heads * size
-    return problem.rows > 0 and kept <= KEPT_SHARE * given_bytes(problem, size)
+    return problem.all_chunks > 0 and kept <= KEPT_SHARE * given_bytes(problem, size)
 
 
 def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
@@ -121,9 +127,9 @@ def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
     maps = map_elements(problem)
     # The tensors of the paths are freed before the scores and the shares of dk are allocated.
-    paths = problem.rows * 3 * C * K + 2 * problem.path_slots * K * (K + V)
-    later = problem.rows * C * (2 * K + PLANES.value * C)
-    elements = cdiv(problem.rows * 3, 2) * K * (K + V) + problem.rows * C * K + max(paths, later)
+    paths = problem.all_chunks * 3 * C * K + 2 * problem.path_slots * K * (K + V)
+    later = problem.all_chunks * C * (2 * K + PLANES.value * C)
+    elements = cdiv(problem.all_chunks * 3, 2) * K * (K + V) + problem.all_chunks * C * K + max(paths, later)
     left = SHARE * given_bytes(problem, size) - (maps * H * size if kept else 0)
     allowed = max(left, UNSLICED) // max((elements + (0 if kept else maps)) * size, 1)
     per_group = problem.heads_per_group

@@ -1,8 +1,8 @@
 """OUTPUT: each chunk attends to itself under the λ mask, then its queries read the entries that cover everything before it.
 
 For an entry the queries add ``λ ∘ (Q S)`` and then jump over it, ``Q <- Q A``. The decay is part of A. The queries walk
-the entries within their group; the first of these may be the chunk before (see leaf.py). The states of all other
-entries have been carried to the start of the group.
+the entries within their octet; the first of these may be the chunk before (see leaf.py). The states of all other
+entries have been carried to the start of the octet.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from loglinear.kernels.delta.path_states import path_start
 from loglinear.kernels.delta.products import load_erased, times_memory, token_products
 from loglinear.kernels.tree.decays import load_sum, pairs
 from loglinear.kernels.tree.levels import level_mask, scales_of
-from loglinear.kernels.tree.place import GROUP, chunk_of, log2_of_power, lowbit, row_of_program, set_bits
+from loglinear.kernels.tree.place import OCTET, chunk_of, log2_of_power, lowbit, row_of_program, set_bits
 from loglinear.kernels.tree.tiles import key_head, load_part, load_tile, query_head, square, store_tokens
 
 
 @triton.jit
 def entry_scales(x, here, h, tree_level, L, S: tl.constexpr):
-    """λ ``[C]`` of each row towards an entry of 2^tree_level chunks, times the factor of o."""
+    """λ ``[C]`` of each token towards an entry of 2^tree_level chunks, times the factor of o."""
     level = tl.minimum(tree_level + (S.LOG_C + 1), L - 1)
     pointers = scales_of(x, here, h, L) + (tl.arange(0, S.C) * x.stride_scales + level)
     return tl.load(pointers, mask=here.valid, other=0.0).to(tl.float32) * x.factor
@@ -46,22 +46,22 @@ def start_queries(q_tile, products, erased, high, PRECISION: tl.constexpr):
 
 @triton.jit
 def walk(acc, queries, maps, states, x, at, here, h, slot, first_v, L, S: tl.constexpr):
-    """Add ``λ ∘ (Q S)`` for every entry on the query path of a chunk except a leaf; then ``Q <- Q A`` if it is in the group.
+    """Add ``λ ∘ (Q S)`` for every entry on the query path of a chunk except a leaf; then ``Q <- Q A`` if it is in the octet.
 
-    Entries before the group have states as seen from its start; all but the nearest are in ``states`` (see path_states.py).
-    ``slot`` is the first slot of the group. A tile of S is as wide as A, so A and S take turns in one loop: one tile arrives
+    Entries before the octet have states as seen from its start; all but the nearest are in ``states`` (see path_states.py).
+    ``slot`` is the first slot of the octet. A tile of S is as wide as A, so A and S take turns in one loop: one tile arrives
     while the other is multiplied, in the memory of two tiles and not of four.
     """
     MASKED: tl.constexpr = (S.K % S.BK != 0) or (S.V % S.BK != 0)
     n = here.local
-    own = 2 * set_bits(n % GROUP // 2)
-    before = set_bits(n // GROUP)
+    own = 2 * set_bits(n % OCTET // 2)
+    before = set_bits(n // OCTET)
     e = n // 2 * 2
     for step in range(own + before - (before == 0).to(tl.int32)):  # the last entry of all needs no jump
         j = step - own
         leap = (j < 0) & (step % 2 == 1)
         source = maps.entries + (
-            ((at.row0 + e - 1).to(tl.int64) * S.H + h) * (S.K * (S.K + S.V)) + tl.where(leap, 0, S.K)
+            ((at.chunk0 + e - 1).to(tl.int64) * S.H + h) * (S.K * (S.K + S.V)) + tl.where(leap, 0, S.K)
         )
         source = tl.where(j > 0, states + ((slot + j).to(tl.int64) * S.H + h) * (S.K * S.V), source)
         row_stride = tl.where(j > 0, S.V, S.K + S.V)
@@ -77,28 +77,28 @@ def walk(acc, queries, maps, states, x, at, here, h, slot, first_v, L, S: tl.con
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "paths", "all_tokens", "sums_stride", "L"])
 def output_kernel(x, L, maps, states, o, path_starts, table, T, N, NG, paths, all_tokens, sums_stride, S: tl.constexpr):
-    """Grid: tiles of V, each as wide as K, x H x rows, rows fastest: running programs share the entries of few heads in L2.
+    """Grid: tiles of V, each as wide as K, x H x chunks, chunks fastest: running programs share the entries of few heads in L2.
 
     float32: scores, masks, accumulators. The queries are rounded to the inputs' dtype before each entry.
     """
-    at, row, block, _ = row_of_program(table, T, N, NG, S.H * ((S.V + S.BK - 1) // S.BK), S)
+    at, chunk, block, _ = row_of_program(table, T, N, NG, S.H * ((S.V + S.BK - 1) // S.BK), S)
     h, first_v = block % S.H, block // S.H * S.BK
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     n, in_chunk, valid, origin = here.local, tl.arange(0, S.C), here.valid, here.origin
-    unit = row.to(tl.int64) * S.H + h
+    site = chunk.to(tl.int64) * S.H + h
     head_sums = maps.sums + h.to(tl.int64) * sums_stride + origin
     high, low = load_sum(head_sums, in_chunk, valid, all_tokens, S)
     products = gate_scores(x, here, h, high, low, S)
     q_tile = load_tile(query_head(x, here, h, S), x.stride_q, valid, S.C, S.K, S.BK, 0)
-    written = maps.writes + unit * (S.C * (S.K + S.V))
+    written = maps.writes + site * (S.C * (S.K + S.V))
     queries = start_queries(q_tile, products, load_erased(written, S), high, S.PRECISION)
 
     columns = first_v + tl.arange(0, S.BK)
-    # A value that is not finite has spoilt its column of U, in every row.
+    # A value that is not finite has spoilt its column of U, for every token.
     first_of_U = tl.load(written + S.K + columns, mask=columns < S.V, other=0.0).to(tl.float32)
-    solved = tl.load(square(maps.solve + unit * (S.C * S.C), S.C))
+    solved = tl.load(square(maps.solve + site * (S.C * S.C), S.C))
     scores = tl.dot(products, solved, input_precision=S.PRECISION)
     mask = level_mask(x, here, h, L, S)
     v_head = x.v + origin * x.stride_v + h * S.V
@@ -112,7 +112,7 @@ def output_kernel(x, L, maps, states, o, path_starts, table, T, N, NG, paths, al
         acc = tl.where((in_chunk >= first_bad)[:, None], float("nan"), acc)
 
     if n % 2 == 1:
-        before_written = maps.writes + (unit - S.H) * (S.C * (S.K + S.V))
+        before_written = maps.writes + (site - S.H) * (S.C * (S.K + S.V))
         # Loaded before they are used, to arrive in the meantime.
         added = load_part(before_written + S.K, S.K + S.V, 0, first_v, S.C, S.V, S.C, S.BK)
         erased = load_erased(before_written, S)
@@ -121,6 +121,6 @@ def output_kernel(x, L, maps, states, o, path_starts, table, T, N, NG, paths, al
         pairs_before = leaf_scores(queries, keys, x.stride_k, head_sums - S.C, all_tokens, S)
         acc = tl.dot((pairs_before * weight[:, None]).to(v_tile.dtype), added, acc, input_precision=S.PRECISION)
         queries = jump(queries, pairs_before, head_sums - S.C, erased, S)
-    slot = path_start(n // GROUP, at, path_starts, paths, S.PACKED)
+    slot = path_start(n // OCTET, at, path_starts, paths, S.PACKED)
     acc = walk(acc, queries, maps, states, x, at, here, h, slot, first_v, L, S)
     store_tokens(o, S.H * S.V, h, here, acc, S.C, S.V, S.BK, first_v)

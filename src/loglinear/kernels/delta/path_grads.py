@@ -1,7 +1,7 @@
 """PATH GRADIENTS: the walk of every chunk back over its query path, from the oldest entry to the nearest.
 
-Each state before the group, as seen from its start, gave ``O += λ ∘ (Q S)``, so ``dO Sᵀ`` gives dλ, and its sum over
-the states gives dQ. An entry (A, S) within the group also gave ``Q' = Q A``: with dQ' known, ``dQ' Aᵀ`` is the other
+Each state before the octet, as seen from its start, gave ``O += λ ∘ (Q S)``, so ``dO Sᵀ`` gives dλ, and its sum over
+the states gives dQ. An entry (A, S) within the octet also gave ``Q' = Q A``: with dQ' known, ``dQ' Aᵀ`` is the other
 part of dQ, and this dQ is dQ' of the entry before. The last entry may be a leaf (see leaf.py). The remainder at the end
 is the gradient of the queries as seen from the start of their chunk. Every dQ' is kept for the gradients of the
 entries.
@@ -18,7 +18,7 @@ from loglinear.kernels.delta.path_queries import inner_start
 from loglinear.kernels.delta.path_states import path_start
 from loglinear.kernels.delta.products import times_tokens, times_transposed
 from loglinear.kernels.tree.decays import to_end
-from loglinear.kernels.tree.place import GROUP, bit_length, chunk_of, log2_of_power, lowbit, row_of_program, set_bits
+from loglinear.kernels.tree.place import OCTET, bit_length, chunk_of, log2_of_power, lowbit, row_of_program, set_bits
 from loglinear.kernels.tree.tiles import key_head, load_block, load_part, load_tile, load_tokens, store_part
 
 
@@ -70,10 +70,10 @@ def path_grads_kernel(
     L,
     maps,
     states,  # [slots, H, K, K+V], as path_states leaves them
-    inner_queries,  # [1.5 rows, H, C, K] queries before each entry within their group
-    group_queries,  # [rows, H, C, K] queries as seen from the start of their group
-    inner_grads,  # [1.5 rows, H, C, K] gradient of the queries after it; none for the last entry of all, where it is zero
-    query_grads,  # [rows, H, C, K] gradient of the queries as seen from the start of their chunk
+    inner_queries,  # [1.5 chunks, H, C, K] queries before each entry within their octet
+    octet_queries,  # [chunks, H, C, K] queries as seen from the start of their octet
+    inner_grads,  # [1.5 chunks, H, C, K] gradient of the queries after it; none for the last entry of all, where it is zero
+    query_grads,  # [chunks, H, C, K] gradient of the queries as seen from the start of their chunk
     out,
     path_starts,
     table,
@@ -85,23 +85,23 @@ def path_grads_kernel(
     sums_stride,
     S: tl.constexpr,
 ):
-    """Grid: H x rows, rows fastest. float32: accumulators, dλ. The gradient is rounded before each product with A."""
+    """Grid: H x chunks, chunks fastest. float32: accumulators, dλ. The gradient is rounded before each product with A."""
     SIZE: tl.constexpr = S.K * (S.K + S.V)
-    at, row, h, _ = row_of_program(table, T, N, NG, S.H, S)
+    at, chunk, h, _ = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     n = here.local
-    m = n // GROUP
-    unit = row.to(tl.int64) * S.H + h
+    m = n // OCTET
+    site = chunk.to(tl.int64) * S.H + h
     gradient = tl.zeros([S.C, S.LEVELS], tl.float32)
     acc = tl.zeros([S.C, S.BK], tl.float32)
 
     slot = path_start(m, at, path_starts, paths, S.PACKED)
-    nearest = maps.entries + ((at.row0 + m * GROUP - 1).to(tl.int64) * S.HEADS + h) * SIZE
-    at_start = group_queries + unit * (S.C * S.K)
+    nearest = maps.entries + ((at.chunk0 + m * OCTET - 1).to(tl.int64) * S.HEADS + h) * SIZE
+    at_start = octet_queries + site * (S.C * S.K)
     queries = load_block(at_start, S.K, 0, 0, 0, tl.where(m > 0, S.K, 0), S.C, S.C, S.BK, True)
-    rest = n - n % GROUP
+    rest = n - n % OCTET
     # One state arrives while the state before is multiplied. Two maps of the next loop would leave no room for this.
     for j in tl.range(set_bits(m), num_stages=2):
         source = tl.where(j > 0, states + ((slot + j).to(tl.int64) * S.H + h) * SIZE, nearest)
@@ -111,14 +111,14 @@ def path_grads_kernel(
         gradient += gain
         rest &= rest - 1
 
-    rest = n % GROUP
-    slot = inner_start(n, at.row0) + set_bits(rest)
+    rest = n % OCTET
+    slot = inner_start(n, at.chunk0) + set_bits(rest)
     for i in range(set_bits(rest // 2)):
         slot -= 1
         place = (slot.to(tl.int64) * S.H + h) * (S.C * S.K)
         tree_level = bit_length(rest) - 1
         rest -= 1 << tree_level
-        entry = maps.entries + ((at.row0 + n - rest - 1).to(tl.int64) * S.HEADS + h) * SIZE
+        entry = maps.entries + ((at.chunk0 + n - rest - 1).to(tl.int64) * S.HEADS + h) * SIZE
         if (i > 0) | (m > 0):
             after = acc.to(inner_grads.dtype.element_ty)
             store_part(inner_grads + place, S.K, after, 0, 0, S.C, S.K, S.C, S.BK)
@@ -134,10 +134,10 @@ def path_grads_kernel(
             store_part(inner_grads + place, S.K, acc, 0, 0, S.C, S.K, S.C, S.BK)
         keys = key_head(x, here, h, S) - S.C * x.stride_k
         sums = maps.sums + h.to(tl.int64) * sums_stride + (here.origin - S.C)
-        written = maps.writes + ((row - 1).to(tl.int64) * S.HEADS + h) * (S.C * (S.K + S.V))
+        written = maps.writes + ((chunk - 1).to(tl.int64) * S.HEADS + h) * (S.C * (S.K + S.V))
         acc, gain = leaf_gradient(acc, inner_queries + place, x, here, h, keys, sums, all_tokens, written, L, S)
         gradient += gain
-    store_part(query_grads + unit * (S.C * S.K), S.K, acc, 0, 0, S.C, S.K, S.C, S.BK)
+    store_part(query_grads + site * (S.C * S.K), S.K, acc, 0, 0, S.C, S.K, S.C, S.BK)
     columns = tl.arange(0, S.LEVELS)[None, :]
     rows = tl.arange(0, S.C)[:, None] * out.stride_dscales
     place = out.dscales + here.origin * out.stride_dscales + h * L + (rows + columns)

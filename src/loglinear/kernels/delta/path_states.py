@@ -1,8 +1,8 @@
-"""PATH STATES: the states of the entries before a group, carried to its start, where the queries of all its chunks read them.
+"""PATH STATES: the states of the entries before an octet, carried to its start, where the queries of all its chunks read them.
 
-The *path* of group m is the list of entries ``e_0 > e_1 > …`` that cover all chunks before it, one for each bit of m.
-They end the query path of each chunk of the group. With ``T_0 = I`` and ``T_{j+1} = T_j A_j``, entry j gives a query Q
-at the start of the group ``λ ∘ (Q T_j S_j)``. So ``T_j S_j`` is computed once for the group, and its chunks read these
+The *path* of octet m is the list of entries ``e_0 > e_1 > …`` that cover all chunks before it, one for each bit of m.
+They end the query path of each chunk of the octet. With ``T_0 = I`` and ``T_{j+1} = T_j A_j``, entry j gives a query Q
+at the start of the octet ``λ ∘ (Q T_j S_j)``. So ``T_j S_j`` is computed once for the octet, and its chunks read these
 states in any order, without A. ``T_0 S_0`` and ``T_1`` are entry e_0 as it is, and are not stored again.
 """
 
@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.delta.products import times_memory
-from loglinear.kernels.tree.place import GROUP, locate, set_bits, set_bits_before
+from loglinear.kernels.tree.place import OCTET, locate, set_bits, set_bits_before
 from loglinear.kernels.tree.tiles import block_of, load_part
 
 
 @triton.jit
 def path_start(m, at, path_starts, paths, PACKED: tl.constexpr):
-    """Slot of the first entry on the path of group m, of the sequence at ``at``, in an array of all paths."""
+    """Slot of the first entry on the path of octet m, of the sequence at ``at``, in an array of all paths."""
     if PACKED:
         before = tl.load(path_starts + at.sequence)
     else:
@@ -32,7 +32,7 @@ def path_states_kernel(
 ):
     """States ``[slots, H, K, V]``: T_j S_j, or if MAPS ``[slots, H, K, K+V]``: [T_j | T_j S_j]; none for j = 0.
 
-    Grid: groups x H x blocks of BM rows of T, blocks fastest. float32: accumulators; T is rounded before each product.
+    Grid: octets x H x blocks of BM rows of T, blocks fastest. float32: accumulators; T is rounded before each product.
     """
     WIDTH: tl.constexpr = S.K + S.V
     STRIDE: tl.constexpr = WIDTH if MAPS else S.V
@@ -41,21 +41,21 @@ def path_states_kernel(
     pid = tl.program_id(0)
     first_k = pid % BLOCKS * BM
     h = pid // BLOCKS % S.H
-    group = pid // (BLOCKS * S.H)
-    at = locate(group, table, T, N, NG, NG, S.PACKED)
-    m = group - at.group0
+    octet = pid // (BLOCKS * S.H)
+    at = locate(octet, table, T, N, NG, NG, S.PACKED)
+    m = octet - at.octet0
     count = set_bits(m)
     if (at.length < 0) | (count < 2):
         return
     slot = path_start(m, at, path_starts, paths, S.PACKED)
-    nearest = entries + ((at.row0 + m * GROUP - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
+    nearest = entries + ((at.chunk0 + m * OCTET - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
     x = load_part(nearest, WIDTH, first_k, 0, S.K, S.K, BM, S.BK)
     f = m & (m - 1)
     for step in range((count - 1) * (TILES + 1) - 1):
         j = step // (TILES + 1) + 1
         tile = step % (TILES + 1)
         jump = tile == TILES
-        source = entries + ((at.row0 + f * GROUP - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
+        source = entries + ((at.chunk0 + f * OCTET - 1).to(tl.int64) * S.HEADS + h) * (S.K * WIDTH)
         first = tl.where(jump, 0, S.K + tile * S.BK)
         end = tl.where(jump, S.K, WIDTH)
         MASKED: tl.constexpr = (S.K % S.BK != 0) or (S.V % S.BK != 0)

@@ -24,9 +24,9 @@ PLANES = tl.constexpr(4)
 
 
 @triton.jit
-def plane(scores, unit, which, S: tl.constexpr):
+def plane(scores, site, which, S: tl.constexpr):
     """Pointers to one of the planes of a chunk and head."""
-    return square(scores + unit * (PLANES * S.C * S.C) + which * S.C * S.C, S.C)
+    return square(scores + site * (PLANES * S.C * S.C) + which * S.C * S.C, S.C)
 
 
 @triton.jit
@@ -73,17 +73,17 @@ def query_gain(q_head, stride_q, query_grads, valid, TILE: tl.constexpr, S: tl.c
 def score_grads_kernel(
     x, L, maps, query_grads, scores, out, gains, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr
 ):
-    """``scores [rows, H, PLANES, C, C]``; completes dλ; ``gains [H, B*T]``, the share of a row's queries in dG.
+    """``scores [chunks, H, PLANES, C, C]``; completes dλ; ``gains [H, B*T]``, the share of a row's queries in dG.
 
-    Grid: H x rows, rows fastest. float32: products, decays, scores and their gradients until they are stored.
+    Grid: H x chunks, chunks fastest. float32: products, decays, scores and their gradients until they are stored.
     """
-    at, row, h, _ = row_of_program(table, T, N, NG, S.H, S)
+    at, chunk, h, _ = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
-    here = chunk_of(at, row, S.C)
+    here = chunk_of(at, chunk, S.C)
     in_chunk, valid, origin = tl.arange(0, S.C), here.valid, here.origin
-    unit = row.to(tl.int64) * S.H + h
-    kept = row.to(tl.int64) * S.HEADS + h
+    site = chunk.to(tl.int64) * S.H + h
+    kept = chunk.to(tl.int64) * S.HEADS + h
     dtype = scores.dtype.element_ty
     q_head, k_head = query_head(x, here, h, S), key_head(x, here, h, S)
     earlier = in_chunk[:, None] >= in_chunk[None, :]
@@ -94,11 +94,11 @@ def score_grads_kernel(
     decays = tl.where(earlier, pairs(high, low, S), 0.0)
     products = product(q_head, k_head, x.stride_q, x.stride_k, valid, S.K, S.BK, S) * decays
     products_low = products.to(dtype)
-    tl.store(plane(scores, unit, PRODUCTS, S), products_low)
+    tl.store(plane(scores, site, PRODUCTS, S), products_low)
     solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))
     within = tl.dot(products_low, solved, input_precision=S.PRECISION)
     mask = level_mask(x, here, h, L, S)
-    tl.store(plane(scores, unit, MASKED, S), (within * mask).to(dtype))
+    tl.store(plane(scores, site, MASKED, S), (within * mask).to(dtype))
     columns = tl.arange(0, S.LEVELS)[None, :]
     place = out.dscales + origin * out.stride_dscales + h * L + (in_chunk[:, None] * out.stride_dscales + columns)
     inside = valid[:, None] & (columns < tl.minimum(L, S.LOG_C + 1))
@@ -108,11 +108,11 @@ def score_grads_kernel(
 
     dwithin = (outer * mask).to(dtype)
     solve_grads = tl.dot(tl.trans(products_low), dwithin, input_precision=S.PRECISION)
-    tl.store(plane(scores, unit, SOLVE_GRADS, S), solve_grads.to(dtype))
-    query_grad = query_grads + unit * (S.C * S.K)
+    tl.store(plane(scores, site, SOLVE_GRADS, S), solve_grads.to(dtype))
+    query_grad = query_grads + site * (S.C * S.K)
     erased = product(query_grad, maps.writes + kept * (S.C * (S.K + S.V)), S.K, S.K + S.V, in_chunk >= 0, S.K, S.BK, S)
     dproducts = tl.dot(dwithin, tl.trans(solved), input_precision=S.PRECISION) - erased
-    tl.store(plane(scores, unit, PRODUCT_GRADS, S), (dproducts * decays).to(dtype))
+    tl.store(plane(scores, site, PRODUCT_GRADS, S), (dproducts * decays).to(dtype))
     if x.g is not None:
         shares = tl.where(in_chunk[:, None] == in_chunk[None, :], 0.0, dproducts * products)
         gain = tl.sum(shares, axis=1) - tl.sum(shares, axis=0)

@@ -1,8 +1,8 @@
 """UNIT GRADIENTS: the gradient ``[dA | dS]`` of every unit's own map, from the gradients X of the maps that it closes.
 
 The prefix after a unit (A, S) is ``A Y + [0 | S]`` with Y the prefix before it, so ``dA = X Yᵀ`` over all K + V
-columns, and dS is X's last V columns. Units 2, 4, 5 and 6 of a group close a pair too: alone, where Y is ``[I | 0]``,
-or unit 5 after unit 4. The kernel is for units that are groups. The units of tier 0 are chunks, and map_grads needs no
+columns, and dS is X's last V columns. Units 2, 4, 5 and 6 of an octet close a pair too: alone, where Y is ``[I | 0]``,
+or unit 5 after unit 4. The kernel is for units that are octets. The units of tier 0 are chunks, and map_grads needs no
 dA of a chunk.
 """
 
@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.delta.entry_grads import map_tile_of_program
-from loglinear.kernels.delta.group_grads import SPARE, is_prefix, prefix_row
-from loglinear.kernels.delta.group_maps import AFTER_ENTRY, AFTER_PREFIX, FIRST_PAIRED, locate_group, prefix_slot
-from loglinear.kernels.tree.place import GROUP, bit
+from loglinear.kernels.delta.octet_grads import SPARE, is_prefix, prefix_row
+from loglinear.kernels.delta.octet_maps import AFTER_ENTRY, AFTER_PREFIX, FIRST_PAIRED, locate_octet, prefix_slot
+from loglinear.kernels.tree.place import OCTET, bit
 from loglinear.kernels.tree.tiles import load_block, load_part, store_part
 
 
 class Unit(NamedTuple):
-    """Unit c of a group, of one head: the maps before it, a prefix and an entry; and X of the prefix and of the entry that it
+    """Unit c of an octet, of one head: the maps before it, a prefix and an entry; and X of the prefix and of the entry that it
     closes, ``own``. All ``[K, K+V]``.
     """
 
@@ -33,13 +33,13 @@ class Unit(NamedTuple):
 
 
 @triton.jit
-def unit_of(prefixes, entries, grads, c, group, row, size, spare, h, S: tl.constexpr):
+def unit_of(prefixes, entries, grads, c, octet, chunk, size, spare, h, S: tl.constexpr):
     """The ``Unit`` that ends in a row; units have ``size`` rows, and ``spare`` is the first spare row."""
     MAP: tl.constexpr = S.K * (S.K + S.V)
-    x = grads + (prefix_row(c, row, spare + group * SPARE).to(tl.int64) * S.H + h) * MAP
-    own = grads + (row.to(tl.int64) * S.H + h) * MAP
-    prefix = prefixes + (prefix_slot(c, group).to(tl.int64) * S.HEADS + h) * MAP
-    entry = entries + ((row - size).to(tl.int64) * S.HEADS + h) * MAP
+    x = grads + (prefix_row(c, chunk, spare + octet * SPARE).to(tl.int64) * S.H + h) * MAP
+    own = grads + (chunk.to(tl.int64) * S.H + h) * MAP
+    prefix = prefixes + (prefix_slot(c, octet).to(tl.int64) * S.HEADS + h) * MAP
+    entry = entries + ((chunk - size).to(tl.int64) * S.HEADS + h) * MAP
     return Unit(c, prefix, entry, x, own)
 
 
@@ -87,19 +87,19 @@ def state_grads(u, first_k, first_n, BN: tl.constexpr, S: tl.constexpr):
 def unit_grads_kernel(
     prefixes, entries, grads, map_grads, table, T, N, NG, spare, S: tl.constexpr, BW: tl.constexpr, TIER: tl.constexpr
 ):
-    """``map_grads [units, H, K, K+V]``, from ``grads`` as group_grads leaves them.
+    """``map_grads [units, H, K, K+V]``, from ``grads`` as octet_grads leaves them.
 
-    Grid: groups x GROUP x H x tiles of [K, K+V], tiles fastest. float32: accumulator.
+    Grid: octets x OCTET x H x tiles of [K, K+V], tiles fastest. float32: accumulator.
     """
-    SIZE: tl.constexpr = GROUP**TIER  # chunks of a unit
+    SIZE: tl.constexpr = OCTET**TIER  # chunks of a unit
     first_k, first_n, in_state, h, rest = map_tile_of_program(S)
-    c = rest % GROUP
-    group = rest // GROUP
-    at, _ = locate_group(group, table, T, N, NG, TIER, S)
+    c = rest % OCTET
+    octet = rest // OCTET
+    at, _ = locate_octet(octet, table, T, N, NG, TIER, S)
     if (at.length < 0) | (c >= at.here):
         return
     local = at.first + c
-    u = unit_of(prefixes, entries, grads, c, group, at.row0 + (local + 1) * SIZE - 1, SIZE, spare, h, S)
+    u = unit_of(prefixes, entries, grads, c, octet, at.chunk0 + (local + 1) * SIZE - 1, SIZE, spare, h, S)
     target = map_grads + ((at.unit0 + local).to(tl.int64) * S.H + h) * (S.K * (S.K + S.V))
     if in_state:
         total = state_grads(u, first_k, first_n, S.BN, S)

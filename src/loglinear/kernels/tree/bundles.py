@@ -56,7 +56,7 @@ def gather(
 
 
 class Table(NamedTuple):
-    """Tables of packed sequences, None if not packed: the sequence of each row or group, and the facts of each sequence."""
+    """Tables of packed sequences, None if not packed: the sequence of all chunks and octets, and the facts of each sequence."""
 
     units: Any
     sequences: Any

@@ -111,8 +111,8 @@ def path_weights(x, row_sums, entry_log, at, here, h, L, S: tl.constexpr, TREE: 
     # Logs of the entries before: a cumulative sum less the entry's own log would lose what a reset hides.
     below = tl.maximum(m - 1, 0)
     before = (m > 0) & ((n >> below) & 1 == 1) & ((n >> below << below) > n0)
-    unit = (at.row0 - n0 + (n >> below << below) - 1).to(tl.int64) * S.H + h
-    since = tl.cumsum(tl.load(entry_log + unit, mask=before, other=0.0), axis=0)
+    site = (at.chunk0 - n0 + (n >> below << below) - 1).to(tl.int64) * S.H + h
+    since = tl.cumsum(tl.load(entry_log + site, mask=before, other=0.0), axis=0)
     level = tl.minimum(m + (S.LOG_C + 1), L - 1)
     pointers = scales_of(x, here, h, L) + tl.arange(0, S.C)[:, None] * x.stride_scales + level[None, :]
     scale = tl.load(pointers, mask=here.valid[:, None] & on_path[None, :], other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""PLACE: where a chunk or a group of chunks lies, and the arithmetic of its position in the tree.
+"""PLACE: where a chunk or an octet of chunks lies, and the arithmetic of its position in the tree.
 
 A kernel computes a level from the bits of two positions, in registers. There is no table of levels.
 """
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-GROUP = tl.constexpr(8)  # chunks per group: three levels of the tree are built in registers
-LOG_GROUP = tl.constexpr(3)
+OCTET = tl.constexpr(8)  # chunks per octet: three levels of the tree are built in registers
+LOG_OCTET = tl.constexpr(3)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def set_bits(x):
 
 @triton.jit
 def set_bits_before(n):
-    """Bits set in 0, 1, … n - 1 together, n < 2^24: the lengths of the paths of the n groups before group n."""
+    """Bits set in 0, 1, … n - 1 together, n < 2^24: the lengths of the paths of the n octets before octet n."""
     count = 0
     for bit in range(bit_length(n)):
         block = 1 << bit
@@ -68,14 +68,15 @@ def path_length(n, n0):
 
 
 class Place(NamedTuple):
-    """Where the sequence of a row or group lies: first token, tokens, first row, first group, the tree's number of its first
-    chunk, its own number. ``length`` is -1 for a unit past the last one, n0 is 0 unless it continues an earlier sequence.
+    """Where the sequence of a chunk or octet lies: first token, tokens, first chunk, first octet, the tree's number of its
+    first chunk, its own number. ``length`` is -1 for a unit past the last one, n0 is 0 unless it continues an earlier
+    sequence.
     """
 
     start: Any
     length: Any
-    row0: Any
-    group0: Any
+    chunk0: Any
+    octet0: Any
     n0: Any
     sequence: Any
 
@@ -93,7 +94,7 @@ class Chunk(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The part of the states that a program owns: a tile from a row and a column on, of a head."""
+    """The part of the states that a program owns: a tile from a chunk and a column on, of a head."""
 
     tile: Any
     first_k: Any
@@ -103,31 +104,31 @@ class Part(NamedTuple):
 
 @triton.jit
 def locate(unit, table, T, N, NG, units, PACKED: tl.constexpr):
-    """The place of a row or group. PACKED reads ``table`` (see problem.py); otherwise all sequences have T tokens, N chunks and
-    NG groups, and ``units`` is N or NG.
+    """The place of a chunk or octet. PACKED reads ``table`` (see problem.py); otherwise all sequences have T tokens, N
+    chunks and NG octets, and ``units`` is N or NG.
     """
     if PACKED:
         index = tl.load(table.units + unit)
         entry = table.sequences + tl.maximum(index, 0) * 5
         start = tl.load(entry)
         length = tl.where(index < 0, -1, tl.load(entry + 1))
-        row0 = tl.load(entry + 2)
-        group0 = tl.load(entry + 3)
+        chunk0 = tl.load(entry + 2)
+        octet0 = tl.load(entry + 3)
         n0 = tl.load(entry + 4)
     else:
         index = unit // units
         start = index * T
         length = T
-        row0 = index * N
-        group0 = index * NG
+        chunk0 = index * N
+        octet0 = index * NG
         n0 = index * 0
-    return Place(start, length, row0, group0, n0, index)
+    return Place(start, length, chunk0, octet0, n0, index)
 
 
 @triton.jit
-def chunk_of(at, row, C: tl.constexpr):
-    """The chunk of a row, in a sequence at ``at``."""
-    local = row - at.row0
+def chunk_of(at, chunk, C: tl.constexpr):
+    """Chunk ``chunk`` of the batch, in a sequence at ``at``."""
+    local = chunk - at.chunk0
     n = at.n0 + local
     size = at.length - local * C
     valid = tl.arange(0, C) < size
@@ -137,14 +138,14 @@ def chunk_of(at, row, C: tl.constexpr):
 
 @triton.jit
 def row_of_program(table, T, N, NG, BLOCKS: tl.constexpr, S: tl.constexpr):
-    """(place of the sequence, row, block, rows) of a program in a grid of BLOCKS x rows, rows fastest.
+    """(place of the sequence, chunk, block, chunks) of a program in a grid of BLOCKS x chunks, chunks fastest.
 
     A kernel returns where there is no sequence, and only then asks for the chunk: nothing of it is carried over the branch.
     """
-    rows = tl.num_programs(0) // BLOCKS
+    all_chunks = tl.num_programs(0) // BLOCKS
     pid = tl.program_id(0)
-    row = pid % rows
-    return locate(row, table, T, N, NG, N, S.PACKED), row, pid // rows, rows
+    chunk = pid % all_chunks
+    return locate(chunk, table, T, N, NG, N, S.PACKED), chunk, pid // all_chunks, all_chunks
 
 
 @triton.jit

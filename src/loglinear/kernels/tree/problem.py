@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.tree.bundles import Sizes, Table, sizes
-from loglinear.kernels.tree.place import GROUP
+from loglinear.kernels.tree.place import OCTET
 from loglinear.kernels.tuning import DeltaRuleConfig, ScalarGateConfig
 from loglinear.state import CHUNK_SIZE
 
@@ -40,27 +40,27 @@ def token_rows(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tier:
-    """Groups of ``GROUP`` units in a row. The units of tier 0 are the chunks, of a higher tier the groups of the tier below.
+    """Octets of ``OCTET`` units in a row. The units of tier 0 are the chunks, of a higher tier the octets of the tier below.
     Unit i (1-based) of a sequence in tier t ends where entry ``i << 3 t`` of its Fenwick array does; in tiers above 0
-    only whole units have maps, ``chunks >> 3 t`` of them. ``units`` and ``groups`` count those of the whole batch (at
-    most, if packed), ``sequence_units`` and ``sequence_groups`` those of one sequence. ``of_groups`` is
+    only whole units have maps, ``chunks >> 3 t`` of them. ``units`` and ``octets`` count those of the whole batch (at
+    most, if packed), ``sequence_units`` and ``sequence_octets`` those of one sequence. ``of_octets`` is
     for ``place.locate``: in tier 0 that of the problem; above, its first token is a first unit, and its tokens are chunks
     if packed.
     """
 
     units: int
-    groups: int
+    octets: int
     sequence_units: int
-    sequence_groups: int
-    of_groups: tuple[Table, int, int, int]
+    sequence_octets: int
+    of_octets: tuple[Table, int, int, int]
 
 
 @dataclass(frozen=True)
 class Problem:
     """Sizes of one call, and the tables that place its chunks.
 
-    ``tables`` are those of ``packed_tables``, none if not packed. ``unit_sequence`` maps rows, then groups, to their sequence
-    (-1: none); ``sequences [n, 5]`` holds per sequence its first token, tokens, first row, first group and the absolute
+    ``tables`` are those of ``packed_tables``, none if not packed. ``unit_sequence`` maps chunks, then octets, to their sequence
+    (-1: none); ``sequences [n, 5]`` holds per sequence its first token, tokens, first chunk, first octet and the absolute
     number of its first chunk.
     """
 
@@ -71,8 +71,8 @@ class Problem:
     key_width: int
     value_width: int
     levels: int
-    rows: int
-    row_groups: int
+    all_chunks: int
+    all_octets: int
     chunks: int
     config: ScalarGateConfig | DeltaRuleConfig
     tables: tuple[Tensor, ...]
@@ -90,9 +90,9 @@ class Problem:
         return self.batch if self.sequences is None else self.sequences.shape[0]
 
     @property
-    def chunk_groups(self) -> int:
-        """Groups of chunks in one sequence, at most."""
-        return cdiv(self.chunks, GROUP.value)
+    def sequence_octets(self) -> int:
+        """Octets in one sequence, at most."""
+        return cdiv(self.chunks, OCTET.value)
 
     @property
     def tree_levels(self) -> int:
@@ -101,8 +101,8 @@ class Problem:
 
     @property
     def high_levels(self) -> int:
-        """Levels of the tree over groups: the levels of ``tree_levels`` above a group."""
-        return (self.chunk_groups - 1).bit_length()
+        """Levels of the tree over octets: the levels of ``tree_levels`` above an octet."""
+        return (self.sequence_octets - 1).bit_length()
 
     @property
     def heads_per_group(self) -> int:
@@ -113,14 +113,14 @@ class Problem:
         return max(padded(width), self.config.least_tile)
 
     @property
-    def of_rows(self) -> tuple[Table, int, int, int]:
-        """The arguments by which a kernel finds the place of a row: table, T, N, NG."""
-        return Table(self.row_sequence, self.sequences), self.length, self.chunks, self.chunk_groups
+    def of_chunks(self) -> tuple[Table, int, int, int]:
+        """The arguments by which a kernel finds the place of a chunk: table, T, N, NG."""
+        return Table(self.chunk_sequence, self.sequences), self.length, self.chunks, self.sequence_octets
 
     @property
-    def of_groups(self) -> tuple[Table, int, int, int]:
-        """The same of a group."""
-        return Table(self.group_sequence, self.sequences), self.length, self.chunks, self.chunk_groups
+    def of_octets(self) -> tuple[Table, int, int, int]:
+        """The same of an octet."""
+        return Table(self.octet_sequence, self.sequences), self.length, self.chunks, self.sequence_octets
 
     def sizes(
         self, dtype: torch.dtype, BK: int = 0, BV: int = 0, BN: int = 0, HEADS: int = 0, LEVELS: int = 0
@@ -133,44 +133,44 @@ class Problem:
         return sizes(*letters, **tiles, EXACT=exact, PACKED=self.packed, PRECISION=precision)
 
     @property
-    def row_sequence(self) -> Tensor | None:
-        return None if self.unit_sequence is None else self.unit_sequence[: self.rows]
+    def chunk_sequence(self) -> Tensor | None:
+        return None if self.unit_sequence is None else self.unit_sequence[: self.all_chunks]
 
     @property
-    def group_sequence(self) -> Tensor | None:
-        return None if self.unit_sequence is None else self.unit_sequence[self.rows :]
+    def octet_sequence(self) -> Tensor | None:
+        return None if self.unit_sequence is None else self.unit_sequence[self.all_chunks :]
 
     @property
-    def tier_groups(self) -> tuple[tuple[int, int], ...]:
-        """(groups of the whole batch, of one sequence) in each of the ``tiers``. Bounds if packed: no table is read."""
-        sizes = [(self.row_groups, self.chunk_groups)]
+    def tier_octets(self) -> tuple[tuple[int, int], ...]:
+        """(octets of the whole batch, of one sequence) in each of the ``tiers``. Bounds if packed: no table is read."""
+        sizes = [(self.all_octets, self.sequence_octets)]
         while sizes[-1][1] > 1:
             below, longest = sizes[-1]
-            groups = cdiv(longest, GROUP.value)
-            total = below // GROUP.value + self.tables[1].shape[0] if self.packed else self.batch * groups
-            sizes.append((total, groups))
+            octets = cdiv(longest, OCTET.value)
+            total = below // OCTET.value + self.tables[1].shape[0] if self.packed else self.batch * octets
+            sizes.append((total, octets))
         return tuple(sizes)
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        """The tree from its chunks up to the tier in which a sequence is one group."""
-        sizes = self.rows, self.row_groups, self.chunks, self.chunk_groups
-        tiers = [Tier(*sizes, self.of_groups)]
-        for total, groups in self.tier_groups[1:]:
+        """The tree from its chunks up to the tier in which a sequence is one octet."""
+        sizes = self.all_chunks, self.all_octets, self.chunks, self.sequence_octets
+        tiers = [Tier(*sizes, self.of_octets)]
+        for total, octets in self.tier_octets[1:]:
             below = tiers[-1]
             place, sequences = self.tables[2 * len(tiers) + 1 :][:2] if self.packed else (None, None)
-            of_groups = Table(place, sequences), below.sequence_groups, self.chunks, groups
-            tiers.append(Tier(below.groups, total, below.sequence_groups, groups, of_groups))
+            of_octets = Table(place, sequences), below.sequence_octets, self.chunks, octets
+            tiers.append(Tier(below.octets, total, below.sequence_octets, octets, of_octets))
         return tuple(tiers)
 
     @property
     def path_entries(self) -> int:
-        """Entries on the paths of all groups of one sequence; if packed, a bound for all sequences together."""
-        return set_bits_before(self.row_groups if self.packed else self.chunk_groups)
+        """Entries on the paths of all octets of one sequence; if packed, a bound for all sequences together."""
+        return set_bits_before(self.all_octets if self.packed else self.sequence_octets)
 
     @property
     def path_slots(self) -> int:
-        """Entries on the paths of all groups of all sequences."""
+        """Entries on the paths of all octets of all sequences."""
         return self.path_entries * (1 if self.packed else self.batch)
 
     @property
@@ -188,7 +188,7 @@ class Problem:
 
 
 def set_bits_before(n: int) -> int:
-    """Bits set in 0, 1, … n - 1 together: the lengths of the paths of n groups."""
+    """Bits set in 0, 1, … n - 1 together: the lengths of the paths of n octets."""
     bits = range(n.bit_length())
     return sum((n >> (bit + 1) << bit) + max((n & ((2 << bit) - 1)) - (1 << bit), 0) for bit in bits)
 
@@ -208,9 +208,9 @@ def describe(
     batch, length, groups, key_width = q.shape
     chunks = cdiv(max(length, reach), config.chunk)
     if tables:
-        rows, row_groups = packed_units(length, tables[1].shape[0], config.chunk, reach > 0)
+        all_chunks, all_octets = packed_units(length, tables[1].shape[0], config.chunk, reach > 0)
     else:
-        rows, row_groups = batch * chunks, batch * cdiv(chunks, GROUP.value)
+        all_chunks, all_octets = batch * chunks, batch * cdiv(chunks, OCTET.value)
     return Problem(
         batch=batch,
         length=length,
@@ -219,8 +219,8 @@ def describe(
         key_width=key_width,
         value_width=v.shape[3],
         levels=level_scales.shape[-1],
-        rows=rows,
-        row_groups=row_groups,
+        all_chunks=all_chunks,
+        all_octets=all_octets,
         chunks=chunks,
         config=config,
         tables=tables,
@@ -228,12 +228,12 @@ def describe(
 
 
 def packed_units(length: int, sequences: int, chunk: int, continued: bool = False) -> tuple[int, int]:
-    """Bounds on the rows and groups of ``sequences`` sequences of ``length`` tokens together.
+    """Bounds on the chunks and octets of ``sequences`` sequences of ``length`` tokens together.
 
-    A continued sequence begins anywhere in a group.
+    A continued sequence begins anywhere in an octet.
     """
-    rows = length // chunk + sequences
-    return rows, rows // GROUP.value + sequences * (2 if continued else 1)
+    all_chunks = length // chunk + sequences
+    return all_chunks, all_chunks // OCTET.value + sequences * (2 if continued else 1)
 
 
 def packed_tables(
@@ -241,7 +241,7 @@ def packed_tables(
 ) -> tuple[Tensor, ...]:
     """The tables of ``Problem``, on the device of ``cu_seqlens [n+1]``; none without it. Nothing waits for the device.
 
-    (unit_sequence, sequences), and with ``tree`` path_starts and two tables per tier from 1 on: group_sequence, sequences.
+    (unit_sequence, sequences), and with ``tree`` path_starts and two tables per tier from 1 on: octet_sequence, sequences.
     ``first_chunks [n]``: the chunks of a state, of ``CHUNK_SIZE`` tokens, before each sequence; not with ``tree``.
     """
     assert first_chunks is None or not (tree or cu_seqlens is None)
@@ -250,27 +250,27 @@ def packed_tables(
     bounds = cu_seqlens.to(torch.int64)
     size = bounds[1:] - bounds[:-1]
     count = size.numel()
-    rows, groups = packed_units(length, count, chunk, first_chunks is not None)
+    all_chunks, octets = packed_units(length, count, chunk, first_chunks is not None)
     chunks = (size + chunk - 1) // chunk
     nothing = torch.zeros_like(size)
     before = nothing if first_chunks is None else first_chunks * kernel_chunks(chunk)
-    spanned = (before + chunks + GROUP.value - 1) // GROUP.value - before // GROUP.value
-    row_end, group_end = chunks.cumsum(0), spanned.cumsum(0)
-    first_group = group_end - spanned
-    columns = (bounds[:-1], size, row_end - chunks, first_group, before)
-    units = torch.cat([places(row_end, rows), places(group_end, groups)]).to(torch.int32)
+    spanned = (before + chunks + OCTET.value - 1) // OCTET.value - before // OCTET.value
+    chunk_end, octet_end = chunks.cumsum(0), spanned.cumsum(0)
+    first_octet = octet_end - spanned
+    columns = (bounds[:-1], size, chunk_end - chunks, first_octet, before)
+    units = torch.cat([places(chunk_end, all_chunks), places(octet_end, octets)]).to(torch.int32)
     tables = [units, torch.stack(columns, dim=1).to(torch.int32)]
     if not tree:
         return tuple(tables)
-    span, longest = GROUP.value, cdiv(cdiv(length, chunk), GROUP.value)
+    span, longest = OCTET.value, cdiv(cdiv(length, chunk), OCTET.value)
     tables.append(path_starts((chunks + span - 1) // span, longest))
-    while longest > 1:  # one tier above the last: its units are groups of ``span`` chunks
-        span, longest = span * GROUP.value, cdiv(longest, GROUP.value)
-        groups = groups // GROUP.value + count
+    while longest > 1:  # one tier above the last: its units are octets of ``span`` chunks
+        span, longest = span * OCTET.value, cdiv(longest, OCTET.value)
+        octets = octets // OCTET.value + count
         end = ((chunks + span - 1) // span).cumsum(0)
-        first_unit, first_group = first_group, end - (chunks + span - 1) // span
-        columns = (first_unit, chunks, row_end - chunks, first_group, nothing)
-        tables += [places(end, groups).to(torch.int32), torch.stack(columns, dim=1).to(torch.int32)]
+        first_unit, first_octet = first_octet, end - (chunks + span - 1) // span
+        columns = (first_unit, chunks, chunk_end - chunks, first_octet, nothing)
+        tables += [places(end, octets).to(torch.int32), torch.stack(columns, dim=1).to(torch.int32)]
     return tuple(tables)
 
 
@@ -289,11 +289,11 @@ def sizes_of_tables(cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     return () if cu_seqlens is None else (cu_seqlens, cu_seqlens[1:])
 
 
-def path_starts(groups: Tensor, longest: int) -> Tensor:
-    """``[n]`` path entries of all sequences before each, of ``groups [n]``, each at most ``longest``, groups."""
-    entries = torch.zeros_like(groups)
+def path_starts(octets: Tensor, longest: int) -> Tensor:
+    """``[n]`` path entries of all sequences before each, of ``octets [n]``, each at most ``longest``, octets."""
+    entries = torch.zeros_like(octets)
     for bit in range(longest.bit_length()):
-        entries += (groups >> (bit + 1) << bit) + ((groups & ((2 << bit) - 1)) - (1 << bit)).clamp(min=0)
+        entries += (octets >> (bit + 1) << bit) + ((octets & ((2 << bit) - 1)) - (1 << bit)).clamp(min=0)
     return (entries.cumsum(0) - entries).to(torch.int32)
 
 

@@ -142,15 +142,15 @@ def store_state(
 
 
 @triton.jit
-def load_entry(states, unit, first_k, first_v, S: tl.constexpr):
-    """Tile ``[BK, BV]`` of state ``unit`` (int64) of ``states [units, K, V]``."""
-    return load_state(states + unit * (S.K * S.V), first_k, first_v, S.K, S.V, S.BK, S.BV)
+def load_entry(states, site, first_k, first_v, S: tl.constexpr):
+    """Tile ``[BK, BV]`` of state ``site`` (int64) of ``states [sites, K, V]``."""
+    return load_state(states + site * (S.K * S.V), first_k, first_v, S.K, S.V, S.BK, S.BV)
 
 
 @triton.jit
-def store_entry(states, unit, tile, active, first_k, first_v, S: tl.constexpr):
+def store_entry(states, site, tile, active, first_k, first_v, S: tl.constexpr):
     """Write what ``load_entry`` reads, if active."""
-    store_state(states + unit * (S.K * S.V), tile, active, first_k, first_v, S.K, S.V, S.BK, S.BV)
+    store_state(states + site * (S.K * S.V), tile, active, first_k, first_v, S.K, S.V, S.BK, S.BV)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from loglinear.reference.dense import level_mask
 from loglinear.reference.stages.place import (
     GATE_FLOOR,
-    LOG_GROUP,
+    LOG_OCTET,
     Inputs,
     Place,
     add_level,
@@ -23,8 +23,8 @@ from loglinear.reference.stages.place import (
 
 
 class States(NamedTuple):
-    """sums: ``[rows, H, C]``, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[rows, H]``. entries:
-    ``[rows, H, K, V]``, the Fenwick array."""
+    """sums: ``[chunks, H, C]``, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[chunks, H]``. entries:
+    ``[chunks, H, K, V]``, the Fenwick array."""
 
     sums: Tensor
     chunk_log: Tensor
@@ -33,9 +33,9 @@ class States(NamedTuple):
 
 
 class Gains(NamedTuple):
-    """Shares of q·dq and k·dk that the gate's gradient is made of. rows, columns: ``[rows, H, C]``, of a token with all
-    keys before it, and with all queries after it. chunks: ``[rows, H]``, of a chunk's keys with later chunks. levels:
-    ``[tree levels, rows, H]``, of a chunk's queries with the entry of each level. beyond: ``[rows, H]``, of the keys of an
+    """Shares of q·dq and k·dk that the gate's gradient is made of. rows, columns: ``[chunks, H, C]``, of a token with all
+    keys before it, and with all queries after it. chunks: ``[chunks, H]``, of a chunk's keys with later chunks. levels:
+    ``[tree levels, chunks, H]``, of a chunk's queries with the entry of each level. beyond: ``[chunks, H]``, of the keys of an
     entry with the queries past its window; zero for entries of a single chunk.
     """
 
@@ -47,7 +47,7 @@ class Gains(NamedTuple):
 
 
 def _to_end(sums: Tensor) -> Tensor:
-    """Decay from each token of a chunk to its end, ``[rows, H, C, 1]``."""
+    """Decay from each token of a chunk to its end, ``[chunks, H, C, 1]``."""
     return (sums[..., -1:] - sums).exp().unsqueeze(3)
 
 
@@ -65,12 +65,12 @@ def chunk_states(place: Place, x: Inputs) -> States:
     """The entries of up to eight chunks; a longer entry holds the state of its last eight."""
     sums, total = x.g.cumsum(2), x.g.sum(2)
     states = States(sums, total, total, x.k.mT @ (x.v * _to_end(sums)))
-    return _folded(place, states, place.levels[:LOG_GROUP])
+    return _folded(place, states, place.levels[:LOG_OCTET])
 
 
 def node_states(place: Place, states: States) -> States:
-    """The longer entries, from the states of groups."""
-    return _folded(place, states, place.levels[LOG_GROUP:])
+    """The longer entries, from the states of octets."""
+    return _folded(place, states, place.levels[LOG_OCTET:])
 
 
 def _path(place: Place, states: States, levels: range | None = None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -84,7 +84,7 @@ def _path(place: Place, states: States, levels: range | None = None) -> Iterator
 
 
 def output(place: Place, x: Inputs, states: States) -> Tensor:
-    """o ``[rows, H, C, V]``: masked attention inside a chunk, then the entries on its path."""
+    """o ``[chunks, H, C, V]``: masked attention inside a chunk, then the entries on its path."""
     o = ((x.q @ x.k.mT) * pair_decays(states.sums) * level_mask(x.scales)) @ x.v
     for m, chunk, entry, decay in _path(place, states):
         weight = (scales_of(x, chunk, m) * decay).unsqueeze(3)
@@ -93,7 +93,9 @@ def output(place: Place, x: Inputs, states: States) -> Tensor:
 
 
 def local_grads(place: Place, x: Inputs, states: States) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(gradient of the scores ``[rows, H, C, C]``, dλ of the levels inside a chunk, the same levels' gains: rows, columns)."""
+    """(gradient of the scores ``[chunks, H, C, C]``, dλ of the levels inside a chunk, the same levels' gains: chunks,
+    columns).
+    """
     outer, decays = x.do @ x.v.mT, pair_decays(states.sums)
     weights = decays * level_mask(x.scales)
     pairs = (x.q @ x.k.mT) * outer
@@ -104,7 +106,7 @@ def local_grads(place: Place, x: Inputs, states: States) -> tuple[Tensor, Tensor
 def query_grads(
     place: Place, x: Inputs, states: States, score_grads: Tensor, dscales: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq ``[rows, H, C, K]`` of each head, dλ, gains of the rows, gains by level); the middle two are completed."""
+    """(dq ``[chunks, H, C, K]`` of each head, dλ, gains of the rows, gains by level); the middle two are completed."""
     dq, levels = score_grads @ x.k, [torch.zeros_like(states.chunk_log) for _ in place.levels]
     for m, chunk, entry, decay in _path(place, states):
         product = x.do[chunk] @ states.entries[entry].mT
@@ -117,7 +119,7 @@ def query_grads(
 
 
 def _entry_grads(place: Place, x: Inputs, states: States, levels: range) -> Tensor:
-    """Gradient ``[rows, H, K, V]`` of the entries of these levels, each from the chunks of its window."""
+    """Gradient ``[chunks, H, K, V]`` of the entries of these levels, each from the chunks of its window."""
     total = torch.zeros_like(states.entries)
     for m, chunk, entry, decay in _path(place, states, levels):
         weighted = (scales_of(x, chunk, m) * decay).unsqueeze(3) * x.do[chunk]
@@ -126,20 +128,20 @@ def _entry_grads(place: Place, x: Inputs, states: States, levels: range) -> Tens
 
 
 def node_grads(place: Place, x: Inputs, states: States) -> Tensor:
-    """Gradient ``[groups, H, K, V]`` of the entry of a whole group or more that ends with each group."""
-    group, row = place.group_end
-    found = _entry_grads(place, x, states, place.levels[LOG_GROUP:])
+    """Gradient ``[octets, H, K, V]`` of the entry of a whole octet or more that ends with each octet."""
+    octet, chunk = place.octet_end
+    found = _entry_grads(place, x, states, place.levels[LOG_OCTET:])
     total = found.new_zeros(len(place.tiers[0].unit), *found.shape[1:])
-    return total.index_copy(0, group, found[row])
+    return total.index_copy(0, octet, found[chunk])
 
 
 def chunk_grads(place: Place, x: Inputs, states: States, node_grads: Tensor) -> tuple[Tensor, Tensor]:
-    """(D ``[rows, H, K, V]``, gradient of the state at the end of each chunk; gains beyond the window of an entry).
+    """(D ``[chunks, H, K, V]``, gradient of the state at the end of each chunk; gains beyond the window of an entry).
 
     D of a chunk is the gradient of the entry that ends there, plus D of the next entry on the update path, decayed back.
     """
-    group, row = place.group_end
-    total = _entry_grads(place, x, states, place.levels[:LOG_GROUP]).index_add(0, row, node_grads[group])
+    octet, chunk = place.octet_end
+    total = _entry_grads(place, x, states, place.levels[:LOG_OCTET]).index_add(0, chunk, node_grads[octet])
     upto, beyond = states.chunk_log.cumsum(0), torch.zeros_like(states.chunk_log)
     for m in reversed(place.levels):
         entry, parent = place.parents[m]
@@ -154,7 +156,7 @@ def chunk_grads(place: Place, x: Inputs, states: States, node_grads: Tensor) -> 
 def value_grads(
     place: Place, x: Inputs, states: States, chunk_grads: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dv ``[rows, H, C, V]``, gains of the columns, completed, and of the chunks)."""
+    """(dv ``[chunks, H, C, V]``, gains of the columns, completed, and of the chunks)."""
     later = (x.k @ chunk_grads) * _to_end(states.sums)
     weights = (x.q @ x.k.mT) * pair_decays(states.sums) * level_mask(x.scales)
     gain = (later * x.v).sum(3)
@@ -162,12 +164,12 @@ def value_grads(
 
 
 def key_grads(place: Place, x: Inputs, states: States, chunk_grads: Tensor, score_grads: Tensor) -> Tensor:
-    """dk ``[rows, H, C, K]`` of each head."""
+    """dk ``[chunks, H, C, K]`` of each head."""
     return score_grads.mT @ x.q + (x.v * _to_end(states.sums)) @ chunk_grads.mT
 
 
 def gate_grads(place: Place, x: Inputs, gains: Gains) -> Tensor:
-    """dg ``[rows, H, C]``: for each token the pairs of a query from it on and a key before it.
+    """dg ``[chunks, H, C]``: for each token the pairs of a query from it on and a key before it.
 
     Their parts: the query in this chunk; the key in this chunk and the query in a later one; both elsewhere.
     """

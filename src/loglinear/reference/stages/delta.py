@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from loglinear.reference.dense import level_mask
-from loglinear.reference.stages.place import GROUP, Inputs, Place, Tier, pair_decays, scales_of
+from loglinear.reference.stages.place import OCTET, Inputs, Place, Tier, pair_decays, scales_of
 
 PREFIXES = (3, 5, 6, 7)  # the prefix before these units is neither ``[I | 0]`` nor an entry
 
 
 class Maps(NamedTuple):
-    """The facts about the chunks that depend on no query. sums: ``[rows, H, C]``. chunk_log: ``[rows, H]``.
+    """The facts about the chunks that depend on no query. sums: ``[chunks, H, C]``. chunk_log: ``[chunks, H]``.
 
-    solve: ``[rows, H, C, C]``, ``(I + diag(β) Z)⁻¹ diag(β)``, Z the strictly earlier ``k·k`` with their decay. writes:
-    ``[rows, H, C, K+V]``, ``[W | U]``. entries: ``[rows, H, K, K+V]``, the Fenwick array. units: for each tier the maps of
-    its units. before: for each tier ``[groups, 8, H, K, K+V]``, the map of the units of a group before each of them.
+    solve: ``[chunks, H, C, C]``, ``(I + diag(β) Z)⁻¹ diag(β)``, Z the strictly earlier ``k·k`` with their decay. writes:
+    ``[chunks, H, C, K+V]``, ``[W | U]``. entries: ``[chunks, H, K, K+V]``, the Fenwick array. units: for each tier the maps of
+    its units. before: for each tier ``[octets, 8, H, K, K+V]``, the map of the units of an octet before each of them.
     """
 
     sums: Tensor
@@ -35,12 +35,12 @@ class Maps(NamedTuple):
 
 
 def end_keys(x: Inputs, sums: Tensor) -> Tensor:
-    """K_end ``[rows, H, C, K]``: the keys, decayed to the end of their chunk."""
+    """K_end ``[chunks, H, C, K]``: the keys, decayed to the end of their chunk."""
     return x.k * (sums[..., -1:] - sums).exp().unsqueeze(3)
 
 
 def overlaps(x: Inputs, sums: Tensor) -> Tensor:
-    """Z ``[rows, H, C, C]``: the products of each key with the strictly earlier ones of its chunk, decayed."""
+    """Z ``[chunks, H, C, C]``: the products of each key with the strictly earlier ones of its chunk, decayed."""
     return ((x.k @ x.k.mT) * pair_decays(sums)).tril(-1)
 
 
@@ -67,81 +67,81 @@ def chunk_maps(place: Place, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def leaf_maps(x: Inputs, sums: Tensor, chunk_log: Tensor, writes: Tensor) -> Tensor:
-    """``[rows, H, K, K+V]``, the map of each chunk: ``[γ I - K_endᵀ W | K_endᵀ U]``. The kernels never form it."""
+    """``[chunks, H, K, K+V]``, the map of each chunk: ``[γ I - K_endᵀ W | K_endᵀ U]``. The kernels never form it."""
     width = x.k.shape[3]
     added = end_keys(x, sums).mT @ torch.cat([-writes[..., :width], writes[..., width:]], 3)
     return chunk_log.exp()[..., None, None] * identity_like(added) + added
 
 
-def group_maps(tier: Tier, units: Tensor, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(maps before each unit ``[groups, 8, H, K, K+V]``, maps of the groups, entries, with those inside the groups).
+def octet_maps(tier: Tier, units: Tensor, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(maps before each unit ``[octets, 8, H, K, K+V]``, maps of the octets, entries, with those inside the octets).
 
-    After unit c of a group, from 0, an entry ends: the *prefix* of all units so far for c = 0, 1, 3, 7, otherwise the unit
-    alone, or for c = 5 the *pair* of units 4 and 5. Missing units change nothing. A group of the next tier overwrites the
-    entries that also hold units of other groups.
+    After unit c of an octet, from 0, an entry ends: the *prefix* of all units so far for c = 0, 1, 3, 7, otherwise the unit
+    alone, or for c = 5 the *pair* of units 4 and 5. Missing units change nothing. An octet of the next tier overwrites the
+    entries that also hold units of other octets.
     """
     padded = torch.cat([units, identity_like(units[:1])]) if len(units) else units
     prefix = [identity_like(padded[tier.unit[:, 0]])]
-    for c in range(GROUP):
+    for c in range(OCTET):
         unit = padded[tier.unit[:, c]]
         prefix.append(compose(unit, prefix[c]))
         entry = prefix[c + 1] if is_prefix(c) else unit
         if c == 5:
             entry = compose(unit, padded[tier.unit[:, 4]])
         there = tier.unit[:, c] >= 0
-        entries = entries.index_copy(0, tier.row[there, c], entry[there])
-    return torch.stack(prefix[:GROUP], 1), prefix[GROUP], entries
+        entries = entries.index_copy(0, tier.chunk[there, c], entry[there])
+    return torch.stack(prefix[:OCTET], 1), prefix[OCTET], entries
 
 
 def is_prefix(c: int) -> bool:
-    """Whether the map of a group's units up to unit c is an entry."""
+    """Whether the map of an octet's units up to unit c is an entry."""
     return c & (c + 1) == 0
 
 
 def all_maps(place: Place, x: Inputs) -> Maps:
-    """``chunk_maps``, then ``group_maps`` of each tier, from the chunks up."""
+    """``chunk_maps``, then ``octet_maps`` of each tier, from the chunks up."""
     sums, chunk_log, solve, writes = chunk_maps(place, x)
-    groups = leaf_maps(x, sums, chunk_log, writes)
-    entries = groups
+    octets = leaf_maps(x, sums, chunk_log, writes)
+    entries = octets
     units: list[Tensor] = []
     before: list[Tensor] = []
     for tier in place.tiers:
-        units.append(groups)
-        prefixes, groups, entries = group_maps(tier, groups, entries)
+        units.append(octets)
+        prefixes, octets, entries = octet_maps(tier, octets, entries)
         before.append(prefixes)
     return Maps(sums, chunk_log, solve, writes, entries, tuple(units), tuple(before))
 
 
 def path_states(place: Place, entries: Tensor) -> Tensor:
-    """``[slots, H, K, K+V]``: ``[T_j | T_j S_j]`` of entry j on the path of each group, as seen from the group's start.
+    """``[slots, H, K, K+V]``: ``[T_j | T_j S_j]`` of entry j on the path of each octet, as seen from the octet's start.
 
     ``T_0 = I`` and ``T_{j+1} = T_j A_j``. Zero where j = 0: the entry itself is read there. T_1 is its A; the kernels do not
     store it again.
     """
-    width, groups = entries.shape[2], len(place.tiers[0].unit)
+    width, octets = entries.shape[2], len(place.tiers[0].unit)
     states = entries.new_zeros(place.path_slots, *entries.shape[1:])
-    carried = identity_like(entries.new_empty(groups, *entries.shape[1:3], width))
-    for j, (group, entry, slot) in enumerate(place.outer):
-        product = carried[group] @ entries[entry]
+    carried = identity_like(entries.new_empty(octets, *entries.shape[1:3], width))
+    for j, (octet, entry, slot) in enumerate(place.outer):
+        product = carried[octet] @ entries[entry]
         if j > 0:
-            states = states.index_copy(0, slot, torch.cat([carried[group], product[..., width:]], 3))
-        carried = carried.index_copy(0, group, product[..., :width])
+            states = states.index_copy(0, slot, torch.cat([carried[octet], product[..., width:]], 3))
+        carried = carried.index_copy(0, octet, product[..., :width])
     return states
 
 
 def within(x: Inputs, maps: Maps) -> Tensor:
-    """P ``[rows, H, C, C]``: ``tril(Q Kᵀ)`` of a chunk, decayed."""
+    """P ``[chunks, H, C, C]``: ``tril(Q Kᵀ)`` of a chunk, decayed."""
     return (x.q @ x.k.mT) * pair_decays(maps.sums)
 
 
 def start_queries(x: Inputs, maps: Maps) -> Tensor:
-    """The queries ``[rows, H, C, K]`` as seen from the start of their chunk, ``γ Q - P W``."""
+    """The queries ``[chunks, H, C, K]`` as seen from the start of their chunk, ``γ Q - P W``."""
     return x.q * maps.sums.exp().unsqueeze(3) - within(x, maps) @ maps.writes[..., : x.k.shape[3]]
 
 
 def _inner_path(place: Place, x: Inputs, maps: Maps) -> Iterator[tuple[Any, ...]]:
-    """For each level m below a group: (m, chunks, their entries, slots, queries before the entry); at last the queries
-    ``[rows, H, C, K]`` at the start of their group."""
+    """For each level m below an octet: (m, chunks, their entries, slots, queries before the entry); at last the queries
+    ``[chunks, H, C, K]`` at the start of their octet."""
     queries, width = start_queries(x, maps), x.k.shape[3]
     for m, (chunk, entry, slot) in enumerate(place.inner):
         yield m, chunk, entry, slot, queries[chunk]
@@ -150,24 +150,24 @@ def _inner_path(place: Place, x: Inputs, maps: Maps) -> Iterator[tuple[Any, ...]
 
 
 def path_queries(place: Place, x: Inputs, maps: Maps) -> tuple[Tensor, Tensor]:
-    """(queries before each entry of their path inside the group ``[inner_slots, H, C, K]``, nearest first; queries at the
-    start of their group ``[rows, H, C, K]``, zero in the first group of a sequence)."""
+    """(queries before each entry of their path inside the octet ``[inner_slots, H, C, K]``, nearest first; queries at the
+    start of their octet ``[chunks, H, C, K]``, zero in the first octet of a sequence)."""
     inner = x.q.new_zeros(place.inner_slots, *x.q.shape[1:])
     for m, _, _, slot, queries in _inner_path(place, x, maps):
         if m is not None:
             inner = inner.index_copy(0, slot, queries)
-    return inner, queries * (place.n >= GROUP)[:, None, None, None]
+    return inner, queries * (place.n >= OCTET)[:, None, None, None]
 
 
 def path_reads(place: Place, entries: Tensor, states: Tensor) -> Iterator[tuple[Any, ...]]:
-    """For each place j on a path of groups: (chunks, level of the entry, its state ``[n, H, K, V]`` as the group sees it)."""
+    """For each place j on a path of octets: (chunks, level of the entry, its state ``[n, H, K, V]`` as the octet sees it)."""
     width = entries.shape[2]
     for j, (chunk, entry, slot, m) in enumerate(place.before):
         yield chunk, m, (entries[entry] if j == 0 else states[slot])[..., width:]
 
 
 def output(place: Place, x: Inputs, maps: Maps, states: Tensor) -> Tensor:
-    """o ``[rows, H, C, V]``: masked attention inside a chunk, its entries inside the group, the states before the group."""
+    """o ``[chunks, H, C, V]``: masked attention inside a chunk, its entries inside the octet, the states before the octet."""
     o, width = ((within(x, maps) @ maps.solve) * level_mask(x.scales)) @ x.v, x.k.shape[3]
     for m, chunk, entry, _, queries in _inner_path(place, x, maps):
         if m is not None:

@@ -23,7 +23,7 @@ from loglinear.reference.stages.delta import (
 )
 from loglinear.reference.stages.place import (
     GATE_FLOOR,
-    GROUP,
+    OCTET,
     Inputs,
     Place,
     Tier,
@@ -36,16 +36,16 @@ from loglinear.reference.stages.place import (
 
 
 def path_grads(
-    place: Place, x: Inputs, maps: Maps, states: Tensor, inner_queries: Tensor, group_queries: Tensor
+    place: Place, x: Inputs, maps: Maps, states: Tensor, inner_queries: Tensor, octet_queries: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of the queries after each entry inside the group ``[inner_slots, H, C, K]``, gradient of the queries at the
-    start of their chunk ``[rows, H, C, K]``, dλ of the levels above a chunk): the path walked from its oldest entry."""
+    """(gradient of the queries after each entry inside the octet ``[inner_slots, H, C, K]``, gradient of the queries at the
+    start of their chunk ``[chunks, H, C, K]``, dλ of the levels above a chunk): the path walked from its oldest entry."""
     width = x.k.shape[3]
     grads, dscales, after = torch.zeros_like(x.q), torch.zeros_like(x.scales), torch.zeros_like(inner_queries)
     for chunk, m, state in path_reads(place, maps.entries, states):
         product = x.do[chunk] @ state.mT
         grads = grads.index_add(0, chunk, scales_of(x, chunk, m).unsqueeze(3) * product)
-        dscales = add_level(dscales, x, chunk, m, (product * group_queries[chunk]).sum(3))
+        dscales = add_level(dscales, x, chunk, m, (product * octet_queries[chunk]).sum(3))
     for m, (chunk, entry, slot) in reversed(list(enumerate(place.inner))):
         after = after.index_copy(0, slot, grads[chunk])
         product = x.do[chunk] @ maps.entries[entry, ..., width:].mT
@@ -56,20 +56,20 @@ def path_grads(
 
 
 def entry_grads(place: Place, x: Inputs, inner_queries: Tensor, inner_grads: Tensor) -> Tensor:
-    """``[dA | dS]`` ``[rows, H, K, K+V]`` of the entries inside groups, from the chunks of their windows."""
-    total = x.q.new_zeros(place.rows, x.q.shape[1], x.q.shape[3], x.q.shape[3] + x.v.shape[3])
+    """``[dA | dS]`` ``[chunks, H, K, K+V]`` of the entries inside octets, from the chunks of their windows."""
+    total = x.q.new_zeros(place.all_chunks, x.q.shape[1], x.q.shape[3], x.q.shape[3] + x.v.shape[3])
     for m, (chunk, entry, slot) in enumerate(place.inner):
         right = torch.cat([inner_grads[slot], scales_of(x, chunk, m).unsqueeze(3) * x.do[chunk]], 3)
         total = total.index_add(0, entry, inner_queries[slot].mT @ right)
     return total
 
 
-def path_state_grads(place: Place, x: Inputs, group_queries: Tensor) -> Tensor:
-    """``d(T_j S_j)`` ``[slots, H, K, V]`` of every state on the path of a group, from the group's chunks."""
+def path_state_grads(place: Place, x: Inputs, octet_queries: Tensor) -> Tensor:
+    """``d(T_j S_j)`` ``[slots, H, K, V]`` of every state on the path of an octet, from the octet's chunks."""
     total = x.q.new_zeros(place.path_slots, x.q.shape[1], x.q.shape[3], x.v.shape[3])
     for chunk, _, slot, m in place.before:
         weighted = scales_of(x, chunk, m).unsqueeze(3) * x.do[chunk]
-        total = total.index_add(0, slot, group_queries[chunk].mT @ weighted)
+        total = total.index_add(0, slot, octet_queries[chunk].mT @ weighted)
     return total
 
 
@@ -86,7 +86,7 @@ def transport_grads(place: Place, entries: Tensor, state_grads: Tensor) -> Tenso
 
 
 def wide_entry_grads(place: Place, entries: Tensor, states: Tensor, path_grads: Tensor, grads: Tensor) -> Tensor:
-    """``grads`` with those of the entries of whole groups: ``T_jᵀ [dT_{j+1} | d(T_j S_j)]`` over the groups that read them."""
+    """``grads`` with those of the entries of whole octets: ``T_jᵀ [dT_{j+1} | d(T_j S_j)]`` over the octets that read them."""
     width = entries.shape[2]
     for j, (_, entry, slot) in enumerate(place.outer):
         share = path_grads[slot]
@@ -96,39 +96,39 @@ def wide_entry_grads(place: Place, entries: Tensor, states: Tensor, path_grads: 
     return grads
 
 
-def group_grads(tier: Tier, units: Tensor, whole_grads: Tensor | None, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """(X ``[groups, 8, H, K, K+V]``, the gradient of the prefix after each unit; ``grads``, where that of the single unit 4 has
+def octet_grads(tier: Tier, units: Tensor, whole_grads: Tensor | None, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """(X ``[octets, 8, H, K, K+V]``, the gradient of the prefix after each unit; ``grads``, where that of the single unit 4 has
     got the share of the pair 4 and 5).
 
-    X after the last unit is the gradient of the whole group's map; before a unit (A, S) it is ``Aᵀ X``. An entry's own
-    gradient joins where the prefix is an entry, except that of the whole group, which the next tier has counted.
+    X after the last unit is the gradient of the whole octet's map; before a unit (A, S) it is ``Aᵀ X``. An entry's own
+    gradient joins where the prefix is an entry, except that of the whole octet, which the next tier has counted.
     """
     transitions = torch.cat([units, units.new_zeros(1, *units.shape[1:])])[..., : units.shape[2]]
     pair = tier.unit[:, 5] >= 0
-    back = transitions[tier.unit[pair, 5]].mT @ grads[tier.row[pair, 5]]
-    grads = grads.index_add(0, tier.row[pair, 4], back)
+    back = transitions[tier.unit[pair, 5]].mT @ grads[tier.chunk[pair, 5]]
+    grads = grads.index_add(0, tier.chunk[pair, 4], back)
     x = grads.new_zeros(len(tier.unit), *grads.shape[1:])
     if whole_grads is not None:
         x = torch.where(tier.whole[:, None, None, None], whole_grads, x)
     found = []
-    for c in reversed(range(GROUP)):
-        if is_prefix(c) and c + 1 < GROUP:
+    for c in reversed(range(OCTET)):
+        if is_prefix(c) and c + 1 < OCTET:
             there = (tier.unit[:, c] >= 0)[:, None, None, None]
-            x = x + torch.where(there, grads[tier.row[:, c]], 0.0)
+            x = x + torch.where(there, grads[tier.chunk[:, c]], 0.0)
         found.append(x)
         x = transitions[tier.unit[:, c]].mT @ x
     return torch.stack(found[::-1], 1), grads
 
 
 def closed_maps(tier: Tier, x: Tensor, before: Tensor, entries: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradients, maps before) ``[groups, 8, 2, H, K, K+V]`` of the two maps that a unit may close: the prefix, and the entry
+    """(gradients, maps before) ``[octets, 8, 2, H, K, K+V]`` of the two maps that a unit may close: the prefix, and the entry
     of one or two units where that is another map; zero otherwise."""
     own, first = torch.zeros_like(x), identity_like(x).clone()
     for c in (2, 4, 5, 6):
         there = tier.unit[:, c] >= 0
-        own[there, c] = grads[tier.row[there, c]]
+        own[there, c] = grads[tier.chunk[there, c]]
     there = tier.unit[:, 5] >= 0
-    first[there, 5] = entries[tier.row[there, 4]]
+    first[there, 5] = entries[tier.chunk[there, 4]]
     return torch.stack([x, own], 2), torch.stack([before, first], 2)
 
 
@@ -142,9 +142,9 @@ def unit_grads(tier: Tier, count: int, x: Tensor, before: Tensor, entries: Tenso
 
 
 class ScoreGrads(NamedTuple):
-    """The matrices ``[rows, H, C, C]`` of a chunk: P; ``Λ ∘ (P T)``; ``dP ∘ Γ``; P's share ``Pᵀ dR`` of dT, T the solve.
+    """The matrices ``[chunks, H, C, C]`` of a chunk: P; ``Λ ∘ (P T)``; ``dP ∘ Γ``; P's share ``Pᵀ dR`` of dT, T the solve.
 
-    dscales: dλ, completed. gains ``[rows, H, C]``: the queries' share of dg, as differences from token to token.
+    dscales: dλ, completed. gains ``[chunks, H, C]``: the queries' share of dg, as differences from token to token.
     """
 
     products: Tensor
@@ -169,9 +169,10 @@ def score_grads(place: Place, x: Inputs, maps: Maps, query_grads: Tensor, dscale
 
 
 class MapGrads(NamedTuple):
-    """writes: dW ``[rows, H, C, K]``. keys: dk through K_end, likewise. dv ``[rows, H, C, V]``. solve: dT, complete.
+    """writes: dW ``[chunks, H, C, K]``. keys: dk through K_end, likewise. dv ``[chunks, H, C, V]``. solve: dT, complete.
 
-    ends ``[rows, H, C]``, chunks ``[rows, H]``: shares of dg of the decay to the end of the chunk, and of the whole chunk's.
+    ends ``[chunks, H, C]``, chunks ``[chunks, H]``: shares of dg of the decay to the end of the chunk, and of the whole
+    chunk's.
     """
 
     writes: Tensor
@@ -189,7 +190,7 @@ def map_grads(
     tier, width = place.tiers[0], x.k.shape[3]
     after, before = closed_maps(tier, prefix_grads, maps.before[0], maps.entries, grads)
     there = tier.unit >= 0
-    after, before = after[there].transpose(0, 1), before[there].transpose(0, 1)  # [2, rows, H, K, K+V]
+    after, before = after[there].transpose(0, 1), before[there].transpose(0, 1)  # [2, chunks, H, K, K+V]
     erased, added = maps.writes[..., :width], maps.writes[..., width:]
     keys, to_end = end_keys(x, maps.sums), (maps.sums[..., -1:] - maps.sums).exp().unsqueeze(3)
     changes = torch.cat([torch.zeros_like(erased), added], 3) - erased @ before
@@ -206,7 +207,7 @@ def map_grads(
 def key_grads(
     place: Place, x: Inputs, maps: Maps, query_grads: Tensor, scores: ScoreGrads, found: MapGrads
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk ``[rows, H, C, K]`` of each head, dβ, dg ``[rows, H, C]``), through the inverse ``X = (I + diag(β) Z)⁻¹``.
+    """(dq, dk ``[chunks, H, C, K]`` of each head, dβ, dg ``[chunks, H, C]``), through the inverse ``X = (I + diag(β) Z)⁻¹``.
 
     With T = X diag(β) and ``E = Xᵀ dT``: ``d(diag(β) Z) = -tril(E Tᵀ, -1)``, and dβ is E's diagonal and the share through Z.
     """
@@ -228,12 +229,12 @@ def key_grads(
 
 
 def tree_grads(place: Place, maps: Maps, grads: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """``group_grads`` and ``unit_grads`` of each tier, from the top down: (X by tier, gradients of the units' maps of tier 1
+    """``octet_grads`` and ``unit_grads`` of each tier, from the top down: (X by tier, gradients of the units' maps of tier 1
     on, ``grads``)."""
     found: list[Tensor] = []
     units: list[Tensor] = []
     for t in reversed(range(len(place.tiers))):
-        x, grads = group_grads(place.tiers[t], maps.units[t], units[0] if units else None, grads)
+        x, grads = octet_grads(place.tiers[t], maps.units[t], units[0] if units else None, grads)
         found.insert(0, x)
         if t > 0:
             count = len(maps.units[t])
@@ -262,9 +263,9 @@ def trace(
     maps = all_maps(place, x)
     states = path_states(place, maps.entries)
     made: dict[str, Any] = {**maps._asdict(), "path_states": states, "output": output(place, x, maps, states)}
-    inner_queries, group_queries = path_queries(place, x, maps)
-    inner_grads, query_grads, dscales = path_grads(place, x, maps, states, inner_queries, group_queries)
-    state_grads = path_state_grads(place, x, group_queries)
+    inner_queries, octet_queries = path_queries(place, x, maps)
+    inner_grads, query_grads, dscales = path_grads(place, x, maps, states, inner_queries, octet_queries)
+    state_grads = path_state_grads(place, x, octet_queries)
     carried = transport_grads(place, maps.entries, state_grads)
     own = entry_grads(place, x, inner_queries, inner_grads)
     own = wide_entry_grads(place, maps.entries, states, carried, own)
@@ -272,7 +273,7 @@ def trace(
     scores = score_grads(place, x, maps, query_grads, dscales)
     found = map_grads(place, x, maps, prefix_grads[0], grads, query_grads, scores)
     dq, dk, dbeta, dg = key_grads(place, x, maps, query_grads, scores, found)
-    made |= {"inner_queries": inner_queries, "group_queries": group_queries, "inner_grads": inner_grads}
+    made |= {"inner_queries": inner_queries, "octet_queries": octet_queries, "inner_grads": inner_grads}
     made |= {"query_grads": query_grads, "path_grads": carried, "entry_grads": own, "unit_grads": units}
     made |= {"prefix_grads": prefix_grads, "upper_scales": dscales * scale}
     made |= {**scores._asdict(), **{f"map.{name}": y for name, y in found._asdict().items()}}

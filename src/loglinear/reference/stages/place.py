@@ -1,7 +1,7 @@
-"""PLACE: which chunks, entries and groups a batch of sequences has, as tables of integers, and its tensors cut into chunks.
+"""PLACE: which chunks, entries and octets a batch of sequences has, as tables of integers, and its tensors cut into chunks.
 
-A *row* is a chunk of some sequence; the rows of a sequence follow each other. Entry e of a sequence stands at its row
-e - 1. A *group* is eight chunks in a row. A *unit* of tier 0 is a chunk, and of tier t a whole group of tier t - 1.
+Chunks are those of all sequences; the chunks of a sequence follow each other. Entry e of a sequence stands at its chunk
+e - 1. An *octet* is eight chunks in a row. A *unit* of tier 0 is a chunk, and of tier t a whole octet of tier t - 1.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from loglinear.fenwick import lowbit, query_path
 from loglinear.reference.dense import level_matrix
 
-GROUP, LOG_GROUP = 8, 3
+OCTET, LOG_OCTET = 8, 3
 GATE_FLOOR = -128.0  # exp has underflowed to zero in float32
 
 
 class Tier(NamedTuple):
-    """Groups of one tier. unit: ``[groups, 8]``, the unit's index in its tier, -1 where there is none. row: ``[groups, 8]``,
-    the row of the entry that ends with the unit. whole: ``[groups]``, whether all eight units are there."""
+    """Octets of one tier. unit: ``[octets, 8]``, the unit's index in its tier, -1 where there is none. chunk: ``[octets, 8]``,
+    the chunk of the entry that ends with the unit. whole: ``[octets]``, whether all eight units are there."""
 
     unit: Tensor
-    row: Tensor
+    chunk: Tensor
     whole: Tensor
 
 
@@ -32,24 +32,24 @@ class Place:
     """The tables of sequences of these lengths, in chunks of ``chunk_size`` tokens.
 
     Attributes:
-        rows: number of chunks. n, chunks, sequence: ``[rows]``, the chunk's number in its sequence, the number of the
+        chunks: number of chunks. n, chunks, sequence: ``[chunks]``, the chunk's number in its sequence, the number of the
             sequence's chunks, and the sequence's own.
-        token: ``[B·T]``, the slot of each token among the rows·C slots of the chunks.
-        builds: for each level m the pairs (entry, entry that it folds in), as rows. parents: for each level m the pairs
-            (entry of 2^m chunks, next entry on its update path), as rows.
-        reads: for each level m the pairs (chunk, entry on its path), as rows.
-        group: ``[rows]``, the group of each row. group_end: the pairs (whole group, its last row), as two tensors.
-        tiers: the tree from its chunks up to the tier in which every sequence is one group.
-        inner: for each level m below a group the triples (chunk, entry, slot) of the paths inside groups; inner_slots of them.
-        outer: for each place j on a path of groups, nearest entry first, the triples (group, entry, slot); path_slots of them.
-        before: the same for the chunks of these groups, (chunk, entry, slot, level m of the entry).
+        token: ``[B·T]``, the slot of each token among the chunks·C slots of the chunks.
+        builds: for each level m the pairs (entry, entry that it folds in), as chunks. parents: for each level m the pairs
+            (entry of 2^m chunks, next entry on its update path), as chunks.
+        reads: for each level m the pairs (chunk, entry on its path), as chunks.
+        octet: ``[chunks]``, the octet of each chunk. octet_end: the pairs (whole octet, its last chunk), as two tensors.
+        tiers: the tree from its chunks up to the tier in which every sequence is one octet.
+        inner: for each level m below an octet the triples (chunk, entry, slot) of the paths inside octets; inner_slots of them.
+        outer: for each place j on a path of octets, nearest entry first, the triples (octet, entry, slot); path_slots of them.
+        before: the same for the chunks of these octets, (chunk, entry, slot, level m of the entry).
     """
 
     def __init__(self, lengths: tuple[int, ...], chunk_size: int, device: torch.device | None = None) -> None:
         self.chunk_size = chunk_size
         counts = [-(-length // chunk_size) for length in lengths]
         starts = [sum(counts[:i]) for i in range(len(counts))]
-        self.rows = sum(counts)
+        self.all_chunks = sum(counts)
 
         def numbers(values: list[Any]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -83,54 +83,54 @@ class Place:
         while True:
             first: list[int] = []
             units: list[list[int]] = []
-            rows: list[list[int]] = []
+            all_chunks: list[list[int]] = []
             for (start, count), base in zip(ordered, below):
                 first.append(len(units))
                 whole = count // span if span > 1 else count
-                for group in range(-(-count // (span * GROUP))):
-                    local = [group * GROUP + c for c in range(GROUP)]
+                for octet in range(-(-count // (span * OCTET))):
+                    local = [octet * OCTET + c for c in range(OCTET)]
                     units.append([base + i if i < whole else -1 for i in local])
-                    rows.append([start + (i + 1) * span - 1 if i < whole else 0 for i in local])
-            unit = numbers(units).reshape(-1, GROUP)
-            self.tiers.append(Tier(unit, numbers(rows).reshape(-1, GROUP), (unit >= 0).all(1)))
+                    all_chunks.append([start + (i + 1) * span - 1 if i < whole else 0 for i in local])
+            unit = numbers(units).reshape(-1, OCTET)
+            self.tiers.append(Tier(unit, numbers(all_chunks).reshape(-1, OCTET), (unit >= 0).all(1)))
             if span == 1:
-                group0 = first
-            span, below = span * GROUP, first
+                octet0 = first
+            span, below = span * OCTET, first
             if all(count <= span for _, count in ordered):
                 break
-        bases = [(s, c, g) for (s, c), g in zip(ordered, group0)]
-        self.group = numbers([g + n // GROUP for s, c, g in bases for n in range(c)])
-        self.group_end = pairs([(g + i, s + (i + 1) * GROUP - 1) for s, c, g in bases for i in range(c // GROUP)])
+        bases = [(s, c, g) for (s, c), g in zip(ordered, octet0)]
+        self.octet = numbers([g + n // OCTET for s, c, g in bases for n in range(c)])
+        self.octet_end = pairs([(g + i, s + (i + 1) * OCTET - 1) for s, c, g in bases for i in range(c // OCTET)])
         self.inner: list[tuple[Tensor, ...]] = []
         self.path_slots = 0
-        for m in range(LOG_GROUP):
+        for m in range(LOG_OCTET):
             found = []
             for start, count in ordered:
                 for n in range(count):
                     if n >> m & 1:
-                        path = start + start // 2 + n // GROUP * 12 + sum(i.bit_count() for i in range(n % GROUP))
+                        path = start + start // 2 + n // OCTET * 12 + sum(i.bit_count() for i in range(n % OCTET))
                         slot = path + (n & ((1 << m) - 1)).bit_count()
                         found.append((start + n, start + (n >> m << m) - 1, slot))
             self.inner.append(pairs(found, 3))
-        self.inner_slots = self.rows * 3 // 2
+        self.inner_slots = self.all_chunks * 3 // 2
         paths: dict[int, list[tuple[int, ...]]] = {}
         chunks: dict[int, list[tuple[int, ...]]] = {}
-        for start, count, first_group in bases:
-            for group in range(-(-count // GROUP)):
-                for j, e in enumerate(query_path(group)):
-                    entry, m = start + e * GROUP - 1, LOG_GROUP + lowbit(e).bit_length() - 1
-                    paths.setdefault(j, []).append((first_group + group, entry, self.path_slots))
-                    own = range(start + group * GROUP, start + min(count, (group + 1) * GROUP))
-                    chunks.setdefault(j, []).extend((row, entry, self.path_slots, m) for row in own)
+        for start, count, first_octet in bases:
+            for octet in range(-(-count // OCTET)):
+                for j, e in enumerate(query_path(octet)):
+                    entry, m = start + e * OCTET - 1, LOG_OCTET + lowbit(e).bit_length() - 1
+                    paths.setdefault(j, []).append((first_octet + octet, entry, self.path_slots))
+                    own = range(start + octet * OCTET, start + min(count, (octet + 1) * OCTET))
+                    chunks.setdefault(j, []).extend((chunk, entry, self.path_slots, m) for chunk in own)
                     self.path_slots += 1
         self.outer = [pairs(found, 3) for found in paths.values()]
         self.before = [pairs(found, 4) for found in chunks.values()]
 
     def chunked(self, x: Tensor) -> Tensor:
-        """``[B, T, heads, …]`` -> ``[rows, heads, C, …]``, zeros where there is no token."""
+        """``[B, T, heads, …]`` -> ``[chunks, heads, C, …]``, zeros where there is no token."""
         flat = x.reshape(-1, *x.shape[2:])
-        slots = flat.new_zeros(self.rows * self.chunk_size, *x.shape[2:]).index_copy(0, self.token, flat)
-        return slots.unflatten(0, (self.rows, self.chunk_size)).transpose(1, 2)
+        slots = flat.new_zeros(self.all_chunks * self.chunk_size, *x.shape[2:]).index_copy(0, self.token, flat)
+        return slots.unflatten(0, (self.all_chunks, self.chunk_size)).transpose(1, 2)
 
     def tokens(self, x: Tensor, like: Tensor) -> Tensor:
         """The inverse, of the batch and length of ``like``."""
@@ -142,9 +142,9 @@ class Place:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call cut into chunks, with q and k for each value head: q, k ``[rows, H, C, K]``, v and do
-    ``[rows, H, C, V]``, g (natural log, from GATE_FLOOR on) and beta ``[rows, H, C]``, scales: λ times the factor of o,
-    ``[rows, H, C, L]``."""
+    """The tensors of a call cut into chunks, with q and k for each value head: q, k ``[chunks, H, C, K]``, v and do
+    ``[chunks, H, C, V]``, g (natural log, from GATE_FLOOR on) and beta ``[chunks, H, C]``, scales: λ times the factor of o,
+    ``[chunks, H, C, L]``."""
 
     q: Tensor
     k: Tensor
@@ -194,13 +194,13 @@ def scales_of(x: Inputs, chunk: Tensor, m: int | Tensor) -> Tensor:
 
 
 def add_level(dscales: Tensor, x: Inputs, chunk: Tensor, m: int | Tensor, share: Tensor) -> Tensor:
-    """``dscales [rows, H, C, L]`` plus ``share [n, H, C]``, the gradient of ``scales_of``."""
+    """``dscales [chunks, H, C, L]`` plus ``share [n, H, C]``, the gradient of ``scales_of``."""
     at_level = torch.nn.functional.one_hot(level_of_entry(x, m).expand(len(chunk)), x.scales.shape[3])
     return dscales.index_add(0, chunk, share.unsqueeze(3) * at_level[:, None, None].to(share.dtype))
 
 
 def sums_by_level(x: Inputs, pairs: Tensor) -> Tensor:
-    """Row sums ``[rows, H, C, L]`` of ``pairs [rows, H, C, C]`` over the columns of each level inside a chunk."""
+    """Row sums ``[chunks, H, C, L]`` of ``pairs [chunks, H, C, C]`` over the columns of each level inside a chunk."""
     index = levels_of(x).expand_as(pairs)
     return torch.zeros_like(x.scales).scatter_add(3, index, pairs.tril())
 
