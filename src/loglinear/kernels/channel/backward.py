@@ -154,7 +154,6 @@ def launch_gate_grads(
         dg,
         sums.stride(0),
         *problem.of_chunks,
-        problem.all_chunks,
         problem.tokens,
         grads.beyond.shape[0],  # type: ignore[union-attr]
         S=problem.sizes(x.v.dtype, **tiles),

@@ -10,24 +10,19 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.decays import load_log, store_log
-from loglinear.kernels.tree.place import locate, log2_of_power, lowbit
+from loglinear.kernels.tree.place import locate, log2_of_power, lowbit, tile_of_program
 from loglinear.kernels.tree.tiles import load_entry, load_tile, store_entry
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
 def entries_kernel(x, states, table, T, N, NG, S: tl.constexpr):
     """Grid: chunks x H x tiles of [K, V], tiles fastest. float32: accumulator, logs. The last chunk ends no entry."""
-    TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
-    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
-    tile = tl.program_id(0) % TILES
-    h = tl.program_id(0) // TILES % S.H
-    chunk = tl.program_id(0) // (TILES * S.H)
+    part, chunk = tile_of_program(S)
+    h, first_k, first_v = part.h, part.first_k, part.first_v
     at = locate(chunk, table, T, N, NG, N, S.PACKED)
     e = chunk - at.chunk0 + 1
     if (at.length < 0) | (e * S.C >= at.length):
         return
-    first_k = tile // TILES_V * S.BK
-    first_v = tile % TILES_V * S.BV
     span = lowbit(e)
     whole = tl.arange(0, S.C) < S.C
     total = tl.zeros([S.BK, S.BV], tl.float32)
@@ -60,17 +55,12 @@ def entry_grads_kernel(
     S: tl.constexpr,
 ):
     """``Σ (λ ∘ decayed q)ᵀ dO`` over the window of every entry. Grid and types as above."""
-    TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
-    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
-    tile = tl.program_id(0) % TILES
-    h = tl.program_id(0) // TILES % S.H
-    chunk = tl.program_id(0) // (TILES * S.H)
+    part, chunk = tile_of_program(S)
+    h, first_k, first_v = part.h, part.first_k, part.first_v
     at = locate(chunk, table, T, N, NG, N, S.PACKED)
     e = chunk - at.chunk0 + 1
     if (at.length < 0) | (e * S.C >= at.length):
         return
-    first_k = tile // TILES_V * S.BK
-    first_v = tile % TILES_V * S.BV
     in_chunk = tl.arange(0, S.C)
     span = lowbit(e)
     end = tl.minimum(e + span, (at.length + S.C - 1) // S.C)
@@ -112,16 +102,11 @@ def chunk_grads_kernel(
     ``beyond [tiles of V, chunks, H, K]``: the share of the gate's gradient that the keys of an entry pass to queries after its
     window. Grid and types as above.
     """
-    TILES_V: tl.constexpr = (S.V + S.BV - 1) // S.BV
-    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * TILES_V
-    tile = tl.program_id(0) % TILES
-    h = tl.program_id(0) // TILES % S.H
-    chunk = tl.program_id(0) // (TILES * S.H)
+    part, chunk = tile_of_program(S)
+    h, first_k, first_v = part.h, part.first_k, part.first_v
     at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
-    first_k = tile // TILES_V * S.BK
-    first_v = tile % TILES_V * S.BV
     site = chunk.to(tl.int64) * S.H + h
     e = chunk - at.chunk0 + 1
     own = tl.zeros([S.BK, S.BV], tl.float32)
@@ -136,6 +121,6 @@ def chunk_grads_kernel(
             log += load_log(grads.window_log, there, first_k, S)
             next_e += lowbit(next_e)
         state = load_entry(states.entries, site, first_k, first_v, S).to(tl.float32)
-        place = (tile % TILES_V) * all_chunks.to(tl.int64) * S.H + site
+        place = first_v // S.BV * all_chunks.to(tl.int64) * S.H + site
         store_log(grads.beyond, place, tl.sum(state * later, axis=1), first_k, S)
     store_entry(grads.chunks, site, own + later, True, first_k, first_v, S)

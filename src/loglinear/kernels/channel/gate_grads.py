@@ -22,7 +22,7 @@ from loglinear.kernels.channel.decays import (
     to_boundary,
 )
 from loglinear.kernels.tree.decays import GATE_FLOOR
-from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit
+from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit, row_of_program
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks"])
@@ -72,7 +72,7 @@ def passed(level, S: tl.constexpr):
     return tl.where((t[:, None] >> level == t[None, :] >> level) & (query | key), 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks", "all_tokens", "tiles"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "tiles"])
 def gate_grads_kernel(
     x,  # the inputs of the call, not the decayed ones
     sums,
@@ -86,17 +86,16 @@ def gate_grads_kernel(
     T,
     N,
     NG,
-    all_chunks,
     all_tokens,
     tiles,  # of V, of ``beyond``
     S: tl.constexpr,
 ):
     """Grid: tiles of K x H x chunks, chunks fastest. float32: accumulators, logs, gains."""
     PARTS: tl.constexpr = S.H // S.G
-    chunk = tl.program_id(0) % all_chunks
-    h = tl.program_id(0) // all_chunks % S.H
-    first = tl.program_id(0) // (all_chunks * S.H) * S.BK
-    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    BLOCKS: tl.constexpr = S.H * ((S.K + S.BK - 1) // S.BK)
+    at, chunk, block, all_chunks = row_of_program(table, T, N, NG, BLOCKS, S)
+    h = block % S.H
+    first = block // S.H * S.BK
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)

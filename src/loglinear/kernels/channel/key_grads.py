@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.channel.output import level_mask, load_square
-from loglinear.kernels.tree.place import chunk_of, locate
+from loglinear.kernels.channel.output import load_square
+from loglinear.kernels.tree.levels import level_mask
+from loglinear.kernels.tree.place import chunk_of, row_of_program
 from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 
 
@@ -24,10 +25,7 @@ def key_grads_kernel(
     S: tl.constexpr,
 ):
     """Grid: H x chunks, chunks fastest. float32: mask, accumulators."""
-    all_chunks = tl.num_programs(0) // S.H
-    chunk = tl.program_id(0) % all_chunks
-    h = tl.program_id(0) // all_chunks
-    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    at, chunk, h, _ = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.channel.output import level_mask, load_square
-from loglinear.kernels.tree.place import bit_length, chunk_of, locate
-from loglinear.kernels.tree.tiles import load_tokens
+from loglinear.kernels.channel.output import load_square
+from loglinear.kernels.tree.levels import level_mask
+from loglinear.kernels.tree.place import bit_length, chunk_of, row_of_program
+from loglinear.kernels.tree.tiles import load_tokens, square
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
@@ -16,10 +17,7 @@ def local_grads_kernel(x, states, score_grads, dscales, table, T, N, NG, L, S: t
 
     float32: scores, mask, dλ, and the gradient until it is stored ``[chunks, H, C, C]``.
     """
-    all_chunks = tl.num_programs(0) // S.H
-    chunk = tl.program_id(0) % all_chunks
-    h = tl.program_id(0) // all_chunks
-    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    at, chunk, h, _ = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)
@@ -41,5 +39,7 @@ def local_grads_kernel(x, states, score_grads, dscales, table, T, N, NG, L, S: t
     place = dscales + here.origin * (S.H * L) + h * L + (t[:, None] * (S.H * L) + levels[None, :])
     written = here.valid[:, None] & (levels < L)[None, :]
     tl.store(place, (gradient * x.factor).to(dscales.dtype.element_ty), mask=written)
-    target = score_grads + site * (S.C * S.C) + t[:, None] * S.C + t[None, :]
-    tl.store(target, (grads * level_mask(x, here, h, L, S)).to(score_grads.dtype.element_ty))
+    tl.store(
+        square(score_grads + site * (S.C * S.C), S.C),
+        (grads * level_mask(x, here, h, L, S)).to(score_grads.dtype.element_ty),
+    )

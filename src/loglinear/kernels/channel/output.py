@@ -6,24 +6,15 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.decays import load_log
-from loglinear.kernels.tree.levels import SUB, chunk_scales, scales_of
-from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit
-from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
+from loglinear.kernels.tree.levels import level_mask, scales_of
+from loglinear.kernels.tree.place import chunk_of, log2_of_power, lowbit, row_of_program
+from loglinear.kernels.tree.tiles import load_entry, load_tokens, square, store_tokens
 
 
 @triton.jit
 def load_square(base, site, C: tl.constexpr):
-    """``[C, C]`` of a unit (int64) of ``[units, C, C]``."""
-    t = tl.arange(0, C)
-    return tl.load(base + site * (C * C) + t[:, None] * C + t[None, :])
-
-
-@triton.jit
-def level_mask(x, here, h, L, S: tl.constexpr):
-    """λ inside a chunk ``[C, C]``, times the factor of o; zero above the diagonal."""
-    near, far = chunk_scales(x, here, h, L, S)
-    own = (tl.arange(0, S.C) // SUB)[:, None] == tl.arange(0, S.C // SUB)[None, :]
-    return tl.reshape(tl.where(own[:, :, None], near[:, None, :], far[:, :, None]), [S.C, S.C])
+    """``[C, C]`` of a site (int64) of ``[sites, C, C]``."""
+    return tl.load(square(base + site * (C * C), C))
 
 
 @triton.jit
@@ -37,11 +28,10 @@ def entry_scale(x, here, h, e, L, S: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
 def output_kernel(x, states, o, table, T, N, NG, L, S: tl.constexpr):
     """Grid: tiles of V x H x chunks, chunks fastest. float32: mask, accumulator, logs."""
-    all_chunks = tl.num_programs(0) // (S.H * ((S.V + S.BV - 1) // S.BV))
-    chunk = tl.program_id(0) % all_chunks
-    h = tl.program_id(0) // all_chunks % S.H
-    first_v = tl.program_id(0) // (all_chunks * S.H) * S.BV
-    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    BLOCKS: tl.constexpr = S.H * ((S.V + S.BV - 1) // S.BV)
+    at, chunk, block, _ = row_of_program(table, T, N, NG, BLOCKS, S)
+    h = block % S.H
+    first_v = block // S.H * S.BV
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from loglinear.kernels.channel.decays import load_log, store_log
 from loglinear.kernels.channel.output import entry_scale
-from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit
+from loglinear.kernels.tree.place import chunk_of, log2_of_power, lowbit, row_of_program
 from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 
 
@@ -26,10 +26,7 @@ def query_grads_kernel(
     LEVELS: tl.constexpr,
 ):
     """Grid: H x chunks, chunks fastest. float32: accumulators, dλ, logs."""
-    all_chunks = tl.num_programs(0) // S.H
-    chunk = tl.program_id(0) % all_chunks
-    h = tl.program_id(0) // all_chunks
-    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    at, chunk, h, all_chunks = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)

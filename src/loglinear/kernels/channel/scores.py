@@ -18,7 +18,8 @@ from loglinear.kernels.channel.decays import (
     store_columns,
     to_boundary,
 )
-from loglinear.kernels.tree.place import chunk_of, locate
+from loglinear.kernels.tree.place import chunk_of, row_of_program
+from loglinear.kernels.tree.tiles import square
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
@@ -34,10 +35,7 @@ def scores_kernel(
     S: tl.constexpr,
 ):
     """Grid: H x chunks, chunks fastest. float32: scores, logs."""
-    all_chunks = tl.num_programs(0) // S.H
-    chunk = tl.program_id(0) % all_chunks
-    h = tl.program_id(0) // all_chunks
-    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    at, chunk, h, _ = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)
@@ -61,5 +59,4 @@ def scores_kernel(
         store_columns(made.k + h * S.K, S.H * S.K, here, k * early, first, S)
         columns = first + tl.arange(0, S.BK)
         tl.store(made.chunk_log + site * S.K + columns[None, :], log, mask=(columns < S.K)[None, :])
-    target = made.scores + site * (S.C * S.C) + t[:, None] * S.C + t[None, :]
-    tl.store(target, scores.to(made.scores.dtype.element_ty))
+    tl.store(square(made.scores + site * (S.C * S.C), S.C), scores.to(made.scores.dtype.element_ty))
