@@ -91,16 +91,13 @@ def launch_tree_grads(problem: Problem, x: Inputs, states: States, grads: Gradie
     entries = launching.scratch((problem.all_chunks, H, K, V), dtype, device)
     window_log = launching.scratch((problem.all_chunks, H, K), torch.float32, device)
     found = Gradients(entries=entries, window_log=window_log)
-    launching.launch(
-        entry_grads_kernel, programs, x._replace(k=None, v=None), states._replace(scores=None, entries=None), found,
-        *problem.of_chunks, problem.levels, S=sizes, **launch.options,
-    )  # fmt: skip
+    inputs, logs = x._replace(k=None, v=None), states._replace(scores=None, entries=None)
+    options = {"S": sizes, **launch.options}
+    launching.launch(entry_grads_kernel, programs, inputs, logs, found, *problem.of_chunks, problem.levels, **options)
     beyond = launching.scratch((tiles_v, problem.all_chunks, H, K), torch.float32, device)
     found = found._replace(chunks=launching.scratch((problem.all_chunks, H, K, V), dtype, device), beyond=beyond)
-    launching.launch(
-        chunk_grads_kernel, programs, x._replace(q=None, k=None, v=None, do=None, scales=None),
-        states._replace(scores=None, chunk_log=None), found, *problem.of_chunks, problem.all_chunks, S=sizes, **launch.options,
-    )  # fmt: skip
+    kept, place = states._replace(scores=None, chunk_log=None), problem.of_chunks
+    launching.launch(chunk_grads_kernel, programs, kept, found, *place, problem.all_chunks, **options)
     levels = Gradients(levels=grads.levels)
     launching.launch(
         window_sums_kernel,

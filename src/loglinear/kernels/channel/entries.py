@@ -87,7 +87,6 @@ def entry_grads_kernel(
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks"])
 def chunk_grads_kernel(
-    x,
     states,
     grads,  # reads ``entries`` and ``window_log``, writes ``chunks`` and ``beyond``
     table,
