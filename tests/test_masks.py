@@ -35,6 +35,7 @@ def inputs(length: int, levels: int | None = None, seed: int = 0) -> masks.Input
         gamma=normal(batch, heads).sigmoid(),
         taps=normal(batch, heads, length),
         level_scales=normal(batch, heads, length, levels).exp(),
+        channel_g=-0.3 * normal(batch, heads, length, width_k).exp(),
     )
 
 
@@ -46,12 +47,13 @@ def softmax_attention(x):
 
 
 def one_state(x, log_decay, delta=False):
-    """Linear attention, RetNet, Mamba-2 and, with ``delta``, DeltaNet and Gated DeltaNet: S of a fixed size."""
+    """Linear attention, RetNet, Mamba-2, GLA (a log decay ``[..., T, K]``) and, with ``delta``, theirs: S of a fixed size."""
+    log_decay = log_decay if log_decay.dim() == x.k.dim() else log_decay.unsqueeze(-1)
     state = torch.zeros(*x.q.shape[:-2], x.q.shape[-1], x.v.shape[-1], dtype=x.v.dtype)
     outputs = []
     for t in range(x.q.shape[-2]):
         key, value = x.k[..., t, :, None], x.v[..., t, None, :]
-        state = log_decay[..., t, None, None].exp() * state
+        state = log_decay[..., t, :, None].exp() * state
         if delta:
             state = state + x.beta[..., t, None, None] * key * (value - key.mT @ state)
         else:
@@ -82,14 +84,15 @@ def many_states(x, weight, delta=False):
     return torch.stack(outputs, -2)
 
 
-def binary_counter(x, delta=False):
+def binary_counter(x, delta=False, per_channel=False):
     """Log-linear attention: a stack of (size, state); two of the same size become one."""
+    gate = x.channel_g if per_channel else x.g.unsqueeze(-1)
     stack, outputs = [], []
     last = x.level_scales.shape[-1] - 1
     for t in range(x.q.shape[-2]):
         key, value, query = x.k[..., t, :, None], x.v[..., t, None, :], x.q[..., t, None, :]
         beta = x.beta[..., t, None, None] if delta else 1.0
-        decay = x.g[..., t, None, None].exp()
+        decay = gate[..., t, :, None].exp()
         stack = [(size, decay * state) for size, state in stack]
         if delta:
             stack = [(size, state - beta * key * (key.mT @ state)) for size, state in stack]
@@ -116,8 +119,12 @@ OWN_FORM = {
     "Mamba-2, delta rule": lambda x: one_state(x, x.g, delta=True),
     "long convolution, delta rule": lambda x: many_states(x, lambda t, s: x.taps[..., t - s], delta=True),
     "log-linear, delta rule": lambda x: binary_counter(x, delta=True),
+    "GLA": lambda x: one_state(x, x.channel_g),
+    "KDA": lambda x: one_state(x, x.channel_g, delta=True),
+    "log-linear GLA": lambda x: binary_counter(x, per_channel=True),
+    "log-linear KDA": lambda x: binary_counter(x, delta=True, per_channel=True),
 }
-ROWS = (*masks.TABLE, *(masks.with_delta_rule(row) for row in masks.TABLE[1:]))
+ROWS = (*masks.TABLE, *(masks.with_delta_rule(row) for row in masks.TABLE[1:]), *masks.CHANNELS)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 32, 45])
@@ -150,6 +157,15 @@ def test_hard_reset_cuts_the_past_and_nothing_else():
     assert (masks.gate_mask(x)[..., 10:, 10:].diagonal(dim1=-2, dim2=-1) == 1).all()
 
 
+def test_a_reset_of_one_channel_leaves_the_others():
+    x = inputs(24)
+    x.channel_g[..., 10, 1] = float("-inf")
+    for row in masks.CHANNELS:
+        torch.testing.assert_close(row.output(x), OWN_FORM[row.name](x), **TOLERANCE)
+    with pytest.raises(ValueError, match="channel_g must be a tensor"):
+        masks.CHANNELS[0].output(dataclasses.replace(x, channel_g=None))
+
+
 def test_lambda_one_is_mamba2_and_gate_zero_is_linear_attention():
     x = inputs(40)
     log_linear, mamba2, linear = masks.TABLE[5], masks.TABLE[3], masks.TABLE[1]
@@ -159,10 +175,10 @@ def test_lambda_one_is_mamba2_and_gate_zero_is_linear_attention():
     assert torch.equal(log_linear.mask(open_gate), linear.mask(x).expand_as(x.g[..., None] * x.g[..., None, :]))
 
 
-@pytest.mark.parametrize("row", [ROWS[5], ROWS[10]], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [ROWS[5], ROWS[10], *masks.CHANNELS[2:]], ids=lambda row: row.name)
 def test_gradients_of_the_log_linear_rows(row):
     x = inputs(5)
-    names = ["q", "k", "v", "beta", "g", "level_scales"]
+    names = ["q", "k", "v", "beta", "channel_g" if row in masks.CHANNELS else "g", "level_scales"]
 
     def output(*values):
         return row.output(dataclasses.replace(x, **dict(zip(names, values))))[0, 0]

@@ -21,6 +21,9 @@ computed:
 ``with_delta_rule`` puts the third A in a row in place of the second: linear attention becomes DeltaNet, Mamba-2 becomes
 Gated DeltaNet, and log-linear Mamba-2 becomes log-linear Gated DeltaNet.
 
+A gate per key channel is no factor of a pair, so it stands in A: ``A[t, s] = Σ_k q_tk k_sk exp(g_{s+1,k} + … + g_tk)``. The
+rows with this A are ``CHANNELS``: GLA and, by the delta rule, KDA, with M = 1, and their log-linear forms, with M[t, s] = λ_t[level(t,s)].
+
 Plain torch, any floating dtype, differentiable, O(T²): for reading and for tests. Heads first, ``[..., T, width]``.
 Source: Guo et al. 2025 (arXiv:2506.04761), sections 2 and 3.
 """
@@ -36,7 +39,7 @@ from torch import Tensor
 
 from loglinear import fenwick
 from loglinear.reference.dense import level_mask
-from loglinear.reference.transition import DeltaRule, segment_sum
+from loglinear.reference.transition import DeltaRule, Diagonal, segment_sum
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Inputs:
         gamma: ``[...]`` RetNet's constant decay γ in (0, 1].
         taps: ``[..., T]`` filter h of the long convolution, h_0 first.
         level_scales: λ ``[..., T, L]``; levels from L on share the last.
+        channel_g: ``[..., T, K]`` natural-log decay per key channel (GLA, KDA); None if no such model is asked.
     """
 
     q: Tensor
@@ -60,6 +64,7 @@ class Inputs:
     gamma: Tensor
     taps: Tensor
     level_scales: Tensor
+    channel_g: Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------- A
@@ -79,6 +84,22 @@ def softmax_scores(x: Inputs) -> Tensor:
 def delta_scores(x: Inputs) -> Tensor:
     """``q_tᵀ (I - β_t k_t k_tᵀ) … (I - β_{s+1} k_{s+1} k_{s+1}ᵀ) β_s k_s``, ``[..., T, T]``, zero for s > t."""
     return DeltaRule(torch.zeros_like(x.beta), x.beta, x.k).scores(x.q, x.k)
+
+
+def channel_scores(x: Inputs) -> Tensor:
+    """``Σ_k q_tk k_sk exp(g_{s+1,k} + … + g_tk)``, ``[..., T, T]``, zero for s > t."""
+    return Diagonal(_channel_gate(x)).scores(x.q, x.k)
+
+
+def channel_delta_scores(x: Inputs) -> Tensor:
+    """``q_tᵀ (I - β_t k_t k_tᵀ) diag(exp(g_t)) … β_s k_s``, ``[..., T, T]``, zero for s > t."""
+    return DeltaRule(_channel_gate(x), x.beta, x.k).scores(x.q, x.k)
+
+
+def _channel_gate(x: Inputs) -> Tensor:
+    if x.channel_g is None:
+        raise ValueError("channel_g must be a tensor [..., T, K] for a model with a gate per key channel: got None")
+    return x.channel_g
 
 
 # ---------------------------------------------------------------------------------------------------------------- M
@@ -110,6 +131,11 @@ def toeplitz_mask(x: Inputs) -> Tensor:
 def log_linear_mask(x: Inputs) -> Tensor:
     """``λ_t[level(t, s)] · exp(g_{s+1} + … + g_t)``, ``[..., T, T]``."""
     return level_mask(x.level_scales) * gate_mask(x)
+
+
+def levels_mask(x: Inputs) -> Tensor:
+    """``λ_t[level(t, s)]``, ``[..., T, T]``."""
+    return level_mask(x.level_scales)
 
 
 def dyadic_blocks(length: int) -> Iterator[tuple[int, range, range]]:
@@ -162,6 +188,16 @@ TABLE: tuple[Row, ...] = (
         "rank-one dyadic blocks",
         r"$O(T\,\log T)$",
     ),
+)
+
+
+# The models whose gate per key channel is in A.
+LEVELS = r"$\lambda_t[\ell(t,s)]$"
+CHANNELS: tuple[Row, ...] = (
+    Row("GLA", channel_scores, causal_mask, "$1$", "semiseparable", "$O(T)$"),
+    Row("KDA", channel_delta_scores, causal_mask, "$1$", "semiseparable", "$O(T)$"),
+    Row("log-linear GLA", channel_scores, levels_mask, LEVELS, "rank-one dyadic blocks", r"$O(T\,\log T)$"),
+    Row("log-linear KDA", channel_delta_scores, levels_mask, LEVELS, "rank-one dyadic blocks", r"$O(T\,\log T)$"),
 )
 
 
