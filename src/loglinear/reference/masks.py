@@ -22,7 +22,8 @@ computed:
 Gated DeltaNet, and log-linear Mamba-2 becomes log-linear Gated DeltaNet.
 
 A gate per key channel is no factor of a pair, so it stands in A: ``A[t, s] = Σ_k q_tk k_sk exp(g_{s+1,k} + … + g_tk)``. The
-rows with this A are ``CHANNELS``: GLA and, by the delta rule, KDA, with M = 1, and their log-linear forms, with M[t, s] = λ_t[level(t,s)].
+rows with this A are ``CHANNELS``: GLA and, by the delta rule, KDA, with M = 1, and their log-linear forms, with
+M[t, s] = λ_t[level(t,s)].
 
 Plain torch, any floating dtype, differentiable, O(T²): for reading and for tests. Heads first, ``[..., T, width]``.
 Source: Guo et al. 2025 (arXiv:2506.04761), sections 2 and 3.
