@@ -124,7 +124,7 @@ def test_the_pattern_of_kimi_linear(make_model, tokens):
 
 def test_decays_of_lightning_attention_follow_the_layer(make_model):
     """The first layer has the slopes of ALiBi, the last one nearly none, as in MiniMax's models."""
-    layers = make_model("lightning", lightning_num_heads=4).model.layers
+    layers = make_model("lightning", lightning_num_heads=4, num_hidden_layers=3).model.layers
     slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256])
     for i, factor in enumerate((1 + 1e-5, 0.5 + 1.25e-5, 1.5e-5)):
         torch.testing.assert_close(layers[i].mixer.log_decay(torch.device("cpu")), -slopes * factor, rtol=1e-4, atol=0)

@@ -305,7 +305,8 @@ def test_recorded_under_autocast(make_model, tokens, mixer):
         feed(model, ids[:, :74], cache, [64, 10])
         feed(model, ids[:, :70], fresh, [64, 6])
     cache.crop(-4)
-    assert_same(cache, fresh, atol=1e-6)
+    # Softmax attention of ten tokens and of six may differ in the last bit of a bfloat16 of up to 4: 2^-6.
+    assert_same(cache, fresh, atol=2**-6 if mixer == "attention" else 1e-6)
 
 
 @pytest.mark.default_packages

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from loglinear.kernels.tree.replay import members_of
+from loglinear.kernels.tree.launching import members_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,7 @@ class Memcheck:
     def run(self, executor: Any, *arguments: Any, **constants: Any) -> None:
         """A launch of one axis, of a sample of its programs."""
         (count,) = executor.grid
-        members, _ = members_of((*arguments, *constants.values()))
-        tensors = [x for x in members if isinstance(x, Tensor) and x.numel()]
+        tensors = [x for x in members_of((*arguments, *constants.values())) if isinstance(x, Tensor) and x.numel()]
         self.launch = Launch(executor.fn.__name__, [Region(x) for x in tensors], count, sampled(count, self.most))
         self.report.programs[self.launch.name] += len(self.launch.sample)
         executor.grid = (len(self.launch.sample),)
