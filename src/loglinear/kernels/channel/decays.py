@@ -13,22 +13,19 @@ import triton.language as tl
 
 from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E, at_most_zero
 from loglinear.kernels.tree.place import chunk_of, locate
+from loglinear.kernels.tree.tiles import load_tile, store_tile
 
 
 @triton.jit
 def load_columns(base, stride, here, first, S: tl.constexpr):
     """Columns ``[C, BK]`` from ``first`` on of the tokens of a chunk, of K; 0 past the end."""
-    columns = first + tl.arange(0, S.BK)
-    pointers = base + here.origin * stride + (tl.arange(0, S.C)[:, None] * stride + columns[None, :])
-    return tl.load(pointers, mask=here.valid[:, None] & (columns < S.K)[None, :], other=0.0)
+    return load_tile(base + here.origin * stride, stride, here.valid, S.C, S.K, S.BK, first)
 
 
 @triton.jit
 def store_columns(base, stride, here, tile, first, S: tl.constexpr):
     """Write what ``load_columns`` reads."""
-    columns = first + tl.arange(0, S.BK)
-    pointers = base + here.origin * stride + (tl.arange(0, S.C)[:, None] * stride + columns[None, :])
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=here.valid[:, None] & (columns < S.K)[None, :])
+    store_tile(base + here.origin * stride, stride, here.valid, tile, S.C, S.K, S.BK, first)
 
 
 @triton.jit
@@ -84,7 +81,7 @@ def chunk_decays(sums, here, h, high, low, plane, first, S: tl.constexpr):
 
 @triton.jit
 def load_log(logs, site, first, S: tl.constexpr):
-    """Log-decay ``[BK]`` of a unit (int64) of ``logs [units, K]``."""
+    """Log-decay ``[BK]`` of a site (int64) of ``logs [sites, K]``."""
     columns = first + tl.arange(0, S.BK)
     return tl.load(logs + site * S.K + columns, mask=columns < S.K, other=0.0)
 
