@@ -75,6 +75,9 @@ def specialised(value, path: tuple[int, ...], constants: dict, attributes: dict)
     constants, multiples of 16 are marked."""
     if isinstance(value, tuple):
         return type(value)(*(specialised(x, (*path, i), constants, attributes) for i, x in enumerate(value)))
+    if hasattr(value, "block_shape"):  # a tensor descriptor: Triton's name of its type
+        block = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{TYPES[value.base.dtype]}[{block}],{value.layout!r}>"
     if value is None or (isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"
@@ -96,7 +99,10 @@ def source(launch: Recorded) -> ASTSource:
             signature[parameter.name], constants[(index,)] = "constexpr", value
         else:
             signature[parameter.name] = specialised(value, (index,), constants, attributes)
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    kind = ASTSource
+    if launch.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as kind  # not in every Triton
+    return kind(launch.kernel, signature, constants, attributes)
 
 
 def build(launch: Recorded, target: GPUTarget) -> tuple[Resources, object]:

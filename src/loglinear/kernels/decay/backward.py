@@ -191,7 +191,7 @@ def run_backward(inputs: list, scale: float, config: ScalarGateConfig, reach: in
     x = gather(q, k, v, g, None, level_scales, do, scale)
     problem = describe(q, v, level_scales, tuple(tables), config, reach)
     gains = allocate_gains(problem, x)
-    states = launch_states(problem, x, leaves=True)._replace(checks=None)  # only the output reads these
+    states = launch_states(problem, x, least=1)._replace(checks=None)  # only the output reads these
     dscales, score_grads = launch_local_grads(problem, x, states, gains)
     dq = launch_query_grads(problem, x, states, score_grads, dscales, gains)
     node_grads = launch_node_grads(problem, x, states)

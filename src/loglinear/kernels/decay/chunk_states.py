@@ -15,10 +15,10 @@ from loglinear.kernels.tree.tiles import load_tile, store_entry
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
-def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, LEAVES: tl.constexpr):
+def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, LEAST: tl.constexpr):
     """Grid: octets x H x tiles of [K, V], tiles fastest. float32: accumulators, logs. Fills ``states`` but for longer entries.
 
-    LEAVES: whether entries of a single chunk, every other one, are stored; their logs are in any case.
+    LEAST: chunks of the shortest entry that is stored, 1 to 8; the logs of all entries are.
     """
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * ((S.V + S.BV - 1) // S.BV)
     part, octet = tile_of_program(S)
@@ -57,7 +57,7 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
         # The entry that closes an octet of a longer entry is node_states' to write.
         closes_octet = (c + 1 == OCTET) & ((first_chunk // OCTET) % 2 == 1)
         entry = tl.where(is_prefix, prefix, pair)
-        stored = active & (not closes_octet) & (LEAVES | (c % 2 == 1))
+        stored = active & (not closes_octet) & ((c + 1) % LEAST == 0)
         store_entry(states.entries, site, entry, stored, first_k, first_v, S)
         if tile == 0:
             head_sums = states.sums + h.to(tl.int64) * sums_stride + origin + in_chunk

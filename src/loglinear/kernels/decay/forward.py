@@ -10,12 +10,15 @@ from torch import Tensor
 from loglinear.kernels.decay.chunk_states import chunk_states_kernel
 from loglinear.kernels.decay.node_states import node_states_kernel
 from loglinear.kernels.decay.output import output_kernel
+from loglinear.kernels.decay.span import choice as span
 from loglinear.kernels.devices import shared_memory
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config
+
+LEAST_ENTRY = 2  # chunks of the shortest entry that ``output`` reads
 
 
 class States(NamedTuple):
@@ -44,8 +47,8 @@ def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
     return tile_k, tile_v, cdiv(K, tile_k) * cdiv(V, tile_v)
 
 
-def launch_chunk_states(problem: Problem, x: Inputs, leaves: bool) -> States:
-    """Entries inside octets, those of a single chunk only with ``leaves``; ``launch_node_states`` adds the longer ones."""
+def launch_chunk_states(problem: Problem, x: Inputs, least: int) -> States:
+    """Entries inside octets, of ``least`` chunks or more; ``launch_node_states`` adds the longer ones."""
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
     sums = launching.scratch((H, 2 if dtype == torch.float32 else 1, problem.tokens), torch.float32, device)
     logs = [
@@ -58,7 +61,7 @@ def launch_chunk_states(problem: Problem, x: Inputs, leaves: bool) -> States:
     states = States(sums, *logs, *matrices, launching.scratch((problem.all_octets, H, tiles), torch.float32, device))
     arguments = x, states, *problem.of_octets, problem.tokens, sums.stride(0)
     S = problem.sizes(dtype, BK=tile_k, BV=tile_v)
-    launching.launch(chunk_states_kernel, problem.all_octets * H * tiles, *arguments, S=S, LEAVES=leaves, **options)
+    launching.launch(chunk_states_kernel, problem.all_octets * H * tiles, *arguments, S=S, LEAST=least, **options)
     return states
 
 
@@ -73,9 +76,9 @@ def launch_node_states(problem: Problem, states: States, dtype: torch.dtype) -> 
     launching.launch(node_states_kernel, programs, states, *problem.of_octets, S=sizes, BLOCK=block, num_warps=4)
 
 
-def launch_states(problem: Problem, x: Inputs, leaves: bool) -> States:
-    """The Fenwick array, without the entries of a single chunk (which ``output`` does not read) or with them."""
-    states = launch_chunk_states(problem, x, leaves)
+def launch_states(problem: Problem, x: Inputs, least: int) -> States:
+    """The entries of the Fenwick array that have ``least`` chunks or more."""
+    states = launch_chunk_states(problem, x, least)
     launch_node_states(problem, states, x.v.dtype)
     return states._replace(octet_states=None)  # a kernel that is given them would keep their memory
 
@@ -129,4 +132,8 @@ def run_forward(inputs: list, scale: float, config: ScalarGateConfig, reach: int
     q, k, v, g, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config, reach)
     x = gather(q, k, v, g, None, level_scales, None, scale)
-    return (launch_output(problem, x, launch_states(problem, x, leaves=False)),)
+    if span.why_not(problem, x, reach) is None:
+        from loglinear.kernels.decay.span import forward as of_spans  # Triton has Gluon there
+
+        return (of_spans.launch_span_output(problem, x, launch_states(problem, x, of_spans.LEAST_ENTRY)),)
+    return (launch_output(problem, x, launch_states(problem, x, LEAST_ENTRY)),)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -27,6 +28,28 @@ class Place:
 
     number: int
     offset: int
+
+
+@dataclass(frozen=True)
+class Described(Place):
+    """The address of a tensor descriptor's tensor, and the descriptor without it."""
+
+    form: Any
+
+    def at(self, address: int) -> Any:
+        """The descriptor of a tensor at this address."""
+        made = copy(self.form)
+        made.base = Address(address)
+        return made
+
+
+class Address(NamedTuple):
+    """Stands for the tensor of a descriptor, of which a launcher asks the address alone."""
+
+    value: int
+
+    def data_ptr(self) -> int:
+        return self.value
 
 
 class Step(NamedTuple):
@@ -70,6 +93,10 @@ class Recording:
 
     def place(self, x: Any) -> Any:
         """The place of a tensor, and anything else as it is. Memory that is no input's and no scratch ends the record."""
+        if hasattr(x, "block_shape"):  # a tensor descriptor, of a class that not every Triton has
+            place, form = self.place(x.base), copy(x)
+            form.base = None
+            return None if place is None else Described(place.number, place.offset, form)
         if not isinstance(x, Tensor):
             return x
         address, count = x.data_ptr(), len(self.inputs)
@@ -156,6 +183,7 @@ class Plan:
         self.addresses: list[list[tuple[int, int]]] = [[] for _ in (*tensors, "memory")]  # (index in the table, offset)
         self.table: list = []
         self.launches: list[tuple[Callable, list[int | slice]]] = []
+        self.descriptors: list[tuple[int, Described]] = []
         for start, arguments in note.launches:
             picks: list[int | slice] = []
             for x in arguments:
@@ -164,6 +192,8 @@ class Plan:
                     if isinstance(y, Place):
                         own = tensors.index(y.number) if y.number in tensors else -1
                         self.addresses[own].append((len(self.table), y.offset + offsets.get(y.number, 0)))
+                    if isinstance(y, Described):
+                        self.descriptors.append((len(self.table), y))
                     self.table.append(None if isinstance(y, Place) else y)
                 picks.append(slice(begin, len(self.table)) if isinstance(x, tuple) else begin)
             self.launches.append((start, picks))
@@ -178,6 +208,8 @@ class Plan:
                 base = x.data_ptr()  # type: ignore[union-attr]
                 for index, offset in addresses:
                     table[index] = base + offset
+        for index, descriptor in self.descriptors:
+            table[index] = descriptor.at(table[index])
         stream = torch.cuda.current_stream(device).cuda_stream
         for start, picks in self.launches:
             start(stream, [table[x] if type(x) is int else tuple(table[x]) for x in picks])

@@ -1,0 +1,79 @@
+"""CHOICE: which calls of the scalar gate the span kernels take, and why not the others."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from loglinear.kernels.tree.bundles import Inputs
+from loglinear.kernels.tree.problem import Problem
+from loglinear.state import CHUNK_SIZE
+
+TESTED = False  # whether the kernels have been compared with float64 on a GPU; until then no call takes them
+CAPABILITY = (9, 0)  # the products of sm_90 alone have the form that the kernels use
+TRITON = ((3, 6), (3, 7))  # from, and below: Gluon is experimental, and changes names and code between releases
+KEY_WIDTHS = (64, 128)
+MOST_HEADS, LEAST_HEADS = 12, 4  # that a program handles in turn; the fewest that are worth keeping scores for
+TILE_ROWS = 1 << 31  # a coordinate of a TMA copy is an int32
+
+
+def why_not(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
+    """Why the portable kernels take a call; None where the span kernels do."""
+    return why_not_here(x.v.device) or why_not_sizes(problem, x.v.dtype, reach) or why_not_strides(x)
+
+
+@lru_cache(maxsize=64)
+def why_not_here(device: torch.device) -> str | None:
+    """Why no call on this device can have the span kernels."""
+    if not TESTED:
+        return "the span kernels have not been tested on a GPU"
+    if device.type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
+        return "the span kernels need an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CAPABILITY:
+        return f"a GPU of compute capability {capability}, where the span kernels need {CAPABILITY}"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    first, end = TRITON
+    return None if first <= version < end else f"Triton {triton.__version__}, where {first} to below {end} is tested"
+
+
+def why_not_sizes(problem: Problem, dtype: torch.dtype, reach: int) -> str | None:
+    """Why a problem of this size does not have them."""
+    if problem.tokens == 0:
+        return "no tokens"
+    K, V, rows = problem.key_width, problem.value_width, problem.all_chunks * problem.heads * problem.key_width
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype}, where the span kernels take 16 bits"
+    if K not in KEY_WIDTHS or V % 64:
+        return f"K={K}, V={V}, where the span kernels take K in {KEY_WIDTHS} and V a multiple of 64"
+    if heads_of_program(problem) < LEAST_HEADS:
+        return f"{problem.heads_per_group} heads a group, where span kernels share the scores of {LEAST_HEADS} or more"
+    if problem.config.chunk != CHUNK_SIZE:
+        return f"chunks of {problem.config.chunk} tokens, where the span kernels take {CHUNK_SIZE}"
+    if reach > 0:
+        return "sequences that go on from earlier tokens"
+    return None if rows < TILE_ROWS else f"{rows} rows of states, where TMA takes fewer than {TILE_ROWS}"
+
+
+def why_not_strides(x: Inputs) -> str | None:
+    """Why TMA cannot read the inputs where they are."""
+    for name in ("q", "k", "v"):
+        tensor: Tensor = getattr(x, name)
+        if tensor.data_ptr() % 16 or tensor.stride(1) * tensor.element_size() % 16:
+            return f"{name} whose tokens do not begin at multiples of 16 bytes"
+    return None
+
+
+def heads_of_program(problem: Problem) -> int:
+    """Heads that one program handles in turn: a divisor of the heads of a group, fewer where programs would be too few.
+
+    They share scores and nothing else, so results do not depend on their number.
+    """
+    shared = problem.heads_per_group
+    divisors = [n for n in range(1, min(MOST_HEADS, shared) + 1) if shared % n == 0]
+    tiles = problem.all_octets * 4
+    enough = [n for n in divisors if n >= LEAST_HEADS and tiles * (problem.heads // n) >= 128]
+    return max(enough, default=min((n for n in divisors if n >= LEAST_HEADS), default=divisors[-1]))
