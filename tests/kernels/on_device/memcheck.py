@@ -103,8 +103,6 @@ class Memcheck:
         builder = interpreter.InterpreterBuilder
         self.load, self.store = builder.create_masked_load, builder.create_masked_store
         self.call = interpreter.GridExecutor.__call__
-        self.patch_language = interpreter._patch_lang
-        self.patched: dict[tuple[bool, ...], Any] = {}
 
     def program(self, builder: Any) -> int:
         return self.launch.sample[builder.grid_idx[0]]
@@ -136,18 +134,6 @@ class Memcheck:
         executor.grid = (len(self.launch.sample),)
         self.call(executor, *arguments, **constants)
 
-    def language(self, function: Any) -> Any:
-        """Turns Triton's language into the interpreter's where ``function`` sees it: once, not at every call."""
-        language = interpreter.tl
-        seen = tuple(any(x is y for x in function.__globals__.values()) for y in (language, language.core))
-        if seen not in self.patched:
-            self.patched[seen] = self.patch_language(function)
-        return interpreter._LangPatchScope()
-
-    def restore_language(self) -> None:
-        for scope in reversed(self.patched.values()):
-            scope.restore()
-
     def replacements(self) -> Iterator[Any]:
         """The patches, as context managers."""
         builder, check = interpreter.InterpreterBuilder, self
@@ -176,10 +162,6 @@ class Memcheck:
         yield mock.patch.object(
             interpreter.GridExecutor, "__call__", lambda *args, **kwargs: check.run(*args, **kwargs)
         )
-        # A quarter of the time; and a third of it is the interpreter's own check of every sum for overflow.
-        yield mock.patch.object(interpreter, "_patch_lang", self.language)
-        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-        yield mock.patch.object(interpreter.interpreter_builder, "options", options)
 
 
 @contextlib.contextmanager
@@ -192,5 +174,4 @@ def memcheck(programs: int = 1 << 30) -> Iterator[Report]:
     with contextlib.ExitStack() as stack:
         for replacement in check.replacements():
             stack.enter_context(replacement)
-        stack.callback(check.restore_language)
         yield check.report
