@@ -20,6 +20,11 @@ hypothesis.settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # tests run side by side; one core each
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()
+
 
 def pytest_collection_modifyitems(items):
     """Long tests first: no worker is left alone with one at the end."""

@@ -103,7 +103,7 @@ def decay_matrix(g: Tensor) -> Tensor:
 
 def plain_torch(q, k, v, g=None, beta=None, level_scales=None, scale: float = 1.0) -> Tensor:
     """Masked attention in a few lines, with every product in the dtype of q, k and v, one rounding after each; decays and the
-    triangular inverse in at least float32. Scalar gates."""
+    triangular inverse in at least float32."""
     T, low = v.shape[1], v.dtype
     q, k = (per_value_head(x, v.shape[2]).transpose(1, 2) for x in (q, k))
     position = torch.arange(T, device=v.device)
@@ -112,11 +112,18 @@ def plain_torch(q, k, v, g=None, beta=None, level_scales=None, scale: float = 1.
     scales = level_scales.transpose(1, 2)
     mask = scales.gather(-1, level.expand(*scales.shape[:2], T, T)).tril()
     wide = torch.promote_types(low, torch.float32)
-    decay = torch.ones_like(mask, dtype=wide).tril() if g is None else decay_matrix(g.transpose(1, 2).to(wide))
-    scores = ((q @ k.mT) * scale * decay).to(low)
+    decay = torch.ones_like(mask, dtype=wide).tril() if g is None else decay_matrix(g.transpose(1, -1).to(wide))
+
+    def products(rows: Tensor, factor: float = 1.0) -> Tensor:
+        if decay.dim() == 4:
+            return (rows @ k.mT) * factor * decay
+        keys = (k.permute(0, 3, 1, 2)[..., None, :] * decay).to(low)  # [B, K, H, T, T], a decay for each channel
+        return torch.einsum("bhtk,bkhts->bhts", rows, keys) * factor
+
+    scores = products(q, scale).to(low)
     if beta is not None:
         strength = beta.transpose(1, 2).to(wide)
-        lower = (strength[..., None] * ((k @ k.mT) * decay)).tril(-1)
+        lower = (strength[..., None] * products(k)).tril(-1)
         inverse = torch.linalg.solve_triangular(lower, torch.diag_embed(strength), upper=False, unitriangular=True)
         scores = scores @ inverse.to(low)
     return ((scores * mask).to(low) @ v.transpose(1, 2)).transpose(1, 2)

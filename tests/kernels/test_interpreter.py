@@ -1,4 +1,4 @@
-"""Runs tests/kernels/on_device in Triton's interpreter, where there is no CUDA device.
+"""Runs tests/kernels/on_device in Triton's interpreter, where there is no CUDA device; of tests/ops the linear models.
 
 Each slow file has its own process, so slow files run side by side. The other files share one process: the imports of a
 process take 4 s, longer than some of these files run.
@@ -20,6 +20,7 @@ NAMES = {path.stem.removeprefix("test_") for path in FOLDER.glob("test_*.py")}
 ALONE = ("batches", "causality", "delta_rule_kept", "kernels", "memcheck", "prefill", "stages", "step_kernels")
 PATHS = {name: FOLDER / f"test_{name}.py" for name in sorted(NAMES)}
 GROUPS = {name: [PATHS[name]] for name in ALONE} | {"others": [PATHS[name] for name in PATHS if name not in ALONE]}
+GROUPS["linear"] = [FOLDER.parents[1] / "ops" / "test_conformance.py", "-k", "linear_model"]
 
 
 @pytest.mark.slow

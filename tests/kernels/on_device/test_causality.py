@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings(
 C = 16 if INTERPRETED else 64
 HEAD = 1  # of two, on one q/k head
 ARGUMENTS = (("scalar gate", "k"), ("scalar gate", "v"), ("scalar gate", "g"),
-             ("delta rule", "k"), ("delta rule", "v"), ("delta rule", "g"), ("delta rule", "beta"))  # fmt: skip
+             ("delta rule", "k"), ("delta rule", "v"), ("delta rule", "g"), ("delta rule", "beta"),
+             ("channel gate", "k"), ("channel gate", "v"), ("channel gate", "g"), ("channel gate", "q"))  # fmt: skip
+IN_STEPS = ("scalar gate", "delta rule")
 # The first, a middle and the last token of a chunk; the second chunk; the chunk that stays open. The middle one has them all.
 POSITIONS = (5, C - 1, C + 2) if INTERPRETED else (0, 5, C - 1, C, 2 * C + 1)
 BAD = (torch.nan, torch.inf) if INTERPRETED else (torch.nan, torch.inf, -torch.inf)
@@ -38,24 +40,25 @@ def make(rule, device, T, dtype=torch.float32, linear=False, **sizes):
 
 
 def spoilt(x, name, value, s):
-    """x with one bad number in row 0; only a bad k belongs to both heads."""
+    """x with one bad number in row 0; only a bad q or k belongs to both heads."""
     x = {argument: None if tensor is None else tensor.clone() for argument, tensor in x.items()}
     if x[name].dim() == 3:
         x[name][0, s, HEAD] = value
     else:
-        x[name][0, s, 0 if name == "k" else HEAD, 3] = value
+        x[name][0, s, 0 if name in "qk" else HEAD, 3] = value
     return x
 
 
 def compare(x, clean, name, value, s, end=None, cu_seqlens=None, run=lambda x, bounds: forward(x, cu_seqlens=bounds)):
-    """``end``: of the token's sequence."""
+    """``end``: of the token's sequence; no other token sees a bad q."""
+    end = s + 1 if name == "q" else end
     o = run(spoilt(x, name, value, s), cu_seqlens)
     told = (name, value, s)
     assert torch.equal(o[:, :s], clean[:, :s]), told
     assert torch.equal(o[1:], clean[1:]), told
     if end is not None:
         assert torch.equal(o[:, end:], clean[:, end:]), told
-    if name != "k":
+    if name not in "qk":
         assert torch.equal(o[:, :, 0], clean[:, :, 0]), told
     columns = slice(3, 4) if name == "v" else slice(None)
     assert not o[0, s:end, HEAD, columns].isfinite().any(), told
@@ -100,7 +103,7 @@ def test_packed_sequences_do_not_notice(device, rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_widths_of_several_tiles(device, rule):
-    sizes = {"K": 40, "V": 72} if INTERPRETED else {"K": 256, "V": 384}
+    sizes = {"K": 40, "V": 72} if INTERPRETED else {"K": 128 if rule == "channel gate" else 256, "V": 384}
     x = make(rule, device, C + 7, **sizes)
     clean = forward(x)
     for name in ("k", "v"):
@@ -112,7 +115,7 @@ def test_widths_of_several_tiles(device, rule):
             assert not o[0, 9:, 0, column if name == "v" else slice(None)].isfinite().any(), (name, column)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", IN_STEPS)
 def test_steps_of_several_tokens(device, rule):
     """A call over the end of a chunk, and one in the next."""
     bounds = (C - 2, C + 3, C + 5)
@@ -137,7 +140,7 @@ def test_steps_of_several_tokens(device, rule):
             compare(x, clean, name, torch.nan, s, run=run)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", IN_STEPS)
 @pytest.mark.parametrize("linear", [False, True])
 def test_calls_that_go_on_from_a_state(monkeypatch, device, rule, linear):
     if INTERPRETED:
