@@ -73,7 +73,7 @@ def node_states(place: Place, states: States) -> States:
     return _folded(place, states, place.levels[LOG_OCTET:])
 
 
-def _path(place: Place, states: States, levels: range | None = None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def path(place: Place, states: States, levels: range | None = None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """For each level m: (m, chunks, their entries, decay ``[n, H, C]`` from the end of the entry to each token)."""
     since = torch.zeros_like(states.chunk_log)
     for m in place.levels:
@@ -86,7 +86,7 @@ def _path(place: Place, states: States, levels: range | None = None) -> Iterator
 def output(place: Place, x: Inputs, states: States) -> Tensor:
     """o ``[chunks, H, C, V]``: masked attention inside a chunk, then the entries on its path."""
     o = ((x.q @ x.k.mT) * pair_decays(states.sums) * level_mask(x.scales)) @ x.v
-    for m, chunk, entry, decay in _path(place, states):
+    for m, chunk, entry, decay in path(place, states):
         weight = (scales_of(x, chunk, m) * decay).unsqueeze(3)
         o = o.index_add(0, chunk, weight * (x.q[chunk] @ states.entries[entry]))
     return o
@@ -108,7 +108,7 @@ def query_grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq ``[chunks, H, C, K]`` of each head, dλ, gains of the rows, gains by level); the middle two are completed."""
     dq, levels = score_grads @ x.k, [torch.zeros_like(states.chunk_log) for _ in place.levels]
-    for m, chunk, entry, decay in _path(place, states):
+    for m, chunk, entry, decay in path(place, states):
         product = x.do[chunk] @ states.entries[entry].mT
         scale, gain = scales_of(x, chunk, m), (product * x.q[chunk]).sum(3) * decay
         dq = dq.index_add(0, chunk, (scale * decay).unsqueeze(3) * product)
@@ -121,7 +121,7 @@ def query_grads(
 def _entry_grads(place: Place, x: Inputs, states: States, levels: range) -> Tensor:
     """Gradient ``[chunks, H, K, V]`` of the entries of these levels, each from the chunks of its window."""
     total = torch.zeros_like(states.entries)
-    for m, chunk, entry, decay in _path(place, states, levels):
+    for m, chunk, entry, decay in path(place, states, levels):
         weighted = (scales_of(x, chunk, m) * decay).unsqueeze(3) * x.do[chunk]
         total = total.index_add(0, entry, x.q[chunk].mT @ weighted)
     return total

@@ -1,0 +1,67 @@
+"""SPAN: the output of the scalar gate with spans of four chunks, as ``kernels/decay/span`` computes it.
+
+Queries attend to their span by products of a factor of the query and a factor of the key, one pair for each level. They
+read entries of four chunks and more. The stages before the output are those of ``decay.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.reference.stages.decay import States, path
+from loglinear.reference.stages.place import Inputs, Place, levels_of, scales_of
+
+BLOCKS = 4  # sub-blocks of a chunk, and chunks of a span
+SPAN_LEVEL = 2  # entries of 2^2 chunks are the shortest that are read
+
+
+def chunk_weights(x: Inputs, sums: Tensor) -> Tensor:
+    """λ times decay inside a chunk ``[chunks, H, C, C]``; outside sub-blocks row factor times column factor."""
+    C = sums.shape[2]
+    size = C // BLOCKS
+    scales = torch.gather(x.scales, 3, levels_of(x).expand(*sums.shape, C))
+    block = torch.arange(C, device=sums.device) // size
+    ends = sums[..., size - 1 :: size]  # of the sub-blocks
+    rows = (
+        (sums[..., :, None] - ends[..., None, :]).clamp(max=0.0).exp()[..., block]
+    )  # [t, s]: from the end of s's block
+    columns = (ends[..., block] - sums).exp()
+    near = (sums[..., :, None] - sums[..., None, :]).clamp(max=0.0).exp()
+    decay = torch.where(block[:, None] == block[None, :], near, rows * columns[..., None, :])
+    return (scales * decay).tril()
+
+
+def earlier_weights(states: States, level: int, chunk: Tensor, earlier: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    """(row factors, column factors) ``[n, H, C]`` without λ, of chunks and earlier chunks of their spans at a level 0 or 1.
+
+    The two meet where the part of the span ends that the entry of this level covers.
+    """
+    odd = (place.n[chunk] & 1 if level == 1 else torch.zeros_like(chunk)).to(states.sums.dtype)
+    since = states.chunk_log[(chunk - 1).clamp(min=0)] * odd[:, None]
+    first = (level == 1) & (place.n[earlier] & 1 == 0)
+    to_meet = torch.where(first[:, None], states.chunk_log[(earlier + 1).clamp(max=len(place.n) - 1)], 0.0)
+    rows = (states.sums[chunk] + since[..., None]).exp()
+    columns = (states.chunk_log[earlier].unsqueeze(2) - states.sums[earlier] + to_meet.unsqueeze(2)).exp()
+    return rows, columns
+
+
+def pairs_of_spans(place: Place) -> list[tuple[int, Tensor, Tensor]]:
+    """(level, chunks, earlier chunks) of all pairs of two chunks in one span, by the level of the tree at which they meet."""
+    chunk = torch.arange(place.all_chunks, device=place.n.device)
+    odd, upper = chunk[place.n & 1 == 1], chunk[place.n & 2 == 2]
+    start = upper - (place.n[upper] & 3)
+    return [(0, odd, odd - 1), (1, upper, start), (1, upper, start + 1)]
+
+
+def output(place: Place, x: Inputs, states: States) -> Tensor:
+    """o ``[chunks, H, C, V]``: the span, then the entries before it."""
+    o = ((x.q @ x.k.mT) * chunk_weights(x, states.sums)) @ x.v
+    for level, chunk, earlier in pairs_of_spans(place):
+        rows, columns = earlier_weights(states, level, chunk, earlier, place)
+        weights = (scales_of(x, chunk, level) * rows).unsqueeze(3) * columns.unsqueeze(2)
+        o = o.index_add(0, chunk, ((x.q[chunk] @ x.k[earlier].mT) * weights) @ x.v[earlier])
+    for m, chunk, entry, decay in path(place, states, place.levels[SPAN_LEVEL:]):
+        weight = (scales_of(x, chunk, m) * decay).unsqueeze(3)
+        o = o.index_add(0, chunk, weight * (x.q[chunk] @ states.entries[entry]))
+    return o

@@ -1,0 +1,40 @@
+"""The output by spans of four chunks is the definition in float64, with resets, too few levels, and any number of tokens."""
+
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from forms import FORMS
+
+from loglinear.reference.stages import decay, span
+from loglinear.reference.stages.place import Place, cut
+from oracle import TOLERANCES, error, make_inputs
+
+pytestmark = pytest.mark.default_packages
+CASES = {  # tokens of each sequence, levels; chunks of 8 tokens, spans of 32
+    "one token": ((1,), 1),
+    "less than a span": ((27,), 6),
+    "spans and a token": ((129,), 8),
+    "too few levels": ((130,), 3),
+    "as many levels as a span": ((100,), 6),
+    "packed": ((33, 0, 5, 70), 7),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("hard", [False, True], ids=["gates", "resets"])
+def test_the_output_by_spans_is_the_definition(case, hard):
+    lengths, levels = CASES[case]
+    x = make_inputs(B=1, T=sum(lengths), L=levels, gate="scalar")
+    if hard:
+        x["g"][:, [t for t in (0, 5, 8, 17, 24, 31, 63) if t < sum(lengths)]] = -torch.inf
+        x["g"][:, 20:22] = -1e30
+    parts = [{n: y[:, a:b] for n, y in x.items()} for a, b in pairwise(accumulate(lengths, initial=0))]
+    wanted = torch.cat([FORMS["dense"](**part, scale=0.7) for part in parts], 1)
+    place = Place(lengths, 8)
+    given = cut(place, **x, scale=0.7)
+    states = decay.node_states(place, decay.chunk_states(place, given))
+    short = place.n + 1 & -(place.n + 1) < 4  # entries that no span reads
+    states = states._replace(entries=states.entries.masked_fill(short[:, None, None, None], torch.nan))
+    got = place.tokens(span.output(place, given, states), x["v"])
+    assert error(got, wanted) <= TOLERANCES[torch.float64]
