@@ -14,12 +14,14 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 
 from loglinear import DecodingState
 from loglinear.kernels import channel, decoding
 from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import delta as delta_rule
+from loglinear.kernels.decay.span import choice
 from loglinear.kernels.decoding import inputs, linear_step, outputs, residual
 from loglinear.kernels.pointwise import cross_entropy, elementwise, gated_norm, gates, unit_length
 from loglinear.kernels.tree import replay
@@ -126,6 +128,28 @@ def test_kernels_of_the_gate_per_channel_compile(record_property):
         record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
         assert made.spills <= SPILLED_BYTES, f"{made} spills"
         assert made.shared <= SHARED_MEMORY["sm_86"], f"{made} needs more shared memory than sm_86 has"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_span_kernels_compile(dtype, record_property):
+    """One program has all registers and nearly all shared memory of a multiprocessor."""
+    if triton.__version__ < "3.6":
+        pytest.skip(f"Triton {triton.__version__} has no Gluon for Hopper")
+
+    def meta(*size: int, kind=dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    x = {"q": meta(2, 1000, 1, 128), "k": meta(2, 1000, 1, 128), "v": meta(2, 1000, 48, 64)}
+    x |= {"g": meta(2, 1000, 48, kind=torch.float32), "level_scales": meta(2, 1000, 48, 11)}
+    replay.plans_of.cache_clear()
+    with mock.patch.object(choice, "why_not_here", return_value=None), recording() as found:
+        scalar_gate.forward(**x)
+    made = build(next(launch for launch in found if launch.kernel.is_gluon()), TARGETS["sm_90"])[0]
+    record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
+    assert made.warps * 32 * made.registers <= 65536, f"{made} has more registers than a multiprocessor"
+    assert made.spills <= SPILLED_BYTES, f"{made} spills"
+    assert made.shared <= SHARED_MEMORY["sm_90"], f"{made} needs more shared memory than there is"
 
 
 @pytest.mark.slow

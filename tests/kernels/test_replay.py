@@ -117,6 +117,25 @@ def test_bundles_keep_their_form_and_get_the_new_addresses(host):
     assert constant == (1, 2)
 
 
+def test_descriptors_keep_their_form_and_get_the_new_addresses(host):
+    kernel = Kernel("described", "other", "result")
+
+    def function(inputs):
+        (x,) = inputs
+        middle, result = scratch((4,), x.dtype, x.device), scratch((4,), x.dtype, x.device)
+        described = (SimpleNamespace(base=y, block_shape=[size]) for y, size in ((x[1:], 3), (middle, 4)))
+        launch(kernel, 5, *described, result)
+        return (result,)
+
+    replay.replay(function, [torch.zeros(4)])
+    x = torch.zeros(4)
+    (result,) = replay.replay(function, [x])
+    first, second, last = kernel.compiled.calls[0][2:]
+    assert (first.base.data_ptr(), first.block_shape, last) == (x.data_ptr() + 4, [3], result.data_ptr())
+    assert second.block_shape == [4]
+    assert abs(second.base.data_ptr() - result.data_ptr()) >= 16
+
+
 @pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 def test_repeated_calls_give_every_kernel_arguments_of_its_signature(host, monkeypatch, delta, packed):

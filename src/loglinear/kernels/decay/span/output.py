@@ -31,6 +31,7 @@ from loglinear.kernels.decay.span.tile import (
     filled,
     put,
     slot_of,
+    store_part,
     tile_of_program,
 )
 
@@ -211,7 +212,7 @@ def store(acc, staged, o_desc, o, tile, i, P: gl.constexpr, S: gl.constexpr):
         tma.store_wait(0)
         staged.store(acc)
         fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [tile.origin + P * 64, column], staged)
+        store_part(o_desc, [tile.origin + P * 64, column], staged)
     else:
         r = P * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
         c = column + gl.arange(0, 64, layout=gl.SliceLayout(0, ACC))

@@ -14,6 +14,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from loglinear.kernels.tree.place import locate
 
+# Triton 3.9 has other names for the two copies.
+load_part = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_part = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
 TILE = gl.constexpr(128)  # tokens
 WIDTH = gl.constexpr(64)  # columns of a slot, and tokens of a chunk
 SLOTS = gl.constexpr(8)
@@ -79,7 +83,7 @@ def put(desc, row, column, ring, i, ROWS: gl.constexpr):
     target = ring.slots.index(slot)
     if ROWS < TILE:
         target = target.slice(0, ROWS)
-    tma.async_copy_global_to_shared(desc, [row, column], ring.full.index(slot), target)
+    load_part(desc, [row, column], ring.full.index(slot), target)
     return i + 1
 
 
