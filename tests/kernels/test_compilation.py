@@ -170,20 +170,23 @@ def test_wide_heads_fit_into_shared_memory(delta):
         assert found.shared <= SHARED_MEMORY["sm_90"], f"{found} needs more shared memory than there is"
 
 
-def step_resources(target: str, delta: bool, entries: torch.dtype = torch.float32) -> list[Resources]:
-    """The step kernels of one rule for one bfloat16 token: 48 heads of 128 x 64, or 16 of 128 x 128 with the delta rule."""
-    H, G, K, V = (16, 16, 128, 128) if delta else (48, 1, 128, 64)
-    shapes = {"q": (1, 1, G, K), "k": (1, 1, G, K), "v": (1, 1, H, V), "g": (1, 1, H), "level_scales": (1, 1, H, 18)}
+def step_resources(
+    target: str, delta: bool, entries: torch.dtype = torch.float32, channel: bool = False
+) -> list[Resources]:
+    """The step kernels of one rule for one bfloat16 token: 48 heads of 128 x 64, or 16 of 128 x 128 but for the scalar gate."""
+    H, G, K, V = (16, 16, 128, 128) if delta or channel else (48, 1, 128, 64)
+    shapes = {"q": (1, 1, G, K), "k": (1, 1, G, K), "v": (1, 1, H, V), "level_scales": (1, 1, H, 18)}
+    shapes |= {"g": (1, 1, H, K) if channel else (1, 1, H)}
     shapes |= {"beta": (1, 1, H)} if delta else {}
     x = {
         n: torch.empty(s, dtype=torch.bfloat16 if n in "qkv" else torch.float32, device="meta")
         for n, s in shapes.items()
     }
-    state = DecodingState.empty(1, H, G, K, V, 1 << 17, torch.bfloat16, entries, delta, "meta")
+    state = DecodingState.empty(1, H, G, K, V, 1 << 17, torch.bfloat16, entries, delta, "meta", per_channel=channel)
     hip = "6" if TARGETS[target].backend == "hip" else None  # the host looks where it runs, not what it compiles for
     with recording() as found, mock.patch.object(torch.version, "hip", hip), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (decoding.delta_step if delta else decoding.scalar_step)(**x, state=state)
+        decoding.STEPS[state.transition](**x, state=state)
         return [build(launch, TARGETS[target])[0] for launch in found]
 
 
@@ -198,6 +201,16 @@ def test_steps_compile(target, delta, record_property):
             assert found.shared * share <= SHARED_MEMORY[target], f"{found} needs more than half the shared memory"
             if target == "sm_90":
                 assert found.spills == 0, f"{found} spills"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", [False, True])
+def test_steps_of_a_gate_per_channel_compile(delta, record_property):
+    """As many programs on a multiprocessor as without channels; the token kernel may spill little to leave room for two."""
+    for found in step_resources("sm_90", delta, channel=True):
+        record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
+        assert found.shared * 2 <= SHARED_MEMORY["sm_86"], f"{found} needs more than half the shared memory of sm_86"
+        assert found.spills <= 128, f"{found} spills"
 
 
 def loss_resources(target: str) -> Resources:

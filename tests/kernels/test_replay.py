@@ -197,7 +197,7 @@ def test_a_step_is_repeated_on_another_state(host, monkeypatch, delta):
     from loglinear.kernels.decoding import host as steps
 
     bundles = {"x": steps.Inputs, "held": steps.Held, "S": steps.Sizes}
-    parts = ("delta_token", "delta_step", "delta_close") if delta else ("scalar_step",)
+    parts = ("carried_token", "carried_step", "carried_close") if delta else ("scalar_step",)
     real = {part: getattr(steps, f"{part}_kernel") for part in parts}
     kernels = {part: Kernel(*kernel.arg_names) for part, kernel in real.items()}
     for part, kernel in kernels.items():

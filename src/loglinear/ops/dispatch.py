@@ -52,14 +52,10 @@ def from_state(inputs: Inputs, state: State | None, backend: Backend = "auto") -
     return size == CHUNK_SIZE or _refuse("a call with an initial_state", reason, backend)
 
 
-def step(
-    q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE, backend: Backend = "auto", per_channel: bool = False
-) -> bool:
+def step(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE, backend: Backend = "auto") -> bool:
     """Whether the step kernels take these: CUDA, at most 32 bits, K up to 256, V up to 1,024, chunks of 16 to 64 tokens."""
 
     def why_not() -> str | None:
-        if per_channel:
-            return NO_CHANNELS
         if chunk_size not in STEP_CHUNKS:
             return f"a state of chunks of {chunk_size} tokens, where kernels take {STEP_CHUNKS}"
         return why_unfit(q.device, SCALAR_GATE, int(q.shape[3]))  # no step needs more

@@ -1,6 +1,6 @@
 """The public steps: one token, or a few, against a ``DecodingState`` that is updated in place.
 
-The module only checks and dispatches. On CUDA a call is one launch (``kernels/decoding``; three with the delta rule) and one
+The module only checks and dispatches. On CUDA a call is one launch (``kernels/decoding``; three if entries are carried) and one
 addition to the positions. It waits for nothing, and a CUDA graph may capture it. Elsewhere a call is
 ``reference/step.py``. There is no autograd.
 """
@@ -94,7 +94,7 @@ def _step(
     check_step(inputs, state)
     scale, transition, level_scales = checks.check_scale(scale), inputs.transition(), inputs.level_scales
     with without_autocast, torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # entering takes 3 µs
-        if dispatch.step(q, v, state.chunk_size, backend, transition.per_channel):
+        if dispatch.step(q, v, state.chunk_size, backend):
             # Imported here: importing loglinear imports no Triton.
             from loglinear.kernels import decoding
 

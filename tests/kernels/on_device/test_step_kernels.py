@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cases
 import pytest
 import torch
@@ -20,12 +22,38 @@ PREFILLS = (
 )
 STEPS = 3 if INTERPRETED else 200
 HEADS = 1 if INTERPRETED else 4
-RULES = (False, True)
 
 
-def make(device, delta, **sizes):
-    """Random inputs of either rule; λ has either sign."""
-    return cases.make(device, DELTA if delta else DECAY, **{"H": HEADS, **sizes})
+class Rule(NamedTuple):
+    """A transition: whether it is the delta rule, and whether each key channel has a gate."""
+
+    delta: bool
+    channel: bool
+
+
+RULES = {
+    "scalar gate": Rule(False, False),
+    "delta rule": Rule(True, False),
+    "channel gate": Rule(False, True),
+    "channel delta rule": Rule(True, True),
+}
+all_rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+# A gate per channel without the delta rule runs a part of what both together run.
+MOST = RULES if not INTERPRETED else {name: rule for name, rule in RULES.items() if rule.delta or not rule.channel}
+rules = pytest.mark.parametrize("rule", MOST.values(), ids=MOST)
+
+
+def make(device, rule, gate="usual", **sizes):
+    """Random inputs; λ has either sign. Under a gate per channel, what is special about a gate is so on some channels."""
+    x = cases.make(device, DELTA if rule.delta else DECAY, gate=gate, **{"H": HEADS, **sizes})
+    if not rule.channel:
+        return x
+    generator = torch.Generator("cpu").manual_seed(11)
+    uniform, chance = (torch.rand(*x["v"].shape[:3], x["q"].shape[3], generator=generator) for _ in range(2))
+    odd = {"strong": -100 * uniform, "very negative": -1e4 * uniform, "reset": torch.full_like(uniform, float("-inf"))}
+    few = 0.2 if gate == "very negative" else 0.02
+    g = torch.where(chance < few, odd[gate], -0.2 * uniform) if gate in odd else -0.2 * uniform
+    return x | {"g": g.to(device)}
 
 
 def tokens(x, start, end):
@@ -52,8 +80,7 @@ def start(x, length=0, entry_dtype=torch.float32, max_context=512 * C):
 
 def step(x, state, scale=1.0, **kwargs):
     """One call of the kernels, and the positions after it."""
-    run = decoding.delta_step if "beta" in x else decoding.scalar_step
-    o = run(**x, state=state, scale=scale, **kwargs)
+    o = decoding.STEPS[state.transition](**x, state=state, scale=scale, **kwargs)
     state.position += x["v"].shape[1]
     return o
 
@@ -84,25 +111,25 @@ def check(x, length, sizes=(1,), bar=FLOAT32, scale=0.7, entry_dtype=torch.float
         assert torch.equal(getattr(back, name), getattr(final, name).float())
 
 
-@pytest.mark.parametrize("delta", RULES)
+@all_rules
 @pytest.mark.parametrize("length", PREFILLS)
-def test_prefill_then_steps_is_one_pass(device, delta, length):
-    check(make(device, delta, T=length + STEPS), length)
+def test_prefill_then_steps_is_one_pass(device, rule, length):
+    check(make(device, rule, T=length + STEPS), length)
 
 
-@pytest.mark.parametrize("delta", RULES)
-def test_several_tokens_a_call(device, delta):
+@rules
+def test_several_tokens_a_call(device, rule):
     """A call that closes a chunk with its first token, its last, or one between, and goes on in the next."""
-    check(make(device, delta, T=4 * C + 5), 3 * C - 1, (1, 2, C, 3))
+    check(make(device, rule, T=4 * C + 5), 3 * C - 1, (1, 2, C, 3))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="hours in the interpreter")
-@pytest.mark.parametrize("delta", RULES)
-def test_nothing_has_drifted_after_300_000_tokens(device, delta):
+@rules
+def test_nothing_has_drifted_after_300_000_tokens(device, rule):
     """A chunk a call, from a prefill of 1,000 tokens on; the scalar gate forgets over a hundred thousand tokens."""
-    x = make(device, delta, T=301_000, H=1, K=16, V=16, L=20)
-    if not delta:
+    x = make(device, rule, T=301_000, H=1, K=16, V=16, L=20)
+    if not rule.delta:
         x["g"] *= 1e-4
     want, final = full(x)
     state = start(x, 1000, max_context=301_000)
@@ -116,13 +143,13 @@ def test_nothing_has_drifted_after_300_000_tokens(device, delta):
     assert relative(held[0][:, :, :slots], held[1]) <= FLOAT32
 
 
-@pytest.mark.parametrize("delta", RULES)
-def test_a_row_does_not_see_its_batch(device, delta):
+@rules
+def test_a_row_does_not_see_its_batch(device, rule):
     lengths = (2, C - 2, 4 * C - 1)
-    x = make(device, delta, B=3, T=4 * C + 6)
+    x = make(device, rule, B=3, T=4 * C + 6)
     alone = [start(rows(x, b), length) for b, length in enumerate(lengths)]
     together = DecodingState.stack(alone)
-    new = tokens(make(device, delta, B=3, T=3, seed=1), 0, 3)
+    new = tokens(make(device, rule, B=3, T=3, seed=1), 0, 3)
     got = steps(new, together, (1, 2))
     for b, state in enumerate(alone):
         assert torch.equal(got[b : b + 1], steps(rows(new, b), state, (1, 2)))
@@ -130,32 +157,34 @@ def test_a_row_does_not_see_its_batch(device, delta):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("delta", RULES)
+@rules
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_groups(device, delta, groups):
-    check(make(device, delta, T=C + 1, H=4, G=groups), C - 1, (2,))
+def test_groups(device, rule, groups):
+    check(make(device, rule, T=C + 1, H=4, G=groups), C - 1, (2,))
 
 
 WIDTHS = [(24, 40)] if INTERPRETED else [(16, 16), (96, 96), (128, 64), (192, 384), (256, 256), (1, 1)]
 
 
-@pytest.mark.parametrize("delta", RULES)
+@rules
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
-def test_widths(device, delta, K, V):
+def test_widths(device, rule, K, V):
     """Several programs share a head, and a call goes on after closing the chunk: the interpreter runs the first of them to
     its end before the next begins, so one that read what another writes would be wrong."""
-    check(make(device, delta, T=4 * C + 1, K=K, V=V), 4 * C - 1, (2,))
+    check(make(device, rule, T=4 * C + 1, K=K, V=V), 4 * C - 1, (2,))
 
 
-@pytest.mark.parametrize("delta", RULES)
+@all_rules
 @pytest.mark.parametrize("gate", ["none", "strong", "very negative", "reset"])
-def test_gates(device, delta, gate):
-    check(make(device, delta, T=4 * C + 4, gate=gate), 4 * C - 5, (9,))
+def test_gates(device, rule, gate):
+    if gate == "none" and rule.channel:
+        pytest.skip("without a gate it is the scalar gate")
+    check(make(device, rule, T=4 * C + 4, gate=gate), 4 * C - 5, (9,))
 
 
-@pytest.mark.parametrize("delta", RULES)
-def test_a_reset_forgets_exactly(device, delta):
-    x = make(device, delta, T=2 * C + 4)
+@rules
+def test_a_reset_forgets_exactly(device, rule):
+    x = make(device, rule, T=2 * C + 4)
     x["g"][:, 2 * C - 2] = float("-inf")
     other = x | {"v": x["v"].clone()}
     other["v"][:, : 2 * C - 2] *= 1000
@@ -164,30 +193,30 @@ def test_a_reset_forgets_exactly(device, delta):
     assert not torch.equal(outputs[0][:, :1], outputs[1][:, :1])
 
 
-@pytest.mark.parametrize("delta", RULES)
+@rules
 @pytest.mark.parametrize("L", [1, 3, 6])
-def test_levels_past_the_last_share_it(device, delta, L):
-    check(make(device, delta, T=7 * C + 4, L=L), 7 * C + 2)
+def test_levels_past_the_last_share_it(device, rule, L):
+    check(make(device, rule, T=7 * C + 4, L=L), 7 * C + 2)
 
 
-@pytest.mark.parametrize("delta", RULES)
+@rules
 @pytest.mark.parametrize("low_entries", [False, True])
-def test_low_precision_is_within_twice_of_plain_torch(device, delta, low_entries):
+def test_low_precision_is_within_twice_of_plain_torch(device, rule, low_entries):
     if low_entries and INTERPRETED:
         pytest.skip("entries of 16 bits are bfloat16, which the interpreter does not have")
     T = 6 * C + 1
-    x = make(device, delta, T=T, dtype=BFLOAT16)
+    x = make(device, rule, T=T, dtype=BFLOAT16)
     length = T - 4 if INTERPRETED else 0
     plain = plain_torch(**x, scale=0.7)[:, length:]
     bar = LOW_PRECISION_FACTOR * relative(plain, full(x, 0.7)[0][:, length:])
     check(x, length, bar=bar, entry_dtype=torch.bfloat16 if low_entries else torch.float32)
 
 
-@pytest.mark.parametrize("delta", RULES)
-def test_what_is_dead_is_never_read(device, delta):
+@rules
+def test_what_is_dead_is_never_read(device, rule):
     used = C - 2
     length = 5 * C + used  # chunk 101₂ is open
-    x = make(device, delta, T=length + 4)
+    x = make(device, rule, T=length + 4)
     clean = start(x, length, max_context=16 * C)
     dirty = clean.clone()
     dirty.entries[:, :, [1, 3, 4]] = torch.nan
@@ -205,10 +234,10 @@ def test_what_is_dead_is_never_read(device, delta):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("delta", RULES)
-def test_nothing_is_written_past_the_slots(device, delta):
+@rules
+def test_nothing_is_written_past_the_slots(device, rule):
     """A row beyond max_context is the caller's mistake; its neighbours' entries stay whole."""
-    x = make(device, delta, T=2 * C, H=2)
+    x = make(device, rule, T=2 * C, H=2)
     state = start(x, 2 * C - 1, max_context=2 * C - 1)
     assert state.entries.shape[2] == 1
     before = state.entries.clone()
@@ -216,8 +245,9 @@ def test_nothing_is_written_past_the_slots(device, delta):
     assert torch.equal(state.entries, before)
 
 
-def test_unit_length_of_queries_and_keys(device):
-    x = make(device, True, T=C + 3, K=24)
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.delta])
+def test_unit_length_of_queries_and_keys(device, rule):
+    x = make(device, rule, T=C + 3, K=24)
     x["k"] *= 3.0
     unit = {name: x[name] * torch.rsqrt(x[name].square().sum(-1, keepdim=True) + 1e-6) for name in ("q", "k")}
     state = start(x | unit, C - 3)
@@ -226,10 +256,10 @@ def test_unit_length_of_queries_and_keys(device):
     assert relative(state.to_state().open_k, full(x | unit)[1].open_k) < FLOAT32
 
 
-@pytest.mark.parametrize("delta", RULES)
-def test_strided_inputs(device, delta):
+@rules
+def test_strided_inputs(device, rule):
     """Slices of a fused projection are read where they lie, in other vectors on a GPU; transposed ones are copied."""
-    x = make(device, delta, B=2, T=2)
+    x = make(device, rule, B=2, T=2)
     names = [name for name in x if name != "level_scales"]
     fused = torch.cat([x[name].flatten(2) for name in names], dim=2)
     parts = fused.split([x[name].flatten(2).shape[2] for name in names], dim=2)
@@ -242,10 +272,10 @@ def test_strided_inputs(device, delta):
     assert torch.equal(got, expected) or not INTERPRETED
 
 
-@pytest.mark.parametrize("delta", RULES)
-def test_the_same_as_the_plain_form(device, delta):
+@all_rules
+def test_the_same_as_the_plain_form(device, rule):
     """Both forms hold one state: a row may go on with either."""
-    x = make(device, delta, T=C + 4)
+    x = make(device, rule, T=C + 4)
     first, second = start(x, C - 2), start(x, C - 2)
     new = tokens(x, C - 2, C + 4)
     got = steps(new, first, (3,))
@@ -255,19 +285,19 @@ def test_the_same_as_the_plain_form(device, delta):
         assert relative(ours, theirs) < FLOAT32 or theirs.double().norm() == 0
 
 
-@pytest.mark.parametrize("delta", RULES)
-def test_nothing_to_do(device, delta):
-    x = make(device, delta, B=0, T=1)
+@rules
+def test_nothing_to_do(device, rule):
+    x = make(device, rule, B=0, T=1)
     assert step(x, start(x)).shape == x["v"].shape
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-@pytest.mark.parametrize("delta", RULES)
-def test_replayed_by_a_graph(device, delta):
+@rules
+def test_replayed_by_a_graph(device, rule):
     """One captured step serves every position, closings included; ``restore_`` takes it back."""
     T = 2 * C + 5
-    x = make(device, delta, B=2, T=T, K=128, V=64, dtype=torch.bfloat16)
+    x = make(device, rule, B=2, T=T, K=128, V=64, dtype=torch.bfloat16)
     state, eager = start(x), start(x)
     now = {name: y.clone() for name, y in tokens(x, 0, 1).items()}
     step(now, state)  # compiles
@@ -289,14 +319,14 @@ def test_replayed_by_a_graph(device, delta):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-@pytest.mark.parametrize("delta", RULES)
-def test_public_steps_run_the_kernels(device, delta, monkeypatch):
+@rules
+def test_public_steps_run_the_kernels(device, rule, monkeypatch):
     import loglinear
     from loglinear.ops import step as public
 
     monkeypatch.setattr(public, "step", None)
-    x = make(device, delta, T=3, dtype=torch.bfloat16)
+    x = make(device, rule, T=3, dtype=torch.bfloat16)
     state = start(x)
-    op = loglinear.log_linear_delta_rule_step if delta else loglinear.log_linear_attention_step
+    op = loglinear.log_linear_delta_rule_step if rule.delta else loglinear.log_linear_attention_step
     assert torch.equal(op(**x, state=state), step(x, start(x)))
     assert state.position.tolist() == [3] * len(state.position)

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.kernels.decoding.delta_close import delta_close_kernel
-from loglinear.kernels.decoding.delta_step import delta_step_kernel
-from loglinear.kernels.decoding.delta_token import delta_token_kernel
-from loglinear.kernels.decoding.open_chunk import Held
+from loglinear.kernels.decoding.carried_close import carried_close_kernel
+from loglinear.kernels.decoding.carried_step import carried_step_kernel
+from loglinear.kernels.decoding.carried_token import carried_token_kernel
+from loglinear.kernels.decoding.open_chunk import Held, Sizes
 from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
 from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.bundles import Inputs, Sizes, sizes
+from loglinear.kernels.tree.bundles import Inputs, constants
 from loglinear.kernels.tree.problem import cdiv, padded
 from loglinear.kernels.tree.replay import replay
+from loglinear.transition import is_per_channel
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Close:
 # Measured on an H200 (Triton 3.6, 2026-11-22): B = 64 at 16K tokens, B = 16 at 131K, B = 1 at a million. Few columns a program
 # keep all multiprocessors busy at B = 1; two warps leave room for more programs at B = 64; deep pipelines serve both.
 SCALAR_GATE = Launch(block_v=32, warps=2, stages=6, wide_stages=4)
-# Registers and shared memory set the delta rule's numbers: 4 programs of 4 warps that sum entries, 2 of 8 that weigh tokens.
-DELTA_RULE = Launch(block_v=32, warps=4, stages=5, wide_stages=4)
+# Registers and shared memory set the numbers here: 4 programs of 4 warps that sum entries, 2 of 8 that weigh tokens.
+CARRIED = Launch(block_v=32, warps=4, stages=5, wide_stages=4)
 MANY_KEYS = Launch(block_v=32, warps=8, stages=3, wide_stages=2)  # K > 128
 TOKEN_WARPS = 8
 TOKEN_REGISTERS = 128  # without this bound the compiler takes 165; at 128 it spills nothing
@@ -81,11 +82,13 @@ def gather(
 
 
 @lru_cache(maxsize=1024)
-def tiles_of(q: torch.Size, v: torch.Size, chunk: int, block_v: int, precision: str = "ieee") -> tuple[int, Sizes]:
+def tiles_of(
+    q: torch.Size, v: torch.Size, chunk: int, block_v: int, precision: str = "ieee", gates: int = 1, delta: bool = False
+) -> tuple[int, Sizes]:
     """(Tiles of V x H x B, sizes) of a launch for q and v of these shapes, with tiles of ``block_v`` columns at most."""
     tile_v = min(block_v, padded(v[3]))
     letters = v[2], q[2], q[3], v[3], chunk, chunk.bit_length() - 1
-    return v[0] * v[2] * cdiv(v[3], tile_v), sizes(*letters, BK=padded(q[3]), BV=tile_v, PRECISION=precision)
+    return v[0] * v[2] * cdiv(v[3], tile_v), constants(Sizes, *letters, padded(q[3]), tile_v, precision, gates, delta)
 
 
 def chosen(launch: Launch, q: Tensor, entries: Tensor) -> tuple[Launch, dict]:
@@ -128,24 +131,32 @@ def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
     return (o,)
 
 
+def channel_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor, state, scale: float = 1.0) -> Tensor:
+    """The same with a gate per channel, g ``[B, T, H, K]``."""
+    return delta_step(q, k, v, g, None, level_scales, state, scale)
+
+
 def delta_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
-    beta: Tensor,
+    beta: Tensor | None,
     level_scales: Tensor,
     state,
     scale=1.0,
     normalize=False,
 ) -> Tensor:
-    """The same with the delta rule; ``normalize`` divides q and k by their lengths first."""
+    """The same with the delta rule and either gate; ``normalize`` divides q and k by their lengths first."""
     held = Held(state.position, state.entries, state.open_k, state.open_v, state.open_g, None, state.open_solve)
-    return replay(run_delta_step, [q, k, v, g, beta, level_scales, *held], state.chunk_size, scale, normalize)[0]
+    return replay(run_carried_step, [q, k, v, g, beta, level_scales, *held], state.chunk_size, scale, normalize)[0]
 
 
-def run_delta_step(inputs: list, chunk: int, scale: float, normalize: bool) -> tuple[Tensor]:
-    """The launches of ``delta_step``: weights of its tokens, the sums, chunks that close, and sums in the chunk after."""
+def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) -> tuple[Tensor]:
+    """The launches where entries are carried: weights of the tokens, sums, chunks that close, and sums in the chunk after."""
+    per_channel = is_per_channel(inputs[3])
+    if per_channel:  # the kernel takes a token's gates from the call and from the state alike
+        inputs[3] = inputs[3].float()
     x, held = gather(*inputs[:6], scale), Held(*inputs[6:])
     q, v = x.q, x.v
     batch, length, heads, width = v.shape
@@ -155,16 +166,18 @@ def run_delta_step(inputs: list, chunk: int, scale: float, normalize: bool) -> t
         return (o,)
     reach = launching.scratch((batch, length, heads, q.shape[3]), torch.float32, v.device)
     read = launching.scratch((batch, length, heads, chunk), torch.float32, v.device)
-    programs, S = tiles_of(q.shape, v.shape, chunk, padded(width))
+    kind = dict(gates=q.shape[3] if per_channel else 1, delta=x.beta is not None)
+    programs, S = tiles_of(q.shape, v.shape, chunk, padded(width), **kind)
     cap = {"maxnreg": TOKEN_REGISTERS} if q.shape[3] <= 128 and torch.version.hip is None else {}
     options = dict(S=S, NORM=normalize, num_warps=TOKEN_WARPS)
-    launching.launch(delta_token_kernel, programs, x, held, reach, read, T, L, **options, **cap)
-    launch, options = chosen(DELTA_RULE, q, held.entries)
-    programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v)
+    launching.launch(carried_token_kernel, programs, x, held, reach, read, T, L, **options, **cap)
+    launch, options = chosen(CARRIED, q, held.entries)
+    programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v, **kind)
     for later in range(min(length, 2)):
-        launching.launch(delta_step_kernel, programs, x, held, o, reach, read, T, L, M, later, S=S, **options)
+        launching.launch(carried_step_kernel, programs, x, held, o, reach, read, T, L, M, later, S=S, **options)
         if later == 0:
-            pieces, own = tiles_of(q.shape, v.shape, chunk, CLOSE.block_v, float32_products(v.dtype))
+            precision = float32_products(v.dtype)
+            pieces, own = tiles_of(q.shape, v.shape, chunk, CLOSE.block_v, precision, **kind)
             programs_of_pieces = min(pieces * (M + 1), CLOSE.programs)
-            launching.launch(delta_close_kernel, programs_of_pieces, held, batch, T, M, S=own, num_warps=CLOSE.warps)
+            launching.launch(carried_close_kernel, programs_of_pieces, held, batch, T, M, S=own, num_warps=CLOSE.warps)
     return (o,)

@@ -1,4 +1,4 @@
-"""OPEN CHUNK: the loads from the open chunk and from the earlier entries that both step kernels share.
+"""OPEN CHUNK: the loads from the open chunk and from the earlier entries that all step kernels share.
 
 Tokens of the running call come from the inputs of the call, and earlier tokens come from the state. A program therefore never
 reads a value that another program of the same launch writes. Logs of decays are sums over the range that is needed, in
@@ -14,10 +14,31 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from loglinear.kernels.tree.bundles import hash_of
 from loglinear.kernels.tree.place import bit_length, log2_of_power, lowbit, path_length
 from loglinear.kernels.tree.tiles import load_state
 
 SLOTS = tl.constexpr(32)  # a vector over slots: chunks are numbered below 2^24 (tree.place.bit_length)
+
+
+class Sizes(NamedTuple):
+    """Sizes of a launch, compile-time constants: letters of the legend, tiles, precision of products.
+
+    GATES: log decays of a head and token, 1 or K. DELTA: whether there is a delta rule.
+    """
+
+    H: Any
+    G: Any
+    K: Any
+    V: Any
+    C: Any
+    LOG_C: Any
+    BK: Any
+    BV: Any
+    PRECISION: Any
+    GATES: Any = 1
+    DELTA: Any = False
+    __hash__ = hash_of
 
 
 class Held(NamedTuple):
@@ -27,7 +48,7 @@ class Held(NamedTuple):
     entries: Any  # [B, H, M, K, V]
     open_k: Any  # [B, G, 2C, K]
     open_v: Any  # [B, H, C, V]
-    open_g: Any  # [B, H, 2C]
+    open_g: Any  # [B, H, 2C, GATES]
     decay: Any  # [B, 2, H, M]
     open_solve: Any  # [B, H, 2C, C]
 
@@ -60,7 +81,7 @@ def at_head(held, own, M, S: tl.constexpr):
     """
     entries = held.entries + own.head * M * (S.K * S.V)
     open_k = held.open_k + (own.row * S.G + own.group) * (2 * S.C * S.K)
-    open_v, open_g = held.open_v + own.head * (S.C * S.V), held.open_g + own.head * (2 * S.C)
+    open_v, open_g = held.open_v + own.head * (S.C * S.V), held.open_g + own.head * (2 * S.C * S.GATES)
     decay = open_g if held.decay is None else held.decay + (own.row * 2 * S.H + own.h) * M
     solve = open_g if held.open_solve is None else held.open_solve + own.head * (2 * S.C * S.C)
     return Held(held.position + own.row, entries, open_k, open_v, open_g, decay, solve)
@@ -71,27 +92,29 @@ def at_token(x, own, T, L, S: tl.constexpr):
     """(q, k, v, g, β, λ) of a program's head at the first of the T tokens of a call."""
     token = own.row * T
     q, k = x.q + (token * x.stride_q + own.group * S.K), x.k + (token * x.stride_k + own.group * S.K)
-    g = q if x.g is None else x.g + (token * x.stride_g + own.h)
+    g = q if x.g is None else x.g + (token * x.stride_g + own.h * S.GATES)
     beta = q if x.beta is None else x.beta + (token * x.stride_beta + own.h)
     return q, k, x.v + (token * x.stride_v + own.h * S.V), g, beta, x.scales + (token * x.stride_scales + own.h * L)
 
 
 @triton.jit
 def open_tile(stored, given, stride, first, last, C: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, column):
-    """Tile ``[C, TILE]`` of k or v from ``column`` on: places up to ``last``, zeros after it.
+    """Tile ``[C, TILE]`` of k, v or gates per channel from ``column`` on: places up to ``last``, zeros after it.
 
     ``stored`` points at place 0 in the state, ``given`` at the call's first token, whose rows are ``stride`` apart.
     """
-    place = tl.arange(0, C)
-    columns = column + tl.arange(0, TILE)
-    from_call = given + ((place - first)[:, None] * stride + columns[None, :])
-    from_state = stored + (place[:, None] * WIDTH + columns[None, :])
-    pointers = tl.where((place >= first)[:, None], from_call, from_state)
-    if WIDTH % TILE == 0:
-        tile = tl.load(pointers, mask=(place <= last)[:, None], other=0.0)
-    else:
-        tile = tl.load(pointers, mask=(place <= last)[:, None] & (columns < WIDTH)[None, :], other=0.0)
-    return tile
+    columns = column + tl.arange(0, TILE)[None, :]
+    return open_rows(tl.arange(0, C)[:, None], columns, stored, given, stride, first, last, WIDTH, WIDTH % TILE == 0)
+
+
+@triton.jit
+def open_rows(place, columns, stored, given, stride, first, last, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """The same at any places and columns, side by side. WHOLE: no column is beyond WIDTH."""
+    there = place <= last
+    if not WHOLE:
+        there = there & (columns < WIDTH)
+    from_call, from_state = given + ((place - first) * stride + columns), stored + (place * WIDTH + columns)
+    return tl.load(tl.where(place >= first, from_call, from_state), mask=there, other=0.0)
 
 
 @triton.jit

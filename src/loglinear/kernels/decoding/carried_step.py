@@ -1,7 +1,7 @@
-"""STEP of the delta rule: the weighted sum of entries and open values, with the weights from ``delta_token.py``.
+"""STEP of the transitions whose entries are carried: the sum of entries and open values, weighted by ``carried_token.py``.
 
 The kernel moves nearly all bytes of a step and does little arithmetic. It therefore holds few registers and has many loads
-under way. ``delta_close.py`` closes the chunks that the step fills.
+under way. ``carried_close.py`` closes the chunks that the step fills.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loglinear.kernels.decoding.open_chunk import (
 
 
 @triton.jit(do_not_specialize=["T", "L", "M", "later"])
-def delta_step_kernel(x, held, o, reach, read, T, L, M, later, S: tl.constexpr, STAGES: tl.constexpr):
+def carried_step_kernel(x, held, o, reach, read, T, L, M, later, S: tl.constexpr, STAGES: tl.constexpr):
     """Grid: ``program_of``. float32: sums. Races: columns of V belong to one program.
 
     reach, read: as ``delta_token_kernel`` leaves them. later: 0 for tokens of the chunk that was open before the call, 1 for
