@@ -15,8 +15,8 @@ from calls import C, dense, fields, inputs, meaning, output, run, tokens
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+from loglinear.ops import attention as module
 from loglinear.ops import dispatch
-from loglinear.ops import forward as module
 from loglinear.ops.inputs import Inputs
 from oracle import LOW_PRECISION_FACTOR, SAME_NUMBERS, TOLERANCES, error, gradients, linear_recurrence, plain_torch
 

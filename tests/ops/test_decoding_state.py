@@ -368,8 +368,8 @@ def test_a_long_call_in_place_copies_the_state_at_most_once(gate, monkeypatch):
     want_o, want = full(x, initial_state=state.to_state())
     given, before, solve = [], addresses(state), decoding_state._solve
 
-    def op(initial_state, **kwargs):
-        given.append(initial_state.entries.data_ptr())
+    def op(call):
+        given.append(call.state.entries.data_ptr())
         return want_o, want
 
     def inverse(*args):

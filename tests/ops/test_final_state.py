@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loglinear.ops import segments
-from loglinear.ops.inputs import Inputs
+from loglinear.ops.inputs import Call, Inputs
 from loglinear.reference.chunkwise import chunkwise
 
 FIELDS = ("entries", "decay", "open_k", "open_v", "open_g")
@@ -22,7 +22,8 @@ def make(batch, length, heads=4, groups=2, resets=False):
 def final_state(k, v, g, lengths, packed):
     """Beside an o that is known: any numbers."""
     scales = torch.ones(*v.shape[:3], 9, dtype=v.dtype)
-    o, state = segments.attend(Inputs(k, k, v, g, None, scales), 1.0, lengths, packed, None, True, v)
+    bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    o, state = segments.attend(Call(Inputs(k, k, v, g, None, scales), 1.0, None, True, bounds), lengths, v)
     assert o is v or torch.equal(o, v)
     return state
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from loglinear.ops import attention as op
 from loglinear.ops import dispatch
-from loglinear.ops import forward as op
-from loglinear.ops.inputs import Inputs
+from loglinear.ops.inputs import Call, Inputs
 from loglinear.transition import DELTA_RULE
 
 # The layout by its name: sizes of what is kept of 70 chunks of one sequence in bfloat16, of 20 of three packed ones, and of a
@@ -33,7 +33,7 @@ def test_another_layout_has_another_name():
         kept = kernels.kept_shapes(q, q, scales, bounds)
         assert [kind for _, kind in kept] == [torch.float32] * 2 + [dtype] * (len(kept) - 2)
         found.append(" ".join("x".join(map(str, shape)) for shape, _ in kept))
-    assert found == LAYOUTS[op.KEPT], "kept_shapes changed: raise KEPT in ops/forward.py, and its layout here"
+    assert found == LAYOUTS[op.KEPT], "kept_shapes changed: raise KEPT in ops/attention.py, and its layout here"
 
 
 @pytest.fixture
@@ -70,19 +70,19 @@ def inputs(delta: bool, grad: bool = True) -> list:
     return [normal(1, 4), normal(1, 4), normal(2, 4), normal(2), normal(2) if delta else None, normal(2, 5), 1.0, None]
 
 
-def in_a_graph(*x):
-    return op.forward(Inputs(*x[:6]), *x[6:])
+def attend(*x):
+    return op.attend(Call(Inputs(*x[:6]), x[6], cu_seqlens=x[7]))[0]
 
 
 @pytest.fixture(params=["eager", "compiled"])
 def run(request, monkeypatch):
     """The op as eager code calls it, and as compiled code does, in one graph."""
-    if request.param == "eager":
-        yield lambda *x: op.by_kernels(Inputs(*x[:6]), *x[6:])
-        return
     monkeypatch.setattr(dispatch, "attention", lambda inputs, backend: True)
+    if request.param == "eager":
+        yield attend
+        return
     torch._dynamo.reset()
-    yield torch.compile(in_a_graph, fullgraph=True, backend="aot_eager")
+    yield torch.compile(attend, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
 
 
@@ -152,7 +152,7 @@ def test_a_graph_says_which_code_laid_out_what_it_keeps(calls, monkeypatch):
         return graph.forward
 
     torch._dynamo.reset()
-    torch.compile(in_a_graph, fullgraph=True, backend=backend)(*inputs(delta=True))
+    torch.compile(attend, fullgraph=True, backend=backend)(*inputs(delta=True))
     torch._dynamo.reset()
     (code,) = seen
     assert repr(op.KEPT) in code

@@ -8,7 +8,7 @@ from calls import meaning
 
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.ops import dispatch, segments
-from loglinear.ops.inputs import Inputs
+from loglinear.ops.inputs import Call, Inputs
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import LinearState, LogLinearState, joined
 
@@ -59,7 +59,8 @@ def test_outputs_states_and_gradients(case, linear, delta):
     new = join([[None if x is None else x[:, n:] for x in row] for row, n in zip(rows, before)], 1 if packed else 0)
     new = [None if x is None else x.requires_grad_() for x in new]
     q, k, v, g, scales, beta = new
-    o, got = segments.attend(Inputs(q, k, v, g, beta, scales), 0.5, after, packed, states, True)
+    bounds = torch.tensor([0, *after]).cumsum(0) if packed else None
+    o, got = segments.attend(Call(Inputs(q, k, v, g, beta, scales), 0.5, states, True, bounds), after)
     want, expected = chunkwise(0.5 * q, k, v, g, scales, beta, states, lengths=after)
     assert type(got) is type(expected) is (LinearState if linear else LogLinearState)
     assert torch.equal(got.position, expected.position)
@@ -100,7 +101,7 @@ def test_sixteen_bits_go_on_from_a_float32_state(linear, delta):
     state, outputs = None, []
     for tokens in (slice(0, 200), slice(200, 389)):
         q, k, v, g, scales, beta = (None if x is None else x[:, tokens] for x in low)
-        o, state = segments.attend(Inputs(q, k, v, g, beta, scales), 1.0, (q.shape[1],), False, state, True)
+        o, state = segments.attend(Call(Inputs(q, k, v, g, beta, scales), 1.0, state, True), (q.shape[1],))
         outputs.append(o)
     q, k, v, g, scales, beta = wide
     want, expected = chunkwise(q, k, v, g, scales, beta)
@@ -121,7 +122,7 @@ def test_the_public_ops_take_this_way_where_kernels_are(monkeypatch, rule, linea
     """Delta rule and linear models. Short calls and calls without states go other ways."""
     taken = []
     attend = segments.attend
-    monkeypatch.setattr(segments, "attend", lambda *x: taken.append(x[2]) or attend(*x))
+    monkeypatch.setattr(segments, "attend", lambda *x: taken.append(x[1]) or attend(*x))
     monkeypatch.setattr(dispatch, "from_state", lambda inputs, state, backend: inputs.q.shape[1] > 64)
     delta = rule == "delta"
     q, k, v, g, scales, beta = make(200, delta, linear, 0)

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 import loglinear
 from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2
 from loglinear.ops import transforms
-from loglinear.ops.forward import attention
+from loglinear.ops.attention import attention
 from oracle import SAME_NUMBERS, error
 
 gates = pytest.mark.parametrize("gate", ["scalar", "delta"])

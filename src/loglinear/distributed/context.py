@@ -18,8 +18,7 @@ from torch import Tensor
 
 from loglinear.distributed.exchange import exchange, outside_graphs
 from loglinear.fenwick import aligned_blocks
-from loglinear.ops import checks
-from loglinear.ops.attention import outside_autocast, units
+from loglinear.ops.attention import checked, outside_autocast
 from loglinear.ops.blocks import Map, Query, Slot, append, carried, from_nothing, read, wide_dtype
 from loglinear.ops.inputs import Inputs
 from loglinear.state import CHUNK_SIZE
@@ -63,7 +62,7 @@ def context_parallel_attention(
         TypeError, ValueError: as the op; T is not a multiple of ``CHUNK_SIZE``, or (on CUDA a device assertion) differs
         between ranks.
     """
-    return outside_graphs(_attention)(q, k, v, g, None, level_scales, scale, group)
+    return outside_graphs(_attention)(Inputs(q, k, v, g, None, level_scales), scale, group)
 
 
 def context_parallel_delta_rule(
@@ -85,24 +84,13 @@ def context_parallel_delta_rule(
     """
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
-    if use_qk_l2norm_in_kernel:
-        q, k = units(q, k)
-    return outside_graphs(_attention)(q, k, v, g, beta, level_scales, scale, group)
+    inputs = Inputs(q, k, v, g, beta, level_scales)
+    return outside_graphs(_attention)(inputs, scale, group, use_qk_l2norm_in_kernel)
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    level_scales: Tensor | None,
-    scale: float | None,
-    group: dist.ProcessGroup,
-) -> Tensor:
-    (q, k, v), without_autocast = outside_autocast(q, k, v)
-    checks.check_inputs(Inputs(q, k, v, g, beta, level_scales))
-    scale = checks.check_scale(scale)
+def _attention(inputs: Inputs, scale: float | None, group: dist.ProcessGroup, unit_length: bool = False) -> Tensor:
+    (q, k, v, g, beta, level_scales), scale, *_ = checked(inputs, scale, unit_length=unit_length)
+    _, without_autocast = outside_autocast(q)
     length = q.shape[1]
     if length < 1 or length % CHUNK_SIZE:
         raise ValueError(f"q must hold a multiple of {CHUNK_SIZE} tokens on every rank: got T={length}")

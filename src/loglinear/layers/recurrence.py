@@ -21,7 +21,8 @@ from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.packing import check_packed, locate_tokens
 from loglinear.layers.state import RecurrentMixerState, copy_tensors_
 from loglinear.ops import log_linear_attention_step, log_linear_delta_rule_step
-from loglinear.ops.attention import attend
+from loglinear.ops.attention import attend, checked
+from loglinear.ops.inputs import Inputs
 from loglinear.state import LinearState, LogLinearState, check_dtype
 from loglinear.transition import is_per_channel
 
@@ -127,15 +128,8 @@ def _ordinary(
     cu_seqlens_cpu: Tensor | None,
     unit_length: bool,
 ) -> tuple[Tensor, LogLinearState | LinearState | None]:
-    return attend(
-        **{"beta": None, **inputs},
-        level_scales=level_scales,
-        initial_state=memory,
-        output_final_state=output_state,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens_cpu,
-        unit_length=unit_length,
-    )
+    whole = Inputs(**{"beta": None, **inputs}, level_scales=level_scales)
+    return attend(checked(whole, None, memory, output_state, cu_seqlens, cu_seqlens_cpu, "auto", unit_length))
 
 
 def _mix_in_place(

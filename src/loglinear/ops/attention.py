@@ -1,9 +1,12 @@
 """The public functions: log-linear attention with a scalar gate, and with the delta rule.
 
-They check, normalise and dispatch. The algorithm is ``reference/chunkwise.py``; eager CPU calls run it directly (differentiable
-twice, with gradients through states). On CUDA a call runs the kernels where they fit, with states (``segments.py``)
-or without (``forward.py``). Under ``torch.compile``, on fake and on meta tensors a call without states is one
-operator, ``loglinear::attention``; under ``torch.vmap`` too (``transforms.py``).
+A call is ``checked``, and ``attend`` chooses what runs it. The algorithm is ``reference/chunkwise.py``; eager CPU calls run it
+directly (differentiable twice, with gradients through states). On CUDA a call runs the kernels where they fit, from states by
+``segments.py``. Under ``torch.compile``, on fake and on meta tensors a call without states is one operator,
+``loglinear::attention``, which runs without kernels too; so it is under ``torch.vmap`` (``transforms.py``).
+
+The operator saves its inputs alone: the backward computes the states again. A transition that ``keeps`` also saves its maps if
+they fit.
 
 The view of a query, for 8 tokens (a number is a level, whose λ weights it; a bucket of equal numbers is one state):
 
@@ -19,15 +22,23 @@ The view of a query, for 8 tokens (a number is a level, whose λ weights it; a b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loglinear.ops import checks, dispatch, pointwise, segments, transforms
-from loglinear.ops.dispatch import Backend, State
-from loglinear.ops.forward import forward, plain
-from loglinear.ops.inputs import Inputs
+from loglinear.ops import checks, dispatch, pointwise, transforms
+from loglinear.ops.inputs import Backend, Call, Inputs, State
+from loglinear.ops.operators import Operator
+from loglinear.reference.chunkwise import chunkwise
+from loglinear.transition import CHANNEL_GATE, DELTA_RULE, SCALAR_GATE, Transition
+
+# Which layout the kept tensors have, as an argument of the operator and so in the text of every graph: PyTorch files a compiled
+# graph on disk by its text, with the number and sizes of what is kept built in. Raise it when ``kept_shapes`` changes.
+KEPT = "kept as of 0.2.0"
 
 
 def log_linear_attention(
@@ -74,11 +85,11 @@ def log_linear_attention(
     Source: Guo et al. 2025, sections 3.1 to 3.3.
     """
     dispatch.warn_of_heads_first("log_linear_attention", q, initial_state)
-    states, packing = (initial_state, output_final_state), (cu_seqlens, cu_seqlens_cpu)
-    return attend(q, k, v, g, None, level_scales, scale, *states, *packing, backend=backend)
+    options = initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, backend
+    return attend(checked(Inputs(q, k, v, g, None, level_scales), scale, *options))
 
 
-def log_linear_delta_rule(
+def log_linear_delta_rule(  # 13 parameters: the arguments of the field's delta rules, and λ
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -109,8 +120,8 @@ def log_linear_delta_rule(
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
     dispatch.warn_of_heads_first("log_linear_delta_rule", q, initial_state)
-    states, packing = (initial_state, output_final_state), (cu_seqlens, cu_seqlens_cpu)
-    return attend(q, k, v, g, beta, level_scales, scale, *states, *packing, use_qk_l2norm_in_kernel, backend)
+    options = initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, backend, use_qk_l2norm_in_kernel
+    return attend(checked(Inputs(q, k, v, g, beta, level_scales), scale, *options))
 
 
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,58 +153,181 @@ def outside_autocast(*operands: Tensor) -> tuple[tuple[Tensor, ...], AbstractCon
     return given, torch.autocast(device, enabled=False)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    level_scales: Tensor | None,
+def checked(
+    inputs: Inputs,
     scale: float | None = None,
-    initial_state: State | None = None,
+    state: State | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
-    unit_length: bool = False,
     backend: Backend = "auto",
-) -> tuple[Tensor, State | None]:
-    """Both public functions, as layers call them: the delta rule where there is a beta."""
+    unit_length: bool = False,
+) -> Call:
+    """The call of these arguments, with q, k and v in the dtype of autocast, q and k of ``unit_length`` if asked for."""
     dispatch.check_backend(backend)
+    q, k, v, *others = inputs
     if unit_length:
         q, k = units(q, k)
-    (q, k, v), without_autocast = outside_autocast(q, k, v)
-    inputs = Inputs(q, k, v, g, beta, level_scales)
+    (q, k, v), _ = outside_autocast(q, k, v)
+    inputs = Inputs(q, k, v, *others)
     checks.check_inputs(inputs)
     scale = checks.check_scale(scale)
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
-    states = {"initial_state": initial_state, "output_final_state": output_final_state}
-    transforms.check(inputs, cu_seqlens=cu_seqlens, **states)
+    transforms.check(inputs, cu_seqlens=cu_seqlens, initial_state=state, output_final_state=output_final_state)
+    return Call(inputs, scale, state, output_final_state, cu_seqlens, cu_seqlens_cpu, backend)
+
+
+def attend(call: Call) -> tuple[Tensor, State | None]:
+    """(o ``[B, T, H, V]``, the final state if asked for) of a call that is ``checked``."""
+    inputs, scale, state, output_final_state, cu_seqlens, cu_seqlens_cpu, backend = call
+    _, without_autocast = outside_autocast(inputs.q)
     with without_autocast:
-        if initial_state is None and not output_final_state:
-            return forward(inputs, scale, cu_seqlens, cu_seqlens_cpu, backend), None
-        run = _with_states
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            # The contents of a state depend on its positions: no single graph fits, and every token would compile another one.
-            run = torch.compiler.disable(_with_states)
-        return run(inputs, scale, cu_seqlens, cu_seqlens_cpu, initial_state, output_final_state, backend)
+        if state is not None or output_final_state:
+            run = _with_states
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                # The contents of a state depend on its positions: no single graph fits, and every token would compile another.
+                run = torch.compiler.disable(_with_states)
+            return run(call)
+        if not checks.values_are_known(
+            inputs.q
+        ):  # a graph, or tensors without values, of which the operator says the shapes
+            return attention.operator(*inputs, scale, cu_seqlens, None, 0, keep(inputs, cu_seqlens), backend)[0], None
+        kernel = dispatch.attention(inputs, backend)
+        if cu_seqlens_cpu is not None or not kernel:
+            lengths = checks.sequence_lengths(inputs.q, cu_seqlens, cu_seqlens_cpu)
+        if checks.transforming() and (kernel or transforms.vmapped(*inputs)):
+            return transforms.run(attention, *inputs, scale, cu_seqlens, None, 0, "", backend), None
+        if kernel:
+            kept = keep(inputs, None)
+            return attention.function.apply(*inputs, scale, cu_seqlens, None, 0, kept, backend)[0], None
+        return plain(inputs, scale, lengths)[0], None
 
 
-def _with_states(
-    inputs: Inputs,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-    state: State | None,
-    output_final_state: bool,
-    backend: Backend,
-) -> tuple[Tensor, State | None]:
-    lengths = checks.sequence_lengths(inputs.q, cu_seqlens, cu_seqlens_cpu)
+def _with_states(call: Call) -> tuple[Tensor, State | None]:
+    inputs, state, backend = call.inputs, call.state, call.backend
+    lengths = checks.sequence_lengths(inputs.q, call.cu_seqlens, call.cu_seqlens_cpu)
     checks.check_state(state, inputs, len(lengths))
-    packed, unknown = cu_seqlens is not None, not checks.values_are_known(inputs.q)
+    unknown = not checks.values_are_known(inputs.q)
     o, decays = None, inputs.transition().span != "matrix"  # then the final state follows from the tokens alone
     if decays and not inputs.linear() and state is None and (unknown or dispatch.attention(inputs, backend)):
-        o = forward(inputs, scale, cu_seqlens, backend=backend)
+        o, _ = attend(Call(inputs, call.scale, cu_seqlens=call.cu_seqlens, backend=backend))
     if o is not None or unknown or dispatch.from_state(inputs, state, backend):
-        return segments.attend(inputs, scale, lengths, packed, state, output_final_state, o)
-    o, final = plain(inputs, scale, lengths, state)
-    return o, final if output_final_state else None
+        from loglinear.ops import segments  # here: it calls ``attend``
+
+        return segments.attend(call, lengths, o)
+    o, final = plain(inputs, call.scale, lengths, state)
+    return o, final if call.output_final_state else None
+
+
+def plain(inputs: Inputs, scale: float, lengths: tuple[int, ...], state: State | None = None) -> tuple[Tensor, Any]:
+    """``chunkwise`` in float32 (float64 for float64 inputs): o in v's dtype, and the final state."""
+    q, k, v, g, beta, level_scales = inputs
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    gate = q.new_zeros(v.shape[:3], dtype=wide) if g is None else g.to(wide)
+    scales, rate = (None if x is None else x.to(wide) for x in (level_scales, beta))
+    o, final = chunkwise(q.to(wide) * scale, k.to(wide), v.to(wide), gate, scales, rate, state, lengths)
+    return o.to(v.dtype), final
+
+
+def keep(inputs: Inputs, cu_seqlens: Tensor | None) -> str:
+    """``KEPT`` if the forward should leave something for a backward that may follow. Constants to the compiler."""
+    wanted = inputs.transition().keeps and torch.is_grad_enabled() and not mostly_empty(cu_seqlens, inputs.q.shape[1])
+    return KEPT if wanted and any(x is not None and x.requires_grad for x in inputs) else ""
+
+
+@cache
+def kernels_of(transition: Transition) -> Any:
+    """Forward and backward of one transition. Imported on first use: importing loglinear imports no Triton."""
+    from loglinear.kernels import channel, decay, delta
+
+    return {SCALAR_GATE: decay, CHANNEL_GATE: channel, DELTA_RULE: delta}[transition]
+
+
+def mostly_empty(cu_seqlens: Tensor | None, tokens: int) -> bool:
+    """Whether there are as many sequences as tokens: a graph that finds documents itself must have room for so many."""
+    return cu_seqlens is not None and cu_seqlens.shape[0] > max(tokens, 1)
+
+
+def without_empty(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+    """Offsets without empty sequences where most are, which would cost as much as full ones. Waits for the device then."""
+    return torch.unique_consecutive(cu_seqlens) if mostly_empty(cu_seqlens, tokens) else cu_seqlens
+
+
+def _for_kernels(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """Arguments of a kernel call. The linear model's λ is ``[B, T, H, 1]``, a single one that all levels share."""
+    v, scales = inputs.v, inputs.level_scales
+    scales = v.new_ones(()).expand(*v.shape[:3], 1) if scales is None else scales
+    return inputs.q, inputs.k, v, *inputs.gates(), scales
+
+
+def _continued(first_chunks: Tensor | None, reach: int) -> dict[str, Any]:
+    return {} if first_chunks is None else {"first_chunks": first_chunks, "reach": reach}
+
+
+def _of_operator(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """(inputs, scale, cu_seqlens, first_chunks, reach, keep, backend, of a backward kept). first_chunks, reach: of sequences
+    that go on."""
+    return Inputs(*arguments[:6]), *arguments[6:]
+
+
+def _kernels_forward(*arguments: Any) -> Sequence[Tensor]:
+    inputs, scale, cu_seqlens, first_chunks, reach, keep, _ = _of_operator(arguments)
+    kernels = kernels_of(inputs.transition())
+    if keep:
+        return kernels.forward_keeping(*_for_kernels(inputs), scale, cu_seqlens)
+    return [kernels.forward(*_for_kernels(inputs), scale, cu_seqlens, **_continued(first_chunks, reach))]
+
+
+def _kernels_backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
+    inputs, scale, cu_seqlens, first_chunks, reach, *_, kept = _of_operator(arguments)
+    options = {"kept": tuple(kept)} if kept else _continued(first_chunks, reach)
+    backward = kernels_of(inputs.transition()).backward
+    *grads, dscales = backward(do, *_for_kernels(inputs), scale, cu_seqlens, **options)
+    return [*grads, None if inputs.linear() else dscales]
+
+
+def _forward(*arguments: Any) -> Sequence[Tensor]:
+    """As an operator, which also runs where there are no kernels."""
+    inputs, scale, cu_seqlens, *others, backend = _of_operator(arguments)
+    cu_seqlens = without_empty(cu_seqlens, inputs.q.shape[1])
+    if dispatch.attention(inputs, backend):
+        return _kernels_forward(*inputs, scale, cu_seqlens, *others, backend)
+    return [plain(inputs, scale, checks.sequence_lengths(inputs.q, cu_seqlens, None))[0].contiguous()]
+
+
+def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
+    inputs, scale, cu_seqlens, *others, backend, kept = _of_operator(arguments)
+    cu_seqlens = without_empty(cu_seqlens, inputs.q.shape[1])
+    if dispatch.attention(inputs, backend):
+        return _kernels_backward(do, *inputs, scale, cu_seqlens, *others, backend, kept)
+    lengths = checks.sequence_lengths(inputs.q, cu_seqlens, None)
+    # Below a custom operator autograd is switched off; torch.func.vjp would do, but not under a TorchDispatchMode.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        leaves = Inputs(*(None if x is None else x.detach().requires_grad_() for x in inputs))  # type: ignore[arg-type]
+        given = [x for x in leaves if x is not None]
+        o = plain(leaves, scale, lengths)[0]
+        grads = torch.autograd.grad(o, given, do, allow_unused=True, materialize_grads=True)
+    return [x.contiguous() for x in grads]
+
+
+def _fake(*arguments: Any) -> list[Tensor]:
+    inputs, _, cu_seqlens, _, _, keep, backend = _of_operator(arguments)
+    v, shapes = inputs.v, []
+    if keep and inputs.transition().keeps and dispatch.attention(inputs, backend):
+        shapes = kernels_of(inputs.transition()).kept_shapes(inputs.q, v, _for_kernels(inputs)[-1], cu_seqlens)
+    return [v.new_empty(v.shape), *(v.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
+
+
+# keep: empty, or KEPT, on which no number depends.
+attention = Operator(
+    "attention",
+    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? level_scales, float scale, Tensor? cu_seqlens, "
+    "Tensor? first_chunks, int reach, str keep, str backend",
+    1,
+    _forward,
+    _backward,
+    _fake,
+    keeps=True,
+    eager=(_kernels_forward, _kernels_backward),
+)
+transforms.register(attention)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.ops.forward import forward
-from loglinear.ops.inputs import Inputs
+from loglinear.ops.attention import attend
+from loglinear.ops.inputs import Call, Inputs
 from loglinear.state import CHUNK_SIZE
 
 
@@ -88,11 +88,11 @@ def from_nothing(inputs: Inputs, with_state: bool, o: Tensor | None = None) -> t
     o is given where it is known already, unless A is a matrix.
     """
     if not with_state:
-        return forward(inputs) if o is None else o, None
+        return attend(Call(inputs))[0] if o is None else o, None
     if o is not None:
         return o, _written(inputs)
     length, width = inputs.q.shape[1], inputs.q.shape[3]
-    both = forward(inputs.extended(0, width, q=torch.cat([inputs.q, _unit_rows(inputs.q)], 1)))
+    both, _ = attend(Call(inputs.extended(0, width, q=torch.cat([inputs.q, _unit_rows(inputs.q)], 1))))
     o, rows = both.split([length, width], 1)
     return o, rows.transpose(1, 2)
 
@@ -135,7 +135,7 @@ def carried(inputs: Inputs) -> tuple[Query, Tensor]:
         v=F.pad(writes, (0, 0, 0, 0, 0, q.shape[1] + width)),
         beta=F.pad(F.pad(beta, (0, 0, width, 0), value=1.0), (0, 0, 0, width)),
     )
-    _, query, transition = forward(seen).split([width, q.shape[1], width], 1)
+    _, query, transition = attend(Call(seen))[0].split([width, q.shape[1], width], 1)
     return Query(query), transition.transpose(1, 2)
 
 

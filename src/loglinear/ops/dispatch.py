@@ -16,12 +16,10 @@ from torch import Tensor
 from loglinear import kernels
 from loglinear.kernels.devices import why_unfit
 from loglinear.ops import checks
-from loglinear.ops.inputs import Inputs
-from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState
+from loglinear.ops.inputs import Backend, Inputs, State
+from loglinear.state import CHUNK_SIZE, LinearState
 from loglinear.transition import SCALAR_GATE
 
-Backend = Literal["auto", "triton", "torch"]
-State = LogLinearState | LinearState
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 1024  # of the kernels
 MAX_CHANNELS = 128  # of the kernels of a gate per channel: their queries and keys are as wide as their gates
 STEP_CHUNKS = (16, 32, 64)  # chunks of a state that the step kernels compile for; with longer ones they spill

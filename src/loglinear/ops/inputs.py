@@ -1,16 +1,20 @@
-"""INPUTS: the tensors of one call as one value, and its transition.
+"""INPUTS: the tensors of one call as one value, with its transition, and the call itself.
 
 Its facts are methods: PyTorch 2.8 does not compile properties of a named tuple.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from loglinear.state import LinearState, LogLinearState
 from loglinear.transition import Transition, is_per_channel, transition_of
+
+Backend = Literal["auto", "triton", "torch"]
+State = LogLinearState | LinearState
 
 
 class Inputs(NamedTuple):
@@ -50,3 +54,15 @@ class Inputs(NamedTuple):
             return F.pad(x, sizes, value=1.0 if name == "level_scales" else 0.0)
 
         return Inputs(*(padded(name, x) for name, x in zip(self._fields, self)))  # type: ignore[arg-type]
+
+
+class Call(NamedTuple):
+    """A call of either public op, with the meanings of the arguments there."""
+
+    inputs: Inputs
+    scale: float = 1.0
+    state: State | None = None
+    output_final_state: bool = False
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+    backend: Backend = "auto"

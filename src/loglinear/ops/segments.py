@@ -21,10 +21,9 @@ from torch import Tensor
 
 from loglinear.fenwick import aligned_blocks
 from loglinear.ops import checks, dispatch
+from loglinear.ops.attention import attention
 from loglinear.ops.blocks import Map, Query, Slot, append, carried, from_nothing, read, wide_dtype
-from loglinear.ops.dispatch import State
-from loglinear.ops.forward import by_kernels
-from loglinear.ops.inputs import Inputs
+from loglinear.ops.inputs import Call, Inputs, State
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState, joined
 
 
@@ -36,26 +35,19 @@ class _Walk(NamedTuple):
     opened: Inputs
 
 
-def attend(
-    inputs: Inputs,
-    scale: float,
-    lengths: tuple[int, ...],
-    packed: bool,
-    state: State | None,
-    output_final_state: bool,
-    o: Tensor | None = None,
-) -> tuple[Tensor, State | None]:
-    """(o, final state) of either op; arguments as there, ``lengths`` of each sequence.
+def attend(call: Call, lengths: tuple[int, ...], o: Tensor | None = None) -> tuple[Tensor, State | None]:
+    """(o, final state) of a call of sequences of these lengths.
 
     o: of these tokens alone, if it is known; not with a state. Waits for the device once, for the positions of a tree's state.
     """
+    inputs, scale, state, output_final_state, *_ = call
     wide, v = wide_dtype(inputs), inputs.v
     gate = v.new_zeros(v.shape[:3], dtype=wide) if inputs.g is None else inputs.g.to(wide)
     tree = state if isinstance(state, LogLinearState) else None
     assert tree is None or tree.chunk_size == CHUNK_SIZE
     positions = [0] * len(lengths) if tree is None else tree.position.tolist()
     used = [position % CHUNK_SIZE for position in positions]
-    alike = len(set(positions)) < 2 and (not packed or len(lengths) < 2)
+    alike = len(set(positions)) < 2 and (call.cu_seqlens is None or len(lengths) < 2)
     stream = _stream(inputs._replace(g=gate), tree, lengths, used, alike)
     if o is None and tree is not None and inputs.transition().by_log and not checks.transforming():
         o = _at_once(stream, scale, lengths, tree, positions) if dispatch.attention(inputs) else None
@@ -120,7 +112,8 @@ def _at_once(
     # Kernels are compiled for a depth of the tree: a power of two is the same depth for many positions.
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
     flat = Inputs(*(None if x is None else x.reshape(1, -1, *x.shape[2:]) for x in stream))  # type: ignore[arg-type]
-    return by_kernels(flat, scale, bounds, state.position // CHUNK_SIZE, reach).reshape(stream.v.shape)
+    continued = state.position // CHUNK_SIZE, reach
+    return attention.function.apply(*flat, scale, bounds, *continued, "", "auto")[0].reshape(stream.v.shape)
 
 
 def _walk(inputs: Inputs, o: Tensor | None, slots: list[Slot], first: int, with_state: bool, scale: float) -> _Walk:

@@ -12,7 +12,7 @@ from cases import FLOAT32, INTERPRETED
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels import tuning
 from loglinear.ops import dispatch
-from loglinear.ops.forward import plain as run_plain
+from loglinear.ops.attention import plain as run_plain
 from loglinear.ops.inputs import Inputs
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, joined
