@@ -8,8 +8,10 @@ may then go on from a state.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
@@ -39,6 +41,15 @@ class Launch:
         """As Triton's launch options."""
         cap = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, "num_stages": self.stages, **cap}
+
+
+Config = TypeVar("Config")
+
+
+def uniform(kind: Callable[..., Config], launch: Launch, **sizes: int) -> Config:
+    """A configuration of this kind and these sizes, whose kernels are all launched alike."""
+    kernels = (field.name for field in dataclasses.fields(kind) if field.name not in sizes)  # type: ignore[arg-type]
+    return kind(**sizes, **dict.fromkeys(kernels, launch))
 
 
 @dataclass(frozen=True)
@@ -96,41 +107,15 @@ def scalar_gate_config(
 def low_precision_config(chunk: int, warps: int, block_k: int = 128, heads: int = 12) -> ScalarGateConfig:
     """16-bit inputs: tensor cores, accumulators of at most 64 registers a thread."""
     wide = Launch(warps=warps, stages=2)
-    return ScalarGateConfig(
-        chunk=chunk,
-        heads=heads,
-        segment=8,
-        least_tile=LEAST_TILE,
-        block_k=block_k,
-        states=wide,
-        output=wide,
-        windows=wide,
-        chunk_grads=wide,
-        local=wide,
-        value=wide,
-        query=wide,
-        key=wide,
-    )
+    sizes = {"chunk": chunk, "heads": heads, "segment": 8, "least_tile": LEAST_TILE, "block_k": block_k}
+    return uniform(ScalarGateConfig, wide, **sizes)
 
 
 def float32_config(key_width: int) -> ScalarGateConfig:
     """Float32 inputs: IEEE products on the ordinary units, so tiles are small."""
     small = Launch(warps=4, stages=1, block_v=32)
-    return ScalarGateConfig(
-        chunk=CHUNK_SIZE // 2,
-        heads=4,
-        segment=8,
-        least_tile=16,
-        block_k=min(64, 1 << (key_width - 1).bit_length()),
-        states=small,
-        output=small,
-        windows=small,
-        chunk_grads=small,
-        local=small,
-        value=small,
-        query=small,
-        key=small,
-    )
+    block_k = min(64, 1 << (key_width - 1).bit_length())
+    return uniform(ScalarGateConfig, small, chunk=CHUNK_SIZE // 2, heads=4, segment=8, least_tile=16, block_k=block_k)
 
 
 @dataclass(frozen=True)
@@ -168,7 +153,7 @@ def channel_config(dtype: torch.dtype, key_width: int, value_width: int) -> Chan
 
 def uniform_channel_config(chunk: int, least_tile: int, launch: Launch) -> ChannelConfig:
     """Every kernel launched alike."""
-    return ChannelConfig(chunk, least_tile, *[launch] * (len(dataclasses.fields(ChannelConfig)) - 2))
+    return uniform(ChannelConfig, launch, chunk=chunk, least_tile=least_tile)
 
 
 @dataclass(frozen=True)
@@ -211,7 +196,7 @@ def delta_rule_config(dtype: torch.dtype, key_width: int, value_width: int) -> D
 
 def uniform_delta_config(chunk: int, launch: Launch, segment: int = 8, least_tile: int = 16) -> DeltaRuleConfig:
     """Every kernel launched alike."""
-    return DeltaRuleConfig(chunk, segment, least_tile, *[launch] * (len(dataclasses.fields(DeltaRuleConfig)) - 3))
+    return uniform(DeltaRuleConfig, launch, chunk=chunk, segment=segment, least_tile=least_tile)
 
 
 # The best of each kernel, measured: H200, Triton 3.6, bf16, B=2, T=16,384, H=G=16, K=V=128, 2026-11-22.

@@ -39,6 +39,7 @@ from loglinear.transition import CHANNEL_GATE, DELTA_RULE, SCALAR_GATE, Transiti
 # Which layout the kept tensors have, as an argument of the operator and so in the text of every graph: PyTorch files a compiled
 # graph on disk by its text, with the number and sizes of what is kept built in. Raise it when ``kept_shapes`` changes.
 KEPT = "kept as of 0.2.0"
+KERNELS = "kernels"  # the operator's backend where they have been chosen
 
 
 def log_linear_attention(
@@ -198,8 +199,7 @@ def attend(call: Call) -> tuple[Tensor, State | None]:
         if checks.transforming() and (kernel or transforms.vmapped(*inputs)):
             return transforms.run(attention, *inputs, scale, cu_seqlens, None, 0, "", backend), None
         if kernel:
-            kept = keep(inputs, None)
-            return attention.function.apply(*inputs, scale, cu_seqlens, None, 0, kept, backend)[0], None
+            return attention.function.apply(*inputs, scale, cu_seqlens, None, 0, keep(inputs, None), KERNELS)[0], None
         return plain(inputs, scale, lengths)[0], None
 
 
@@ -248,11 +248,6 @@ def mostly_empty(cu_seqlens: Tensor | None, tokens: int) -> bool:
     return cu_seqlens is not None and cu_seqlens.shape[0] > max(tokens, 1)
 
 
-def without_empty(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
-    """Offsets without empty sequences where most are, which would cost as much as full ones. Waits for the device then."""
-    return torch.unique_consecutive(cu_seqlens) if mostly_empty(cu_seqlens, tokens) else cu_seqlens
-
-
 def _for_kernels(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Arguments of a kernel call. The linear model's λ is ``[B, T, H, 1]``, a single one that all levels share."""
     v, scales = inputs.v, inputs.level_scales
@@ -260,65 +255,53 @@ def _for_kernels(inputs: Inputs) -> tuple[Tensor | None, ...]:
     return inputs.q, inputs.k, v, *inputs.gates(), scales
 
 
-def _continued(first_chunks: Tensor | None, reach: int) -> dict[str, Any]:
-    return {} if first_chunks is None else {"first_chunks": first_chunks, "reach": reach}
-
-
-def _of_operator(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """(inputs, scale, cu_seqlens, first_chunks, reach, keep, backend, of a backward kept). first_chunks, reach: of sequences
-    that go on."""
-    return Inputs(*arguments[:6]), *arguments[6:]
-
-
-def _kernels_forward(*arguments: Any) -> Sequence[Tensor]:
-    inputs, scale, cu_seqlens, first_chunks, reach, keep, _ = _of_operator(arguments)
-    kernels = kernels_of(inputs.transition())
-    if keep:
-        return kernels.forward_keeping(*_for_kernels(inputs), scale, cu_seqlens)
-    return [kernels.forward(*_for_kernels(inputs), scale, cu_seqlens, **_continued(first_chunks, reach))]
-
-
-def _kernels_backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
-    inputs, scale, cu_seqlens, first_chunks, reach, *_, kept = _of_operator(arguments)
-    options = {"kept": tuple(kept)} if kept else _continued(first_chunks, reach)
-    backward = kernels_of(inputs.transition()).backward
-    *grads, dscales = backward(do, *_for_kernels(inputs), scale, cu_seqlens, **options)
-    return [*grads, None if inputs.linear() else dscales]
+def _chosen(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """(kernels or None, inputs, scale, cu_seqlens, options of kernels that go on, keep) of an operator's arguments."""
+    inputs, (scale, cu_seqlens, first_chunks, reach, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
+    taken = backend == KERNELS or dispatch.attention(inputs, backend)
+    if backend != KERNELS and mostly_empty(
+        cu_seqlens, inputs.q.shape[1]
+    ):  # empty sequences would cost as much as full ones
+        cu_seqlens = torch.unique_consecutive(cu_seqlens)  # waits for the device
+    continued = {} if first_chunks is None else {"first_chunks": first_chunks, "reach": reach}
+    return kernels_of(inputs.transition()) if taken else None, inputs, scale, cu_seqlens, continued, keep
 
 
 def _forward(*arguments: Any) -> Sequence[Tensor]:
-    """As an operator, which also runs where there are no kernels."""
-    inputs, scale, cu_seqlens, *others, backend = _of_operator(arguments)
-    cu_seqlens = without_empty(cu_seqlens, inputs.q.shape[1])
-    if dispatch.attention(inputs, backend):
-        return _kernels_forward(*inputs, scale, cu_seqlens, *others, backend)
-    return [plain(inputs, scale, checks.sequence_lengths(inputs.q, cu_seqlens, None))[0].contiguous()]
+    kernels, inputs, scale, cu_seqlens, continued, keep = _chosen(arguments)
+    if kernels is None:
+        return [plain(inputs, scale, checks.sequence_lengths(inputs.q, cu_seqlens, None))[0].contiguous()]
+    if keep:
+        return kernels.forward_keeping(*_for_kernels(inputs), scale, cu_seqlens)
+    return [kernels.forward(*_for_kernels(inputs), scale, cu_seqlens, **continued)]
 
 
 def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
-    inputs, scale, cu_seqlens, *others, backend, kept = _of_operator(arguments)
-    cu_seqlens = without_empty(cu_seqlens, inputs.q.shape[1])
-    if dispatch.attention(inputs, backend):
-        return _kernels_backward(do, *inputs, scale, cu_seqlens, *others, backend, kept)
+    *given, kept = arguments
+    kernels, inputs, scale, cu_seqlens, continued, _ = _chosen(given)
+    if kernels is not None:
+        options = {"kept": tuple(kept)} if kept else continued
+        *grads, dscales = kernels.backward(do, *_for_kernels(inputs), scale, cu_seqlens, **options)
+        return [*grads, None if inputs.linear() else dscales]
     lengths = checks.sequence_lengths(inputs.q, cu_seqlens, None)
     # Below a custom operator autograd is switched off; torch.func.vjp would do, but not under a TorchDispatchMode.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         leaves = Inputs(*(None if x is None else x.detach().requires_grad_() for x in inputs))  # type: ignore[arg-type]
-        given = [x for x in leaves if x is not None]
-        o = plain(leaves, scale, lengths)[0]
-        grads = torch.autograd.grad(o, given, do, allow_unused=True, materialize_grads=True)
+        o, wanted = plain(leaves, scale, lengths)[0], [x for x in leaves if x is not None]
+        grads = torch.autograd.grad(o, wanted, do, allow_unused=True, materialize_grads=True)
     return [x.contiguous() for x in grads]
 
 
 def _fake(*arguments: Any) -> list[Tensor]:
-    inputs, _, cu_seqlens, _, _, keep, backend = _of_operator(arguments)
+    inputs, (_, cu_seqlens, _, _, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
     v, shapes = inputs.v, []
-    if keep and inputs.transition().keeps and dispatch.attention(inputs, backend):
+    if keep and dispatch.attention(inputs, backend):
         shapes = kernels_of(inputs.transition()).kept_shapes(inputs.q, v, _for_kernels(inputs)[-1], cu_seqlens)
     return [v.new_empty(v.shape), *(v.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
 
 
-# keep: empty, or KEPT, on which no number depends.
+# first_chunks, reach: of sequences that go on from a state, as in ``kernels.decay.forward``. keep: empty, or KEPT, on which no
+# number depends. backend: that of the op, or KERNELS.
 attention = Operator(
     "attention",
     "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? level_scales, float scale, Tensor? cu_seqlens, "
@@ -328,6 +311,5 @@ attention = Operator(
     _backward,
     _fake,
     keeps=True,
-    eager=(_kernels_forward, _kernels_backward),
 )
 transforms.register(attention)

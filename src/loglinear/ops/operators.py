@@ -38,7 +38,6 @@ class Operator:
         backward: of the gradients of all results and the arguments, to the gradients of the floating-point tensors among
             them. fake: as forward, for sizes and dtypes.
         keeps: whether the forward pass gives more tensors behind its results, which the backward gets as a list, last.
-        eager: (forward, backward) of eager calls, if they have less to decide.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Operator:
         backward: Callable,
         fake: Callable,
         keeps: bool = False,
-        eager: tuple[Callable, Callable] | None = None,
     ) -> None:
         self.results, self.keeps = results, keeps
         gradients = ", ".join(f"Tensor gradient_{i}" for i in range(results))
@@ -58,7 +56,7 @@ class Operator:
         self.operator = _define(name, arguments, forward, fake)
         self.backward = _define(f"{name}_backward", schema, backward, lambda *inputs: like(*inputs[results:]))
         self.operator.register_autograd(self._gradients_by(self.backward), setup_context=self._save)
-        self.function = self._function(name, *(eager or (forward, backward)))
+        self.function = self._function(name, forward, backward)
 
     def __call__(self, *inputs: Any) -> Sequence[Tensor]:
         """All results."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loglinear.fenwick import aligned_blocks
 from loglinear.ops import checks, dispatch
-from loglinear.ops.attention import attention
+from loglinear.ops.attention import KERNELS, attention
 from loglinear.ops.blocks import Map, Query, Slot, append, carried, from_nothing, read, wide_dtype
 from loglinear.ops.inputs import Call, Inputs, State
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState, joined
@@ -113,7 +113,7 @@ def _at_once(
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
     flat = Inputs(*(None if x is None else x.reshape(1, -1, *x.shape[2:]) for x in stream))  # type: ignore[arg-type]
     continued = state.position // CHUNK_SIZE, reach
-    return attention.function.apply(*flat, scale, bounds, *continued, "", "auto")[0].reshape(stream.v.shape)
+    return attention.function.apply(*flat, scale, bounds, *continued, "", KERNELS)[0].reshape(stream.v.shape)
 
 
 def _walk(inputs: Inputs, o: Tensor | None, slots: list[Slot], first: int, with_state: bool, scale: float) -> _Walk:

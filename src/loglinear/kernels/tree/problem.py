@@ -87,7 +87,7 @@ class Problem:
 
     @property
     def sequence_count(self) -> int:
-        return self.batch if self.sequences is None else self.sequences.shape[0]
+        return self.tables[1].shape[0] if self.packed else self.batch
 
     @property
     def sequence_octets(self) -> int:
@@ -115,12 +115,16 @@ class Problem:
     @property
     def of_chunks(self) -> tuple[Table, int, int, int]:
         """The arguments by which a kernel finds the place of a chunk: table, T, N, NG."""
-        return Table(self.chunk_sequence, self.sequences), self.length, self.chunks, self.sequence_octets
+        return self._places(slice(self.all_chunks))
 
     @property
     def of_octets(self) -> tuple[Table, int, int, int]:
         """The same of an octet."""
-        return Table(self.octet_sequence, self.sequences), self.length, self.chunks, self.sequence_octets
+        return self._places(slice(self.all_chunks, None))
+
+    def _places(self, units: slice) -> tuple[Table, int, int, int]:
+        table = Table(self.tables[0][units], self.tables[1]) if self.packed else Table(None, None)
+        return table, self.length, self.chunks, self.sequence_octets
 
     def sizes(
         self, dtype: torch.dtype, BK: int = 0, BV: int = 0, BN: int = 0, HEADS: int = 0, LEVELS: int = 0
@@ -131,14 +135,6 @@ class Problem:
         letters = self.heads, self.groups, self.key_width, self.value_width, chunk, chunk.bit_length() - 1
         tiles = {"BK": BK, "BV": BV, "BN": BN, "HEADS": HEADS, "LEVELS": LEVELS}
         return sizes(*letters, **tiles, EXACT=exact, PACKED=self.packed, PRECISION=precision)
-
-    @property
-    def chunk_sequence(self) -> Tensor | None:
-        return None if self.unit_sequence is None else self.unit_sequence[: self.all_chunks]
-
-    @property
-    def octet_sequence(self) -> Tensor | None:
-        return None if self.unit_sequence is None else self.unit_sequence[self.all_chunks :]
 
     @property
     def tier_octets(self) -> tuple[tuple[int, int], ...]:
@@ -177,14 +173,6 @@ class Problem:
     def path_starts(self) -> Tensor | None:
         """``[n]`` number of path entries of all sequences before each; None if not packed: all have ``path_entries``."""
         return self.tables[2] if self.packed else None
-
-    @property
-    def unit_sequence(self) -> Tensor | None:
-        return self.tables[0] if self.packed else None
-
-    @property
-    def sequences(self) -> Tensor | None:
-        return self.tables[1] if self.packed else None
 
 
 def set_bits_before(n: int) -> int:
