@@ -13,7 +13,6 @@ own, or two if slots stand before it.
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +24,6 @@ from loglinear.ops.attention import KERNELS, attention
 from loglinear.ops.blocks import Map, Query, Slot, append, carried, from_nothing, read, wide_dtype
 from loglinear.ops.inputs import Call, Inputs, State
 from loglinear.state import CHUNK_SIZE, LinearState, LogLinearState, joined
-
-
-class _Walk(NamedTuple):
-    """The end of a walk over the blocks of rows at one position: o, slots, and the tokens of the open chunk."""
-
-    o: Tensor
-    slots: list[Slot]
-    opened: Inputs
 
 
 def attend(call: Call, lengths: tuple[int, ...], o: Tensor | None = None) -> tuple[Tensor, State | None]:
@@ -64,14 +55,17 @@ def attend(call: Call, lengths: tuple[int, ...], o: Tensor | None = None) -> tup
         own = rows if alike else slice(None)
         before = None if state is None else state._map(lambda x, rows=rows: x[rows])
         position, new = (positions[rows] or [0])[0], (lengths[rows] or (0,))[0]
-        walk = _walk(
-            stream.part(own, tokens), None if o is None else o[own, tokens], _slots_of(before, position),
-            position // CHUNK_SIZE, output_final_state, scale,
-        )  # fmt: skip
-        outputs.append(walk.o[:, walk.o.shape[1] - new :])
+        part, known, slots = (
+            stream.part(own, tokens),
+            None if o is None else o[own, tokens],
+            _slots_of(before, position),
+        )
+        walked, slots = _walk(part, known, slots, position // CHUNK_SIZE, output_final_state, scale)
+        outputs.append(walked[:, walked.shape[1] - new :])
         if output_final_state:
             seen = torch.full((len(positions[rows]),), position + new, dtype=torch.int64, device=v.device)
-            finals.append(_state_of(walk, seen if before is None else before.position + new))
+            opened = part.part(slice(None), slice(_closed(part), None))
+            finals.append(_state_of(slots, opened, seen if before is None else before.position + new))
     out = outputs[0] if alike else torch.cat([x.flatten(0, 1) for x in outputs])
     return out.reshape(v.shape), joined(finals) if output_final_state else None
 
@@ -116,13 +110,19 @@ def _at_once(
     return attention.function.apply(*flat, scale, bounds, *continued, "", KERNELS)[0].reshape(stream.v.shape)
 
 
-def _walk(inputs: Inputs, o: Tensor | None, slots: list[Slot], first: int, with_state: bool, scale: float) -> _Walk:
-    """Over the blocks of streams that begin with chunk ``first``, whose ``slots`` stand before them.
+def _closed(stream: Inputs) -> int:
+    """Tokens in closed chunks. Without a tree there are none."""
+    return 0 if stream.linear() else stream.q.shape[1] // CHUNK_SIZE * CHUNK_SIZE
+
+
+def _walk(
+    inputs: Inputs, o: Tensor | None, slots: list[Slot], first: int, with_state: bool, scale: float
+) -> tuple[Tensor, list[Slot]]:
+    """(o, slots at the end) of streams that begin with chunk ``first``, whose ``slots`` stand before them.
 
     o: of the streams with nothing before them, if it is known. The slots at the end have a meaning only ``with_state``.
     """
-    total, linear, known = inputs.q.shape[1], inputs.linear(), o is not None
-    closed = 0 if linear else total // CHUNK_SIZE * CHUNK_SIZE
+    total, closed, linear, known = inputs.q.shape[1], _closed(inputs), inputs.linear(), o is not None
     blocks = [(len(block) * CHUNK_SIZE, len(block)) for block in aligned_blocks(first, first + closed // CHUNK_SIZE)]
     if total > closed:
         blocks.append((total - closed, 0))
@@ -139,8 +139,7 @@ def _walk(inputs: Inputs, o: Tensor | None, slots: list[Slot], first: int, with_
         outputs.append(read(alone, query, block, before if known else slots, scale))
         slots = append(slots, Map(transition, state), chunks, linear) if leaves else slots
         before = append(before, Map(transition, None), chunks, linear) if before and chunks else before
-    out = torch.cat(outputs, 1) if o is None or reads else o
-    return _Walk(out, slots, inputs.part(slice(None), slice(closed, total)))
+    return torch.cat(outputs, 1) if o is None or reads else o, slots
 
 
 def _slots_of(state: State | None, position: int) -> list[Slot]:
@@ -155,16 +154,14 @@ def _slots_of(state: State | None, position: int) -> list[Slot]:
     return slots if state.transition.by_log else [Slot(slot.chunks, slot.value()) for slot in slots]
 
 
-def _state_of(walk: _Walk, position: Tensor) -> State:
-    """The state at the end of a walk."""
-    opened, wide = walk.opened, wide_dtype(walk.opened)
+def _state_of(slots: list[Slot], opened: Inputs, position: Tensor) -> State:
+    """The state at the end of a walk, of its slots and the tokens of the open chunk."""
+    wide = wide_dtype(opened)
     (rows, _, heads, value_width), width = opened.v.shape, opened.k.shape[3]
-    held = {slot.chunks: slot for slot in walk.slots}
+    held = {slot.chunks: slot for slot in slots}
     nothing = opened.v.new_zeros(rows, heads, width, value_width, dtype=wide)
     if opened.linear():
-        return LinearState(
-            position, next((x.state.to(wide, copy=True) for x in walk.slots if x.state is not None), nothing)
-        )
+        return LinearState(position, next((x.state.to(wide, copy=True) for x in slots if x.state is not None), nothing))
     slots = [held.get(1 << m, Slot(1 << m, nothing)) for m in range(max(held, default=0).bit_length())]
     entries = [slot.state.to(wide).unsqueeze(2) for slot in slots if slot.state is not None]
     logs = [nothing.new_zeros(rows, heads) if slot.log is None else slot.log.to(wide) for slot in slots]
