@@ -108,8 +108,8 @@ def log_linear_delta_rule(  # 13 parameters: the arguments of the field's delta 
     """Log-linear attention with the (gated) delta rule (Log-Linear Gated DeltaNet): O(T log T), O(log T) state.
 
     The transition of token t is ``(I - β_t k_t k_tᵀ) exp(g_t)``, with a decay for each key channel that of Kimi Delta
-    Attention, and it writes ``β_t k_t v_tᵀ``; a query reads the bucket of
-    each level through the ordered product of the transitions after it, weighted with that level's λ.
+    Attention, and it writes ``β_t k_t v_tᵀ``; a query reads the bucket of each level through the ordered product of the
+    transitions after it, weighted with that level's λ.
 
     Args:
         beta: β ``[B, T, H]``, writing strength, in [0, 2] for a stable recurrence with keys of unit length.
