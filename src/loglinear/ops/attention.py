@@ -286,7 +286,7 @@ def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
     lengths = checks.sequence_lengths(inputs.q, cu_seqlens, None)
     # Below a custom operator autograd is switched off; torch.func.vjp would do, but not under a TorchDispatchMode.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-        leaves = Inputs(*(None if x is None else x.detach().requires_grad_() for x in inputs))  # type: ignore[arg-type]
+        leaves = inputs.each(lambda x: x.detach().requires_grad_())
         o, wanted = plain(leaves, scale, lengths)[0], [x for x in leaves if x is not None]
         grads = torch.autograd.grad(o, wanted, do, allow_unused=True, materialize_grads=True)
     return [x.contiguous() for x in grads]

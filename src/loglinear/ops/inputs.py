@@ -5,6 +5,7 @@ Its facts are methods: PyTorch 2.8 does not compile properties of a named tuple.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -40,9 +41,13 @@ class Inputs(NamedTuple):
         """Whether there is no tree: the linear model, with one state of fixed size."""
         return self.level_scales is None
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """The function of each tensor."""
+        return Inputs(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
+
     def part(self, rows: slice, tokens: slice) -> Inputs:
         """Some rows and tokens of all."""
-        return Inputs(*(None if x is None else x[rows, tokens] for x in self))  # type: ignore[arg-type]
+        return self.each(lambda x: x[rows, tokens])
 
     def extended(self, before: int, after: int, **given: Tensor) -> Inputs:
         """With ``before`` and ``after`` tokens of zeros: they write, forget and ask nothing. λ is 1 there."""

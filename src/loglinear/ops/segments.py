@@ -74,14 +74,11 @@ def _stream(
     whole: Inputs, state: LogLinearState | None, lengths: tuple[int, ...], used: list[int], alike: bool
 ) -> Inputs:
     """The streams as rows if they are alike, else one behind the other in a single row."""
-    old: dict[str, Tensor | None] = {}
-    if state is not None:
-        old = {"k": state.open_k, "v": state.open_v, "g": state.open_g, "beta": state.open_beta}  # [n, heads, C, ...]
 
     def extended(name: str, x: Tensor | None) -> Tensor | None:
         if x is None or (alike and not any(used)):
             return x
-        flat, opened = x.reshape(1, -1, *x.shape[2:]), old.get(name)
+        flat, opened = x.reshape(1, -1, *x.shape[2:]), getattr(state, f"open_{name}", None)  # [n, heads, C, ...]
         if any(used):
             parts = []
             for row, (count, new) in enumerate(zip(used, flat.split(lengths, 1))):
@@ -105,7 +102,7 @@ def _at_once(
     bounds = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(stream.v.device, non_blocking=True)
     # Kernels are compiled for a depth of the tree: a power of two is the same depth for many positions.
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
-    flat = Inputs(*(None if x is None else x.reshape(1, -1, *x.shape[2:]) for x in stream))  # type: ignore[arg-type]
+    flat = stream.each(lambda x: x.reshape(1, -1, *x.shape[2:]))
     continued = state.position // CHUNK_SIZE, reach
     return attention.function.apply(*flat, scale, bounds, *continued, "", KERNELS)[0].reshape(stream.v.shape)
 
