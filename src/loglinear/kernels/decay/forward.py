@@ -47,8 +47,8 @@ def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
     return tile_k, tile_v, cdiv(K, tile_k) * cdiv(V, tile_v)
 
 
-def launch_chunk_states(problem: Problem, x: Inputs, least: int) -> States:
-    """Entries inside octets, of ``least`` chunks or more; ``launch_node_states`` adds the longer ones."""
+def launch_states(problem: Problem, x: Inputs, least: int) -> States:
+    """The entries of the Fenwick array that have ``least`` chunks or more: those inside octets, and then the longer ones."""
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
     sums = launching.scratch((H, 2 if dtype == torch.float32 else 1, problem.tokens), torch.float32, device)
     logs = [
@@ -62,7 +62,8 @@ def launch_chunk_states(problem: Problem, x: Inputs, least: int) -> States:
     arguments = x, states, *problem.of_octets, problem.tokens, sums.stride(0)
     S = problem.sizes(dtype, BK=tile_k, BV=tile_v)
     launching.launch(chunk_states_kernel, problem.all_octets * H * tiles, *arguments, S=S, LEAST=least, **options)
-    return states
+    launch_node_states(problem, states, dtype)
+    return states._replace(octet_states=None)  # a kernel that is given them would keep their memory
 
 
 def launch_node_states(problem: Problem, states: States, dtype: torch.dtype) -> None:
@@ -74,13 +75,6 @@ def launch_node_states(problem: Problem, states: States, dtype: torch.dtype) -> 
     programs = problem.all_octets * problem.heads * cdiv(state, block)
     sizes = problem.sizes(dtype)
     launching.launch(node_states_kernel, programs, states, *problem.of_octets, S=sizes, BLOCK=block, num_warps=4)
-
-
-def launch_states(problem: Problem, x: Inputs, least: int) -> States:
-    """The entries of the Fenwick array that have ``least`` chunks or more."""
-    states = launch_chunk_states(problem, x, least)
-    launch_node_states(problem, states, x.v.dtype)
-    return states._replace(octet_states=None)  # a kernel that is given them would keep their memory
 
 
 def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:

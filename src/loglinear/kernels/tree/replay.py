@@ -52,17 +52,6 @@ class Address(NamedTuple):
         return self.value
 
 
-class Step(NamedTuple):
-    """One launch of a plan: the scratch it needs first (number, shape, dtype), the kernel, where its arguments are in the table
-    (a slice for a bundle), and the numbers of the scratch that no later launch needs.
-    """
-
-    made: list[tuple[int, torch.Size, torch.dtype]]
-    start: Callable
-    picks: list[int | slice]
-    done: list[int]
-
-
 class Life(NamedTuple):
     """A piece of scratch: its number, its bytes, and the first and the last launch that take it."""
 
