@@ -123,7 +123,10 @@ def test_descriptors_keep_their_form_and_get_the_new_addresses(host):
     def function(inputs):
         (x,) = inputs
         middle, result = scratch((4,), x.dtype, x.device), scratch((4,), x.dtype, x.device)
-        described = (SimpleNamespace(base=y, block_shape=[size]) for y, size in ((x[1:], 3), (middle, 4)))
+        described = (
+            SimpleNamespace(base=y, shape=[size], strides=[1], block_shape=[2], padding="nan")
+            for y, size in ((x[1:], 3), (middle, 4))
+        )
         launch(kernel, 5, *described, result)
         return (result,)
 
@@ -131,8 +134,8 @@ def test_descriptors_keep_their_form_and_get_the_new_addresses(host):
     x = torch.zeros(4)
     (result,) = replay.replay(function, [x])
     first, second, last = kernel.compiled.calls[0][2:]
-    assert (first.base.data_ptr(), first.block_shape, last) == (x.data_ptr() + 4, [3], result.data_ptr())
-    assert second.block_shape == [4]
+    assert (first.base.data_ptr(), first.shape, last) == (x.data_ptr() + 4, (3,), result.data_ptr())
+    assert (second.shape, second.strides, second.padding) == ((4,), (1,), "nan")
     assert abs(second.base.data_ptr() - result.data_ptr()) >= 16
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -32,24 +31,24 @@ class Place:
 
 @dataclass(frozen=True)
 class Described(Place):
-    """The address of a tensor descriptor's tensor, and the descriptor without it."""
+    """The address of a tensor descriptor's tensor, and what a launcher asks of the descriptor besides."""
 
-    form: Any
-
-    def at(self, address: int) -> Any:
-        """The descriptor of a tensor at this address."""
-        made = copy(self.form)
-        made.base = Address(address)
-        return made
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    settings: tuple[Any, ...]
 
 
-class Address(NamedTuple):
-    """Stands for the tensor of a descriptor, of which a launcher asks the address alone."""
+class Descriptor:
+    """Stands for a tensor descriptor, and for the tensor, of which a launcher asks the address alone."""
 
-    value: int
+    __slots__ = ("address", "base", "padding", "round_f32_to_tf32", "shape", "strides")
+
+    def __init__(self, form: Described, address: int) -> None:
+        self.base, self.address, self.shape, self.strides = self, address, form.shape, form.strides
+        self.padding, self.round_f32_to_tf32 = form.settings
 
     def data_ptr(self) -> int:
-        return self.value
+        return self.address
 
 
 class Life(NamedTuple):
@@ -83,9 +82,9 @@ class Recording:
     def place(self, x: Any) -> Any:
         """The place of a tensor, and anything else as it is. Memory that is no input's and no scratch ends the record."""
         if hasattr(x, "block_shape"):  # a tensor descriptor, of a class that not every Triton has
-            place, form = self.place(x.base), copy(x)
-            form.base = None
-            return None if place is None else Described(place.number, place.offset, form)
+            place, settings = self.place(x.base), (x.padding, getattr(x, "round_f32_to_tf32", False))
+            forms = tuple(x.shape), tuple(x.strides), settings
+            return None if place is None else Described(place.number, place.offset, *forms)
         if not isinstance(x, Tensor):
             return x
         address, count = x.data_ptr(), len(self.inputs)
@@ -198,7 +197,7 @@ class Plan:
                 for index, offset in addresses:
                     table[index] = base + offset
         for index, descriptor in self.descriptors:
-            table[index] = descriptor.at(table[index])
+            table[index] = Descriptor(descriptor, table[index])
         stream = torch.cuda.current_stream(device).cuda_stream
         for start, picks in self.launches:
             start(stream, [table[x] if type(x) is int else tuple(table[x]) for x in picks])

@@ -16,7 +16,10 @@ TESTED = False  # whether the kernels have been compared with float64 on a GPU; 
 CAPABILITY = (9, 0)  # the products of sm_90 alone have the form that the kernels use
 TRITON = ((3, 6), (3, 7))  # from, and below: Gluon is experimental, and changes names and code between releases
 KEY_WIDTHS = (64, 128)
-MOST_HEADS, LEAST_HEADS = 12, 4  # that a program handles in turn; the fewest that are worth keeping scores for
+MOST_HEADS, LEAST_HEADS = (
+    12,
+    4,
+)  # that a program handles in turn, at most 16; the fewest that are worth keeping scores for
 TILE_ROWS = 1 << 31  # a coordinate of a TMA copy is an int32
 
 

@@ -35,6 +35,11 @@ from loglinear.kernels.decay.span.tile import (
     tile_of_program,
 )
 
+REGISTERS = gl.constexpr(200)  # a thread, of those that multiply
+FACTOR_REGISTERS = gl.constexpr(
+    88
+)  # of those that make factors; all together 512, for four threads that run side by side
+
 
 @gluon.jit
 def load_tiles(q_desc, k_desc, v_desc, e_desc, ring, tile, S: gl.constexpr):
@@ -61,13 +66,15 @@ def load_tiles(q_desc, k_desc, v_desc, e_desc, ring, tile, S: gl.constexpr):
 
 
 @gluon.jit
-def is_sound(checks, tile, i, S: gl.constexpr, CHECKS: gl.constexpr):
-    """Whether the tokens of the tile's octet are finite, for the i-th part of the program's heads; see ``States``."""
-    h = gl.minimum(tile.h0 + i // (S.V // 64), S.H - 1)
-    total = gl.to_tensor(0.0)
+def unsound_heads(checks, tile, S: gl.constexpr, CHECKS: gl.constexpr):
+    """The heads of the program for which tokens of the tile's octet are not finite, as bits; see ``States``."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    head = gl.arange(0, 16, layout=LINE)
+    first = checks + ((tile.octet.to(gl.int64) * S.H + tile.h0) + head) * CHECKS
+    total = gl.zeros([16], gl.float32, layout=LINE)
     for check in gl.static_range(CHECKS):
-        total += gl.load(checks + (tile.octet.to(gl.int64) * S.H + h) * CHECKS + check)
-    return gl.abs(total) < float("inf")
+        total += gl.load(first + check, mask=head < S.HEADS, other=0.0)
+    return gl.sum(gl.where(gl.abs(total) < float("inf"), 0, 1 << head), axis=0)
 
 
 @gluon.jit
@@ -135,10 +142,9 @@ def attend(
     for half in gl.static_range(2 * HALVES):
         emptied(ring, half)
 
-    next_sound = is_sound(checks, tile, 0, S, CHECKS)
+    unsound = unsound_heads(checks, tile, S, CHECKS)
     for i in range(S.HEADS * (S.V // 64)):
-        careful = (tile.size < TILE) | (not next_sound)
-        next_sound = is_sound(checks, tile, i + 1, S, CHECKS)
+        careful = (tile.size < TILE) | ((unsound >> (i // (S.V // 64)) & 1) == 1)
         slot, phase = slot_of(i, 2)
         mbarrier.wait(factors.full.index(slot), phase)
         rows, columns = slot * ROWS, slot * COLUMNS
@@ -270,5 +276,5 @@ def span_output_kernel(
                 (load_tiles, (q_desc, k_desc, v_desc, e_desc, ring, tile, S)),
             ],
             [4, 4, 1],
-            [200, 88, 24],
+            [REGISTERS, FACTOR_REGISTERS, 24],
         )

@@ -75,9 +75,9 @@ def slot_of(i, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def put(desc, row, column, ring, i, ROWS: gl.constexpr):
-    """Load ``[ROWS, 64]`` into slot i of the ring as soon as it is empty; the next slot."""
-    slot, phase = slot_of(i, SLOTS)
+def put(desc, row, column, ring, i, ROWS: gl.constexpr, COUNT: gl.constexpr = SLOTS):
+    """Load ``[ROWS, 64]`` into use i of a ring of COUNT slots as soon as it is empty; the next use."""
+    slot, phase = slot_of(i, COUNT)
     mbarrier.wait(ring.empty.index(slot), phase ^ 1)
     mbarrier.expect(ring.full.index(slot), ROWS * WIDTH * 2)
     target = ring.slots.index(slot)
@@ -88,17 +88,17 @@ def put(desc, row, column, ring, i, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def filled(ring, i):
-    """Slot i of the ring, once it is full."""
-    slot, phase = slot_of(i, SLOTS)
+def filled(ring, i, COUNT: gl.constexpr = SLOTS):
+    """The slot of use i, once it is full."""
+    slot, phase = slot_of(i, COUNT)
     mbarrier.wait(ring.full.index(slot), phase)
     return ring.slots.index(slot)
 
 
 @gluon.jit
-def emptied(ring, i):
-    """Give slot i back; the next slot."""
-    mbarrier.arrive(ring.empty.index(i % SLOTS), count=1)
+def emptied(ring, i, COUNT: gl.constexpr = SLOTS):
+    """Give the slot of use i back; the next use."""
+    mbarrier.arrive(ring.empty.index(i % COUNT), count=1)
     return i + 1
 
 
