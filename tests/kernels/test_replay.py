@@ -51,7 +51,7 @@ class Kernel:
 @pytest.fixture
 def host(monkeypatch):
     """A stream on the CPU, and no plans yet."""
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(replay, "current_stream", lambda device: 7)
     replay.plans_of.cache_clear()
     yield
     replay.plans_of.cache_clear()

@@ -1,7 +1,8 @@
 """The tiles of each kernel: a table, not a search. Dtype and widths alone choose the tiles, never T or B.
 
 Results must not depend on batch neighbours, and another chunk size is another order of summation. Nothing here may
-therefore look at the number of tokens or sequences. The chunks of kernels are parts of a state's chunk, ``CHUNK_SIZE``: a call
+therefore look at the number of tokens or sequences. A plan is filed under the identity of a configuration: a hash of all its
+numbers would cost each call 3 µs. The chunks of kernels are parts of a state's chunk, ``CHUNK_SIZE``: a call
 may then go on from a state.
 """
 
@@ -23,7 +24,7 @@ from loglinear.state import CHUNK_SIZE
 LEAST_TILE = 64  # of 16 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
     """One kernel's shape: warps, software-pipelining depth, tile of V (or of K where a kernel tiles K), registers a thread.
 
@@ -52,7 +53,7 @@ def uniform(kind: Callable[..., Config], launch: Launch, **sizes: int) -> Config
     return kind(**sizes, **dict.fromkeys(kernels, launch))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScalarGateConfig:
     """Chunk size, heads that one program of the local, value, query and key kernels handles in turn, and all launches.
 
@@ -118,7 +119,7 @@ def float32_config(key_width: int) -> ScalarGateConfig:
     return uniform(ScalarGateConfig, small, chunk=CHUNK_SIZE // 2, heads=4, segment=8, least_tile=16, block_k=block_k)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelConfig:
     """Chunk size and all launches. ``block_k`` of a launch is its tile of K where a kernel tiles K.
 
@@ -156,7 +157,7 @@ def uniform_channel_config(chunk: int, least_tile: int, launch: Launch) -> Chann
     return uniform(ChannelConfig, launch, chunk=chunk, least_tile=least_tile)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DeltaRuleConfig:
     """Chunk size and all launches. ``block_v`` is a tile of the K + V columns of a map, or of V where a kernel tiles V.
 

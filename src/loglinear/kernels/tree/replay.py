@@ -8,12 +8,13 @@ alignments alone. It is therefore done once for each kind of call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from loglinear.kernels.tree import launching
@@ -62,11 +63,11 @@ class Life(NamedTuple):
 
 @dataclass
 class Recording:
-    """The record of a running call: scratch as (address, bytes), and launches as (kernel, arguments)."""
+    """The record of a running call: scratch as (address, bytes), and launches as (kernel, programs, arguments)."""
 
     inputs: list[Tensor | None]
     scratch: list[tuple[int, int]] = field(default_factory=list)
-    launches: list[tuple[Callable, list]] = field(default_factory=list)
+    launches: list[tuple[Any, int, list]] = field(default_factory=list)
     complete: bool = True
 
     def allocated(self, x: Tensor) -> None:
@@ -77,7 +78,7 @@ class Recording:
         placed = [tuple(map(self.place, x)) if isinstance(x, tuple) else self.place(x) for x in arguments]
         self.complete = self.complete and compiled is not None
         if self.complete:
-            self.launches.append((starter(compiled, programs), placed))
+            self.launches.append((compiled, programs, placed))
 
     def place(self, x: Any) -> Any:
         """The place of a tensor, and anything else as it is. Memory that is no input's and no scratch ends the record."""
@@ -115,7 +116,7 @@ class Recording:
     def lives(self, without: list[int | None]) -> list[Life]:
         """The lives of the scratch that launches take, without some numbers."""
         found: dict[int, Life] = {}
-        for step, (_, arguments) in enumerate(self.launches):
+        for step, (*_, arguments) in enumerate(self.launches):
             for x in launching.members_of(arguments):
                 if isinstance(x, Place) and x.number >= len(self.inputs) and x.number not in without:
                     size = self.scratch[x.number - len(self.inputs)][1]
@@ -141,24 +142,22 @@ def lay_out(lives: list[Life]) -> tuple[dict[int, int], int]:
     return {life.number: begin for begin, _, life in placed}, max((end for _, end, _ in placed), default=0)
 
 
-def starter(compiled: Any, programs: int) -> Callable:
-    """``start(stream, arguments)``: the launcher below ``compiled[grid]``, which makes a dictionary of all arguments for
-    profilers with each launch (Triton 3.6).
-    """
-    compiled[(programs, 1, 1)]  # loads the kernel's code onto the device
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+def current_stream(device: torch.device) -> int:
+    """The stream as Triton's launcher takes it. ``torch.cuda.current_stream`` would make an object of Python first."""
+    return triton.runtime.driver.active.get_current_stream(device.index)
 
-    def start(stream: int, arguments: list) -> None:
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
-    return start
+def picker(indices: list[int]) -> Callable[[list], tuple]:
+    """``pick(table)``: the elements of a list at these indices. ``itemgetter`` gives no tuple for one index alone."""
+    return itemgetter(*indices) if len(indices) > 1 else lambda table: tuple(table[i] for i in indices)
 
 
 class Plan:
     """A call of one kind, ready to be repeated.
 
-    ``table`` has the arguments of all launches. A call writes the addresses of its tensors into a copy, and each launch picks
-    its own. Results are allocated one by one, all other scratch as one piece of memory.
+    ``table`` has the arguments of all launches, each once. A call writes the addresses of its tensors into a copy, then the
+    descriptors and bundles that hold addresses, and each launch picks its own. Results are allocated one by one, all other
+    scratch as one piece of memory.
     """
 
     def __init__(
@@ -166,28 +165,41 @@ class Plan:
     ) -> None:
         numbers = [number for number, _ in results]
         self.results = [layout for _, layout in results]
-        offsets, self.scratch = lay_out(note.lives(numbers))
-        tensors = [*range(len(note.inputs)), *numbers]
-        self.addresses: list[list[tuple[int, int]]] = [[] for _ in (*tensors, "memory")]  # (index in the table, offset)
+        self.offsets, self.scratch = lay_out(note.lives(numbers))
+        self.tensors = [*range(len(note.inputs)), *numbers]
+        self.addresses: list[list[tuple[int, int]]] = [[] for _ in (*self.tensors, "memory")]  # (index, offset)
+        self.made: list[tuple[int, Callable[[list], Any]]] = []  # (index, what is made of others in the table)
         self.table: list = []
-        self.launches: list[tuple[Callable, list[int | slice]]] = []
-        self.descriptors: list[tuple[int, Described]] = []
-        for start, arguments in note.launches:
-            picks: list[int | slice] = []
-            for x in arguments:
-                begin = len(self.table)
-                for y in launching.members_of([x]):
-                    if isinstance(y, Place):
-                        own = tensors.index(y.number) if y.number in tensors else -1
-                        self.addresses[own].append((len(self.table), y.offset + offsets.get(y.number, 0)))
-                    if isinstance(y, Described):
-                        self.descriptors.append((len(self.table), y))
-                    self.table.append(None if isinstance(y, Place) else y)
-                picks.append(slice(begin, len(self.table)) if isinstance(x, tuple) else begin)
-            self.launches.append((start, picks))
+        self.indices: dict[Any, int] = {}
+        self.launches: list[tuple[Callable, int, Any, Any, Callable[[list], tuple]]] = []
+        for compiled, programs, arguments in note.launches:
+            compiled[(programs, 1, 1)]  # loads the kernel's code onto the device
+            pick = picker([self.index(x) for x in arguments])
+            self.launches.append((compiled.run, programs, compiled.function, compiled.packed_metadata, pick))
+
+    def index(self, x: Any) -> int:
+        """The index in the table of an argument: a value, a place, a descriptor or a bundle."""
+        bundle = isinstance(x, tuple) and any(isinstance(y, Place) for y in x)
+        key = tuple(self.index(y) for y in x) if bundle else repr(x)  # 1, 1.0 and True are equal, but not as arguments
+        if key in self.indices:
+            return self.indices[key]
+        found = self.indices[key] = len(self.table)
+        self.table.append(None if bundle or isinstance(x, Place) else x)
+        if isinstance(x, Place):
+            own = self.tensors.index(x.number) if x.number in self.tensors else -1
+            self.addresses[own].append((found, x.offset + self.offsets.get(x.number, 0)))
+        if bundle:
+            self.made.append((found, picker(list(key))))
+        elif isinstance(x, Described):
+            self.made.append((found, lambda table: Descriptor(x, table[found])))
+        return found
 
     def play(self, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
-        """The results for other inputs of the same kind, on the current stream."""
+        """The results for other inputs of the same kind, on the current stream.
+
+        ``run`` is the launcher below ``compiled[grid]``, which makes a dictionary of all arguments for profilers with each
+        launch (Triton 3.6).
+        """
         results = tuple(None if x is None else launching.memory(*x, device) for x in self.results)
         memory = launching.memory((self.scratch,), torch.uint8, device) if self.scratch else None
         table = self.table.copy()
@@ -196,11 +208,11 @@ class Plan:
                 base = x.data_ptr()  # type: ignore[union-attr]
                 for index, offset in addresses:
                     table[index] = base + offset
-        for index, descriptor in self.descriptors:
-            table[index] = Descriptor(descriptor, table[index])
-        stream = torch.cuda.current_stream(device).cuda_stream
-        for start, picks in self.launches:
-            start(stream, [table[x] if type(x) is int else tuple(table[x]) for x in picks])
+        for index, make in self.made:
+            table[index] = make(table)
+        stream = current_stream(device)
+        for run, programs, function, metadata, pick in self.launches:
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *pick(table))
         return results
 
 
@@ -221,19 +233,20 @@ def replay(
             alignment they decide all that the function does.
     """
     device = next(x.device for x in inputs if x is not None)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return replay(function, inputs, *settings)
     kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
     plans = plans_of(function, device, *settings, *kind)
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        if plans:
-            return function(inputs, *settings) if plans[0] is None else plans[0].play(inputs, device)
-        # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
-        own = [None if x is None else x.detach() for x in inputs]
-        note = Recording(own)
-        launching.record(note)
-        try:
-            results = function(own, *settings)
-        finally:
-            launching.record(None)
-        plans.append(note.plan(results))
-        return results
+    if plans:
+        return function(inputs, *settings) if plans[0] is None else plans[0].play(inputs, device)
+    # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
+    own = [None if x is None else x.detach() for x in inputs]
+    note = Recording(own)
+    launching.record(note)
+    try:
+        results = function(own, *settings)
+    finally:
+        launching.record(None)
+    plans.append(note.plan(results))
+    return results
