@@ -14,6 +14,7 @@ from loglinear.kernels.decay.key_grads import key_grads_kernel
 from loglinear.kernels.decay.local_grads import local_grads_kernel
 from loglinear.kernels.decay.node_grads import segment_sums_kernel, window_grads_kernel
 from loglinear.kernels.decay.query_grads import query_grads_kernel
+from loglinear.kernels.decay.span import choice as span
 from loglinear.kernels.decay.value_grads import value_grads_kernel
 from loglinear.kernels.devices import shared_memory
 from loglinear.kernels.tree import launching
@@ -191,9 +192,15 @@ def run_backward(inputs: list, scale: float, config: ScalarGateConfig, reach: in
     x = gather(q, k, v, g, None, level_scales, do, scale)
     problem = describe(q, v, level_scales, tuple(tables), config, reach)
     gains = allocate_gains(problem, x)
-    states = launch_states(problem, x, least=1)._replace(checks=None)  # only the output reads these
-    dscales, score_grads = launch_local_grads(problem, x, states, gains)
-    dq = launch_query_grads(problem, x, states, score_grads, dscales, gains)
+    if span.why_not_query_side(problem, x, reach) is None:
+        from loglinear.kernels.decay.span import backward as of_spans  # Triton has Gluon there
+
+        states = launch_states(problem, x, of_spans.LEAST_ENTRY)._replace(checks=None)
+        dq, dscales, score_grads = of_spans.launch_query_side(problem, x, states, gains)
+    else:
+        states = launch_states(problem, x, least=1)._replace(checks=None)  # only the output reads these
+        dscales, score_grads = launch_local_grads(problem, x, states, gains)
+        dq = launch_query_grads(problem, x, states, score_grads, dscales, gains)
     node_grads = launch_node_grads(problem, x, states)
     chunk_grads = launch_chunk_grads(problem, x, states, node_grads, gains)
     # The entries are a third of the memory. They are freed before the results of the key side are allocated.

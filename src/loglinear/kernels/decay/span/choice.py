@@ -13,6 +13,7 @@ from loglinear.kernels.tree.problem import Problem
 from loglinear.state import CHUNK_SIZE
 
 TESTED = False  # whether the kernels have been compared with float64 on a GPU; until then no call takes them
+QUERY_SIDE_TESTED = False  # the same of the query side of the backward pass
 CAPABILITY = (9, 0)  # the products of sm_90 alone have the form that the kernels use
 TRITON = ((3, 6), (3, 7))  # from, and below: Gluon is experimental, and changes names and code between releases
 KEY_WIDTHS = (64, 128)
@@ -20,7 +21,13 @@ MOST_HEADS, LEAST_HEADS = (
     12,
     4,
 )  # that a program handles in turn, at most 16; the fewest that are worth keeping scores for
+MOST_CHUNKS, MOST_LEVELS = (
+    4096,
+    32,
+)  # of a sequence in the backward pass, which has ten rows of shared memory for a path
 TILE_ROWS = 1 << 31  # a coordinate of a TMA copy is an int32
+
+UNTESTED = "the span kernels have not been tested on a GPU"
 
 
 def why_not(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
@@ -28,11 +35,22 @@ def why_not(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
     return why_not_here(x.v.device) or why_not_sizes(problem, x.v.dtype, reach) or why_not_strides(x)
 
 
+def why_not_query_side(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
+    """The same of the query side of the backward pass."""
+    if not QUERY_SIDE_TESTED:
+        return UNTESTED
+    if x.v.dtype != torch.bfloat16 or (problem.key_width, problem.value_width) != (128, 64):
+        return "not bfloat16, K=128 and V=64"
+    if problem.chunks > MOST_CHUNKS or problem.levels > MOST_LEVELS:
+        return f"more than {MOST_CHUNKS} chunks or {MOST_LEVELS} levels"
+    return why_not(problem, x, reach) or why_not_strides(x, ("do",))
+
+
 @lru_cache(maxsize=64)
 def why_not_here(device: torch.device) -> str | None:
     """Why no call on this device can have the span kernels."""
     if not TESTED:
-        return "the span kernels have not been tested on a GPU"
+        return UNTESTED
     if device.type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
         return "the span kernels need an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
@@ -61,9 +79,9 @@ def why_not_sizes(problem: Problem, dtype: torch.dtype, reach: int) -> str | Non
     return None if rows < TILE_ROWS else f"{rows} rows of states, where TMA takes fewer than {TILE_ROWS}"
 
 
-def why_not_strides(x: Inputs) -> str | None:
+def why_not_strides(x: Inputs, names: tuple[str, ...] = ("q", "k", "v")) -> str | None:
     """Why TMA cannot read the inputs where they are."""
-    for name in ("q", "k", "v"):
+    for name in names:
         tensor: Tensor = getattr(x, name)
         if tensor.data_ptr() % 16 or tensor.stride(1) * tensor.element_size() % 16:
             return f"{name} whose tokens do not begin at multiples of 16 bytes"

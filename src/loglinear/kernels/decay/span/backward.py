@@ -1,0 +1,48 @@
+"""BACKWARD with span kernels: the query side."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loglinear.kernels.decay.backward import Gains, head_blocks, partial_sums
+from loglinear.kernels.decay.forward import States
+from loglinear.kernels.decay.span.forward import OPTIONS, described
+from loglinear.kernels.decay.span.query_grads import span_query_grads_kernel
+from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.bundles import Inputs
+from loglinear.kernels.tree.head_sums import sum_heads
+from loglinear.kernels.tree.problem import Problem
+
+LEAST_ENTRY = 2  # chunks of the shortest entry that the key side reads; the query side reads those of a span on
+
+
+def launch_query_side(problem: Problem, x: Inputs, states: States, gains: Gains) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dλ, gradient of the scores inside a chunk); fills the gains of the rows, of the columns in a chunk, and by level."""
+    chunk, blocks, device = problem.config.chunk, head_blocks(problem)[1], x.v.device
+    dscales = launching.scratch(tuple(x.scales.shape), x.scales.dtype, device)
+    score_grads = launching.scratch((problem.all_chunks, blocks, chunk, chunk), x.v.dtype, device)
+    partial = partial_sums(problem, x.q)
+    H, G, K, V, tokens = problem.heads, problem.groups, problem.key_width, problem.value_width, problem.tokens
+    descriptors = (
+        described(x.q, tokens, G * K, x.stride_q, 128),
+        described(x.k, tokens, G * K, x.stride_k, 128),
+        described(x.v, tokens, H * V, x.stride_v, 128),
+        described(x.do, tokens, H * V, x.stride_do, 128),
+        described(states.entries, problem.all_chunks * H * K, V, V, K),
+    )
+    sizes = tokens, problem.all_chunks, states.sums.stride(0)
+    arguments = (
+        *descriptors,
+        x,
+        problem.levels,
+        states,
+        score_grads,
+        partial,
+        dscales,
+        gains,
+        *problem.of_octets,
+        *sizes,
+    )
+    S = problem.sizes(x.v.dtype, HEADS=H // blocks, LEVELS=16 if problem.levels <= 16 else 32)
+    launching.launch(span_query_grads_kernel, problem.all_octets * 4 * blocks, *arguments, S=S, **OPTIONS)
+    return sum_heads(partial, x.q), dscales, score_grads
