@@ -276,6 +276,9 @@ def pointwise_resources(target: str) -> list[Resources]:
         hidden, weight = meta(2, T, 1536, kind=wide), meta(1536, kind=wide)
         gated_norm.backward(hidden, hidden, None, weight, 1e-6, False, None, None)
         gates.backward(meta(2, T, 16, kind=wide), v, v, None, rate, D, D, v, None)
+        channels, bias = meta(2, T, 16 * 128), meta(16 * 128, kind=wide)
+        for bound in (None, -5.0):
+            gates.channel_backward(meta(2, T, 16, 128, kind=wide), rate, channels, bias, D, rate, 16, bound)
         scales = meta(2, T, 16 * levels), meta(16, levels, kind=wide)
         gates.level_scales_backward(meta(2, T, 16, levels), *scales, 0.0)
         unit_length.backward(o, o, o, o)

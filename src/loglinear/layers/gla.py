@@ -9,6 +9,7 @@ from loglinear.layers.initialization import wide
 from loglinear.layers.level_scale import Start
 from loglinear.layers.linear_attention import LinearAttention
 from loglinear.layers.mixer import Streams
+from loglinear.ops import pointwise
 
 
 class LogLinearGLA(LinearAttention):
@@ -59,6 +60,8 @@ class LogLinearGLA(LinearAttention):
         self.decay_normalizer, self.decay_min = decay_normalizer, decay_min
 
     def decay(self, streams: Streams) -> Tensor:
+        if pointwise.has_kernels(streams.rate):
+            return pointwise.sigmoid_gates(streams.rate, self.num_kv_heads, self.decay_min, self.decay_normalizer)
         g = F.logsigmoid(wide(streams.rate)) / self.decay_normalizer
         g = g if self.decay_min is None else g.clamp_min(self.decay_min)
         return g.unflatten(-1, (self.num_kv_heads, -1))

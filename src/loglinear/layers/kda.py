@@ -16,6 +16,7 @@ from loglinear.layers.level_scale import LevelScale, Start
 from loglinear.layers.linear import project
 from loglinear.layers.mixer import RecurrentMixer, Streams
 from loglinear.layers.norm import GatedRMSNorm
+from loglinear.ops import pointwise
 
 
 class LogLinearKDA(RecurrentMixer):
@@ -110,10 +111,16 @@ class LogLinearKDA(RecurrentMixer):
         q, k, v = mixed.split(self.conv_widths, dim=-1)
         q, k = (x.unflatten(-1, (self.num_key_heads, -1)) for x in (q, k))
         assert streams.strength is not None
-        beta = torch.sigmoid(wide(streams.strength))
-        beta = 2 * beta if self.neg_eigval else beta
-        v = v.unflatten(-1, (self.num_heads, -1))
-        return {"q": q, "k": k, "v": v, "g": self.decay(streams.rate), "beta": beta}, None
+        g, beta = self._gates(streams.rate, streams.strength)
+        return {"q": q, "k": k, "v": v.unflatten(-1, (self.num_heads, -1)), "g": g, "beta": beta}, None
+
+    def _gates(self, f: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """g ``[B, T, H, K]`` and β ``[B, T, H]`` of the projections f and b."""
+        if pointwise.has_kernels(f, b, self.dt_bias, self.A_log):
+            g, beta = pointwise.channel_gates(f, b, self.dt_bias, self.A_log, self.decay_bound)
+        else:
+            g, beta = self.decay(f), torch.sigmoid(wide(b))
+        return g, 2 * beta if self.neg_eigval else beta
 
     def decay(self, f: Tensor) -> Tensor:
         """g ``[B, T, H, K]`` of f ``[B, T, H·K]``."""

@@ -82,7 +82,7 @@ class GatedRMSNorm(RMSNorm):
     Args:
         width: of x. gate_first: whether the gate stands before the norm.
         groups: equal parts of the width, each with a mean of its own. activation: of the gate, one of
-            ``activations.ACTIVATIONS``. The kernels know one group and SiLU.
+            ``activations.ACTIVATIONS``. The kernels know one group, SiLU and the sigmoid.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class GatedRMSNorm(RMSNorm):
         """The field that kernels do not know; None if they know all."""
         if self.groups > 1:
             return f"{self.groups} groups"
-        return None if self.activation == "silu" else f"the activation {self.activation}"
+        return None if self.activation in ("silu", "sigmoid") else f"the activation {self.activation}"
 
     def forward(  # type: ignore[override]
         self, x: Tensor, gate: Tensor, skip: Tensor | None = None, skip_scale: Tensor | None = None
@@ -110,7 +110,8 @@ class GatedRMSNorm(RMSNorm):
         if pointwise.takes_norm(x, gate, self.weight, skip, skip_scale):
             field = self.unfused()
             if field is None:
-                return pointwise.gated_norm(x, gate, self.weight, self.eps, self.gate_first, skip, skip_scale)
+                options = skip, skip_scale, self.activation == "silu"
+                return pointwise.gated_norm(x, gate, self.weight, self.eps, self.gate_first, *options)
             dispatch.plain("a gated norm", field)
         x = _add_skip(x, skip, skip_scale)
         wide_x, opening = wide(x), ACTIVATIONS[self.activation](wide(gate))

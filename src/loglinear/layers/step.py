@@ -89,4 +89,6 @@ def gate_and_norm(
     x, D = skip or (None, None)
     norm = mixer.norm
     assert isinstance(norm, GatedRMSNorm)
-    return fused.step_outputs(o, x, D, gate, norm.weight, state.position, norm.eps, norm.gate_first)
+    return fused.step_outputs(
+        o, x, D, gate, norm.weight, state.position, norm.eps, norm.gate_first, norm.activation == "silu"
+    )

@@ -82,6 +82,19 @@ def gates(rate: Tensor, strength: Tensor, dt_bias: Tensor, A_log: Tensor) -> tup
     return g, beta
 
 
+def channel_gates(
+    rate: Tensor, strength: Tensor, dt_bias: Tensor, A_log: Tensor, bound: float | None
+) -> tuple[Tensor, Tensor]:
+    """(g, beta) of ``kernels.pointwise.gates.channel_forward``."""
+    g, beta = channel_gates_kernel(rate, dt_bias, A_log, strength, bound)
+    return g, beta
+
+
+def sigmoid_gates(rate: Tensor, heads: int, bound: float | None, divisor: float) -> Tensor:
+    """g of ``kernels.pointwise.gates.channel_forward`` without parameters."""
+    return sigmoid_gates_kernel(rate, heads, bound, divisor)[0]
+
+
 def level_scales(dl: Tensor, L: Tensor, offset: float = 0.0) -> Tensor:
     """``softplus(L ∘ dl + offset)`` ``[B, T, H, levels]`` from dl ``[B, T, H · levels]``; see ``kernels.pointwise.gates``."""
     return level_scales_kernel(dl, L, offset)[0]
@@ -95,9 +108,10 @@ def gated_norm(
     gate_first: bool,
     skip: Tensor | None = None,
     skip_scale: Tensor | None = None,
+    silu: bool = True,
 ) -> Tensor:
     """The norm of ``kernels.pointwise.gated_norm``."""
-    return gated_norm_kernel(x, gate, weight, eps, gate_first, skip, skip_scale)[0]
+    return gated_norm_kernel(x, gate, weight, eps, gate_first, skip, skip_scale, silu)[0]
 
 
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +147,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    return x.new_empty(*x.shape[:2], heads, x.shape[2] // heads, dtype=torch.float32)
+
+
 discretise_kernel = Operator(
     "discretise",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor x",
@@ -149,6 +167,22 @@ gates_kernel = Operator(
     lambda dg, dbeta, *inputs: _kernels().gates.backward(dg, None, None, dbeta, *inputs[:3], None, inputs[3]),
     lambda rate, dt_bias, A_log, strength: [_wide(rate), _wide(strength)],
 )
+channel_gates_kernel = Operator(
+    "channel_gates",
+    "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor strength, float? bound",
+    2,
+    lambda *inputs: _kernels().gates.channel_forward(*inputs[:4], inputs[2].shape[0], inputs[4]),
+    lambda dg, dbeta, *inputs: _kernels().gates.channel_backward(dg, dbeta, *inputs[:4], inputs[2].shape[0], inputs[4]),
+    lambda rate, dt_bias, A_log, strength, bound: [_by_head(rate, A_log.shape[0]), _wide(strength)],
+)
+sigmoid_gates_kernel = Operator(
+    "sigmoid_gates",
+    "Tensor rate, int heads, float? bound, float divisor",
+    1,
+    lambda rate, *sizes: [_kernels().gates.channel_forward(rate, None, None, None, *sizes)[0]],
+    lambda dg, rate, *sizes: _kernels().gates.channel_backward(dg, None, rate, None, None, None, *sizes),
+    lambda rate, heads, *sizes: [_by_head(rate, heads)],
+)
 level_scales_kernel = Operator(
     "level_scales",
     "Tensor dl, Tensor L, float offset",
@@ -159,7 +193,7 @@ level_scales_kernel = Operator(
 )
 gated_norm_kernel = Operator(
     "gated_norm",
-    "Tensor x, Tensor? gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale",
+    "Tensor x, Tensor? gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale, bool silu=True",
     1,
     lambda *inputs: [_kernels().gated_norm.forward(*inputs)],
     lambda *inputs: _kernels().gated_norm.backward(*inputs),

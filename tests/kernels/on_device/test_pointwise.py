@@ -9,7 +9,7 @@ from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 from torch._subclasses import FakeTensorMode
 
 from loglinear.kernels.pointwise import gated_norm, gates
-from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearMamba2
+from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearGLA, LogLinearKDA, LogLinearMamba2
 from loglinear.layers.level_scale import OFFSETS
 from loglinear.ops import attention, dispatch, pointwise
 
@@ -74,9 +74,9 @@ def lower(inputs, names):
     return {name: part(x.to(BFLOAT16)) if name in names else x for name, x in inputs.items()}
 
 
-def plain_norm(gate_first):
+def plain_norm(gate_first, activation="silu"):
     def norm(x, gate, weight, skip=None, skip_scale=None):
-        module = GatedRMSNorm(weight.shape[0], 1e-3, gate_first)
+        module = GatedRMSNorm(weight.shape[0], 1e-3, gate_first, activation=activation)
         del module.weight
         module.weight = weight
         patch = without_kernels()
@@ -97,20 +97,26 @@ def norm_inputs(device, heads, width, parts=None):
     return inputs
 
 
-def kernel_norm(gate_first):
+def kernel_norm(gate_first, activation="silu"):
     return lambda x, gate, weight, skip=None, skip_scale=None: [
-        pointwise.gated_norm(x, gate, weight, 1e-3, gate_first, skip, skip_scale)
+        pointwise.gated_norm(x, gate, weight, 1e-3, gate_first, skip, skip_scale, activation == "silu")
     ]
 
 
 @pytest.mark.parametrize(
-    ("gate_first", "heads", "width", "parts", "low"),
-    [(True, None, 30, 5, False), (False, 3, 7, None, False), (True, None, 128, 2, True), (False, 2, 40, None, True)],
+    ("gate_first", "heads", "width", "parts", "low", "activation"),
+    [
+        (True, None, 30, 5, False, "silu"),
+        (False, 3, 7, None, False, "silu"),
+        (True, None, 128, 2, True, "silu"),
+        (False, 2, 40, None, True, "sigmoid"),
+        (True, 3, 7, None, False, "sigmoid"),
+    ],
 )
-def test_gated_norm(device, gate_first, heads, width, parts, low):
+def test_gated_norm(device, gate_first, heads, width, parts, low, activation):
     inputs = norm_inputs(device, heads, width, parts)
     names = ("x", "gate", "skip") if low else ()
-    compare(kernel_norm(gate_first), plain_norm(gate_first), lower(inputs, names), names)
+    compare(kernel_norm(gate_first, activation), plain_norm(gate_first, activation), lower(inputs, names), names)
 
 
 @pytest.mark.parametrize(("width", "low"), [(24, False), (40, True)])
@@ -154,6 +160,59 @@ def test_gates(device, heads, low):
     names = ("rate", "strength") if low else ()
     inputs = gate_inputs(device, heads) | {"strength": part(normal(device, 2, T, heads, seed=4))}
     compare(pointwise.gates, plain_gates, lower(inputs, names), names)
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "low", "bound"), [(3, 20, False, None), (2, 20, False, -5.0), (2, 32, True, -5.0)]
+)
+def test_channel_gates(device, heads, width, low, bound):
+    """KDA's gates of both kinds; f is a part of a wider projection."""
+
+    def plain(rate, strength, dt_bias, A_log):
+        wide = torch.promote_types(rate.dtype, torch.float32)
+        total = (rate.to(wide) + dt_bias).unflatten(-1, (heads, -1))
+        A = A_log.exp()[:, None]
+        g = -A * F.softplus(total) if bound is None else bound * torch.sigmoid(A * total)
+        return g, torch.sigmoid(strength.to(wide))
+
+    def kernel(rate, strength, dt_bias, A_log):
+        return pointwise.channel_gates(rate, strength, dt_bias, A_log, bound)
+
+    inputs = {
+        "rate": part(2 * normal(device, 2, T, heads * width)),
+        "strength": part(2 * normal(device, 2, T, heads, seed=1)),
+        "dt_bias": column(normal(device, heads * width, seed=2)),
+        "A_log": column(normal(device, heads, seed=3)),
+    }
+    names = {"rate", "strength"} if low else ()
+    compare(kernel, plain, lower(inputs, names), names)
+
+
+@pytest.mark.parametrize(("low", "bound"), [(False, None), (False, -0.1), (True, None)])
+def test_sigmoid_gates(device, low, bound):
+    """GLA's gates, with a least one or without."""
+
+    def plain(rate):
+        g = F.logsigmoid(rate.to(torch.promote_types(rate.dtype, torch.float32))) / 16
+        return (g if bound is None else g.clamp_min(bound)).unflatten(-1, (3, -1)), None
+
+    def kernel(rate):
+        return pointwise.sigmoid_gates(rate, 3, bound, 16.0), None
+
+    inputs = {"rate": part(3 * normal(device, 2, T, 60))}
+    compare(kernel, plain, lower(inputs, {"rate"} if low else ()), {"rate"} if low else ())
+
+
+def test_channel_gates_of_any_size(device):
+    """From where their exponentials vanish to where they are all there is, and gradients that are finite there."""
+    size = torch.tensor([-80, -30, -17, -7, -1, 0, 1e-3, 2, 19, 21, 80], device=device).requires_grad_()
+    bias, A_log = torch.zeros(len(size), device=device), torch.tensor([0.05], device=device)
+    wide, A = size.double(), A_log.double().exp()
+    for bound, want in ((None, -A * F.softplus(wide)), (-5.0, -5 * torch.sigmoid(A * wide))):
+        g, _ = pointwise.channel_gates(size[None, None], size[None, None, :1], bias, A_log, bound)
+        torch.testing.assert_close(g.double().flatten(), want, rtol=2e-6, atol=1e-37)
+        (got,), (right,) = (torch.autograd.grad(x.sum(), [size], retain_graph=True) for x in (g, want))
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize(("low", "offset"), [(False, 0.0), (True, 0.0), (False, OFFSETS["one"])])
@@ -214,10 +273,13 @@ def mixers():
     torch.manual_seed(0)
     mamba = LogLinearMamba2(24, num_heads=4, head_dim=6, state_size=8, num_groups=2, num_levels=5)
     delta = LogLinearGatedDeltaNet(24, num_heads=4, key_dim=8, value_dim=6, num_key_heads=2, num_levels=5)
-    for name, parameter in [*mamba.named_parameters(), *delta.named_parameters()]:
+    kda = LogLinearKDA(24, num_heads=4, key_dim=8, value_dim=6, num_key_heads=2, num_levels=5, decay_bound=-5.0)
+    gla = LogLinearGLA(24, num_heads=4, key_dim=8, value_dim=6, num_kv_heads=2, num_levels=5)
+    made = {"mamba2": mamba, "gated_deltanet": delta, "kda": kda, "gla": gla}
+    for name, parameter in (pair for mixer in made.values() for pair in mixer.named_parameters()):
         if name in ("D", "norm.weight", "level_scale.L"):  # from ones, of which a wrong one would do as well
             torch.nn.init.normal_(parameter, 1.0, 0.5)
-    return {"mamba2": mamba, "gated_deltanet": delta}
+    return made
 
 
 def mixer_results(mixer, hidden, gradient, low, cu_seqlens):
@@ -230,8 +292,11 @@ def mixer_results(mixer, hidden, gradient, low, cu_seqlens):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("mamba2", "rows"), ("gated_deltanet", "packed"), ("mamba2", "autocast"), ("gated_deltanet", "autocast")],
-)
+    [
+        ("mamba2", "rows"), ("gated_deltanet", "packed"), ("kda", "rows"), ("gla", "rows"),
+        *((name, "autocast") for name in ("mamba2", "gated_deltanet", "kda")),
+    ],
+)  # fmt: skip
 def test_mixers(device, name, kind, monkeypatch):
     """A mixer on the kernels, and plain: the same in float32; under autocast the same dtypes, and near float64."""
     if kind == "packed":
@@ -242,7 +307,7 @@ def test_mixers(device, name, kind, monkeypatch):
     mixer, low = mixers()[name].to(device), kind == "autocast"
     gradient = normal(device, *hidden.shape, seed=1)
     used = []
-    for function in ("discretise", "gates", "level_scales", "gated_norm", "units"):
+    for function in ("discretise", "gates", "channel_gates", "sigmoid_gates", "level_scales", "gated_norm", "units"):
         kernel = getattr(pointwise, function)
         monkeypatch.setattr(
             pointwise,
@@ -250,8 +315,8 @@ def test_mixers(device, name, kind, monkeypatch):
             lambda *x, kernel=kernel, function=function, **y: used.append(function) or kernel(*x, **y),
         )
     got = mixer_results(mixer, hidden, gradient, low, cu_seqlens)
-    own = {"mamba2": ["discretise"], "gated_deltanet": ["gates", "units"]}[name]
-    assert sorted(used) == sorted([*own, "level_scales", "gated_norm"])
+    own = {"mamba2": ["discretise"], "gated_deltanet": ["gates", "units"], "kda": ["channel_gates", "units"]}
+    assert sorted(used) == sorted([*own.get(name, ["sigmoid_gates"]), "level_scales", "gated_norm"])
     monkeypatch.setattr(pointwise, "has_kernels", lambda *tensors: False)
     plain = mixer_results(mixer, hidden, gradient, low, cu_seqlens)
     assert len(used) < 5

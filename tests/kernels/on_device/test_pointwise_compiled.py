@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from loglinear.ops import pointwise
 
 OPERATORS = {
-    name: (name, f"{name}_backward") for name in ("discretise", "gates", "level_scales", "gated_norm", "unit_length")
+    name: (name, f"{name}_backward")
+    for name in ("discretise", "gates", "channel_gates", "sigmoid_gates", "level_scales", "gated_norm", "unit_length")
 }
 OWN = {
     "mamba2": {"discretise", "level_scales", "gated_norm"},
@@ -135,10 +136,13 @@ def operator_inputs(device):
     mamba, delta = (gates["rate"], *parameters, low(x)), (low(gates["rate"]), *parameters, low(g))
     scales = low(normal(device, 2, T, 10)), normal(device, 2, 5), 0.5
     plain = norm["x"], norm["gate"], norm["weight"], 1e-3, False, None, None
-    skip = low(norm["x"]), norm["gate"], norm["weight"], 1e-3, True, low(norm["skip"]), norm["skip_scale"]
+    skip = low(norm["x"]), norm["gate"], norm["weight"], 1e-3, True, low(norm["skip"]), norm["skip_scale"], False
+    channels = low(normal(device, 2, T, 12)), normal(device, 12), gates["A_log"], low(g)
     return {
         "discretise": [((g, low(skipped)), mamba)],
         "gates": [((g, g), delta)],
+        "channel_gates": [((x, g), (*channels, bound)) for bound in (None, -5.0)],
+        "sigmoid_gates": [((x,), (channels[0], 2, -1.0, 16.0))],
         "level_scales": [((normal(device, 2, T, 2, 5).to(BFLOAT16),), scales)],
         "gated_norm": [((norm["x"],), plain), ((low(norm["x"]),), skip)],
         "unit_length": [((low(rate), low(x)), (low(q), low(k)))],

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.decoding.host import row_stride
+from loglinear.kernels.pointwise.functions import gate_of
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.replay import replay
 
@@ -39,6 +40,7 @@ def step_outputs_kernel(
     GROUPS: tl.constexpr,
     V: tl.constexpr,
     GATE_FIRST: tl.constexpr,
+    SILU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: tokens x groups of N columns that are normed together. float32: gate and norm; the skip rounds as plain code."""
@@ -53,8 +55,8 @@ def step_outputs_kernel(
         passed = tl.load(x + token * stride_x + place, mask=inside, other=0.0).to(tl.float32) * strength
         value = (value.to(tl.float32) + passed.to(value.dtype).to(tl.float32)).to(value.dtype)
     wide = value.to(tl.float32)
-    opening = tl.load(gate + token * stride_gate + place, mask=inside, other=0.0).to(tl.float32)
-    opening *= tl.sigmoid(opening)
+    z = tl.load(gate + token * stride_gate + place, mask=inside, other=0.0).to(tl.float32)
+    opening = gate_of(z, tl.sigmoid(z), SILU)
     if GATE_FIRST:
         out = root_mean_square_norm(wide * opening, weight, columns, inside, eps, N)
     else:
@@ -74,18 +76,20 @@ def step_outputs(
     position: Tensor,
     eps: float,
     gate_first: bool,
+    silu: bool = True,
 ) -> Tensor:
     """``norm(o + D x, gate)`` ``[B, T, H·V]`` as ``GatedRMSNorm`` has it; T is added to ``position``, int64 ``[B]``.
 
     Args:
         o: ``[B, T, H, V]``, contiguous. x, D: the skip, ``[B, T, H·V]`` and ``[H]``, or None. gate: ``[B, T, H·V]``. The
             rows of x, and the rows of gate, may be any one distance apart.
-        weight: of the norm, ``[H·V]`` or ``[V]``. gate_first: whether the gate comes before the norm.
+        weight: of the norm, ``[H·V]`` or ``[V]``. gate_first: whether the gate comes before the norm. silu: whether the gate is
+            SiLU's, and not the sigmoid's.
     """
-    return replay(run_step_outputs, [o, x, D, gate, weight, position], eps, gate_first)[0]  # type: ignore[return-value]
+    return replay(run_step_outputs, [o, x, D, gate, weight, position], eps, gate_first, silu)[0]  # type: ignore[return-value]
 
 
-def run_step_outputs(inputs: list, eps: float, gate_first: bool) -> tuple[Tensor]:
+def run_step_outputs(inputs: list, eps: float, gate_first: bool, silu: bool) -> tuple[Tensor]:
     """The launch of ``step_outputs``."""
     o, x, _, gate, weight, _ = inputs
     batch, length, heads, width = o.shape
@@ -94,8 +98,18 @@ def run_step_outputs(inputs: list, eps: float, gate_first: bool) -> tuple[Tensor
     groups, block = heads * width // normed, triton.next_power_of_2(normed)
     strides = [0 if part is None else row_stride(part.shape, part.stride()) for part in (x, gate)]
     if y.numel():
-        sizes = dict(N=normed, GROUPS=groups, V=width, GATE_FIRST=gate_first, BLOCK=block, num_warps=warps_for(block))
-        launching.launch(step_outputs_kernel, batch * length * groups, *inputs, y, length, *strides, eps, **sizes)
+        sizes = dict(N=normed, GROUPS=groups, V=width, GATE_FIRST=gate_first, SILU=silu, BLOCK=block)
+        launching.launch(
+            step_outputs_kernel,
+            batch * length * groups,
+            *inputs,
+            y,
+            length,
+            *strides,
+            eps,
+            **sizes,
+            num_warps=warps_for(block),
+        )
     return (y,)
 
 

@@ -28,6 +28,24 @@ def silu_slope(x, opening):
 
 
 @triton.jit
+def gate_of(z, opening, SILU: tl.constexpr):
+    """The output gate of z, where ``opening`` is the sigmoid of z: SiLU, or the sigmoid."""
+    gate = opening
+    if SILU:
+        gate = z * opening
+    return gate
+
+
+@triton.jit
+def gate_slope(z, opening, SILU: tl.constexpr):
+    """Its derivative."""
+    slope = opening * (1 - opening)
+    if SILU:
+        slope = silu_slope(z, opening)
+    return slope
+
+
+@triton.jit
 def inverse_length(rows, axis: tl.constexpr):
     """``1 / sqrt(Σ x² + 1e-6)`` along an axis: the factor of queries and keys of the delta rule."""
     return tl.rsqrt(tl.sum(rows * rows, axis=axis) + 1e-6)

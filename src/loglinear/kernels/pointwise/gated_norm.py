@@ -1,4 +1,4 @@
-"""GATED NORM: a root-mean-square norm, an addition before it, and a SiLU gate before or after it, or none. One kernel each way.
+"""GATED NORM: a root-mean-square norm, an addition before it, and a gate before or after it, or none. One kernel each way.
 
 Only the inputs are saved for backward. A program holds whole rows in registers, so the backward pass computes the sums of the
 norm again without a second pass over memory. A program writes gradients of the weights as partial sums over its rows.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels.pointwise.functions import silu_slope
+from loglinear.kernels.pointwise.functions import gate_of, gate_slope
 from loglinear.kernels.pointwise.rows import Tile, load_rows, rows_from, scratch_like, store_rows, with_strides
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import constants
@@ -75,7 +75,9 @@ def _two_sums(a, b, c, d):
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "eps"])
-def gated_norm_kernel(x, out, rows, tiles, eps, S: tl.constexpr, SHARE: tl.constexpr, GATE_FIRST: tl.constexpr):
+def gated_norm_kernel(
+    x, out, rows, tiles, eps, S: tl.constexpr, SHARE: tl.constexpr, GATE_FIRST: tl.constexpr, SILU: tl.constexpr
+):
     """out ``[rows, WIDTH]``, ``tiles`` blocks of rows a program. SHARE: columns that share a skip_scale.
     Grid: parts of the blocks of rows.
     """
@@ -84,16 +86,27 @@ def gated_norm_kernel(x, out, rows, tiles, eps, S: tl.constexpr, SHARE: tl.const
         at = rows_from((tl.program_id(0) * tiles + i) * S.ROWS, rows, S)
         _, value, z, opening = _load(x, at, S, SHARE)
         if GATE_FIRST:
-            value *= z * opening
+            value *= gate_of(z, opening, SILU)
         result = value * _inverse(tl.sum(value * value, 1), at, eps, S) * scale
         if x.gate is not None and not GATE_FIRST:
-            result *= z * opening
+            result *= gate_of(z, opening, SILU)
         store_rows(out, result, at, S)
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "eps"])
 def gated_norm_grads_kernel(
-    x, dx, dgate, dskip, partial, rows, tiles, eps, S: tl.constexpr, SHARE: tl.constexpr, GATE_FIRST: tl.constexpr
+    x,
+    dx,
+    dgate,
+    dskip,
+    partial,
+    rows,
+    tiles,
+    eps,
+    S: tl.constexpr,
+    SHARE: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    SILU: tl.constexpr,
 ):
     """dx, dgate, dskip ``[rows, WIDTH]``, and sums over ``tiles`` blocks of rows, ``partial [programs, 1 or 2, WIDTH]``: of
     dweight, and of dskip_scale before it is summed over the columns of a head. Grid: parts of the blocks of rows.
@@ -107,14 +120,14 @@ def gated_norm_grads_kernel(
         skipped, value, z, opening = _load(x, at, S, SHARE)
         gradient = load_rows(x.dout, x.stride_dout, at)
         if x.gate is not None:
-            silu = z * opening
-            slope = silu_slope(z, opening)
+            factor = gate_of(z, opening, SILU)
+            slope = gate_slope(z, opening, SILU)
             if GATE_FIRST:  # the gate belongs to the numbers that are normalised
                 dz = value * slope
-                value *= silu
+                value *= factor
             else:
                 dz = gradient * scale * slope
-                gradient *= silu
+                gradient *= factor
         squares, product = tl.reduce((value * value, gradient * scale * value), 1, _two_sums)
         inverse = _inverse(squares, at, eps, S)
         normed = value * inverse
@@ -122,7 +135,7 @@ def gated_norm_grads_kernel(
         gradient = inverse * (gradient * scale - normed * (inverse * product[:, None] / S.WIDTH))
         if GATE_FIRST:
             dz *= gradient
-            gradient *= silu
+            gradient *= factor
         elif x.gate is not None:
             dz *= normed
         if x.gate is not None:
@@ -137,7 +150,9 @@ def gated_norm_grads_kernel(
         tl.store(base + S.WIDTH + columns, tl.sum(skip_sums, 0), mask=columns < S.WIDTH)
 
 
-def _arguments(tensors: list, weight: Tensor, skip_scale: Tensor | None, gate_first: bool) -> tuple[Inputs, int, dict]:
+def _arguments(
+    tensors: list, weight: Tensor, skip_scale: Tensor | None, gate_first: bool, silu: bool
+) -> tuple[Inputs, int, dict]:
     """(bundle of x, gate, skip and dout and the weights, number of rows, constants) of a launch."""
     x, width = tensors[0], weight.shape[0]
     columns = padded(width)
@@ -145,7 +160,8 @@ def _arguments(tensors: list, weight: Tensor, skip_scale: Tensor | None, gate_fi
     share = 1 if skip_scale is None else width // skip_scale.shape[0]
     weights = weight.contiguous(), None if skip_scale is None else skip_scale.contiguous()
     S = constants(Tile, max(NUMBERS // columns, 1), columns, heads, width)
-    return Inputs(*with_strides(*tensors), *weights), x.numel() // width, dict(S=S, SHARE=share, GATE_FIRST=gate_first)
+    flags = dict(GATE_FIRST=gate_first, SILU=silu)
+    return Inputs(*with_strides(*tensors), *weights), x.numel() // width, dict(S=S, SHARE=share, **flags)
 
 
 def _parts(rows: int, columns: int, programs: int) -> tuple[int, int]:
@@ -163,16 +179,17 @@ def forward(
     gate_first: bool,
     skip: Tensor | None,
     skip_scale: Tensor | None,
+    silu: bool = True,
 ) -> Tensor:
-    """``norm(y · silu(gate)) · weight`` or ``norm(y) · weight · silu(gate)``, contiguous, of x's shape and dtype.
+    """``norm(y · act(gate)) · weight`` or ``norm(y) · weight · act(gate)``, contiguous, of x's shape and dtype.
 
-    ``y = x``, or ``x + skip_scale · skip``. Without a gate ``norm(y) · weight``.
+    ``y = x``, or ``x + skip_scale · skip``. Without a gate ``norm(y) · weight``. act is SiLU, or the sigmoid.
 
     Args:
         x, gate, skip: ``[B, T, heads, width]`` or ``[B, T, width]``, at most 32 bits, skip only the second. gate may be None.
         weight: ``[width]``. skip_scale: ``[n]``, one number for every ``width / n`` columns. gate_first: the gate comes first.
     """
-    inputs, rows, sizes = _arguments([x, gate, skip, None], weight, skip_scale, gate_first)
+    inputs, rows, sizes = _arguments([x, gate, skip, None], weight, skip_scale, gate_first, silu)
     columns = padded(weight.shape[0])
     out, warps = scratch_like(x), min(max(columns // 256, 4), 8)
     tiles, programs = _parts(rows, columns, PROGRAMS_FORWARD)
@@ -190,11 +207,12 @@ def backward(
     gate_first: bool,
     skip: Tensor | None,
     skip_scale: Tensor | None,
+    silu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, gate, weight, skip and skip_scale, in their dtypes; arguments as in ``forward``. The same bits on
     every run.
     """
-    inputs, rows, sizes = _arguments([x, gate, skip, dout], weight, skip_scale, gate_first)
+    inputs, rows, sizes = _arguments([x, gate, skip, dout], weight, skip_scale, gate_first, silu)
     grads = dx, dgate, dskip = scratch_like(x), scratch_like(gate), scratch_like(skip)
     # Few columns a thread: its registers hold sums and gradients besides, and few programs fit on a multiprocessor.
     columns = padded(weight.shape[0])

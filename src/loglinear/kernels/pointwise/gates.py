@@ -3,8 +3,8 @@
 Only the inputs are saved for backward. A program of the gates has one head, and it also multiplies the values of this head by
 the time step. A program writes gradients of shared parameters as partial sums over its tokens.
 
-Legend: rows are the tokens of all sequences, one behind the other; HEADS heads with values of WIDTH columns. float32:
-everything inside.
+Legend: rows are the tokens of all sequences, one behind the other; HEADS heads with values, or gates per channel, of WIDTH
+columns. float32: everything inside.
 """
 
 from __future__ import annotations
@@ -79,15 +79,32 @@ def _columns(first, inside, head, S: tl.constexpr):
     return head * S.WIDTH + columns[None, :], inside[:, None] & (columns < S.WIDTH)[None, :]
 
 
+@triton.jit
+def _store_strength(x, beta, tokens, inside, head, S: tl.constexpr):
+    """β of one head, if there is one."""
+    if x.strength is not None:
+        b = _numbers(x.strength, x.stride_strength, tokens, inside, head)
+        tl.store(beta + tokens * S.HEADS + head, tl.sigmoid(b), mask=inside)
+
+
+@triton.jit
+def _store_strength_grads(x, dstrength, tokens, inside, head, S: tl.constexpr):
+    """The gradient of its raw strength."""
+    if x.strength is not None:
+        b = _numbers(x.strength, x.stride_strength, tokens, inside, head)
+        db = _numbers(x.dbeta, x.stride_dbeta, tokens, inside, head)
+        share = tl.sigmoid(b)
+        db *= share * (1 - share)
+        tl.store(dstrength + tokens * S.HEADS + head, db.to(dstrength.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gates_kernel(x, g, v, beta, rows, S: tl.constexpr):
     """g, beta ``[rows, HEADS]`` and v ``[rows, HEADS, WIDTH]``; WIDTH = 0: no values."""
     head, _, tokens, inside = _place(rows, S)
     _, step, A = _rates(x, tokens, inside, head)
     tl.store(g + tokens * S.HEADS + head, -A * step, mask=inside)
-    if x.strength is not None:
-        b = _numbers(x.strength, x.stride_strength, tokens, inside, head)
-        tl.store(beta + tokens * S.HEADS + head, tl.sigmoid(b), mask=inside)
+    _store_strength(x, beta, tokens, inside, head, S)
     for first in tl.static_range(0, S.WIDTH, S.COLUMNS):
         inner, mask = _columns(first, inside, head, S)
         value = tl.load(x.x + tokens[:, None] * x.stride_x + inner, mask=mask, other=0.0).to(tl.float32) * step[:, None]
@@ -116,12 +133,67 @@ def gates_grads_kernel(x, drate, dx, dstrength, partial, rows, S: tl.constexpr):
     tl.store(drate + tokens * S.HEADS + head, dtotal.to(drate.dtype.element_ty), mask=inside)
     tl.store(partial + block * (2 * S.HEADS) + head, tl.sum(tl.where(inside, dtotal, 0.0), 0))
     tl.store(partial + block * (2 * S.HEADS) + S.HEADS + head, decay)
-    if x.strength is not None:
-        b = _numbers(x.strength, x.stride_strength, tokens, inside, head)
-        db = _numbers(x.dbeta, x.stride_dbeta, tokens, inside, head)
-        share = tl.sigmoid(b)
-        db *= share * (1 - share)
-        tl.store(dstrength + tokens * S.HEADS + head, db.to(dstrength.dtype.element_ty), mask=inside)
+    _store_strength_grads(x, dstrength, tokens, inside, head, S)
+
+
+@triton.jit
+def _channel_decays(x, tokens, inner, mask, there, head, BOUND: tl.constexpr, DIVISOR: tl.constexpr):
+    """(g, its derivative by f, and by A_log) of a tile of channels; ``there``: the columns there are."""
+    total = tl.load(x.rate + tokens[:, None] * x.stride_rate + inner, mask=mask, other=0.0).to(tl.float32)
+    if x.A_log is None:
+        g, slope = softplus(-total) * (-1 / DIVISOR), tl.sigmoid(-total) * (1 / DIVISOR)
+        by_log = g
+        if BOUND is not None:
+            slope = tl.where(g >= BOUND, slope, 0.0)
+            g = tl.maximum(g, BOUND)
+    else:
+        total += tl.load(x.dt_bias + inner, mask=there, other=0.0).to(tl.float32)
+        A = tl.exp(tl.load(x.A_log + head).to(tl.float32))
+        if BOUND is None:
+            g, slope = -A * softplus(total), -A * tl.sigmoid(total)
+            by_log = g
+        else:
+            g = BOUND * tl.sigmoid(A * total)
+            slope = A * g * tl.sigmoid(-A * total)
+            by_log = slope * total
+    return g, slope, by_log
+
+
+@triton.jit(do_not_specialize=["rows"])
+def channel_gates_kernel(x, g, beta, rows, S: tl.constexpr, BOUND: tl.constexpr, DIVISOR: tl.constexpr):
+    """g ``[rows, HEADS, WIDTH]``, beta ``[rows, HEADS]``."""
+    head, _, tokens, inside = _place(rows, S)
+    _store_strength(x, beta, tokens, inside, head, S)
+    for first in tl.static_range(0, S.WIDTH, S.COLUMNS):
+        inner, mask = _columns(first, inside, head, S)
+        there = (first + tl.arange(0, S.COLUMNS) < S.WIDTH)[None, :]
+        value, _, _ = _channel_decays(x, tokens, inner, mask, there, head, BOUND, DIVISOR)
+        tl.store(g + tokens[:, None] * (S.HEADS * S.WIDTH) + inner, value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def channel_gates_grads_kernel(
+    x, drate, dstrength, partial, rows, S: tl.constexpr, BOUND: tl.constexpr, DIVISOR: tl.constexpr
+):
+    """drate ``[rows, HEADS, WIDTH]``, dstrength ``[rows, HEADS]``, and the sums over a program's tokens, ``partial [blocks,
+    HEADS * (WIDTH + 1)]``, of ddt_bias and dA_log.
+    """
+    head, block, tokens, inside = _place(rows, S)
+    partial += block * (S.HEADS * (S.WIDTH + 1))
+    decay = tl.zeros([S.ROWS], tl.float32)
+    for first in tl.static_range(0, S.WIDTH, S.COLUMNS):
+        inner, mask = _columns(first, inside, head, S)
+        there = (first + tl.arange(0, S.COLUMNS) < S.WIDTH)[None, :]
+        _, slope, by_log = _channel_decays(x, tokens, inner, mask, there, head, BOUND, DIVISOR)
+        dg = tl.load(x.dg + tokens[:, None] * x.stride_dg + inner, mask=mask, other=0.0).to(tl.float32)
+        pointers = drate + tokens[:, None] * (S.HEADS * S.WIDTH) + inner
+        tl.store(pointers, (dg * slope).to(drate.dtype.element_ty), mask=mask)
+        if x.A_log is not None:
+            tl.store(partial + inner, tl.sum(dg * slope, 0)[None, :], mask=there)
+            decay += tl.sum(dg * by_log, 1)
+    if x.A_log is not None:
+        tl.store(partial + S.HEADS * S.WIDTH + head, tl.sum(decay, 0))
+    _store_strength_grads(x, dstrength, tokens, inside, head, S)
 
 
 @triton.jit
@@ -215,6 +287,78 @@ def backward(
         launching.launch(gates_grads_kernel, blocks * heads, inputs, *made, partial, rows, S=S, num_warps=4)
     ddt_bias, dA_log = partial.sum(0)
     return drate, ddt_bias.to(dt_bias.dtype), dA_log.to(A_log.dtype), dx, dstrength
+
+
+def _channel_launch(
+    kernel: Any,
+    tensors: tuple[Tensor | None, ...],
+    dt_bias: Tensor | None,
+    A_log: Tensor | None,
+    heads: int,
+    made: tuple[Any, ...],
+    constexprs: dict[str, float | None],
+) -> None:
+    """Launch a kernel of the gates per channel; ``tensors`` as in ``_arguments``."""
+    batch, length, width = tensors[0].shape  # type: ignore[union-attr]
+    rows = batch * length
+    if rows:
+        parameters = (None if y is None else y.contiguous() for y in (dt_bias, A_log))
+        inputs = Inputs(*with_strides(*tensors), *parameters)
+        S = constants(Tile, TOKENS_OF_VALUES, COLUMNS, heads, width // heads)
+        programs = cdiv(rows, TOKENS_OF_VALUES) * heads
+        launching.launch(kernel, programs, inputs, *made, rows, S=S, **constexprs, num_warps=4)
+
+
+def channel_forward(
+    rate: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor | None,
+    strength: Tensor | None,
+    heads: int,
+    bound: float | None,
+    divisor: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """(g, beta) of a gate per channel: ``g = -e^A_log · softplus(rate + dt_bias)``, or with a bound ``g = bound · σ(e^A_log ·
+    (rate + dt_bias))``; without A_log and dt_bias ``g = logsigmoid(rate) / divisor``, at least ``bound``.
+
+    Args:
+        rate: ``[B, T, H·K]``, strength: ``[B, T, H]`` or None, at most 32 bits. dt_bias: ``[H·K]``, A_log: ``[H]``.
+
+    Returns:
+        g ``[B, T, H, K]`` and beta ``[B, T, H] = σ(strength)``, float32, contiguous; None where there is no input.
+    """
+    batch, length, width = rate.shape
+    g = launching.scratch((batch, length, heads, width // heads), torch.float32, rate.device)
+    beta = scratch_like(strength, torch.float32)
+    tensors = rate, None, strength, None, None, None, None
+    constexprs = dict(BOUND=bound, DIVISOR=divisor)
+    _channel_launch(channel_gates_kernel, tensors, dt_bias, A_log, heads, (g, beta), constexprs)
+    return g, beta
+
+
+def channel_backward(
+    dg: Tensor,
+    dbeta: Tensor | None,
+    rate: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor | None,
+    strength: Tensor | None,
+    heads: int,
+    bound: float | None,
+    divisor: float = 1.0,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of rate, dt_bias, A_log and strength in their dtypes, None where there is none. The same bits on every run."""
+    width = rate.shape[2]
+    drate, dstrength = scratch_like(rate), scratch_like(strength)
+    blocks = cdiv(rate.shape[0] * rate.shape[1], TOKENS_OF_VALUES) if A_log is not None else 0
+    partial = launching.scratch((blocks, width + heads), torch.float32, rate.device)
+    tensors = rate, None, strength, dg, None, None, dbeta
+    made, constexprs = (drate, dstrength, partial), dict(BOUND=bound, DIVISOR=divisor)
+    _channel_launch(channel_gates_grads_kernel, tensors, dt_bias, A_log, heads, made, constexprs)
+    if dt_bias is None or A_log is None:
+        return drate, None, None, dstrength
+    ddt_bias, dA_log = partial.sum(0).split([width, heads])
+    return drate, ddt_bias.to(dt_bias.dtype), dA_log.to(A_log.dtype), dstrength
 
 
 def level_scales(dl: Tensor, L: Tensor, offset: float) -> Tensor:
