@@ -181,26 +181,24 @@ def checked(
 def attend(call: Call) -> tuple[Tensor, State | None]:
     """(o ``[B, T, H, V]``, the final state if asked for) of a call that is ``checked``."""
     inputs, scale, state, output_final_state, cu_seqlens, cu_seqlens_cpu, backend = call
-    _, without_autocast = outside_autocast(inputs.q)
-    with without_autocast:
-        if state is not None or output_final_state:
-            run = _with_states
-            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-                # The contents of a state depend on its positions: no single graph fits, and every token would compile another.
-                run = torch.compiler.disable(_with_states)
-            return run(call)
-        if not checks.values_are_known(
-            inputs.q
-        ):  # a graph, or tensors without values, of which the operator says the shapes
-            return attention.operator(*inputs, scale, cu_seqlens, None, 0, keep(inputs, cu_seqlens), backend)[0], None
-        kernel = dispatch.attention(inputs, backend)
-        if cu_seqlens_cpu is not None or not kernel:
-            lengths = checks.sequence_lengths(inputs.q, cu_seqlens, cu_seqlens_cpu)
-        if checks.transforming() and (kernel or transforms.vmapped(*inputs)):
-            return transforms.run(attention, *inputs, scale, cu_seqlens, None, 0, "", backend), None
-        if kernel:
-            return attention.function.apply(*inputs, scale, cu_seqlens, None, 0, keep(inputs, None), KERNELS)[0], None
-        return plain(inputs, scale, lengths)[0], None
+    if state is not None or output_final_state:
+        run = _with_states
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            # The contents of a state depend on its positions: no single graph fits, and every token would compile another one.
+            run = torch.compiler.disable(_with_states)
+        return run(call)
+    if not checks.values_are_known(
+        inputs.q
+    ):  # a graph, or tensors without values, of which the operator says the shapes
+        return attention.operator(*inputs, scale, cu_seqlens, None, 0, keep(inputs, cu_seqlens), backend)[0], None
+    kernel = dispatch.attention(inputs, backend)
+    if cu_seqlens_cpu is not None or not kernel:
+        lengths = checks.sequence_lengths(inputs.q, cu_seqlens, cu_seqlens_cpu)
+    if checks.transforming() and (kernel or transforms.vmapped(*inputs)):
+        return transforms.run(attention, *inputs, scale, cu_seqlens, None, 0, "", backend), None
+    if kernel:
+        return attention.function.apply(*inputs, scale, cu_seqlens, None, 0, keep(inputs, None), KERNELS)[0], None
+    return plain(inputs, scale, lengths)[0], None
 
 
 def _with_states(call: Call) -> tuple[Tensor, State | None]:
@@ -214,7 +212,8 @@ def _with_states(call: Call) -> tuple[Tensor, State | None]:
     if o is not None or unknown or dispatch.from_state(inputs, state, backend):
         from loglinear.ops import segments  # here: it calls ``attend``
 
-        return segments.attend(call, lengths, o)
+        with outside_autocast(inputs.q)[1]:
+            return segments.attend(call, lengths, o)
     o, final = plain(inputs, call.scale, lengths, state)
     return o, final if call.output_final_state else None
 
@@ -225,7 +224,8 @@ def plain(inputs: Inputs, scale: float, lengths: tuple[int, ...], state: State |
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     gate = q.new_zeros(v.shape[:3], dtype=wide) if g is None else g.to(wide)
     scales, rate = (None if x is None else x.to(wide) for x in (level_scales, beta))
-    o, final = chunkwise(q.to(wide) * scale, k.to(wide), v.to(wide), gate, scales, rate, state, lengths)
+    with outside_autocast(q)[1]:
+        o, final = chunkwise(q.to(wide) * scale, k.to(wide), v.to(wide), gate, scales, rate, state, lengths)
     return o.to(v.dtype), final
 
 
@@ -271,8 +271,8 @@ def _forward(*arguments: Any) -> Sequence[Tensor]:
     kernels, inputs, scale, cu_seqlens, continued, keep = _chosen(arguments)
     if kernels is None:
         return [plain(inputs, scale, checks.sequence_lengths(inputs.q, cu_seqlens, None))[0].contiguous()]
-    if keep:
-        return kernels.forward_keeping(*_for_kernels(inputs), scale, cu_seqlens)
+    if inputs.transition().keeps:
+        return kernels.forward_keeping(*_for_kernels(inputs), scale, cu_seqlens, keep=bool(keep))
     return [kernels.forward(*_for_kernels(inputs), scale, cu_seqlens, **continued)]
 
 

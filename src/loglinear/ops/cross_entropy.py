@@ -14,8 +14,7 @@ from torch import Tensor
 
 from loglinear.ops import checks, dispatch
 from loglinear.ops.operators import Operator
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from loglinear.state import FLOATS, check_dtype
 
 
 def linear_cross_entropy(
@@ -66,11 +65,12 @@ def has_kernel(hidden: Tensor) -> bool:
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
-    for name, tensor in {"hidden": hidden, "weight": weight}.items():
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16: got {tensor.dtype}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be int64: got {targets.dtype}")
+    for name, tensor, dtypes in (
+        ("hidden", hidden, FLOATS),
+        ("weight", weight, FLOATS),
+        ("targets", targets, (torch.int64,)),
+    ):
+        check_dtype(name, tensor.dtype, dtypes)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not weight.shape[0]:
         need = f"[vocab, D] with D = {hidden.shape[-1] if hidden.dim() else '?'}, the last axis of hidden"
         raise ValueError(f"weight must have shape {need}: got {list(weight.shape)}")
