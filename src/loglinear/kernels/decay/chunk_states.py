@@ -45,18 +45,21 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
         gate = gates_of(x, origin, h, valid, S)
         high, low, to_end, total = gate_sums(gate)
         weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(v_tile.dtype)
-        leaf = tl.dot(tl.trans(k_tile), weighted, input_precision=S.PRECISION)
         decay = tl.exp2(total)
         keep = c % 2  # a new pair starts at every even chunk
-        prefix = prefix * decay + leaf
-        pair = pair * (decay * keep) + leaf
+        if LEAST < 4:
+            leaf = tl.dot(tl.trans(k_tile), weighted, input_precision=S.PRECISION)
+            prefix = prefix * decay + leaf
+            pair = pair * (decay * keep) + leaf
+        else:  # no pair is stored: registers for one accumulator
+            prefix = tl.dot(tl.trans(k_tile), weighted, acc=prefix * decay, input_precision=S.PRECISION)
         prefix_log += total
         pair_log = pair_log * keep + total
         is_prefix = (c & (c + 1)) == 0
         site = (at.chunk0 + local).to(tl.int64) * S.H + h
         # The entry that closes an octet of a longer entry is node_states' to write.
         closes_octet = (c + 1 == OCTET) & ((first_chunk // OCTET) % 2 == 1)
-        entry = tl.where(is_prefix, prefix, pair)
+        entry = tl.where(is_prefix, prefix, pair) if LEAST < 4 else prefix
         stored = active & (not closes_octet) & ((c + 1) % LEAST == 0)
         store_entry(states.entries, site, entry, stored, first_k, first_v, S)
         if tile == 0:

@@ -47,8 +47,12 @@ def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
     return tile_k, tile_v, cdiv(K, tile_k) * cdiv(V, tile_v)
 
 
-def launch_states(problem: Problem, x: Inputs, least: int) -> States:
-    """The entries of the Fenwick array that have ``least`` chunks or more: those inside octets, and then the longer ones."""
+def launch_states(problem: Problem, x: Inputs, least: int, launch: Launch | None = None) -> States:
+    """The entries of the Fenwick array that have ``least`` chunks or more: those inside octets, and then the longer ones.
+
+    launch: of the first of the two kernels; None is that of the configuration.
+    """
+    launch = launch or problem.config.states
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
     sums = launching.scratch((H, 2 if dtype == torch.float32 else 1, problem.tokens), torch.float32, device)
     logs = [
@@ -56,12 +60,13 @@ def launch_states(problem: Problem, x: Inputs, least: int) -> States:
         for n in (problem.all_chunks, problem.all_chunks, problem.all_octets)
     ]
     matrices = [launching.scratch((n, H, K, V), dtype, device) for n in (problem.all_chunks, problem.all_octets)]
-    options = problem.config.states.options
-    tile_k, tile_v, tiles = state_tiles(problem, problem.config.states)
+    tile_k, tile_v, tiles = state_tiles(problem, launch)
     states = States(sums, *logs, *matrices, launching.scratch((problem.all_octets, H, tiles), torch.float32, device))
     arguments = x, states, *problem.of_octets, problem.tokens, sums.stride(0)
     S = problem.sizes(dtype, BK=tile_k, BV=tile_v)
-    launching.launch(chunk_states_kernel, problem.all_octets * H * tiles, *arguments, S=S, LEAST=least, **options)
+    launching.launch(
+        chunk_states_kernel, problem.all_octets * H * tiles, *arguments, S=S, LEAST=least, **launch.options
+    )
     launch_node_states(problem, states, dtype)
     return states._replace(octet_states=None)  # a kernel that is given them would keep their memory
 
@@ -129,5 +134,5 @@ def run_forward(inputs: list, scale: float, config: ScalarGateConfig, reach: int
     if span.why_not(problem, x, reach) is None:
         from loglinear.kernels.decay.span import forward as of_spans  # Triton has Gluon there
 
-        return (of_spans.launch_span_output(problem, x, launch_states(problem, x, of_spans.LEAST_ENTRY)),)
+        return (of_spans.launch_span_output(problem, x, of_spans.launch_span_states(problem, x)),)
     return (launch_output(problem, x, launch_states(problem, x, LEAST_ENTRY)),)
