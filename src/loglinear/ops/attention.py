@@ -259,10 +259,8 @@ def _chosen(arguments: Sequence[Any]) -> tuple[Any, ...]:
     """(kernels or None, inputs, scale, cu_seqlens, options of kernels that go on, keep) of an operator's arguments."""
     inputs, (scale, cu_seqlens, first_chunks, reach, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
     taken = backend == KERNELS or dispatch.attention(inputs, backend)
-    if backend != KERNELS and mostly_empty(
-        cu_seqlens, inputs.q.shape[1]
-    ):  # empty sequences would cost as much as full ones
-        cu_seqlens = torch.unique_consecutive(cu_seqlens)  # waits for the device
+    if backend != KERNELS and mostly_empty(cu_seqlens, inputs.q.shape[1]):
+        cu_seqlens = torch.unique_consecutive(cu_seqlens)  # empty ones cost as much as full ones; waits for the device
     continued = {} if first_chunks is None else {"first_chunks": first_chunks, "reach": reach}
     return kernels_of(inputs.transition()) if taken else None, inputs, scale, cu_seqlens, continued, keep
 
