@@ -67,4 +67,5 @@ class LogLinearGLA(LinearAttention):
         return g.unflatten(-1, (self.num_kv_heads, -1))
 
     def unfused(self) -> str | None:
-        return "gates per key channel"
+        bare = self.conv.width == 0 and self.conv.activation == "identity"
+        return (None if bare else self.conv.unfused()) or self.norm.unfused()

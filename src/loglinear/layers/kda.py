@@ -105,16 +105,16 @@ class LogLinearKDA(RecurrentMixer):
         qkv, gate, f, b = joined.split(self.in_widths, dim=-1)
         gate = gate if self.gate_proj is None else project(gate, self.gate_proj)
         f = f if self.decay_proj is None else project(f, self.decay_proj)
-        return Streams(conv=qkv, gate=gate, rate=f, strength=b, dl=dl)
+        return Streams(conv=qkv, gate=gate, rate=f, strength=b, dl=dl, joined=joined)
 
     def inputs(self, mixed: Tensor, streams: Streams) -> tuple[dict[str, Tensor], Tensor | None]:
         q, k, v = mixed.split(self.conv_widths, dim=-1)
         q, k = (x.unflatten(-1, (self.num_key_heads, -1)) for x in (q, k))
         assert streams.strength is not None
-        g, beta = self._gates(streams.rate, streams.strength)
+        g, beta = self.gates(streams.rate, streams.strength)
         return {"q": q, "k": k, "v": v.unflatten(-1, (self.num_heads, -1)), "g": g, "beta": beta}, None
 
-    def _gates(self, f: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def gates(self, f: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """g ``[B, T, H, K]`` and β ``[B, T, H]`` of the projections f and b."""
         if pointwise.has_kernels(f, b, self.dt_bias, self.A_log):
             g, beta = pointwise.channel_gates(f, b, self.dt_bias, self.A_log, self.decay_bound)
@@ -132,6 +132,3 @@ class LogLinearKDA(RecurrentMixer):
 
     def outputs(self, o: Tensor, gate: Tensor, skip: Tensor | None) -> Tensor:
         return self.out_proj(self.norm(o, gate.unflatten(-1, (self.num_heads, -1))).flatten(-2))  # type: ignore[call-arg]
-
-    def unfused(self) -> str | None:
-        return "gates per key channel"

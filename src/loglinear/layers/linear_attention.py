@@ -90,7 +90,7 @@ class LinearAttention(RecurrentMixer):
         joined, dl = self.joint(hidden)
         qkv, gate, rate = joined.split(self.in_widths, dim=-1)
         rate = rate if self.decay_proj is None else project(rate, self.decay_proj)
-        return Streams(conv=qkv, gate=gate, rate=rate, dl=dl)
+        return Streams(conv=qkv, gate=gate, rate=rate, dl=dl, joined=joined)
 
     def inputs(self, mixed: Tensor, streams: Streams) -> tuple[dict[str, Tensor], Tensor | None]:
         q, k, v = mixed.split(self.conv_widths, dim=-1)

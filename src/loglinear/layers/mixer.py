@@ -23,6 +23,7 @@ from loglinear.layers.linear import project, projections
 from loglinear.layers.norm import OutputGate, RMSNorm
 from loglinear.layers.recurrence import convolve, mix, positions
 from loglinear.layers.state import RecurrentMixerState
+from loglinear.ops.fused import Columns
 
 if TYPE_CHECKING:  # not in every build of torch
     from torch.distributed import ProcessGroup
@@ -36,8 +37,8 @@ class Streams(NamedTuple):
         rate: ``[B, T, H]``, the raw time step or decay rate, or one for each key channel, ``[B, T, H·K]``; no columns without
             a decay. strength: ``[B, T, H]``, raw β; no columns where it is 1, None without the delta rule.
         dl: ``[B, T, H·L]``, λ's projection; None in a linear model, and where ``LevelScale`` is to make it.
-        joined: ``[B, T, columns]``, of which the first four are columns in the order of the mixer's own projection. None
-            where there is no such tensor; the step kernels need one.
+        joined: ``[B, T, columns]``, of which the first four are columns in the order of the mixer's own projection, but for
+            those that are projected once more. None if there is no such tensor; the step kernels need one.
         position: int64 ``[B, T]``, tokens before each one; None unless the mixer ``reads_positions``.
     """
 
@@ -88,9 +89,13 @@ class RecurrentMixer(StatedInit):
     def fused_step(self, streams: Streams, state: RecurrentMixerState) -> Tensor:
         """The output projection's input ``[B, T, H·V]``, by the kernels of a step; ``state`` takes the tokens in.
 
-        A mixer without such kernels gives a reason in ``unfused`` in place of this method.
+        Here g and beta come from ``inputs``, one more launch. A mixer without kernels gives a reason in ``unfused``.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no kernels of a step: {self.unfused()}")
+        mixed, _, gates = step.convolve_and_gate(self, streams, state, Columns(conv=0))
+        inputs, skip = self.inputs(mixed, streams)
+        assert skip is None, "a mixer with a skip has a fused_step of its own"
+        q, k, v, gates["g"], gates["beta"] = (inputs.get(name) for name in ("q", "k", "v", "g", "beta"))
+        return step.gate_and_norm(self, step.recur(q, k, v, gates, state), streams.gate, state)  # type: ignore[arg-type]
 
     def unfused(self) -> str | None:
         """The field that the kernels of a step do not know; None if they know all."""

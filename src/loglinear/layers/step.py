@@ -34,11 +34,11 @@ def takes(
         on_gpu = state.conv.is_cuda
         return on_gpu and dispatch.plain("a step", field or "projections that are not one")
     assert isinstance(mixer.norm, GatedRMSNorm)  # others are unfused
-    weights = (mixer.conv.taps, mixer.norm.weight)  # on another device when they are offloaded
+    weights = [x for x in (mixer.conv.taps, mixer.norm.weight) if x is not None]  # elsewhere when they are offloaded
     if not fused.fits(projected, state.conv, *weights) or state.conv.dtype != projected.dtype:
         return False
     (batch, length, _), memory = projected.shape, state.memory
-    if batch != state.batch_size or mixer.conv.width > convolution.MAX_TAPS or weights[1].shape[0] > fused.MAX_WIDTH:
+    if batch != state.batch_size or mixer.conv.width > convolution.MAX_TAPS or weights[-1].shape[0] > fused.MAX_WIDTH:
         return False
     if isinstance(memory, DecodingState):
         whole = 1 <= length <= memory.chunk_size and memory.open_k.dtype == projected.dtype
@@ -53,14 +53,17 @@ def takes(
 def convolve_and_gate(
     mixer: RecurrentMixer, streams: Streams, state: RecurrentMixerState, columns: fused.Columns
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """The convolution's outputs ``[B, T, channels]``, v if it is scaled ``[B, T, H·V]``, and g, beta and level_scales."""
+    """The convolution's outputs ``[B, T, channels]``, v if it is scaled ``[B, T, H·V]``, and g, beta and level_scales; None for
+    a g or beta without columns.
+    """
     conv, levels, projected, dl = mixer.conv, mixer.level_scale, streams.joined, streams.dl
     assert projected is not None
     L, offset = (None, 0.0) if levels is None else (levels.L, levels.offset)
+    rates = (None, None) if columns.rate < 0 else (mixer.dt_bias, mixer.A_log)
     mixed, v, g, beta, scales = fused.step_inputs(
-        projected, dl, state.conv, conv.taps, conv.bias, mixer.dt_bias, mixer.A_log, L, tuple(columns), offset
+        projected, dl, state.conv, conv.taps, conv.bias, *rates, L, tuple(columns), offset
     )
-    return mixed, v, {"g": g, "beta": beta, "level_scales": scales}
+    return streams.conv if mixed is None else mixed, v, {"g": g, "beta": beta, "level_scales": scales}
 
 
 def recur(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], state: RecurrentMixerState) -> Tensor:

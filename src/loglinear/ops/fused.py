@@ -22,12 +22,12 @@ MAX_WIDTH = 16_384  # of a norm: one program holds it
 class Columns(NamedTuple):
     """The columns of a mixer's projection.
 
-    conv, rate, beta: first columns of the convolution's inputs, of the time steps and of β (-1: none).
+    conv, rate, beta: first columns of the convolution's inputs, of the time steps and of β (-1: none, or made elsewhere).
     scaled: how many of the convolution's outputs, from the first on, are v that the time step must still multiply.
     """
 
     conv: int
-    rate: int
+    rate: int = -1
     beta: int = -1
     scaled: int = 0
 
@@ -67,7 +67,7 @@ def silu_times(gate: Tensor, x: Tensor) -> Tensor:
     return pointwise.silu_product(gate, x)
 
 
-def step_inputs(*args) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+def step_inputs(*args) -> tuple[Tensor | None, ...]:
     """See ``kernels.decoding.inputs``."""
     return _kernels().inputs.step_inputs(*args)
 

@@ -124,15 +124,15 @@ def step_inputs_kernel(x, y, T, S: tl.constexpr):
     Races: the state of a channel is read and written by the one program that owns the channel.
     """
     CHANNEL_BLOCKS: tl.constexpr = (S.N + S.BLOCK - 1) // S.BLOCK
-    HEAD_BLOCKS: tl.constexpr = (S.H + S.BLOCK - 1) // S.BLOCK
+    HEAD_BLOCKS: tl.constexpr = (S.H + S.BLOCK - 1) // S.BLOCK if S.RATE >= 0 else 0
     PARTS: tl.constexpr = CHANNEL_BLOCKS + HEAD_BLOCKS + (S.H * S.L + S.BLOCK - 1) // S.BLOCK
     row = (tl.program_id(0) // PARTS).to(tl.int64)
     part = tl.program_id(0) % PARTS
     token = row * T
     projected = x.projected + token * x.stride
-    if part < CHANNEL_BLOCKS:
+    if S.N > 0 and part < CHANNEL_BLOCKS:
         convolve(x, y, row, part * S.BLOCK + tl.arange(0, S.BLOCK), T, S)
-    elif part < CHANNEL_BLOCKS + HEAD_BLOCKS:
+    elif S.RATE >= 0 and part < CHANNEL_BLOCKS + HEAD_BLOCKS:
         heads = (part - CHANNEL_BLOCKS) * S.BLOCK + tl.arange(0, S.BLOCK)
         inside = heads < S.H
         speed = -tl.exp(tl.load(x.A_log + heads, mask=inside, other=0.0).to(tl.float32))
@@ -158,28 +158,31 @@ def step_inputs(
     projected: Tensor,
     dl: Tensor | None,
     tail: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
-    dt_bias: Tensor,
-    A_log: Tensor,
+    dt_bias: Tensor | None,
+    A_log: Tensor | None,
     level_weights: Tensor | None,
     columns: tuple[int, int, int, int],
     offset: float = 0.0,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """(mixed, v, g, β, λ) of T tokens of every row; ``tail`` takes the tokens in.
 
     Args:
         projected: ``[B, T, ...]``, contiguous, at most 32 bits. dl: ``[B, T, H·L]``, rows any one distance apart, or None.
-        tail: ``[B, W - 1, N]``, contiguous, dtype of projected. weight: ``[N, W]``. bias: ``[N]`` or None.
-        dt_bias, A_log: ``[H]``. level_weights: ``[H, L]``, None as dl.
-        columns: the first column in ``projected`` of the convolution's inputs, of the time steps and of β (-1: there is no
-            β); then how many outputs of the convolution, from the first on, are v to be multiplied by the time step.
+        tail: ``[B, W - 1, N]``, contiguous, dtype of projected. weight: ``[N, W]``, or None: no convolution. bias: ``[N]`` or
+            None. dt_bias, A_log: ``[H]``, None without time steps. level_weights: ``[H, L]``, None as dl.
+        columns: the first column in ``projected`` of the convolution's inputs, of the time steps (-1: neither they nor β are
+            asked for) and of β (-1: there is no β); then how many outputs of the convolution, from the first on, are v to be
+            multiplied by the time step.
         offset: of λ, ``softplus(level_weights · dl + offset)``.
 
     Returns:
         mixed ``[B, T, N]`` after the convolution, v ``[B, T, columns[3]]`` (None if that is 0), g and β float32
-        ``[B, T, H]``, λ ``[B, T, H, L]`` in the dtype of dl.
+        ``[B, T, H]``, λ ``[B, T, H, L]`` in the dtype of dl; None for what is not asked for.
     """
+    if weight is None and dl is None and columns[1] < 0:
+        return (None,) * 5
     given = [projected, dl, tail, weight, bias, dt_bias, A_log, level_weights]
     return replay(run_step_inputs, given, columns, offset)  # type: ignore[return-value]
 
@@ -188,15 +191,17 @@ def run_step_inputs(inputs: list, columns: tuple[int, int, int, int], offset: fl
     """The launch of ``step_inputs``."""
     projected, dl, _, weight, *_, A_log, level_weights = inputs
     (batch, length, width), device = projected.shape, projected.device
-    (channels, taps), heads, (*_, strength, scaled) = weight.shape, A_log.shape[0], columns
+    (channels, taps), (_, rate, strength, scaled) = (0, 0) if weight is None else weight.shape, columns
     levels, stride_dl = (0, 0) if dl is None else (level_weights.shape[1], row_stride(dl.shape, dl.stride()))
-    mixed = launching.scratch((batch, length, channels), projected.dtype, device)
+    heads = next((x.shape[0] for x in (A_log, level_weights) if x is not None), 0)
+    timed = heads if rate >= 0 else 0
+    mixed = launching.scratch((batch, length, channels), projected.dtype, device) if channels else None
     v = launching.scratch((batch, length, scaled), projected.dtype, device) if scaled else None
-    g = launching.scratch((batch, length, heads), torch.float32, device)
+    g = launching.scratch((batch, length, heads), torch.float32, device) if timed else None
     beta = launching.scratch((batch, length, heads), torch.float32, device) if strength >= 0 else None
     scales = None if dl is None else launching.scratch((batch, length, heads, levels), dl.dtype, device)
     made = Streams(mixed, v, g, beta, scales)
-    programs = batch * (cdiv(channels, BLOCK) + cdiv(heads, BLOCK) + cdiv(heads * levels, BLOCK))
+    programs = batch * (cdiv(channels, BLOCK) + cdiv(timed, BLOCK) + cdiv(heads * levels, BLOCK))
     if programs and length:
         keep = triton.next_power_of_2(max(taps - 1, 1))
         S = constants(Columns, *columns, channels, heads, levels, taps, keep, offset, BLOCK)

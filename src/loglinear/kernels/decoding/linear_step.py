@@ -17,6 +17,7 @@ from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tree.tiles import load_entry, store_entry
+from loglinear.transition import is_per_channel
 
 BLOCK_V, WARPS = 32, 4
 
@@ -31,7 +32,11 @@ def linear_step_kernel(x, state, o, S: tl.constexpr):
     query = tl.load(x.q + row * x.stride_q + own.group * S.K + rows_k, mask=rows_k < S.K, other=0.0).to(tl.float32)
     key = tl.load(x.k + row * x.stride_k + own.group * S.K + rows_k, mask=rows_k < S.K, other=0.0).to(tl.float32)
     new = tl.load(x.v + row * x.stride_v + own.h * S.V + columns, mask=columns < S.V, other=0.0).to(tl.float32)
-    memory = load_entry(state, head, 0, first_v, S) * tl.exp(tl.load(x.g + head))
+    memory = load_entry(state, head, 0, first_v, S)
+    if S.GATES == 1:
+        memory *= tl.exp(tl.load(x.g + head))
+    else:
+        memory *= tl.exp(tl.load(x.g + head * S.K + rows_k, mask=rows_k < S.K, other=0.0))[:, None]
     if x.beta is not None:
         query *= inverse_length(query, 0)
         key *= inverse_length(key, 0)
@@ -47,7 +52,7 @@ def linear_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None,
 
     Args:
         q, k: ``[B, 1, G, K]``, v: ``[B, 1, H, V]``: heads side by side, at most 32 bits. g, beta: float32 ``[B, 1, H]``,
-            contiguous. state: float32 ``[B, H, K, V]``, contiguous.
+            or g ``[B, 1, H, K]``, contiguous. state: float32 ``[B, H, K, V]``, contiguous.
     """
     return replay(run_linear_step, [q, k, v, g, beta, state])[0]  # type: ignore[return-value]
 
@@ -55,9 +60,9 @@ def linear_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None,
 def run_linear_step(inputs: list) -> tuple[Tensor]:
     """The launch of ``linear_step``."""
     *given, state = inputs
-    q, v = given[0], given[2]
+    q, v, g = given[0], given[2], given[3]
     o = scratch_like(v)
-    programs, S = tiles_of(q.shape, v.shape, 0, BLOCK_V)
+    programs, S = tiles_of(q.shape, v.shape, 0, BLOCK_V, gates=q.shape[3] if is_per_channel(g) else 1)
     if programs:
         x = gather(*given, None, 1.0)
         launching.launch(linear_step_kernel, programs, x, state, o, S=S, num_warps=WARPS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loglinear.layers import LogLinearKDA
+from loglinear.layers.initialization import wide
 from loglinear.layers.linear import project
 from loglinear.layers.mixer import Streams
 from loglinear.models.lifted.mixer import NamesWithO, check_convolution, gated_norm_eps
@@ -63,5 +64,5 @@ class LiftedKDA(NamesWithO, LogLinearKDA):  # type: ignore[misc]
         dl = None if levels is None else project(hidden, levels.dl_proj)
         return Streams(conv=qkv, gate=gate, rate=g, strength=project(hidden, self.b_proj), dl=dl)
 
-    def decay(self, f: Tensor) -> Tensor:
-        return f.unflatten(-1, (self.num_heads, -1))
+    def gates(self, f: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return f.unflatten(-1, (self.num_heads, -1)), torch.sigmoid(wide(b))
