@@ -85,7 +85,7 @@ def distributions(once) -> dict[str, Path]:
 def environment(distributions, once, pytestconfig) -> Callable[[str], Path]:
     """``environment(extras)``: the folder of programs of an empty environment that got the wheel and what it asks for.
 
-    uv takes the versions of ``--pins`` from the registry, or from its cache. Without a registry the tests skip; with CI=true
+    uv takes the versions of ``--pins`` from its cache, or from the registry. Without a registry the tests skip; with CI=true
     they fail.
     """
     uv, pins = [sys.executable, "-m", "uv"], ROOT / "constraints" / f"{pytestconfig.getoption('pins')}.txt"
@@ -95,7 +95,11 @@ def environment(distributions, once, pytestconfig) -> Callable[[str], Path]:
         def install(home: Path) -> None:
             finish(*uv, "venv", "--no-project", "--python", sys.executable, home)
             to = ["--link-mode", "symlink", "--python", home]  # no copies where the cache lies on another disk
-            finish(*uv, "pip", "install", *to, *links, "-c", pins, f"{distributions['wheel']}{extras}")
+            command = [*uv, "pip", "install", *to, *links, "-c", pins, f"{distributions['wheel']}{extras}"]
+            try:
+                finish(*command, "--offline")
+            except AssertionError:
+                finish(*command)
 
         try:
             home = once(f"installed{extras}", install)

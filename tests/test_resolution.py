@@ -28,10 +28,18 @@ def environment() -> dict[str, str]:
 
 
 def resolve(*options: str, python: str = "3.12", system: str = SYSTEMS[0], text: str | None = None) -> str:
-    """The packages that uv would install, ``name==version`` a line. Raises AssertionError with uv's reason."""
+    """The packages that uv would install, ``name==version`` a line. Raises AssertionError with uv's reason.
+
+    uv's cache is asked first for pinned versions, which do not change: 0.6 s. The registry's 700 pages take 6 s of work.
+    """
     command = [sys.executable, "-m", "uv", "pip", "compile", "--no-config", "--quiet", "--no-header", "--no-annotate"]
     command += ["--python-version", python, "--python-platform", system, *options]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=250, env=environment(), cwd=ROOT)
+    for words in (["--offline"], []) if "-c" in options else ([],):
+        done = subprocess.run(
+            command + words, input=text, capture_output=True, text=True, timeout=250, env=environment(), cwd=ROOT
+        )
+        if done.returncode == 0:
+            break
     assert done.returncode == 0, done.stderr
     return done.stdout
 

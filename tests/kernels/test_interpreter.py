@@ -1,7 +1,7 @@
 """Runs tests/kernels/on_device in Triton's interpreter, where there is no CUDA device; of tests/ops the linear models.
 
-Each slow file has its own process, so slow files run side by side. The other files share one process: the imports of a
-process take 4 s, longer than some of these files run.
+Files share processes, since the imports of a process take 8 s, longer than some files run; the groups take about as long
+as each other.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import torch
 
 FOLDER = Path(__file__).parent / "on_device"
 NAMES = {path.stem.removeprefix("test_") for path in FOLDER.glob("test_*.py")}
-# Over 20 s on one core; and memcheck, which looks into the interpreter.
-ALONE = ("batches", "causality", "delta_rule_kept", "kernels", "memcheck", "prefill", "stages", "step_kernels")
-PATHS = {name: FOLDER / f"test_{name}.py" for name in sorted(NAMES)}
-GROUPS = {name: [PATHS[name]] for name in ALONE} | {"others": [PATHS[name] for name in PATHS if name not in ALONE]}
-GROUPS["linear"] = [FOLDER.parents[1] / "ops" / "test_conformance.py", "-k", "linear_model"]
+SHARED = (("kernels",), ("causality",), ("memcheck",), ("batches", "delta_rule_kept", "stages", "step_kernels"))
+REST = tuple(sorted(NAMES - {name for names in SHARED for name in names}))
+GROUPS = {" ".join(names): [FOLDER / f"test_{name}.py" for name in names] for names in (*SHARED, REST)}
+GROUPS["linear models"] = [FOLDER.parents[1] / "ops" / "test_conformance.py", "-k", "linear_model"]
 
 
 @pytest.mark.slow

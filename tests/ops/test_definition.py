@@ -134,13 +134,6 @@ def test_no_gate_is_a_gate_of_zero():
 
 
 @gates
-def test_scale(gate):
-    x = inputs(gate, B=1, T=40)
-    assert error(output(x, scale=-0.25), oracle(**x, scale=-0.25)) <= EXACT
-    assert torch.equal(output(x, scale=1), output(x))
-
-
-@gates
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_rounds_only_the_output(gate, dtype):
     """Gates and λ in float32 beside narrow q, k and v, as models have them, and a scale: the bits of float32, rounded once."""

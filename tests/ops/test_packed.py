@@ -83,14 +83,6 @@ def test_a_row_alone_is_the_row_in_the_batch(kind, dtype, T):
         assert_same_gradients(x, o[[row]], y, alone, lambda gradient, row=row: gradient[[row]])
 
 
-@kinds
-def test_the_same_bits_twice(kind):
-    x = inputs(**kind, T=5 * C + 3, K=16, V=8, dtype=torch.float32, grad=True)
-    first, second = output(x), output(x)
-    assert torch.equal(first, second)
-    assert all(map(torch.equal, gradients(first, x.values()), gradients(second, x.values())))
-
-
 def test_every_way_to_give_the_bounds():
     x = inputs("delta", B=1, T=sum(LENGTHS))
     expected = output(x, cu_seqlens=BOUNDS)

@@ -12,7 +12,6 @@ from cases import BFLOAT16, INTERPRETED, RULES, forward
 from loglinear import DecodingState, log_linear_attention, log_linear_delta_rule
 from loglinear.kernels import decoding
 from loglinear.kernels.pointwise import convolution
-from loglinear.ops import dispatch
 from loglinear.reference.chunkwise import chunkwise
 
 pytestmark = pytest.mark.filterwarnings(
@@ -142,9 +141,7 @@ def test_steps_of_several_tokens(device, rule):
 
 @pytest.mark.parametrize("rule", IN_STEPS)
 @pytest.mark.parametrize("linear", [False, True])
-def test_calls_that_go_on_from_a_state(monkeypatch, device, rule, linear):
-    if INTERPRETED:
-        monkeypatch.setattr(dispatch, "attention", lambda inputs, backend="auto": True)
+def test_calls_that_go_on_from_a_state(on_the_kernels, device, rule, linear):
     op = log_linear_delta_rule if rule == "delta rule" else log_linear_attention
     lengths = (70, 80)
     x = make(rule, device, sum(lengths))

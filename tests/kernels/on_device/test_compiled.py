@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib
 
+import cases
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import INTERPRETED
+from cases import DELTA, INTERPRETED
 from torch.utils.checkpoint import checkpoint
 
 from loglinear import log_linear_delta_rule
-from loglinear.ops import dispatch
 
-WIDTH, HEADS, LEVELS = 16, 1 if INTERPRETED else 2, 9
+pytestmark = pytest.mark.usefixtures("on_the_kernels")
+HEADS = 1 if INTERPRETED else 2
 LENGTHS = (30, 60) if INTERPRETED else (300, 700, 1900)  # of one tier of the tree, and of two
 KEPT = 6 if INTERPRETED else 8  # tensors
 
@@ -21,12 +21,6 @@ KEPT = 6 if INTERPRETED else 8  # tensors
 @pytest.fixture(autouse=True)
 def poisoned_scratch():
     """Plain memory here: the compiler checks storage offsets, and a guard band is one."""
-
-
-@pytest.fixture(autouse=True)
-def on_the_kernels(monkeypatch):
-    if INTERPRETED:
-        monkeypatch.setattr(dispatch, "attention", lambda inputs, backend="auto": True)
 
 
 @pytest.fixture
@@ -55,11 +49,8 @@ def backwards(monkeypatch):
 
 def make(device, T: int, B: int = 1) -> list[torch.Tensor]:
     """q, k, v, g, β and λ in float32."""
-    generator = torch.Generator("cpu").manual_seed(T)
-    shapes = [(HEADS, WIDTH)] * 3 + [(HEADS,)] * 2 + [(HEADS, LEVELS)]
-    q, k, v, g, beta, scales = (torch.randn(B, T, *shape, generator=generator) for shape in shapes)
-    inputs = q, F.normalize(k, dim=-1), v, -0.1 * g.abs(), beta.sigmoid(), scales
-    return [x.to(device).requires_grad_() for x in inputs]
+    x = cases.make(device, DELTA, B=B, T=T, H=HEADS, G=HEADS, L=9, seed=T)
+    return [y.requires_grad_() for y in x.values()]
 
 
 def op(*inputs, **options) -> torch.Tensor:

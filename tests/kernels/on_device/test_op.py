@@ -2,9 +2,9 @@
 
 import importlib
 
+import cases
 import pytest
 import torch
-import torch.nn.functional as F
 
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels.tree import replay
@@ -22,17 +22,11 @@ def poisoned_scratch():
     """Plain memory here: the compiler and opcheck compare storage offsets, and a guard band is one."""
 
 
-def make(delta, dtype=torch.float32, requires_grad=True, T=300, H=2, G=1):
-    """The arguments of either rule in their order; keys of the delta rule have norm 1."""
-
-    def normal(*size):
-        return torch.randn(2, T, *size, device=DEVICE)
-
-    q, k, v = normal(G, 16), normal(G, 16), normal(H, 16)
-    k = F.normalize(k, dim=-1) if delta else k
-    rate = [normal(H).sigmoid()] if delta else []
-    inputs = [q.to(dtype), k.to(dtype), v.to(dtype), -normal(H).abs() / 10, *rate, normal(H, 10)]
-    return [x.requires_grad_(requires_grad) for x in inputs]
+def make(delta, dtype=torch.float32, T=300, H=2, G=1):
+    """The arguments of either rule in their order."""
+    seed = int(torch.randint(1000, ()))  # of other numbers at each call
+    x = cases.make(DEVICE, cases.DELTA if delta else cases.DECAY, B=2, T=T, H=H, G=G, L=10, dtype=dtype, seed=seed)
+    return [y.requires_grad_() for y in x.values()]
 
 
 def op(*inputs):

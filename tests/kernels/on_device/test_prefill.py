@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
+import cases
 import pytest
 import torch
-from cases import FLOAT32, INTERPRETED
+from cases import DECAY, FLOAT32, INTERPRETED
 
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels import tuning
@@ -20,17 +21,11 @@ from loglinear.state import CHUNK_SIZE, joined
 T, MORE = (70, 3) if INTERPRETED else (1000, 70)
 
 
-@pytest.fixture(autouse=True)
-def on_the_kernels(monkeypatch):
-    if INTERPRETED:
-        monkeypatch.setattr(dispatch, "attention", lambda inputs, backend="auto": True)
+pytestmark = pytest.mark.usefixtures("on_the_kernels")
 
 
 def make(device, length, seed=0):
-    generator = torch.Generator("cpu").manual_seed(seed)
-    shapes = ((1, length, 1, 16), (1, length, 1, 16), (1, length, 2, 16), (1, length, 2), (1, length, 2, 11))
-    q, k, v, g, scales = (torch.randn(shape, generator=generator) for shape in shapes)
-    return [x.to(device) for x in (q, k, v, -0.1 * g.abs(), scales)]
+    return list(cases.make(device, DECAY, T=length, H=2, L=11, seed=seed).values())
 
 
 @pytest.mark.parametrize("packed", [False, True])

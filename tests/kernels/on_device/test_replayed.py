@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 
+import cases
 import pytest
 import torch
-from cases import INTERPRETED
+from cases import DECAY, DELTA, INTERPRETED
 
 from loglinear import DecodingState
 from loglinear.kernels import decay as scalar_gate
@@ -18,21 +19,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="the inter
 
 
 def make(device, delta: bool, T: int, seed: int, packed: bool) -> tuple[dict, torch.Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    B = 1 if packed else 2
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator, device=device)
-
-    k = torch.nn.functional.normalize(normal(B, T, 2, 64), dim=-1)
-    x = {"q": normal(B, T, 2, 64), "k": k, "v": normal(B, T, 4, 64)}
-    x = {name: y.bfloat16() for name, y in x.items()} | {"g": -0.1 * normal(B, T, 4).abs()}
-    if delta:
-        x["beta"] = normal(B, T, 4).sigmoid()
-    x["level_scales"] = normal(B, T, 4, 12)
+    sizes = {"B": 1 if packed else 2, "T": T, "H": 4, "G": 2, "K": 64, "V": 64}
+    x = cases.make(device, DELTA if delta else DECAY, **sizes, dtype=torch.bfloat16, seed=seed)
+    do = cases.cotangent(x)
     if packed:
         x["cu_seqlens"] = torch.tensor([0, 70, 70, T - 1 - 10 * seed, T], device=device, dtype=torch.int32)
-    return x, normal(B, T, 4, 64).bfloat16()
+    return x, do
 
 
 def noted_plays(monkeypatch) -> list:
