@@ -346,10 +346,10 @@ def test_a_file_that_cannot_be_used_is_named(text, status, message, tmp_path, ca
 
 def test_sigterm_saves_a_checkpoint(train_options, tmp_path):
     """At the end of its step, far from the next interval and the end; what follows repeats nothing."""
-    options = [*train_options, "--steps", "80", "--save-every", "80", "--evaluate-every", "80"]
+    options = [*train_options, "--steps", "50", "--save-every", "50", "--evaluate-every", "50"]
     run, unbroken, printed = (tmp_path / name for name in ("run", "unbroken", "printed"))
     process = process_of([*options, "--output", str(run)], printed)
-    while not (printed.exists() and "\nstep 3/80" in printed.read_text()):
+    while not (printed.exists() and "\nstep 3/50" in printed.read_text()):
         assert process.is_alive(), "the run ended by itself"
         time.sleep(0.01)
     process.terminate()
@@ -358,7 +358,7 @@ def test_sigterm_saves_a_checkpoint(train_options, tmp_path):
     assert process.exitcode == 143, output
     (checkpoint,) = complete_checkpoints(run)
     step = checkpoint_step(checkpoint)
-    assert 3 <= step < 80
+    assert 3 <= step < 50
     assert f"stopped by SIGTERM after step {step}, which is saved" in output
     assert output.endswith("loglinear train: terminated\n")
     assert record(run)["status"] == "running"

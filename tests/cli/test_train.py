@@ -67,16 +67,16 @@ def kill_after(output: Path, checkpoint: int, options: list[str]) -> None:
 
 
 def test_a_run_killed_twice_ends_like_an_unbroken_one(train_options, tmp_path):
-    # 90 steps of 4 sequences: several epochs, and checkpoints inside and at the border of one.
-    options = [*train_options, "--steps", "90", "--save-every", "3", "--evaluate-every", "45", "--accumulate", "2"]
+    # 60 steps of 4 sequences of 74: three epochs of 19 steps, and checkpoints inside and at the border of one.
+    options = [*train_options, "--steps", "60", "--save-every", "3", "--evaluate-every", "30", "--accumulate", "2"]
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert main([*options, "--output", str(unbroken)]) == 0
     kill_after(broken, 6, [*options, "--output", str(broken)])
-    kill_after(broken, 48, [*options, "--output", str(broken)])
+    kill_after(broken, 30, [*options, "--output", str(broken)])
     assert record(broken)["status"] == "running"
     assert main([*options, "--output", str(broken)]) == 0
     assert_same_outcome(broken, unbroken)
-    assert sorted(path.name for path in broken.glob("checkpoint-*")) == ["checkpoint-87", "checkpoint-90"]
+    assert sorted(path.name for path in broken.glob("checkpoint-*")) == ["checkpoint-57", "checkpoint-60"]
     # One value for each step, although some steps were taken twice.
     assert tensorboard_losses(broken) == pytest.approx(losses(unbroken), rel=1e-6)
 

@@ -1,4 +1,4 @@
-"""Runs tests/kernels/on_device in Triton's interpreter, where there is no CUDA device; of tests/ops the linear models.
+"""Runs tests/kernels/on_device in Triton's interpreter, where there is no CUDA device; of tests/ops what is said below.
 
 Files share processes, since the imports of a process take 8 s, longer than some files run; the groups take about as long
 as each other.
@@ -19,7 +19,7 @@ NAMES = {path.stem.removeprefix("test_") for path in FOLDER.glob("test_*.py")}
 SHARED = (("kernels",), ("causality",), ("memcheck",), ("batches", "delta_rule_kept", "stages", "step_kernels"))
 REST = tuple(sorted(NAMES - {name for names in SHARED for name in names}))
 GROUPS = {" ".join(names): [FOLDER / f"test_{name}.py" for name in names] for names in (*SHARED, REST)}
-GROUPS["linear models"] = [FOLDER.parents[1] / "ops" / "test_conformance.py", "-k", "linear_model"]
+GROUPS["ops"] = [FOLDER.parents[1] / "ops" / "test_conformance.py", "-k", "linear_model or two_parts"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import torch
 
 import loglinear
 from loglinear import reference
-from oracle import make_inputs, per_value_head
+from oracle import error, gradients, make_inputs, per_value_head
 
 C = 64  # the ops' chunk size: where their bits change
 
@@ -66,3 +66,15 @@ def meaning(state):
 def fields(state):
     """Every tensor of a state by name."""
     return {name: value for name, value in vars(state).items() if isinstance(value, torch.Tensor)}
+
+
+def assert_close(x, got, want, bar, y=None):
+    """Outputs and the gradients of all inputs x (and those of y, if the other result has inputs of its own)."""
+    assert got.shape == want.shape
+    assert got.dtype == x["v"].dtype
+    assert error(got, want) <= bar
+    theirs = (x if y is None else y).values()
+    for name, have, expected in zip(x, gradients(got, x.values()), gradients(want, theirs), strict=True):
+        assert have.isfinite().all(), name
+        assert have.dtype == x[name].dtype, name
+        assert error(have, expected) <= bar, name

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from calls import C, dense, fields, inputs, output, run, tokens
+from calls import C, assert_close, dense, fields, inputs, output, run, tokens
 
 import loglinear
 from oracle import (
@@ -23,31 +23,14 @@ gates = pytest.mark.parametrize("gate", GATES)
 EXACT = TOLERANCES[torch.float64]
 
 
-def assert_same(x, expected, wanted, tolerance, **kwargs):
-    """Output and every gradient of the op within ``tolerance``, all finite, in the dtypes of v and of the arguments."""
-    o = output(x, **kwargs)
-    assert o.dtype == x["v"].dtype
-    assert o.isfinite().all()
-    assert error(o, expected) <= tolerance
-    for name, have, want in zip(x, gradients(o, x.values()), wanted, strict=True):
-        assert have.dtype == x[name].dtype, name
-        assert have.isfinite().all(), name
-        assert error(have, want) <= tolerance, name
+STATES = "initial_state output_final_state"
+SIGNATURES = {
+    loglinear.log_linear_attention: f"q k v g level_scales scale {STATES} cu_seqlens",
+    loglinear.log_linear_delta_rule: f"q k v g beta level_scales scale {STATES} use_qk_l2norm_in_kernel cu_seqlens",
+}
 
 
-@pytest.mark.parametrize(
-    ("op", "names"),
-    [
-        (
-            loglinear.log_linear_attention,
-            "q k v g level_scales scale initial_state output_final_state cu_seqlens",
-        ),
-        (
-            loglinear.log_linear_delta_rule,
-            "q k v g beta level_scales scale initial_state output_final_state use_qk_l2norm_in_kernel cu_seqlens",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("op", "names"), SIGNATURES.items())
 def test_signature(op, names):
     """The field's names, in the field's order; anything more comes after them and is optional."""
     parameters = inspect.signature(op).parameters
@@ -70,8 +53,7 @@ def test_against_the_oracle(gate, hard, dtype):
     """Three chunks, groups, and (hard) gates of -inf and -1e30 at and around the chunk's border."""
     x = inputs(gate, hard=hard, T=150, dtype=dtype, grad=True)
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in x.items()}
-    expected = oracle(**exact)
-    assert_same(x, expected, gradients(expected, exact.values()), TOLERANCES[dtype])
+    assert_close(x, output(x), oracle(**exact), TOLERANCES[dtype], exact)
 
 
 @pytest.mark.parametrize("gate", CHANNELS)
@@ -85,8 +67,7 @@ def test_equal_gates_of_all_channels_are_the_gate_of_a_head(gate):
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (7, 2), (2, 33), (64, 64), (256, 3)])
 def test_every_width(gate, K, V):
     x = inputs(gate, B=1, T=2 * C + 2, K=K, V=V, grad=True)
-    expected = dense(**x)
-    assert_same(x, expected, gradients(expected, x.values()), EXACT)
+    assert_close(x, output(x), dense(**x), EXACT)
 
 
 @gates
@@ -94,8 +75,7 @@ def test_every_width(gate, K, V):
 def test_levels_beyond_the_last_share_it(gate, L):
     """T = 300 needs 10 levels; 7 lie within a chunk."""
     x = inputs(gate, B=1, T=300, L=L, grad=True)
-    expected = dense(**x)
-    assert_same(x, expected, gradients(expected, x.values()), EXACT)
+    assert_close(x, output(x), dense(**x), EXACT)
     if L < 10:
         x = {name: tensor.detach() for name, tensor in x.items()}
         last = x["level_scales"][..., -1:].expand(-1, -1, -1, 10 - L)
@@ -123,7 +103,7 @@ def test_constant_gates(gate, value, dtype):
         q, k = (exact[n].repeat_interleave(2, 2) for n in ("q", "k"))
         own = exact["level_scales"][..., 0] * (q * k).sum(-1) * exact.get("beta", torch.ones(1))
         assert error(expected, own[..., None] * exact["v"]) <= EXACT
-    assert_same(x, expected, gradients(expected, exact.values()), TOLERANCES[dtype])
+    assert_close(x, output(x), expected, TOLERANCES[dtype], exact)
 
 
 def test_no_gate_is_a_gate_of_zero():

@@ -42,20 +42,15 @@ def check(ours: Tensor, theirs: Tensor, plain: Tensor, exact: Tensor) -> None:
 
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (128, 64)])
 @pytest.mark.parametrize("gate", ["usual", "zero"])
-def test_delta_rule_is_the_linear_gated_delta_rule(device, gate, K, V):
-    fla = pytest.importorskip("fla.ops.gated_delta_rule", exc_type=ImportError)
-    x, wide = linear(DELTA, device, T=1000, K=K, V=V, gate=gate)
-    q, k, v, g, beta = (x[name] for name in ("q", "k", "v", "g", "beta"))
-    theirs = fla.chunk_gated_delta_rule(q, k, v, g=g, beta=beta.to(v.dtype), scale=0.5)[0]
-    exact = log_linear_delta_rule(**wide, scale=0.5)[0]
-    check(log_linear_delta_rule(**x, scale=0.5)[0], theirs, plain_torch(**x, scale=0.5), exact)
-
-
-@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (128, 64)])
-@pytest.mark.parametrize("gate", ["usual", "zero"])
-def test_scalar_gate_is_simple_gla(device, gate, K, V):
-    fla = pytest.importorskip("fla.ops.simple_gla", exc_type=ImportError)
-    x, wide = linear(DECAY, device, T=1000, K=K, V=V, gate=gate)
-    theirs = fla.chunk_simple_gla(x["q"], x["k"], x["v"], g=x["g"], scale=0.5)[0]
-    exact = log_linear_attention(**wide, scale=0.5)[0]
-    check(log_linear_attention(**x, scale=0.5)[0], theirs, plain_torch(**x, scale=0.5), exact)
+@pytest.mark.parametrize("rule", [DECAY, DELTA], ids=["simple GLA", "linear gated delta rule"])
+def test_our_linear_model_is_the_peer_s(device, rule, gate, K, V):
+    delta = rule is DELTA
+    fla = pytest.importorskip("fla.ops.gated_delta_rule" if delta else "fla.ops.simple_gla", exc_type=ImportError)
+    x, wide = linear(rule, device, T=1000, K=K, V=V, gate=gate)
+    q, k, v, g = (x[name] for name in "qkvg")
+    if delta:
+        theirs = fla.chunk_gated_delta_rule(q, k, v, g=g, beta=x["beta"].to(v.dtype), scale=0.5)[0]
+    else:
+        theirs = fla.chunk_simple_gla(q, k, v, g=g, scale=0.5)[0]
+    op = log_linear_delta_rule if delta else log_linear_attention
+    check(op(**x, scale=0.5)[0], theirs, plain_torch(**x, scale=0.5), op(**wide, scale=0.5)[0])

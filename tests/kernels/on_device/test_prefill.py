@@ -10,11 +10,9 @@ import pytest
 import torch
 from cases import DECAY, FLOAT32, INTERPRETED
 
-from loglinear import log_linear_attention, log_linear_delta_rule
+from loglinear import log_linear_attention
 from loglinear.kernels import tuning
 from loglinear.ops import dispatch
-from loglinear.ops.attention import plain as run_plain
-from loglinear.ops.inputs import Inputs
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, joined
 
@@ -26,36 +24,6 @@ pytestmark = pytest.mark.usefixtures("on_the_kernels")
 
 def make(device, length, seed=0):
     return list(cases.make(device, DECAY, T=length, H=2, L=11, seed=seed).values())
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_output_state_and_their_gradients(device, packed):
-    inputs = [x.requires_grad_() for x in make(device, T)]
-    lengths = (T // 3, T - T // 3) if packed else (T,)
-    bounds = torch.tensor([0, *lengths], device=device, dtype=torch.int32).cumsum(0).to(torch.int32) if packed else None
-    o, state = log_linear_attention(*inputs, cu_seqlens=bounds, output_final_state=True)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    want, expected = chunkwise(*wide, lengths=lengths)
-    loss = o.sum() + state.entries.square().sum() + state.open_v.sum()
-    wide_loss = want.sum() + expected.entries.square().sum() + expected.open_v.sum()
-    pairs = [(o, want), (state.entries, expected.entries), (state.open_k, expected.open_k)]
-    pairs += zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(wide_loss, wide))
-    for got, reference in pairs:
-        assert (got.double() - reference).norm() <= FLOAT32 * reference.norm()
-
-
-def test_continued(device):
-    inputs = make(device, T + MORE)
-    whole, _ = chunkwise(*(x.double() for x in inputs))
-    o, state = log_linear_attention(*(x[:, :T] for x in inputs), output_final_state=True)
-    outputs = [o]
-    for t in range(T, T + MORE):
-        o, state = log_linear_attention(
-            *(x[:, t : t + 1] for x in inputs), initial_state=state, output_final_state=True
-        )
-        outputs.append(o)
-    got = torch.cat(outputs, 1).double()
-    assert (got - whole).norm() <= FLOAT32 * whole.norm()
 
 
 def separate(state):
@@ -129,54 +97,3 @@ def test_states_of_other_chunks_go_on_without_kernels(device):
     whole, _ = chunkwise(*(x.double() for x in inputs))
     assert (o.double() - whole[:, 70:]).norm() <= FLOAT32 * whole.norm()
     assert after.chunk_size == 16
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    INTERPRETED, reason="minutes in the interpreter; tests/ops/test_segments.py has the same without kernels"
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("linear", [False, True], ids=["tree", "linear"])
-@pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
-def test_prefill_in_two_parts(device, delta, linear, dtype):
-    """Outputs and states after each part, and the gradients of all inputs through both, against one pass in float64.
-
-    In bfloat16 a state is read by queries, so it is as exact as outputs are; those may have twice the error of plain PyTorch.
-    """
-    generator = torch.Generator("cpu").manual_seed(3)
-    shapes = {"q": (2, 64), "k": (2, 64), "v": (4, 64), "g": (4,), "scales": (4, 14), "beta": (4,)}
-    x = {name: torch.randn(2, 1500, *shape, generator=generator) for name, shape in shapes.items()}
-    x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
-    x |= {"g": -0.05 * x["g"].abs(), "beta": x["beta"].sigmoid()}
-    x = {name: y.to(device, dtype if name in "qkv" else torch.float32).requires_grad_() for name, y in x.items()}
-    op = log_linear_delta_rule if delta else log_linear_attention
-
-    def parts(inputs, run):
-        state, outputs = None, []
-        for part in (slice(0, 1030), slice(1030, 1500)):
-            o, state = run({name: y[:, part] for name, y in inputs.items()}, state)
-            outputs.append(o)
-        return torch.cat(outputs, 1), state
-
-    def kernels(y, state):
-        given = [y["q"], y["k"], y["v"], y["g"], *([y["beta"]] if delta else []), None if linear else y["scales"]]
-        return op(*given, initial_state=state, output_final_state=True)
-
-    def plain(y, state):
-        inputs = Inputs(*(y[name] for name in "qkvg"), y["beta"] if delta else None, None if linear else y["scales"])
-        return run_plain(inputs, 1.0, (y["q"].shape[1],) * 2, state)
-
-    def results(inputs, run):
-        o, state = parts(inputs, run)
-        held = state.state if linear else state.entries * state.decay.exp()[..., None, None]
-        used = [y for name, y in inputs.items() if (delta or name != "beta") and not (linear and name == "scales")]
-        grads = torch.autograd.grad((o.double() * weight).sum() + held.double().square().sum(), used)
-        return [o, held, *grads]
-
-    weight = torch.randn(2, 1500, 4, 64, generator=generator).double().to(device)
-    wide = {name: y.detach().double().requires_grad_() for name, y in x.items()}
-    want = results(wide, plain)
-    got, rounded = results(x, kernels), results(x, plain)
-    for ours, theirs, exact in zip(got, rounded, want):
-        error, bar = (((y.double() - exact).norm() / exact.norm()).item() for y in (ours, theirs))
-        assert error <= (FLOAT32 if dtype == torch.float32 else max(2 * bar, 8e-3))
