@@ -193,7 +193,7 @@ level_scales_kernel = Operator(
 )
 gated_norm_kernel = Operator(
     "gated_norm",
-    "Tensor x, Tensor? gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale, bool silu=True",
+    "Tensor x, Tensor? gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale, bool silu",
     1,
     lambda *inputs: [_kernels().gated_norm.forward(*inputs)],
     lambda *inputs: _kernels().gated_norm.backward(*inputs),
