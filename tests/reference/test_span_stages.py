@@ -21,20 +21,46 @@ CASES = {  # tokens of each sequence, levels; chunks of 8 tokens, spans of 32
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("hard", [False, True], ids=["gates", "resets"])
-def test_the_output_by_spans_is_the_definition(case, hard):
-    lengths, levels = CASES[case]
+@pytest.fixture(params=CASES)
+def lengths_and_levels(request):
+    return CASES[request.param]
+
+
+def make(lengths, levels, hard):
+    """(inputs, place, inputs in chunks, states, the states without the entries that no span reads)."""
     x = make_inputs(B=1, T=sum(lengths), L=levels, gate="scalar")
     if hard:
         x["g"][:, [t for t in (0, 5, 8, 17, 24, 31, 63) if t < sum(lengths)]] = -torch.inf
         x["g"][:, 20:22] = -1e30
+    place = Place(lengths, 8)
+    given = cut(place, **x, do=torch.randn_like(x["v"]), scale=0.7)
+    states = decay.node_states(place, decay.chunk_states(place, given))
+    short = place.n + 1 & -(place.n + 1) < 4
+    return (
+        x,
+        place,
+        given,
+        states,
+        states._replace(entries=states.entries.masked_fill(short[:, None, None, None], torch.nan)),
+    )
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["gates", "resets"])
+def test_the_output_by_spans_is_the_definition(lengths_and_levels, hard):
+    lengths, levels = lengths_and_levels
+    x, place, given, _, states = make(lengths, levels, hard)
     parts = [{n: y[:, a:b] for n, y in x.items()} for a, b in pairwise(accumulate(lengths, initial=0))]
     wanted = torch.cat([FORMS["dense"](**part, scale=0.7) for part in parts], 1)
-    place = Place(lengths, 8)
-    given = cut(place, **x, scale=0.7)
-    states = decay.node_states(place, decay.chunk_states(place, given))
-    short = place.n + 1 & -(place.n + 1) < 4  # entries that no span reads
-    states = states._replace(entries=states.entries.masked_fill(short[:, None, None, None], torch.nan))
     got = place.tokens(span.output(place, given, states), x["v"])
     assert error(got, wanted) <= TOLERANCES[torch.float64]
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["gates", "resets"])
+def test_the_query_side_by_spans_is_that_of_chunks(lengths_and_levels, hard):
+    """The stages of chunks are compared with the definition in test_stage_twins.py."""
+    _, place, given, states, spans = make(*lengths_and_levels, hard)
+    score_grads, inner, rows, columns = decay.local_grads(place, given, states)
+    dq, dscales, rows, by_level = decay.query_grads(place, given, states, score_grads, inner, rows)
+    wanted = span.QuerySide(dq, score_grads, dscales, rows, columns, by_level)
+    for name, got, want in zip(wanted._fields, span.query_side(place, given, spans), wanted, strict=True):
+        assert error(got, want) <= TOLERANCES[torch.float64], name

@@ -1,26 +1,27 @@
-"""SPAN: the output of the scalar gate with spans of four chunks, as ``kernels/decay/span`` computes it.
+"""SPAN: output and query side of the scalar gate with spans of four chunks, as ``kernels/decay/span`` computes them.
 
 Queries attend to their span by products of a factor of the query and a factor of the key, one pair for each level. They
-read entries of four chunks and more. The stages before the output are those of ``decay.py``.
+read entries of four chunks and more. All other stages are those of ``decay.py``.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loglinear.reference.stages.decay import States, path
-from loglinear.reference.stages.place import Inputs, Place, levels_of, scales_of
+from loglinear.reference.stages.place import Inputs, Place, add_level, levels_of, scales_of, sums_by_level
 
 BLOCKS = 4  # sub-blocks of a chunk, and chunks of a span
 SPAN_LEVEL = 2  # entries of 2^2 chunks are the shortest that are read
 
 
-def chunk_weights(x: Inputs, sums: Tensor) -> Tensor:
-    """λ times decay inside a chunk ``[chunks, H, C, C]``; outside sub-blocks row factor times column factor."""
+def chunk_decays(sums: Tensor) -> Tensor:
+    """Decay inside a chunk ``[chunks, H, C, C]``, zero above the diagonal; outside sub-blocks a product of two factors."""
     C = sums.shape[2]
     size = C // BLOCKS
-    scales = torch.gather(x.scales, 3, levels_of(x).expand(*sums.shape, C))
     block = torch.arange(C, device=sums.device) // size
     ends = sums[..., size - 1 :: size]  # of the sub-blocks
     rows = (
@@ -28,8 +29,13 @@ def chunk_weights(x: Inputs, sums: Tensor) -> Tensor:
     )  # [t, s]: from the end of s's block
     columns = (ends[..., block] - sums).exp()
     near = (sums[..., :, None] - sums[..., None, :]).clamp(max=0.0).exp()
-    decay = torch.where(block[:, None] == block[None, :], near, rows * columns[..., None, :])
-    return (scales * decay).tril()
+    return torch.where(block[:, None] == block[None, :], near, rows * columns[..., None, :]).tril()
+
+
+def chunk_scales(x: Inputs) -> Tensor:
+    """λ inside a chunk ``[chunks, H, C, C]``."""
+    C = x.scales.shape[2]
+    return torch.gather(x.scales, 3, levels_of(x).expand(*x.scales.shape[:3], C))
 
 
 def earlier_weights(states: States, level: int, chunk: Tensor, earlier: Tensor, place: Place) -> tuple[Tensor, Tensor]:
@@ -56,7 +62,7 @@ def pairs_of_spans(place: Place) -> list[tuple[int, Tensor, Tensor]]:
 
 def output(place: Place, x: Inputs, states: States) -> Tensor:
     """o ``[chunks, H, C, V]``: the span, then the entries before it."""
-    o = ((x.q @ x.k.mT) * chunk_weights(x, states.sums)) @ x.v
+    o = ((x.q @ x.k.mT) * chunk_decays(states.sums) * chunk_scales(x)) @ x.v
     for level, chunk, earlier in pairs_of_spans(place):
         rows, columns = earlier_weights(states, level, chunk, earlier, place)
         weights = (scales_of(x, chunk, level) * rows).unsqueeze(3) * columns.unsqueeze(2)
@@ -65,3 +71,44 @@ def output(place: Place, x: Inputs, states: States) -> Tensor:
         weight = (scales_of(x, chunk, m) * decay).unsqueeze(3)
         o = o.index_add(0, chunk, weight * (x.q[chunk] @ states.entries[entry]))
     return o
+
+
+class QuerySide(NamedTuple):
+    """What ``local_grads`` and ``query_grads`` of ``decay.py`` give together: dq ``[chunks, H, C, K]`` of each head, the
+    gradient of the scores inside a chunk, dλ, and the gains of the rows, of the columns inside a chunk, and by level.
+    """
+
+    dq: Tensor
+    score_grads: Tensor
+    dscales: Tensor
+    rows: Tensor
+    columns: Tensor
+    levels: Tensor
+
+
+def query_side(place: Place, x: Inputs, states: States) -> QuerySide:
+    """Scores are needed inside a chunk alone: elsewhere a gradient is a factor of the query times a product, and the product
+    times q is the gradient of λ.
+    """
+    outer, decays, scales = x.do @ x.v.mT, chunk_decays(states.sums), chunk_scales(x)
+    pairs = (x.q @ x.k.mT) * outer * decays
+    apart = (pairs - torch.diag_embed(pairs.diagonal(dim1=2, dim2=3))) * scales
+    score_grads = outer * decays * scales
+    dq, dscales, rows = score_grads @ x.k, sums_by_level(x, pairs), apart.sum(3)
+    levels = states.chunk_log.new_zeros(len(place.levels), *states.chunk_log.shape)
+    products = []
+    for level, chunk, earlier in pairs_of_spans(place):
+        decay, columns = earlier_weights(states, level, chunk, earlier, place)
+        grads = (x.do[chunk] @ x.v[earlier].mT) * columns.unsqueeze(2)
+        products.append((level, chunk, decay, grads @ x.k[earlier]))
+    for m, chunk, entry, decay in path(place, states, place.levels[SPAN_LEVEL:]):
+        products.append((m, chunk, decay, x.do[chunk] @ states.entries[entry].mT))
+    for m, chunk, decay, product in products:
+        if len(chunk) == 0:
+            continue
+        scale, gain = scales_of(x, chunk, m), (product * x.q[chunk]).sum(3) * decay
+        dq = dq.index_add(0, chunk, (scale * decay).unsqueeze(3) * product)
+        dscales = add_level(dscales, x, chunk, m, gain)
+        rows = rows.index_add(0, chunk, gain * scale)
+        levels[m] = levels[m].index_add(0, chunk, (gain * scale).sum(2))
+    return QuerySide(dq, score_grads, dscales, rows, apart.sum(2), levels)
