@@ -192,13 +192,16 @@ def error(x: Tensor, expected: Tensor) -> float:
     return ((x - expected).norm() / (norm if norm > 0 else 1.0)).item()
 
 
-def gradients(outputs, inputs) -> list[Tensor]:
-    """Gradients of a fixed random weighting of ``outputs`` with respect to ``inputs``; zeros where none flows."""
+def gradients(outputs, inputs, again: bool = True) -> list[Tensor]:
+    """Gradients of a fixed random weighting of ``outputs`` with respect to ``inputs``; zeros where none flows.
+
+    again: whether they may be asked for again. A compiled graph gives some memory away in its first backward pass.
+    """
     gen = torch.Generator().manual_seed(1)
     outputs = [o for o in (outputs if isinstance(outputs, (list, tuple)) else [outputs]) if o.requires_grad]
     weights = [torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o) for o in outputs]
     return list(
         torch.autograd.grad(
-            outputs, list(inputs), weights, retain_graph=True, allow_unused=True, materialize_grads=True
+            outputs, list(inputs), weights, retain_graph=again, allow_unused=True, materialize_grads=True
         )
     )

@@ -20,6 +20,7 @@ from loglinear.ops.inputs import Backend, Inputs, State
 from loglinear.state import CHUNK_SIZE, LinearState
 from loglinear.transition import SCALAR_GATE
 
+BACKENDS = get_args(Backend)
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 1024  # of the kernels
 MAX_CHANNELS = 128  # of the kernels of a gate per channel: their queries and keys are as wide as their gates
 STEP_CHUNKS = (16, 32, 64)  # chunks of a state that the step kernels compile for; with longer ones they spill
@@ -31,8 +32,8 @@ said: set[str] = set()
 
 def check_backend(backend: Backend) -> None:
     """Raise a ValueError for an unknown one."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {list(get_args(Backend))}: got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}: got {backend!r}")
 
 
 def attention(inputs: Inputs, backend: Backend = "auto") -> bool:
@@ -62,12 +63,12 @@ def step(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE, backend: Backend = 
 
 
 def _why_not(inputs: Inputs) -> str | None:
-    q, v = inputs.q, inputs.v
-    if not inputs.transition().kernels:
+    q, v, transition = inputs.q, inputs.v, inputs.transition()
+    if not transition.kernels:
         return NO_CHANNELS
-    if inputs.transition().per_channel and q.shape[3] > MAX_CHANNELS:
+    if transition.per_channel and q.shape[3] > MAX_CHANNELS:
         return f"a gate per key channel and K={int(q.shape[3])}, where kernels take K up to {MAX_CHANNELS}"
-    return wide_heads(q, v) or why_unfit(q.device, inputs.transition(), int(q.shape[3]))
+    return wide_heads(q, v) or why_unfit(q.device, transition, int(q.shape[3]))
 
 
 def wide_heads(q: Tensor, v: Tensor) -> str | None:

@@ -51,6 +51,10 @@ class Operator:
         keeps: bool = False,
     ) -> None:
         self.results, self.keeps = results, keeps
+        kinds = [x.strip().startswith("Tensor") for x in arguments.split(",")]
+        self.tensors = [i for i, tensor in enumerate(kinds) if tensor]
+        self.constants = [i for i, tensor in enumerate(kinds) if not tensor]
+        self.order = sorted(range(len(kinds)), key=[*self.tensors, *self.constants].__getitem__)
         gradients = ", ".join(f"Tensor gradient_{i}" for i in range(results))
         schema = f"{gradients}, {arguments}" + ", Tensor[] kept" * keeps
         self.operator = _define(name, arguments, forward, fake)
@@ -71,27 +75,31 @@ class Operator:
             ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as it
         self._keep(ctx, inputs, kept)
 
-    @staticmethod
-    def _keep(ctx: Any, inputs: tuple, kept: Sequence[Tensor]) -> None:
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *kept)
-        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
+    def _keep(self, ctx: Any, inputs: tuple, kept: Sequence[Tensor]) -> None:
+        ctx.save_for_backward(*[inputs[i] for i in self.tensors], *kept)
+        ctx.constants = [inputs[i] for i in self.constants]
 
     def _gradients_by(self, backward: Callable) -> Callable:
         def gradients(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
-            saved, count = ctx.saved_tensors, len(ctx.constants)  # read once: checkpointing unpacks a tensor once
-            inputs = [constant if x is None else x for x, constant in zip(saved, ctx.constants)]
+            saved, count = ctx.saved_tensors, len(self.tensors)  # read once: checkpointing unpacks a tensor once
+            tensors_first = *saved[:count], *ctx.constants
             results = given[0] if isinstance(given[0], list) else given  # an operator's are in one list
             kept = [list(saved[count:])] if self.keeps else []
-            found = (y for y in backward(*results[: self.results], *inputs, *kept) if y is not None)
-            return tuple(next(found) if _floating(x) else None for x in inputs)
+            found = backward(*results[: self.results], *[tensors_first[i] for i in self.order], *kept)
+            rest = (y for y in found if y is not None)
+            made: list[Tensor | None] = [None] * len(self.order)
+            for i, x in zip(self.tensors, saved):
+                if x is not None and x.is_floating_point():
+                    made[i] = next(rest)
+            return tuple(made)
 
         return gradients
 
     def _function(self, name: str, run: Callable, backward: Callable) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-            made = tuple(y for y in run(*inputs) if y is not None)
+            made = [y for y in run(*inputs) if y is not None]
             self._keep(ctx, inputs, made[self.results :])
-            return made[: self.results]
+            return tuple(made[: self.results])
 
         differentiate = differentiable_once(self._gradients_by(backward))
         # Profiles say ``name`` and ``nameBackward``.
