@@ -8,7 +8,7 @@ Every row of the batch stands at a position of its own, drawn evenly from the la
 the one before the context's end ("full": every bit of the chunk number is set, the most that a step can read). A step is
 repeated at the same positions. Times are times of CUDA graph replays (flash-linear-attention's op cannot be captured) with a
 cold L2 cache; ``floor_ms`` is the bytes that the step must read (live entries, open tokens) over the bandwidth of a copy in the
-same process. Rows are appended to benchmarks/results/decoding.jsonl.
+same process. A step that differs from the plain form ends the command. Rows are appended to benchmarks/results/decoding.jsonl.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ RULES = {
     "channel": Rule("channel gate", SQUARE, channel_inputs, GATE),
     "channel_delta": Rule("channel delta rule", SQUARE, channel_delta_inputs, DELTA),
 }
+BAR = 1e-2  # relative error of a step in bfloat16, whose result alone is rounded by 2^-9
 POINTS = ((64, 16384), (16, 131072), (1, 16384), (1, 131072), (1, 1 << 20))
 
 
@@ -143,6 +144,7 @@ def measure(name: str, build: Callable[[], Callable], budget_ms: int, graph: boo
         row = {"op": name, **columns, "error": f"{type(error).__name__}: {error}"[:200]}
     shown = f"{row['ms'] * 1e3:8.1f} us" if "ms" in row else row["error"][:90]
     floor = f"  floor {columns['floor_ms'] * 1e3:.1f} us" if "floor_ms" in columns else ""
+    floor += f" x {row['ms'] / columns['floor_ms']:.2f}" if floor and "ms" in row else ""
     print(
         f"B={columns['B']:3d} {columns['context']:8d} {name:40s} {columns.get('positions', ''):6s} {shown}{floor}",
         flush=True,
@@ -151,12 +153,23 @@ def measure(name: str, build: Callable[[], Callable], budget_ms: int, graph: boo
     return row
 
 
+def check(rule: Rule, x: dict[str, Tensor], state: DecodingState) -> None:
+    """End the command unless a step of the kernels gives what the plain form gives, from the same state."""
+    got, want = (
+        rule.step(**x, state=state.clone(), advance=False, backend=kind).double() for kind in ("triton", "torch")
+    )
+    error = float((got - want).norm() / want.norm())
+    if not error <= BAR:
+        sys.exit(f"the step of the {rule.name} has relative error {error:.2e} > {BAR}: nothing is timed")
+
+
 def ours(rule: Rule, shape: Shape, context: int, bandwidth: float, budget_ms: int) -> list[dict]:
     rows = []
     x = rule.inputs(shape) | {"level_scales": torch.rand(shape.B, 1, shape.H, 22, device="cuda")}
     for entry_dtype in (torch.bfloat16, torch.float32):
         for kind in ("mixed", "full"):
             state = random_state(x, shape, context, kind, entry_dtype)
+            check(rule, x, state)
             read = live_bytes(state, state.position)
             columns = dict(B=shape.B, context=context, positions=kind, entries=str(entry_dtype).removeprefix("torch."))
             columns |= dict(live_bytes=read, state_bytes=state.nbytes, floor_ms=read / bandwidth * 1e3)

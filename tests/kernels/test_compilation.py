@@ -246,7 +246,8 @@ def fused_resources(target: str) -> list[Resources]:
         )  # fmt: skip
         x, gate = meta(1, 1, 3328)[..., :3072], projected[..., :3072]
         outputs.step_outputs(meta(1, 1, 48, 64), x, meta(48), gate, meta(3072), position, 1e-6, True)
-        linear_step.linear_step(*heads, decay, decay, meta(1, 16, 128, 128, kind=torch.float32))
+        for g in (decay, meta(1, 1, 16, 128, kind=torch.float32)):
+            linear_step.linear_step(*heads, g, decay, meta(1, 16, 128, 128, kind=torch.float32))
         residual.add_norm(hidden, hidden, meta(1536), 1e-6)
         elementwise.silu_times(hidden, hidden)
         return [build(launch, TARGETS[target])[0] for launch in found]

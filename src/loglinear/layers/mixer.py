@@ -38,7 +38,7 @@ class Streams(NamedTuple):
             a decay. strength: ``[B, T, H]``, raw β; no columns where it is 1, None without the delta rule.
         dl: ``[B, T, H·L]``, λ's projection; None in a linear model, and where ``LevelScale`` is to make it.
         joined: ``[B, T, columns]``, of which the first four are columns in the order of the mixer's own projection, but for
-            those that are projected once more. None if there is no such tensor; the step kernels need one.
+            those that are projected once more. A mixer may have no such tensor, but the step kernels need one.
         position: int64 ``[B, T]``, tokens before each one; None unless the mixer ``reads_positions``.
     """
 
