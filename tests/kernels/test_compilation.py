@@ -50,6 +50,9 @@ SHARED_MEMORY = {
 # map_grads has 192, spilled before its loops and loaded after them; key_grads 200 with tiles of 128 columns, and is faster so
 # (0.498 ms against 0.562, where triton 3.6 spills 96).
 SPILLED_BYTES = 200
+# The same of the span kernels, by triton 3.6, with a margin for others: 104 bytes of the warps that make factors, which are not
+# those that the others wait for; 752 of all warps of the query side.
+SPANS_SPILLED = {"span_output_kernel": 200, "span_query_grads_kernel": 900}
 # Compiled for every target; the others, built of the same parts, for Hopper alone, to keep the test short.
 EVERYWHERE = ("chunk_states_kernel", "output_kernel", "local_grads_kernel", "segment_sums_kernel", "gate_grads_kernel")
 DELTA_EVERYWHERE = ("chunk_maps_kernel", "octet_grads_kernel", "key_grads_kernel")
@@ -131,25 +134,20 @@ def test_kernels_of_the_gate_per_channel_compile(record_property):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_span_kernels_compile(dtype, record_property):
+def test_span_kernels_compile(record_property):
     """One program has all registers and nearly all shared memory of a multiprocessor."""
     if triton.__version__ < "3.6":
         pytest.skip(f"Triton {triton.__version__} has no Gluon for Hopper")
-
-    def meta(*size: int, kind=dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=kind, device="meta")
-
-    x = {"q": meta(2, 1000, 1, 128), "k": meta(2, 1000, 1, 128), "v": meta(2, 1000, 48, 64)}
-    x |= {"g": meta(2, 1000, 48, kind=torch.float32), "level_scales": meta(2, 1000, 48, 11)}
-    replay.plans_of.cache_clear()
-    with mock.patch.object(choice, "why_not_here", return_value=None), recording() as found:
-        scalar_gate.forward(**x)
-    made = build(next(launch for launch in found if launch.kernel.is_gluon()), TARGETS["sm_90"])[0]
-    record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
-    assert made.warps * 32 * made.registers <= 65536, f"{made} has more registers than a multiprocessor"
-    assert made.spills <= SPILLED_BYTES, f"{made} spills"
-    assert made.shared <= SHARED_MEMORY["sm_90"], f"{made} needs more shared memory than there is"
+    here = mock.patch.multiple(choice, QUERY_SIDE_TESTED=True, why_not_here=lambda device: None)
+    with here:
+        found = [launch for launch in launches(False, T=1000, H=48) if launch.kernel.is_gluon()]
+    assert {launch.kernel.fn.__name__ for launch in found} == set(SPANS_SPILLED)
+    for launch in found:
+        made = build(launch, TARGETS["sm_90"])[0]
+        record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
+        assert made.warps * 32 * made.registers <= 65536, f"{made} has more registers than a multiprocessor"
+        assert made.spills <= SPANS_SPILLED[made.name], f"{made} spills"
+        assert made.shared <= SHARED_MEMORY["sm_90"], f"{made} needs more shared memory than there is"
 
 
 @pytest.mark.slow
