@@ -68,7 +68,9 @@ def make(rule, device, chunks, dtype=torch.float32):
     config = dataclasses.replace(config, segment=min(config.segment, 1 if INTERPRETED else 8))
     lengths = tuple(max(n * config.chunk - 3, 0) for n in chunks)
     sizes = {"H": 2} if rule is DECAY or not INTERPRETED else {}
-    x = cases.make(device, rule, T=sum(lengths), K=16, V=V, L=9, dtype=dtype, **sizes)
+    # A span's matrix shrinks even without a gate. With the usual one those of whole octets are below the least float32.
+    gate = "weak" if rule is DELTA else "usual"
+    x = cases.make(device, rule, T=sum(lengths), K=16, V=V, L=9, dtype=dtype, gate=gate, **sizes)
     return x, cotangent(x), lengths, config
 
 
