@@ -114,12 +114,11 @@ def test_widths_of_several_tiles(device, rule):
             assert not o[0, 9:, 0, column if name == "v" else slice(None)].isfinite().any(), (name, column)
 
 
-@pytest.mark.parametrize("rule", IN_STEPS)
+@pytest.mark.parametrize("rule", IN_STEPS if INTERPRETED else RULES)
 def test_steps_of_several_tokens(device, rule):
     """A call over the end of a chunk, and one in the next."""
     bounds = (C - 2, C + 3, C + 5)
     x = make(rule, device, bounds[-1], B=2)
-    step = decoding.delta_step if rule == "delta rule" else decoding.scalar_step
 
     def part(x, start, end):
         return {argument: tensor[:, start:end] for argument, tensor in x.items()}
@@ -129,7 +128,7 @@ def test_steps_of_several_tokens(device, rule):
         o, before = chunkwise(q, k, v, g, scales, beta, chunk_size=C)
         state, outputs = DecodingState.from_state(before, 8 * C), [o]
         for start, end in pairwise(bounds):
-            outputs.append(step(**part(x, start, end), state=state))
+            outputs.append(decoding.STEPS[state.transition](**part(x, start, end), state=state))
             state.position += end - start
         return torch.cat(outputs, 1)
 
