@@ -43,7 +43,9 @@ _ATTENTION, _DELTA = ("log_linear_attention", ("g",)), ("log_linear_delta_rule",
 SCALAR_GATE = Transition("scalar gate", *_ATTENTION, per_channel=False, span="log", kernels=True)
 CHANNEL_GATE = Transition("gate per channel", *_ATTENTION, per_channel=True, span="logs", kernels=True)
 DELTA_RULE = Transition("delta rule", *_DELTA, per_channel=False, span="matrix", kernels=True, keeps=True)
-CHANNEL_DELTA_RULE = Transition("delta rule with a gate per channel", *_DELTA, per_channel=True, span="matrix")
+CHANNEL_DELTA_RULE = Transition(
+    "delta rule with a gate per channel", *_DELTA, per_channel=True, span="matrix", kernels=True, keeps=True
+)
 
 
 def transition_of(delta_rule: bool, per_channel: bool) -> Transition:

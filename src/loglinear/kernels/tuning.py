@@ -162,6 +162,7 @@ class DeltaRuleConfig:
     """Chunk size and all launches. ``block_v`` is a tile of the K + V columns of a map, or of V where a kernel tiles V.
 
     ``segment`` is the largest number of groups whose share of an entry's gradient one program sums: a power of two.
+    ``scores`` and ``gate_grads`` are the kernels of a gate per channel.
     ``least_tile`` is the width to which narrower tiles are padded.
     """
 
@@ -183,6 +184,8 @@ class DeltaRuleConfig:
     score_grads: Launch
     map_grads: Launch
     key_grads: Launch
+    scores: Launch
+    gate_grads: Launch
 
 
 @lru_cache
@@ -220,4 +223,6 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     score_grads=Launch(warps=4, stages=1, block_v=128),
     map_grads=Launch(warps=4, stages=2, block_v=64),
     key_grads=Launch(warps=4, stages=1, block_v=128),
+    scores=Launch(warps=4, stages=2, block_v=64, block_k=64),
+    gate_grads=Launch(warps=4, stages=1, block_v=64, block_k=32),
 )

@@ -34,7 +34,7 @@ from loglinear.ops import checks, dispatch, pointwise, transforms
 from loglinear.ops.inputs import Backend, Call, Inputs, State
 from loglinear.ops.operators import Operator
 from loglinear.reference.chunkwise import chunkwise
-from loglinear.transition import CHANNEL_GATE, DELTA_RULE, SCALAR_GATE, Transition
+from loglinear.transition import CHANNEL_DELTA_RULE, CHANNEL_GATE, DELTA_RULE, SCALAR_GATE, Transition
 
 # Which layout the kept tensors have, as an argument of the operator and so in the text of every graph: PyTorch files a compiled
 # graph on disk by its text, with the number and sizes of what is kept built in. Raise it when ``kept_shapes`` changes.
@@ -240,7 +240,7 @@ def kernels_of(transition: Transition) -> Any:
     """Forward and backward of one transition. Imported on first use: importing loglinear imports no Triton."""
     from loglinear.kernels import channel, decay, delta
 
-    return {SCALAR_GATE: decay, CHANNEL_GATE: channel, DELTA_RULE: delta}[transition]
+    return {SCALAR_GATE: decay, CHANNEL_GATE: channel, DELTA_RULE: delta, CHANNEL_DELTA_RULE: delta}[transition]
 
 
 def mostly_empty(cu_seqlens: Tensor | None, tokens: int) -> bool:
@@ -294,7 +294,8 @@ def _fake(*arguments: Any) -> list[Tensor]:
     inputs, (_, cu_seqlens, _, _, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
     v, shapes = inputs.v, []
     if keep and dispatch.attention(inputs, backend):
-        shapes = kernels_of(inputs.transition()).kept_shapes(inputs.q, v, _for_kernels(inputs)[-1], cu_seqlens)
+        given, per_channel = (inputs.q, v, _for_kernels(inputs)[-1], cu_seqlens), inputs.transition().per_channel
+        shapes = kernels_of(inputs.transition()).kept_shapes(*given, channels=per_channel)
     return [v.new_empty(v.shape), *(v.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
 
 

@@ -131,15 +131,25 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, grads: Gradien
     return dv, grads._replace(k=dk, chunks=None)
 
 
+class Results(NamedTuple):
+    """Where the gradients of the inputs go, with the distance of two tokens. dq and dk are ``[H/G, B*T, G, K]``, float32 partial
+    sums, or the result if H == G.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dg: Tensor
+    stride_dq: int
+    stride_dk: int
+    stride_dg: int
+
+
 def launch_gate_grads(
-    problem: Problem, x: Inputs, sums: Tensor, score_grads: Tensor, grads: Gradients
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dg) of the inputs."""
-    launch, parts = problem.config.gate_grads, problem.heads_per_group
+    problem: Problem, x: Inputs, sums: Tensor, score_grads: Tensor, grads: Gradients, out: Results, planes: int = 1
+) -> None:
+    """dq, dk and dg of the inputs."""
+    launch = problem.config.gate_grads
     tiles = tile_sizes(problem, launch, whole_key=False)
-    shape = (parts, problem.tokens, problem.groups, problem.key_width)
-    partial = [launching.scratch(shape, y.dtype if parts == 1 else torch.float32, y.device) for y in (x.q, x.k)]
-    dg = launching.scratch(tuple(x.g.shape), x.g.dtype, x.g.device)
     launching.launch(
         gate_grads_kernel,
         problem.all_chunks * problem.heads * cdiv(problem.key_width, tiles["BK"]),
@@ -147,17 +157,15 @@ def launch_gate_grads(
         sums,
         score_grads,
         grads,
-        *partial,
-        dg,
+        out,
+        out.dq.stride(0),
         sums.stride(0),
         *problem.of_chunks,
-        problem.tokens,
-        grads.beyond.shape[0],  # type: ignore[union-attr]
+        0 if grads.beyond is None else grads.beyond.shape[0],
         S=problem.sizes(x.v.dtype, **tiles),
+        PLANES=planes,
         **launch.options,
     )
-    dq, dk = (sum_heads(part, y) for part, y in zip(partial, (x.q, x.k)))
-    return dq, dk, dg
 
 
 def backward(
@@ -193,5 +201,10 @@ def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Ten
     grads = launch_tree_grads(problem, x, states, grads)
     states = states._replace(entries=None)
     dv, grads = launch_key_grads(problem, x, states, grads)
-    dq, dk, dg = launch_gate_grads(problem, given, made.sums, score_grads, grads)
-    return dq, dk, dv, dg, dscales
+    parts = problem.heads_per_group
+    shape = (parts, problem.tokens, problem.groups, problem.key_width)
+    dq, dk = (launching.scratch(shape, y.dtype if parts == 1 else torch.float32, y.device) for y in (q, k))
+    dg = launching.scratch(tuple(g.shape), g.dtype, g.device)
+    out = Results(dq, dk, dg, dq.stride(1), dk.stride(1), dg.stride(1))
+    launch_gate_grads(problem, given, made.sums, score_grads, grads, out)
+    return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dscales

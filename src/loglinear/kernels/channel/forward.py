@@ -25,13 +25,17 @@ class Prepared(NamedTuple):
         for float32 inputs. chunk_log: ``[chunks, H, K]`` float32.
     q, k: ``[B*T, H, K]`` of v's dtype, queries as seen from the start of their chunk, keys as seen from its end.
     scores: ``[chunks, H, C, C]`` of v's dtype, under their decays, zero above the diagonal.
+    starts, overlaps: for the delta rule, keys as seen from the start of their chunk, as k, and the scores of keys with keys
+        ``[chunks, H, C, C]`` float32, the diagonal not finite for a token that is not.
     """
 
-    sums: Tensor
+    sums: Tensor | None
     q: Tensor
     k: Tensor
     scores: Tensor
     chunk_log: Tensor
+    starts: Tensor | None = None
+    overlaps: Tensor | None = None
 
 
 class States(NamedTuple):
@@ -62,10 +66,13 @@ def launch_scores(problem: Problem, x: Inputs) -> tuple[Prepared, Inputs]:
     launch, plane = problem.config.scores, sums.stride(0)
     tiles = tile_sizes(problem, launch, whole_key=False)
     sizes = problem.sizes(dtype, **tiles)
-    gates = x._replace(q=None, k=None, v=None, scales=None, do=None)
+    gates = x._replace(q=None, k=None, v=None, beta=None, scales=None, do=None)
     programs = problem.all_chunks * H * cdiv(K, tiles["BK"])
     launching.launch(sums_kernel, programs, gates, sums, plane, *problem.of_chunks, S=sizes, num_warps=4)
     made = Prepared(sums, q, k, scores, launching.scratch((problem.all_chunks, H, K), torch.float32, device))
+    if x.beta is not None:
+        overlaps = launching.scratch((problem.all_chunks, H, C, C), torch.float32, device)
+        made = made._replace(starts=launching.scratch(tuple(k.shape), dtype, device), overlaps=overlaps)
     inputs = x._replace(g=None, v=None, scales=None, do=None)
     launching.launch(
         scores_kernel,

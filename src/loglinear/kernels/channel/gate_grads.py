@@ -23,6 +23,7 @@ from loglinear.kernels.channel.decays import (
 )
 from loglinear.kernels.tree.decays import GATE_FLOOR
 from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit, row_of_program
+from loglinear.kernels.tree.tiles import load_part
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks"])
@@ -72,26 +73,33 @@ def passed(level, S: tl.constexpr):
     return tl.where((t[:, None] >> level == t[None, :] >> level) & (query | key), 1.0, 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "tiles"])
+@triton.jit
+def both_ways(square, S: tl.constexpr):
+    """The gradient of a pair ``[C, C]`` for both of its tokens; what is stored is zero above the diagonal."""
+    t = tl.arange(0, S.C)
+    return tl.load(square + t[:, None] * S.C + t[None, :]) + tl.load(square + t[None, :] * S.C + t[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "tiles", "part_stride"])
 def gate_grads_kernel(
     x,  # the inputs of the call, not the decayed ones
     sums,
-    score_grads,
-    grads,
-    dq,  # [H/G, B*T, G, K], as dk: float32 partial sums unless the first size is 1
-    dk,
-    dg,
+    score_grads,  # [chunks, H, PLANES, C, C], with the delta rule those of overlaps behind those of scores
+    grads,  # with the delta rule q and k in the layout of the delta rule's kernels, and the gains of chunks as ``chunks``
+    out,  # writes dq, dk, dg
+    part_stride,  # of dq and of dk
     plane,
     table,
     T,
     N,
     NG,
-    all_tokens,
     tiles,  # of V, of ``beyond``
     S: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
     """Grid: tiles of K x H x chunks, chunks fastest. float32: accumulators, logs, gains."""
     PARTS: tl.constexpr = S.H // S.G
+    DELTA: tl.constexpr = x.beta is not None
     BLOCKS: tl.constexpr = S.H * ((S.K + S.BK - 1) // S.BK)
     at, chunk, block, all_chunks = row_of_program(table, T, N, NG, BLOCKS, S)
     h = block % S.H
@@ -104,9 +112,12 @@ def gate_grads_kernel(
     q_tile = load_columns(x.q + head, x.stride_q, here, first, S)
     q = q_tile.to(tl.float32)
     k = load_columns(x.k + head, x.stride_k, here, first, S).to(tl.float32)
-    square = score_grads + (chunk.to(tl.int64) * S.H + h) * (S.C * S.C)
-    # The gradient of a pair for both of its tokens; zero above the diagonal of what is stored.
-    pairs = tl.load(square + t[:, None] * S.C + t[None, :]) + tl.load(square + t[None, :] * S.C + t[:, None])
+    low_dtype = q_tile.dtype
+    site = chunk.to(tl.int64) * S.H + h
+    square = score_grads + site * (PLANES * S.C * S.C)
+    pairs = both_ways(square, S)
+    if DELTA:
+        overlaps = both_ways(square + S.C * S.C, S)
     itself = tl.load(square + t * S.C + t).to(tl.float32)[:, None]
     query_sum, key_sum = itself * k, itself * q
     gain = tl.zeros([S.C, S.BK], tl.float32)
@@ -115,23 +126,40 @@ def gate_grads_kernel(
         odd = in_odd_block(level, S.C)
         decay = to_boundary(sums, here, h, high, low, plane, first, level, S)
         mixed = tl.where(odd, q, k) * decay
-        own = tl.where(meet(level, S.C), pairs, 0.0).to(q_tile.dtype)
-        gradient = tl.dot(own, mixed.to(q_tile.dtype), input_precision=S.PRECISION)
-        gain = tl.dot(passed(level, S), gradient * mixed, acc=gain, input_precision=S.PRECISION)
+        own = tl.where(meet(level, S.C), pairs, 0.0).to(low_dtype)
+        gradient = tl.dot(own, mixed.to(low_dtype), input_precision=S.PRECISION)
+        shares = gradient * mixed
         query_sum += tl.where(odd, gradient * decay, 0.0)
         key_sum += tl.where(odd, 0.0, gradient * decay)
+        if DELTA:
+            keys = k * decay
+            own = tl.where(meet(level, S.C), overlaps, 0.0).to(low_dtype)
+            gradient = tl.dot(own, keys.to(low_dtype), input_precision=S.PRECISION)
+            shares += gradient * keys
+            key_sum += gradient * decay
+        gain = tl.dot(passed(level, S).to(low_dtype), shares.to(low_dtype), acc=gain, input_precision=S.PRECISION)
 
     # Pairs of two chunks: a query meets its keys at the start of the chunk, a key its queries at the end.
     late, early, _ = chunk_decays(sums, here, h, high, low, plane, first, S)
-    own_query = load_columns(grads.q + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * late
-    own_key = load_columns(grads.k + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * early
     from_here = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
-    gain = tl.dot(from_here, own_query * q, acc=gain, input_precision=S.PRECISION)
+    if DELTA:
+        SIZE: tl.constexpr = S.C * S.K
+        own_query = load_part(grads.q + site * SIZE, S.K, 0, first, S.C, S.K, S.C, S.BK).to(tl.float32) * late
+        own_start = load_part(grads.k + 2 * site * SIZE, S.K, 0, first, S.C, S.K, S.C, S.BK).to(tl.float32) * late
+        own_key = load_part(grads.k + (2 * site + 1) * SIZE, S.K, 0, first, S.C, S.K, S.C, S.BK).to(tl.float32) * early
+        seen = own_query * q + own_start * k
+        key_sum += own_start
+        gain += load_log(grads.chunks, site, first, S)[None, :]
+    else:
+        own_query = load_columns(grads.q + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * late
+        own_key = load_columns(grads.k + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * early
+        seen = own_query * q
+        gain += skipping(grads, at, chunk, here.n, h, all_chunks, tiles, first, S)[None, :]
+    gain = tl.dot(from_here, seen, acc=gain, input_precision=S.PRECISION)
     gain = tl.dot(1.0 - from_here, own_key * k, acc=gain, input_precision=S.PRECISION)
-    gain += skipping(grads, at, chunk, here.n, h, all_chunks, tiles, first, S)[None, :]
 
-    part = (h % PARTS).to(tl.int64) * all_tokens * (S.G * S.K) + head
-    store_columns(dq + part, S.G * S.K, here, query_sum + own_query, first, S)
-    store_columns(dk + part, S.G * S.K, here, key_sum + own_key, first, S)
+    part = (h % PARTS).to(tl.int64) * part_stride + head
+    store_columns(out.dq + part, out.stride_dq, here, query_sum + own_query, first, S)
+    store_columns(out.dk + part, out.stride_dk, here, key_sum + own_key, first, S)
     raw = load_columns(x.g + h * S.K, x.stride_g, here, first, S).to(tl.float32)
-    store_columns(dg + h * S.K, S.H * S.K, here, tl.where(raw > GATE_FLOOR, gain, 0.0), first, S)
+    store_columns(out.dg + h * S.K, out.stride_dg, here, tl.where(raw > GATE_FLOOR, gain, 0.0), first, S)

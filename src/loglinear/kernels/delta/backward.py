@@ -12,14 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loglinear.kernels.channel.backward import Gradients as ChannelGradients
+from loglinear.kernels.channel.backward import Results, launch_gate_grads
 from loglinear.kernels.delta.entry_grads import entry_grads_kernel
-from loglinear.kernels.delta.forward import FIRST_OF_TWO, launch_maps, launch_path_queries, launch_path_states
+from loglinear.kernels.delta.forward import FIRST_OF_TWO, launch_maps, launch_path_queries, launch_path_states, prepare
 from loglinear.kernels.delta.key_grads import key_grads_kernel
 from loglinear.kernels.delta.map_grads import map_grads_kernel
 from loglinear.kernels.delta.memory import Maps, heads_at_a_time
 from loglinear.kernels.delta.octet_grads import SPARE, octet_grads_kernel
 from loglinear.kernels.delta.path_grads import path_grads_kernel
-from loglinear.kernels.delta.score_grads import PLANES, score_grads_kernel
+from loglinear.kernels.delta.score_grads import PLANES, PRODUCT_GRADS, score_grads_kernel
 from loglinear.kernels.delta.transport_grads import path_state_grads_kernel, transport_grads_kernel
 from loglinear.kernels.delta.unit_grads import unit_grads_kernel
 from loglinear.kernels.delta.wide_entry_grads import segment_sums_kernel, wide_entry_grads_kernel
@@ -199,7 +201,8 @@ def launch_map_grads(
     tile_v = tiles(problem, launch, V)[0]
     key_grads = launching.scratch((problem.all_chunks, H, 2, C, K), x.v.dtype, device)
     ends = launching.scratch((H, problem.tokens if gated else 0), torch.float32, device)
-    chunk_gains = launching.scratch((problem.all_chunks if gated else 0, H), torch.float32, device)
+    of_channels = (problem.all_chunks, H, K) if problem.channels else (problem.all_chunks if gated else 0, H)
+    chunk_gains = launching.scratch(of_channels, torch.float32, device)
     places = *problem.of_chunks, problem.tokens, maps.sums.stride(0), problem.all_chunks
     made = key_grads, out, ends, chunk_gains
     arguments = x, maps.chunks, maps.prefixes[0], grads, query_grads, scores, *made, *places
@@ -228,9 +231,9 @@ def launch_key_grads(
 
 def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | None) -> None:
     """The whole backward of the heads that x and out hold; their maps are made again if they were not kept."""
-    K, V = problem.key_width, problem.value_width
-    if maps is None:
-        maps = launch_maps(problem, x, prefixes=True)
+    K, V, given = problem.key_width, problem.value_width, (problem, x)
+    problem, x, prepared = prepare(problem, x)
+    maps = launch_maps(problem, x, prepared, prefixes=True) if maps is None else maps._replace(prepared=prepared)
     states = launch_path_states(problem, maps.entries, maps=True)
     queries = launch_path_queries(problem, x, maps)
     inner_grads, query_grads = launch_path_grads(problem, x, out, maps, states, queries)
@@ -249,6 +252,11 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | 
     key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, query_grads, scores)
     del grads
     launch_key_grads(problem, x, out, maps, query_grads, scores, (key_grads, gains, ends, chunk_gains))
+    if prepared is not None:
+        found = ChannelGradients(q=query_grads, k=key_grads, chunks=chunk_gains)
+        results = Results(out.dq, out.dk, out.dg, out.stride_dq, out.stride_dk, out.stride_dg)
+        scores = scores[:, :, PRODUCT_GRADS.value :]
+        launch_gate_grads(*given, prepared.sums, scores, found, results, PLANES.value)
 
 
 def allocate_gradients(problem: Problem, x: Inputs) -> Gradients:

@@ -80,7 +80,8 @@ def strengths_of(x, here, h, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def chunk_maps_kernel(
-    x, sums, chunk_log, solve, writes, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, SOLVE: tl.constexpr
+    x, prepared, sums, chunk_log, solve, writes, table, T, N, NG, all_tokens, sums_stride,
+    S: tl.constexpr, SOLVE: tl.constexpr
 ):
     """The first four of ``Maps``. Grid: chunks x H, heads fastest.
 
@@ -99,22 +100,29 @@ def chunk_maps_kernel(
     here = chunk_of(at, chunk, S.C)
     in_chunk, valid, origin = tl.arange(0, S.C), here.valid, here.origin
     site = chunk.to(tl.int64) * S.H + h
-    gate = gates_of(x, origin, h, valid, S)
-    high, low, _, total = gate_sums(gate)
-    k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
-    products = tl.zeros([S.C, S.C], tl.float32)
-    for first in tl.static_range(0, S.K, S.BK):
-        k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
-        products = tl.dot(k_tile, tl.trans(k_tile), products, input_precision=S.PRECISION)
+    if S.CHANNELS:
+        high = tl.zeros([S.C], tl.float32)
+        low = high
+        k_head = prepared.starts + (origin * S.H + h) * S.K
+        products = tl.load(square(prepared.overlaps + site * (S.C * S.C), S.C))
+    else:
+        gate = gates_of(x, origin, h, valid, S)
+        high, low, _, total = gate_sums(gate)
+        k_head = x.k + origin * x.stride_k + h // (S.H // S.G) * S.K
+        products = tl.zeros([S.C, S.C], tl.float32)
+        for first in tl.static_range(0, S.K, S.BK):
+            k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
+            products = tl.dot(k_tile, tl.trans(k_tile), products, input_precision=S.PRECISION)
     strength = strengths_of(x, here, h, S)
     squares = tl.sum(tl.where(in_chunk[:, None] == in_chunk[None, :], products, 0.0), axis=1)
     finite = (squares < float("inf")) & (tl.abs(strength) < float("inf")) & (high == high)
-    high = tl.where(finite, high, float("nan"))
-    head_sums = sums + h.to(tl.int64) * sums_stride + origin + in_chunk
-    tl.store(head_sums, high, mask=valid)
-    if S.EXACT:
-        tl.store(head_sums + all_tokens, low, mask=valid)
-    tl.store(chunk_log + site, total)
+    if not S.CHANNELS:
+        high = tl.where(finite, high, float("nan"))
+        head_sums = sums + h.to(tl.int64) * sums_stride + origin + in_chunk
+        tl.store(head_sums, high, mask=valid)
+        if S.EXACT:
+            tl.store(head_sums + all_tokens, low, mask=valid)
+        tl.store(chunk_log + site, total)
     valid = valid & finite
     strength = tl.where(valid, strength, 0.0)
 
@@ -127,7 +135,7 @@ def chunk_maps_kernel(
     written = writes + site * (S.C * (S.K + S.V))
     erase = (solved * tl.exp2(tl.where(valid, high, 0.0))[None, :]).to(dtype)
     for first in tl.static_range(0, S.K, S.BK):
-        k_tile = load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first)
+        k_tile = load_tile(k_head, S.H * S.K if S.CHANNELS else x.stride_k, valid, S.C, S.K, S.BK, first)
         erased = tl.dot(erase, k_tile, input_precision=S.PRECISION)
         store_part(written, S.K + S.V, erased, 0, first, S.C, S.K, S.C, S.BK)
     solved_low = solved.to(dtype)

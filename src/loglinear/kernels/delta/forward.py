@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from loglinear.kernels.channel.forward import Prepared, launch_scores
 from loglinear.kernels.delta.chunk_maps import chunk_maps_kernel
 from loglinear.kernels.delta.memory import Maps, keeps_maps, map_shapes
 from loglinear.kernels.delta.octet_maps import octet_maps_kernel
@@ -20,22 +23,38 @@ from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 FIRST_OF_TWO = 3  # the first octet, from 0, with two entries before it
 
 
-def launch_chunk_maps(problem: Problem, x: Inputs) -> tuple[Tensor, ...]:
+def prepare(problem: Problem, x: Inputs) -> tuple[Problem, Inputs, Prepared | None]:
+    """The problem and inputs of the kernels that know no gate per channel: with one, decayed queries and keys for each head."""
+    if not has_channels(x):
+        return problem, x, None
+    made, inputs = launch_scores(problem, x)
+    return replace(problem, groups=problem.heads, channels=True), inputs, made._replace(q=None, k=None)
+
+
+def has_channels(x: Inputs) -> bool:
+    return x.g is not None and x.g.dim() == 4
+
+
+def launch_chunk_maps(problem: Problem, x: Inputs, prepared: Prepared | None) -> tuple[Tensor, ...]:
     """sums, chunk_log, solve and writes of ``Maps``."""
     launch, dtype = problem.config.chunk_maps, x.v.dtype
-    made = tuple(launching.scratch(*y, x.v.device) for y in map_shapes(problem, dtype)[:4])
+    logs = map_shapes(problem, dtype)[:2] if prepared is None else map_shapes(problem, dtype)[:1]
+    sums, *log = (launching.scratch(*y, x.v.device) for y in logs)
+    found = tuple(launching.scratch(*y, x.v.device) for y in map_shapes(problem, dtype)[2:4])
+    made = sums, *(log if prepared is None else [prepared.chunk_log]), *found
     tile_k, tile_v = (min(launch.block_v, problem.tile(width)) for width in (problem.key_width, problem.value_width))
     solve = "tf32x3" if torch.version.hip is None and dtype != torch.float32 else "ieee"
     programs, S = problem.all_chunks * problem.heads, problem.sizes(dtype, BK=tile_k, BV=tile_v)
-    arguments = x, *made, *problem.of_chunks, problem.tokens, made[0].stride(0)
+    given = None if prepared is None else prepared._replace(sums=None, scores=None)
+    arguments = x, given, *made, *problem.of_chunks, problem.tokens, made[0].stride(0)
     launching.launch(chunk_maps_kernel, programs, *arguments, S=S, SOLVE=solve, **launch.options)
     return made
 
 
-def launch_maps(problem: Problem, x: Inputs, prefixes: bool = False) -> Maps:
+def launch_maps(problem: Problem, x: Inputs, prepared: Prepared | None, prefixes: bool = False) -> Maps:
     """All maps: of the chunks, of the Fenwick array and, with ``prefixes``, those for the way down the tree in the backward."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
-    sums, chunk_log, solve, writes = launch_chunk_maps(problem, x)
+    sums, chunk_log, solve, writes = launch_chunk_maps(problem, x, prepared)
     tiers = problem.tiers
     shapes = map_shapes(problem, x.v.dtype)[4:]
     maps = [launching.scratch(*y, x.v.device) for y in (shapes if prefixes else shapes[: len(tiers)])]
@@ -46,10 +65,10 @@ def launch_maps(problem: Problem, x: Inputs, prefixes: bool = False) -> Maps:
     for t, tier in enumerate(tiers):
         top, programs = t + 1 == len(tiers), tier.octets * H * cdiv(K + V, block) * 2
         made = entries, entries if top else octets[t], before[t] if prefixes else entries
-        arguments = x.k, octets[t - 1] if t else writes, sums, *made, *tier.of_octets, *places
+        arguments = x.k, octets[t - 1] if t else writes, sums, chunk_log, *made, *tier.of_octets, *places
         constants = {"S": S, "TIER": t, "TOP": top, "STORE_PREFIXES": prefixes}
         launching.launch(octet_maps_kernel, programs, *arguments, **constants, **launch.options)
-    return Maps(sums, chunk_log, solve, writes, entries, octets, before)
+    return Maps(sums, chunk_log, solve, writes, entries, octets, before, prepared)
 
 
 def launch_path_states(problem: Problem, entries: Tensor, maps: bool = False) -> Tensor:
@@ -114,7 +133,8 @@ def forward(
 
     Args:
         q, k: ``[B, T, G, K]`` of v's dtype. v: ``[B, T, H, V]``, bfloat16, float16 or float32.
-        g: ``[B, T, H]`` natural log-decay <= 0, any floating dtype; -inf is a reset. None is no decay.
+        g: ``[B, T, H]`` or, for each key channel, ``[B, T, H, K]``: natural log-decay <= 0, any floating dtype; -inf is a reset.
+            None is no decay.
         beta: ``[B, T, H]`` writing strength, any floating dtype. level_scales: λ ``[B, T, H, L]``, any floating dtype.
         scale: factor of o. cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
 
@@ -144,7 +164,12 @@ def forward_keeping(
 
 
 def kept_shapes(
-    q: Tensor, v: Tensor, level_scales: Tensor, cu_seqlens: Tensor | None = None, config: DeltaRuleConfig | None = None
+    q: Tensor,
+    v: Tensor,
+    level_scales: Tensor,
+    cu_seqlens: Tensor | None = None,
+    config: DeltaRuleConfig | None = None,
+    channels: bool = False,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of the tensors that ``forward_keeping`` returns after o. Nothing is computed: the tensors may be fake.
 
@@ -152,7 +177,8 @@ def kept_shapes(
     """
     config = delta_rule_config(v.dtype, int(q.shape[3]), int(v.shape[3])) if config is None else config
     problem = describe(q, v, level_scales, sizes_of_tables(cu_seqlens), config)
-    return map_shapes(problem, v.dtype) if keeps_maps(problem, v.element_size()) else []
+    kept = keeps_maps(problem, v.element_size())
+    return map_shapes(replace(problem, channels=channels), v.dtype) if kept else []
 
 
 def run_forward(inputs: list, scale: float, config: DeltaRuleConfig, keep: bool) -> tuple[Tensor, ...]:
@@ -160,7 +186,7 @@ def run_forward(inputs: list, scale: float, config: DeltaRuleConfig, keep: bool)
     q, k, v, g, beta, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config)
     keep = keep and keeps_maps(problem, v.element_size())
-    x = gather(q, k, v, g, beta, level_scales, None, scale)
-    maps = launch_maps(problem, x, prefixes=keep)
+    problem, x, prepared = prepare(problem, gather(q, k, v, g, beta, level_scales, None, scale))
+    maps = launch_maps(problem, x, prepared, prefixes=keep)
     o = launch_output(problem, x, maps, launch_path_states(problem, maps.entries))
     return o, *(maps.tensors if keep else ())

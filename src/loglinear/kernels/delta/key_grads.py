@@ -17,7 +17,7 @@ from loglinear.kernels.delta.chunk_maps import strengths_of
 from loglinear.kernels.delta.score_grads import PRODUCT_GRADS, SOLVE_GRADS, plane, product
 from loglinear.kernels.tree.decays import GATE_FLOOR, load_sum, pairs
 from loglinear.kernels.tree.place import chunk_of, row_of_program
-from loglinear.kernels.tree.tiles import key_head, load_part, load_tile, query_head, square, store_tile
+from loglinear.kernels.tree.tiles import key_head, load_part, load_tile, query_head, square, store_part, store_tile
 
 
 @triton.jit
@@ -72,12 +72,23 @@ def key_grads_kernel(
     decays = pairs(high, low, S)
     from_start = tl.exp2(high)
     strength = strengths_of(x, here, h, S)
-    products = product(k_head, k_head, x.stride_k, x.stride_k, valid, S.K, S.BK, S)
+    if S.CHANNELS:
+        products = tl.load(square(maps.overlaps + site * (S.C * S.C), S.C))
+    else:
+        products = product(k_head, k_head, x.stride_k, x.stride_k, valid, S.K, S.BK, S)
     solved = tl.load(square(maps.solve + (chunk.to(tl.int64) * S.HEADS + h) * (S.C * S.C), S.C))
     solve_grads = tl.load(plane(scores, site, SOLVE_GRADS, S))
     doverlap, overlap, dstrength = inverse_grads(products, decays, strength, solved, solve_grads, S)
     dbeta = out.dbeta + origin * out.stride_dbeta + h + in_chunk * out.stride_dbeta
     tl.store(dbeta, dstrength.to(out.dbeta.dtype.element_ty), mask=valid)
+    sources = key_grads + site * (2 * S.C * S.K)
+    if S.CHANNELS:  # the rest is left to channel/gate_grads.py
+        tl.store(plane(scores, site, SOLVE_GRADS, S), doverlap.to(dtype))
+        for first in range(0, S.K, S.BK):
+            dw = load_part(sources, S.K, 0, first, S.C, S.K, S.C, S.BK)
+            acc = tl.dot(tl.trans(solved), dw, input_precision=S.PRECISION)
+            store_part(sources, S.K, acc, 0, first, S.C, S.K, S.C, S.BK)
+        return
     gain = tl.zeros([S.C], tl.float32)
     if x.g is not None:
         shares = doverlap * overlap
@@ -85,7 +96,6 @@ def key_grads_kernel(
 
     doverlap_low = (doverlap * decays).to(dtype)
     dproducts = tl.load(plane(scores, site, PRODUCT_GRADS, S))
-    sources = key_grads + site * (2 * S.C * S.K)
     part = (h % (S.H // S.G)).to(tl.int64)
     dq_head = out.dq + part * dq_parts + origin * out.stride_dq + h // (S.H // S.G) * S.K
     dk_head = out.dk + part * dk_parts + origin * out.stride_dk + h // (S.H // S.G) * S.K

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.delta.products import times_tokens
+from loglinear.kernels.channel.decays import load_log
 from loglinear.kernels.tree.decays import to_end
 
 
@@ -22,7 +23,29 @@ def leaf_scores(queries, keys, stride_k, sums, plane, S: tl.constexpr):
 
 
 @triton.jit
-def jump(queries, pairs, sums, erased, S: tl.constexpr):
-    """``Q A`` ``[C, BK]`` in Q's dtype, from ``pairs = Q K_endᵀ`` and ``erased = W``; sums point at the chunk's first token."""
-    passed = queries.to(tl.float32) * tl.exp2(tl.load(sums + S.C - 1))
+def whole_decay(sums, last, logs, site, S: tl.constexpr):
+    """Decay of a chunk, one number, or ``[BK]`` for each channel of keys: from its sums, or from the logs of all chunks."""
+    if S.CHANNELS:
+        decay = tl.exp2(load_log(logs, site, 0, S))
+    else:
+        decay = tl.exp2(tl.load(sums + last))
+    return decay
+
+
+@triton.jit
+def of_columns(decay, S: tl.constexpr):
+    """A decay of a chunk beside rows of K columns."""
+    return decay[None, :] if S.CHANNELS else decay
+
+
+@triton.jit
+def of_rows(decay, S: tl.constexpr):
+    """A decay of a chunk beside K rows."""
+    return decay[:, None] if S.CHANNELS else decay
+
+
+@triton.jit
+def jump(queries, pairs, decay, erased, S: tl.constexpr):
+    """``Q A`` ``[C, BK]`` in Q's dtype, from ``pairs = Q K_endᵀ``, the chunk's decay and ``erased = W``."""
+    passed = queries.to(tl.float32) * of_columns(decay, S)
     return tl.dot(-pairs.to(queries.dtype), erased, passed, input_precision=S.PRECISION).to(queries.dtype)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from loglinear.kernels.channel.decays import load_log, store_log
 from loglinear.kernels.delta.octet_maps import identity
 from loglinear.kernels.delta.products import load_erased, memory_times, times_tokens, tokens_times
 from loglinear.kernels.delta.score_grads import MASKED, PRODUCTS, SOLVE_GRADS, plane
@@ -66,8 +67,12 @@ def erased_times(thin, right, S: tl.constexpr):
 
 @triton.jit
 def inner_product(left, right, S: tl.constexpr):
-    """``<X, Y>`` of two tiles with BN columns: on tensor cores, so that the tiles do not pass through registers."""
-    if S.PRECISION == "ieee":
+    """``<X, Y>`` of two tiles with BN columns: on tensor cores, so that the tiles do not pass through registers. With gates per
+    channel ``[BK]``, of each row.
+    """
+    if S.CHANNELS:
+        product = tl.sum(left.to(tl.float32) * right.to(tl.float32), axis=1)
+    elif S.PRECISION == "ieee":
         product = tl.sum(left * right)
     else:
         pairs = tl.dot(tl.trans(left), right, input_precision=S.PRECISION)
@@ -81,7 +86,10 @@ def after_maps(u, thin, GATED: tl.constexpr, S: tl.constexpr):
     """``(W Y Xᵀ, K X Yᵀ, <X, Y>)`` of the prefix before unit c and, for unit 5, of unit 4 before it; zero for unit 0."""
     acc = tl.zeros([S.C, S.BK], tl.float32)
     dw = tl.zeros([S.C, S.BK], tl.float32)
-    trace = 0.0
+    if S.CHANNELS:
+        trace = tl.zeros([S.BK], tl.float32)
+    else:
+        trace = 0.0
     BLOCKS: tl.constexpr = (S.K + S.V + S.BN - 1) // S.BN
     begin, end = blocks_before(u, BLOCKS)
     for i in range(begin, end):
@@ -102,7 +110,8 @@ def after_identity(acc, dw, trace, u, thin, GATED: tl.constexpr, S: tl.constexpr
     end = tl.where(u.c % 2 == 0, S.K, 0)
     if GATED:
         diagonal = tl.arange(0, S.BK)
-        trace += tl.sum(tl.load(u.own + diagonal * (WIDTH + 1), mask=diagonal < end, other=0.0).to(tl.float32))
+        own = tl.load(u.own + diagonal * (WIDTH + 1), mask=diagonal < end, other=0.0).to(tl.float32)
+        trace += own if S.CHANNELS else tl.sum(own)
     if S.PRECISION == "ieee" or S.BK > 128:  # no room for the whole of A
         for first in range(0, S.K, S.BN):
             left = load_block(u.own, WIDTH, 0, first, 0, end, S.K, S.BK, S.BN, True)
@@ -128,7 +137,7 @@ def map_grads_kernel(
     key_grads,  # [chunks, H, 2, C, K]: the gradients of W and of K through K_end
     out,
     end_gains,  # [H, B*T] K_end · dK_end
-    chunk_gains,  # [chunks, H] the share of the chunk's decay in dG
+    chunk_gains,  # [chunks, H] or [chunks, H, K], the share of the chunk's decay in dG
     table,
     T,
     N,
@@ -139,7 +148,7 @@ def map_grads_kernel(
     S: tl.constexpr,
 ):
     """Grid: H x chunks, chunks fastest. float32: accumulators, decays."""
-    GATED: tl.constexpr = x.g is not None
+    GATED: tl.constexpr = S.CHANNELS or x.g is not None
     at, chunk, h, _ = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
@@ -158,7 +167,10 @@ def map_grads_kernel(
     acc, dw, trace = after_maps(u, thin, GATED, S)
     acc, dw, trace = after_identity(acc, dw, trace, u, thin, GATED, S)
     if GATED:
-        tl.store(chunk_gains + site, trace * tl.exp2(tl.load(maps.chunk_log + kept)))
+        if S.CHANNELS:
+            store_log(chunk_gains, site, trace * tl.exp2(load_log(maps.chunk_log, kept, 0, S)), 0, S)
+        else:
+            tl.store(chunk_gains + site, trace * tl.exp2(tl.load(maps.chunk_log + kept)))
     decay = to_end(head_sums, here.size, all_tokens, S)
     acc = -acc
     targets = key_grads + site * (2 * S.C * S.K)
@@ -167,12 +179,15 @@ def map_grads_kernel(
     dw = tl.dot(tl.trans(products), queries, dw * decay[:, None], input_precision=S.PRECISION)
     dw_low = (-dw).to(dtype)
     store_part(targets, S.K, dw_low, 0, 0, S.C, S.K, S.C, S.BK)
-    from_start = tl.exp2(tl.load(head_sums + in_chunk, mask=valid, other=0.0))
-    if S.PRECISION == "ieee":
+    if S.CHANNELS:
+        starts = maps.starts + (here.origin * S.H + h) * S.K
+        solve_grads = times_tokens(dw_low, starts, S.H * S.K, valid, S)
+    elif S.PRECISION == "ieee":
         solve_grads = times_tokens(dw_low, keys, x.stride_k, valid, S)
     else:
         solve_grads = tl.dot(dw_low, tl.trans(k_tile), input_precision=S.PRECISION)
-    solve_grads *= from_start[None, :]
+    if not S.CHANNELS:
+        solve_grads *= tl.exp2(tl.load(head_sums + in_chunk, mask=valid, other=0.0))[None, :]
 
     masked = tl.load(plane(scores, site, MASKED, S))
     solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))
@@ -194,7 +209,7 @@ def map_grads_kernel(
     tl.store(target, (solve_grads + tl.load(target).to(tl.float32)).to(dtype))
     acc = acc * decay[:, None]
     store_part(targets + S.C * S.K, S.K, acc, 0, 0, S.C, S.K, S.C, S.BK)
-    if GATED:
+    if x.g is not None:
         # Loaded again: registers need not hold them until here.
         k_again = load_tile(keys, x.stride_k, valid, S.C, S.K, S.BK, 0)
         ends = tl.sum(acc * k_again.to(tl.float32), axis=1)

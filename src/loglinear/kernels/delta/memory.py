@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loglinear.kernels.channel.forward import Prepared
 from loglinear.kernels.delta.octet_maps import PREFIXES
 from loglinear.kernels.delta.score_grads import PLANES
 from loglinear.kernels.tree.problem import Problem, cdiv
@@ -22,13 +23,18 @@ UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
 
 
 class ChunkMaps(NamedTuple):
-    """The first of ``Maps``, as a bundle for kernels; None where a kernel does not read one."""
+    """The first of ``Maps``, as a bundle for kernels; None where a kernel does not read one. The last three are those of
+    ``channel.forward.Prepared``, with a gate per channel.
+    """
 
     sums: Tensor
     chunk_log: Tensor
     solve: Tensor
     writes: Tensor | None
     entries: Tensor | None
+    scores: Tensor | None = None
+    starts: Tensor | None = None
+    overlaps: Tensor | None = None
 
 
 class Maps(NamedTuple):
@@ -37,7 +43,8 @@ class Maps(NamedTuple):
     A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X that comes before the span leaves it as ``A X + S``.
 
     sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk; two planes, value and rounding error, for
-        float32 inputs; NaN for a token that is not finite. chunk_log: ``[chunks, H]`` float32.
+        float32 inputs; NaN for a token that is not finite. chunk_log: ``[chunks, H]`` float32. With a gate per channel there
+        are no sums, and chunk_log is ``[chunks, H, K]``.
     solve: ``[chunks, H, C, C]`` low, ``T = (I + diag(β) Z)⁻¹ diag(β)``, lower triangular, zero for tokens past the end.
     writes: ``[chunks, H, C, K+V]`` low, ``[W | U]``.
     entries: ``[chunks, H, K, K+V]`` low, the Fenwick array: entry e of a sequence at chunk0 + e - 1. The entry of all chunks of
@@ -55,6 +62,7 @@ class Maps(NamedTuple):
     entries: Tensor
     octets: tuple[Tensor, ...]
     prefixes: tuple[Tensor, ...]
+    prepared: Prepared | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -70,12 +78,13 @@ class Maps(NamedTuple):
 
     @property
     def chunks(self) -> ChunkMaps:
-        return ChunkMaps(*self[:5])
+        made = self.prepared
+        return ChunkMaps(*self[:5], *(() if made is None else (made.scores, made.starts, made.overlaps)))
 
     @property
     def heads(self) -> int:
         """Heads side by side in memory: more than the heads of these maps, if the maps are a slice."""
-        return self.chunk_log.stride(0)
+        return self.writes.stride(0) // self.writes.stride(1)
 
     def part(self, first: int, count: int) -> Maps:
         """The maps of ``count`` heads, as views."""
@@ -98,6 +107,8 @@ def map_shapes(problem: Problem, dtype: torch.dtype) -> list[tuple[tuple[int, ..
     maps = all_chunks, *octets[:-1], *(PREFIXES.value * count for count in octets)
     shapes = [(all_chunks, H, C, C), (all_chunks, H, C, K + V), *((count, H, K, K + V) for count in maps)]
     logs = [(H, 2 if dtype == torch.float32 else 1, problem.tokens), (all_chunks, H)]
+    if problem.channels:
+        logs = [(H, 0, problem.tokens), (all_chunks, H, K)]
     return [*((shape, torch.float32) for shape in logs), *((shape, dtype) for shape in shapes)]
 
 

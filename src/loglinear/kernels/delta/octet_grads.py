@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from loglinear.kernels.channel.decays import load_log
+from loglinear.kernels.delta.leaf import of_rows
 from loglinear.kernels.delta.octet_maps import FIRST_PAIRED, PREFIXES, Units, locate_octet, prefix_slot, store_map
 from loglinear.kernels.delta.products import load_erased, tokens_times, transposed_times
 from loglinear.kernels.tree.decays import to_end
@@ -57,7 +59,8 @@ def pull_back(x, units, site, at, local, TIER: tl.constexpr, S: tl.constexpr):
         # Every unit has tokens. Without the condition the kernel spills 80 bytes (Triton 3.6, sm_90).
         decay = to_end(units.sums + origin, size, units.plane, S, size > 0)
         erased = load_erased(units.maps + site * (S.C * (S.K + S.V)), S)
-        x = x * tl.exp2(tl.load(units.logs + site))
+        log = load_log(units.logs, site, 0, S) if S.CHANNELS else tl.load(units.logs + site)
+        x = x * of_rows(tl.exp2(log), S)
         x = tl.dot(tl.trans(erased), (change * -decay[:, None]).to(low.dtype), x, input_precision=S.PRECISION)
     else:
         x = transposed_times(units.maps + site * (S.K * (S.K + S.V)), low, S.K + S.V, S)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from loglinear.fenwick import lowbit, query_path
+from loglinear.kernels.delta.leaf import of_rows, whole_decay
 from loglinear.kernels.delta.products import memory_times
 from loglinear.kernels.tree.decays import to_end
 from loglinear.kernels.tree.place import LOG_OCTET, OCTET, bit, locate
@@ -120,7 +121,7 @@ def compose(x, units, site, at, local, first, TIER: tl.constexpr, S: tl.constexp
         valid = tl.arange(0, S.C) < at.length - local * S.C
         k_tile = load_tile(units.keys + origin * units.stride, units.stride, valid, S.C, S.K, S.BK, 0)
         head_sums = units.sums + origin
-        decay = tl.exp2(tl.load(head_sums + size - 1))
+        decay = of_rows(whole_decay(head_sums, size - 1, units.logs, site, S), S)
         change = added.to(tl.float32) - memory_times(base, low, S.K + S.V, S.C, S.C, S)
         change = (change * to_end(head_sums, size, units.plane, S)[:, None]).to(low.dtype)
         x = tl.dot(tl.trans(k_tile), change, x * decay, input_precision=S.PRECISION)
@@ -136,6 +137,7 @@ def octet_maps_kernel(
     k,
     units_in,  # tier 0: writes [chunks, H, C, K+V]; above: maps [units, H, K, K+V]
     sums,
+    chunk_log,
     entries,  # [chunks, H, K, K+V]
     whole_maps,  # [octets, H, K, K+V], unless TOP
     prefixes,  # [4 octets, H, K, K+V], if STORE_PREFIXES
@@ -166,7 +168,7 @@ def octet_maps_kernel(
     else:
         steps = (at.here > FIRST_PAIRED + 1).to(tl.int32) * 2
     head = h // (S.H // S.G) * S.K
-    units = Units(units_in, k + head, stride_k, sums + h.to(tl.int64) * sums_stride, all_tokens, None)
+    units = Units(units_in, k + head, stride_k, sums + h.to(tl.int64) * sums_stride, all_tokens, chunk_log)
     x = identity(first, S)
     for i in range(steps):
         c = i + paired * FIRST_PAIRED

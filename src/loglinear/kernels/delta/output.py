@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.leaf import jump, leaf_scores
+from loglinear.kernels.delta.leaf import jump, leaf_scores, whole_decay
 from loglinear.kernels.delta.path_states import path_start
 from loglinear.kernels.delta.products import load_erased, times_memory, token_products
 from loglinear.kernels.tree.decays import load_sum, pairs
@@ -28,13 +28,17 @@ def entry_scales(x, here, h, tree_level, L, S: tl.constexpr):
 
 
 @triton.jit
-def gate_scores(x, here, h, high, low, S: tl.constexpr):
+def gate_scores(x, maps, site, here, h, high, low, S: tl.constexpr):
     """``P = tril(Q Kᵀ ∘ Γ)`` of a chunk, in the inputs' dtype."""
-    t = tl.arange(0, S.C)
-    q, k = query_head(x, here, h, S), key_head(x, here, h, S)
-    products = token_products(q, k, x.stride_q, x.stride_k, here.valid, S)
-    products *= pairs(high, low, S)
-    return tl.where(t[:, None] >= t[None, :], products, 0.0).to(x.q.dtype.element_ty)
+    if S.CHANNELS:
+        scores = tl.load(square(maps.scores + site * (S.C * S.C), S.C))
+    else:
+        t = tl.arange(0, S.C)
+        q, k = query_head(x, here, h, S), key_head(x, here, h, S)
+        products = token_products(q, k, x.stride_q, x.stride_k, here.valid, S)
+        products *= pairs(high, low, S)
+        scores = tl.where(t[:, None] >= t[None, :], products, 0.0).to(x.q.dtype.element_ty)
+    return scores
 
 
 @triton.jit
@@ -90,7 +94,7 @@ def output_kernel(x, L, maps, states, o, path_starts, table, T, N, NG, paths, al
     site = chunk.to(tl.int64) * S.H + h
     head_sums = maps.sums + h.to(tl.int64) * sums_stride + origin
     high, low = load_sum(head_sums, in_chunk, valid, all_tokens, S)
-    products = gate_scores(x, here, h, high, low, S)
+    products = gate_scores(x, maps, site, here, h, high, low, S)
     q_tile = load_tile(query_head(x, here, h, S), x.stride_q, valid, S.C, S.K, S.BK, 0)
     written = maps.writes + site * (S.C * (S.K + S.V))
     queries = start_queries(q_tile, products, load_erased(written, S), high, S.PRECISION)
@@ -120,7 +124,8 @@ def output_kernel(x, L, maps, states, o, path_starts, table, T, N, NG, paths, al
         keys = key_head(x, here, h, S) - S.C * x.stride_k
         pairs_before = leaf_scores(queries, keys, x.stride_k, head_sums - S.C, all_tokens, S)
         acc = tl.dot((pairs_before * weight[:, None]).to(v_tile.dtype), added, acc, input_precision=S.PRECISION)
-        queries = jump(queries, pairs_before, head_sums - S.C, erased, S)
+        decay = whole_decay(head_sums - S.C, S.C - 1, maps.chunk_log, site - S.H, S)
+        queries = jump(queries, pairs_before, decay, erased, S)
     slot = path_start(n // OCTET, at, path_starts, paths, S.PACKED)
     acc = walk(acc, queries, maps, states, x, at, here, h, slot, first_v, L, S)
     store_tokens(o, S.H * S.V, h, here, acc, S.C, S.V, S.BK, first_v)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.leaf import leaf_scores
+from loglinear.kernels.delta.leaf import leaf_scores, of_columns, whole_decay
 from loglinear.kernels.delta.output import entry_scales
 from loglinear.kernels.delta.path_queries import inner_start
 from loglinear.kernels.delta.path_states import path_start
@@ -43,8 +43,8 @@ def state_gradient(product, queries, x, here, h, tree_level, L, S: tl.constexpr)
 
 
 @triton.jit
-def leaf_gradient(acc, queries, x, here, h, keys, sums, plane, written, L, S: tl.constexpr):
-    """(dQ, dλ) past the entry of one chunk, whose keys, sums and ``[W | U]`` are given; acc is the gradient after it.
+def leaf_gradient(acc, queries, x, here, h, keys, sums, plane, written, decay, L, S: tl.constexpr):
+    """(dQ, dλ) past the entry of one chunk, whose keys, sums, ``[W | U]`` and decay are given; acc is the gradient after it.
 
     ``(λ ∘ dO) Uᵀ - dQ' Wᵀ`` is the gradient of ``G = Q K_endᵀ``.
     """
@@ -59,7 +59,7 @@ def leaf_gradient(acc, queries, x, here, h, keys, sums, plane, written, L, S: tl
     share, gain = state_gradient(outer, pairs, x, here, h, 0, L, S)
     share -= times_tokens(after, written, S.K + S.V, everywhere, S)
     share = (share * to_end(sums, S.C, plane, S)[None, :]).to(after.dtype)
-    acc = acc * tl.exp2(tl.load(sums + S.C - 1))
+    acc = acc * of_columns(decay, S)
     k_tile = load_tile(keys, x.stride_k, everywhere, S.C, S.K, S.BK, 0)
     return tl.dot(share, k_tile, acc, input_precision=S.PRECISION), gain
 
@@ -134,8 +134,10 @@ def path_grads_kernel(
             store_part(inner_grads + place, S.K, acc, 0, 0, S.C, S.K, S.C, S.BK)
         keys = key_head(x, here, h, S) - S.C * x.stride_k
         sums = maps.sums + h.to(tl.int64) * sums_stride + (here.origin - S.C)
-        written = maps.writes + ((chunk - 1).to(tl.int64) * S.HEADS + h) * (S.C * (S.K + S.V))
-        acc, gain = leaf_gradient(acc, inner_queries + place, x, here, h, keys, sums, all_tokens, written, L, S)
+        before = (chunk - 1).to(tl.int64) * S.HEADS + h
+        written = maps.writes + before * (S.C * (S.K + S.V))
+        decay = whole_decay(sums, S.C - 1, maps.chunk_log, before, S)
+        acc, gain = leaf_gradient(acc, inner_queries + place, x, here, h, keys, sums, all_tokens, written, decay, L, S)
         gradient += gain
     store_part(query_grads + site * (S.C * S.K), S.K, acc, 0, 0, S.C, S.K, S.C, S.BK)
     columns = tl.arange(0, S.LEVELS)[None, :]

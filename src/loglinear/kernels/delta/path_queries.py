@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from loglinear.fenwick import query_path
-from loglinear.kernels.delta.leaf import jump, leaf_scores
+from loglinear.kernels.delta.leaf import jump, leaf_scores, whole_decay
 from loglinear.kernels.delta.output import gate_scores, start_queries
 from loglinear.kernels.delta.products import load_erased, times_memory
 from loglinear.kernels.tree.decays import load_sum
@@ -51,7 +51,7 @@ def path_queries_kernel(
     kept = chunk.to(tl.int64) * S.HEADS + h
     head_sums = maps.sums + h.to(tl.int64) * sums_stride + here.origin
     high, low = load_sum(head_sums, tl.arange(0, S.C), here.valid, all_tokens, S)
-    products = gate_scores(x, here, h, high, low, S)
+    products = gate_scores(x, maps, chunk.to(tl.int64) * S.H + h, here, h, high, low, S)
     q_tile = load_tile(query_head(x, here, h, S), x.stride_q, here.valid, S.C, S.K, S.BK, 0)
     written = maps.writes + kept * (S.C * (S.K + S.V))
     queries = start_queries(q_tile, products, load_erased(written, S), high, S.PRECISION)
@@ -63,7 +63,8 @@ def path_queries_kernel(
         erased = load_erased(maps.writes + (kept - S.HEADS) * (S.C * (S.K + S.V)), S)
         keys = key_head(x, here, h, S) - S.C * x.stride_k
         pairs = leaf_scores(queries, keys, x.stride_k, head_sums - S.C, all_tokens, S)
-        queries = jump(queries, pairs, head_sums - S.C, erased, S)
+        decay = whole_decay(head_sums - S.C, S.C - 1, maps.chunk_log, kept - S.HEADS, S)
+        queries = jump(queries, pairs, decay, erased, S)
     slot += leaf
     e = n - leaf
     for _ in range(set_bits(n % OCTET) - first_octet.to(tl.int32) - leaf):

@@ -92,7 +92,10 @@ def score_grads_kernel(
     outer = product(do, v, x.stride_do, x.stride_v, valid, S.V, S.BV, S)
     high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S)
     decays = tl.where(earlier, pairs(high, low, S), 0.0)
-    products = product(q_head, k_head, x.stride_q, x.stride_k, valid, S.K, S.BK, S) * decays
+    if S.CHANNELS:
+        products = tl.load(square(maps.scores + site * (S.C * S.C), S.C)).to(tl.float32)
+    else:
+        products = product(q_head, k_head, x.stride_q, x.stride_k, valid, S.K, S.BK, S) * decays
     products_low = products.to(dtype)
     tl.store(plane(scores, site, PRODUCTS, S), products_low)
     solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))

@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
     """Sizes of a launch, compile-time constants: letters of the legend; BK, BV, BN tiles; EXACT: sums of logs are pairs.
 
     HEADS: heads of a program; with the delta rule, heads side by side in the maps. LEVELS: levels that a program tells apart.
-    PRECISION: of products.
+    CHANNELS: the delta rule with a gate per channel: queries and keys come decayed. PRECISION: of products.
     """
 
     H: Any
@@ -87,6 +87,7 @@ class Sizes(NamedTuple):
     LEVELS: Any
     EXACT: Any
     PACKED: Any
+    CHANNELS: Any
     PRECISION: Any
 
     __hash__ = hash_of
@@ -109,7 +110,8 @@ def sizes(
     LEVELS: int = 0,
     EXACT: bool = False,
     PACKED: bool = False,
+    CHANNELS: bool = False,
     PRECISION: str = "ieee",
 ) -> Sizes:
     """Sizes of the letters H, G, K, V, C, LOG_C and of what a kernel asks for besides."""
-    return constants(Sizes, *letters, BK, BV, BN, HEADS, LEVELS, EXACT, PACKED, PRECISION)
+    return constants(Sizes, *letters, BK, BV, BN, HEADS, LEVELS, EXACT, PACKED, CHANNELS, PRECISION)

@@ -48,9 +48,13 @@ def gate_sums(gate):
 
 @triton.jit
 def load_sum(sums, offsets, valid, plane, S: tl.constexpr):
-    """Cumulative log-decay at ``offsets``, zero where not valid: (value, its rounding error or 0)."""
-    high = tl.load(sums + offsets, mask=valid, other=0.0)
-    low = tl.load(sums + plane + offsets, mask=valid, other=0.0) if S.EXACT else 0.0
+    """Cumulative log-decay at ``offsets``, zero where not valid: (value, its rounding error or 0). Zero for decayed tokens."""
+    if S.CHANNELS:
+        high = tl.zeros_like(offsets).to(tl.float32)
+        low = high
+    else:
+        high = tl.load(sums + offsets, mask=valid, other=0.0)
+        low = tl.load(sums + plane + offsets, mask=valid, other=0.0) if S.EXACT else 0.0
     return high, low
 
 
@@ -67,9 +71,13 @@ def decay_between(late_high, late_low, early_high, early_low, S: tl.constexpr):
 def to_end(sums, size, plane, S: tl.constexpr, present=True):
     """Decay ``[C]`` from each token of a chunk of ``size`` tokens to its end, from the sums of a chunk that is present."""
     t = tl.arange(0, S.C)
-    high, low = load_sum(sums, t, t < size, plane, S)
-    last_high, last_low = load_sum(sums, tl.minimum(size, S.C) - 1, present, plane, S)
-    return decay_between(last_high, last_low, high, low, S)
+    if S.CHANNELS:
+        decay = tl.full([S.C], 1.0, tl.float32)
+    else:
+        high, low = load_sum(sums, t, t < size, plane, S)
+        last_high, last_low = load_sum(sums, tl.minimum(size, S.C) - 1, present, plane, S)
+        decay = decay_between(last_high, last_low, high, low, S)
+    return decay
 
 
 @triton.jit

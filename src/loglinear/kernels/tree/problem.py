@@ -61,7 +61,7 @@ class Problem:
 
     ``tables`` are those of ``packed_tables``, none if not packed. ``unit_sequence`` maps chunks, then octets, to their sequence
     (-1: none); ``sequences [n, 5]`` holds per sequence its first token, tokens, first chunk, first octet and the absolute
-    number of its first chunk.
+    number of its first chunk. ``channels``: queries and keys come decayed, channel by channel (channel/scores.py).
     """
 
     batch: int
@@ -76,6 +76,7 @@ class Problem:
     chunks: int
     config: ScalarGateConfig | DeltaRuleConfig
     tables: tuple[Tensor, ...]
+    channels: bool = False
 
     @property
     def tokens(self) -> int:
@@ -134,7 +135,7 @@ class Problem:
         precision = "ieee" if exact else "tf32"
         letters = self.heads, self.groups, self.key_width, self.value_width, chunk, chunk.bit_length() - 1
         tiles = {"BK": BK, "BV": BV, "BN": BN, "HEADS": HEADS, "LEVELS": LEVELS}
-        return sizes(*letters, **tiles, EXACT=exact, PACKED=self.packed, PRECISION=precision)
+        return sizes(*letters, **tiles, EXACT=exact, PACKED=self.packed, CHANNELS=self.channels, PRECISION=precision)
 
     @property
     def tier_octets(self) -> tuple[tuple[int, int], ...]:
