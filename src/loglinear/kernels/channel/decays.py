@@ -29,26 +29,60 @@ def store_columns(base, stride, here, tile, first, S: tl.constexpr):
 
 
 @triton.jit
-def in_odd_block(level, C: tl.constexpr):
-    """Which tokens ``[C, 1]`` are in an odd block of 2^level tokens: they are the queries of the level, the others its keys."""
-    return ((tl.arange(0, C) >> level) & 1 == 1)[:, None]
+def tokens_in(SIDE: tl.constexpr, C: tl.constexpr):
+    """The places of a chunk's tokens: ``[C]`` if SIDE is C, else in blocks of SIDE, ``[C / SIDE, SIDE]``.
+
+    The pairs of the lower levels lie in small blocks. Their products and masks are the smaller for it, and a warp can have a
+    block to itself.
+    """
+    if SIDE == C:
+        t = tl.arange(0, C)
+    else:
+        t = tl.arange(0, C // SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    return t
 
 
 @triton.jit
-def meet(level, C: tl.constexpr):
-    """Pairs ``[C, C]`` of tokens in two neighbouring blocks of 2^level tokens, in either order: level is their highest
-    differing bit."""
-    t = tl.arange(0, C)
-    return (t[:, None] ^ t[None, :]) >> level == 1
+def load_rows(base, stride, here, t, first, S: tl.constexpr):
+    """Columns ``[..., BK]`` from ``first`` on of the tokens at places ``t [...]`` of a chunk, of K; 0 past the end."""
+    rows, columns = tl.expand_dims(t, -1), first + tl.arange(0, S.BK)
+    pointers = base + here.origin * stride + (rows * stride + columns)
+    return tl.load(pointers, mask=(rows < here.size) & (columns < S.K), other=0.0)
 
 
 @triton.jit
-def load_sums(sums, here, h, tokens, plane, first, S: tl.constexpr):
-    """Running sums ``[C, BK]`` at some tokens ``[C]`` of a chunk, or at its last one: (value, its rounding error or 0)."""
+def turned(x):
+    """The transpose of a matrix or of each of several."""
+    return tl.trans(x) if len(x.shape) == 2 else tl.permute(x, (0, 2, 1))
+
+
+@triton.jit
+def in_odd_block(level, t):
+    """Which tokens ``[..., 1]`` are in an odd block of 2^level tokens: they are the queries of the level, the others its keys."""
+    return tl.expand_dims((t >> level) & 1 == 1, -1)
+
+
+@triton.jit
+def rows_and_columns(t):
+    """The places of both tokens of all pairs: ``[..., SIDE, 1]`` and ``[..., 1, SIDE]``."""
+    return tl.expand_dims(t, -1), tl.expand_dims(t, -2)
+
+
+@triton.jit
+def meet(level, t):
+    """Pairs ``[..., SIDE, SIDE]`` of tokens in two neighbouring blocks of 2^level tokens, in either order: level is their
+    highest differing bit."""
+    row, column = rows_and_columns(t)
+    return (row ^ column) >> level == 1
+
+
+@triton.jit
+def load_sums(sums, here, h, t, plane, first, S: tl.constexpr):
+    """Running sums ``[..., BK]`` at places ``t [...]`` of a chunk, or at its last token: (value, its rounding error or 0)."""
     columns = first + tl.arange(0, S.BK)
-    rows = tl.minimum(tokens, tl.minimum(here.size, S.C) - 1)
-    pointers = sums + (here.origin * S.H + h) * S.K + (rows[:, None] * (S.H * S.K) + columns[None, :])
-    inside = (columns < S.K)[None, :] & (rows >= 0)[:, None]
+    rows = tl.expand_dims(tl.minimum(t, tl.minimum(here.size, S.C) - 1), -1)
+    pointers = sums + (here.origin * S.H + h) * S.K + (rows * (S.H * S.K) + columns)
+    inside = (columns < S.K) & (rows >= 0)
     high = tl.load(pointers, mask=inside, other=0.0)
     if S.EXACT:
         low = tl.load(pointers + plane, mask=inside, other=0.0)
@@ -58,11 +92,10 @@ def load_sums(sums, here, h, tokens, plane, first, S: tl.constexpr):
 
 
 @triton.jit
-def to_boundary(sums, here, h, high, low, plane, first, level, S: tl.constexpr):
-    """Decay ``[C, BK]`` between each token and the boundary at which it meets its partners of a level."""
-    t = tl.arange(0, S.C)
+def to_boundary(sums, here, h, t, high, low, plane, first, level, S: tl.constexpr):
+    """Decay ``[..., BK]`` between each token at ``t [...]`` and the boundary at which it meets its partners of a level."""
     end_high, end_low = load_sums(sums, here, h, (((t >> level) | 1) << level) - 1, plane, first, S)
-    odd = in_odd_block(level, S.C)
+    odd = in_odd_block(level, t)
     log = tl.where(odd, high - end_high, end_high - high)
     if S.EXACT:
         log += tl.where(odd, low - end_low, end_low - low)

@@ -15,13 +15,18 @@ from loglinear.kernels.channel.decays import (
     in_odd_block,
     load_columns,
     load_log,
+    load_rows,
     load_sums,
     meet,
+    rows_and_columns,
     store_columns,
     store_log,
     to_boundary,
+    tokens_in,
+    turned,
 )
 from loglinear.kernels.tree.decays import GATE_FLOOR
+from loglinear.kernels.tree.levels import LOG_SUB, SUB
 from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit, row_of_program
 from loglinear.kernels.tree.tiles import load_part
 
@@ -63,21 +68,58 @@ def skipping(grads, at, chunk, n, h, all_chunks, tiles, first, S: tl.constexpr):
 
 
 @triton.jit
-def passed(level, S: tl.constexpr):
-    """``[C, C]`` float32, 1 where the gate of a token (row) lies between another one (column) and the boundary at which that
+def passed(level, t):
+    """``[..., SIDE, SIDE]``: whether the gate of a token (row) lies between another one (column) and the boundary at which that
     one meets its partners: the start of its block of 2^level tokens for a query, in odd blocks, the end for a key.
     """
-    t = tl.arange(0, S.C)
-    query = (t[None, :] >= t[:, None]) & ((t[None, :] >> level) & 1 == 1)
-    key = (t[None, :] < t[:, None]) & ((t[None, :] >> level) & 1 == 0)
-    return tl.where((t[:, None] >> level == t[None, :] >> level) & (query | key), 1.0, 0.0)
+    row, column = rows_and_columns(t)
+    return ((row ^ column) >> level == 0) & ((column >= row) == ((column >> level) & 1 == 1))
 
 
 @triton.jit
-def both_ways(square, S: tl.constexpr):
-    """The gradient of a pair ``[C, C]`` for both of its tokens; what is stored is zero above the diagonal."""
-    t = tl.arange(0, S.C)
-    return tl.load(square + t[:, None] * S.C + t[None, :]) + tl.load(square + t[None, :] * S.C + t[:, None])
+def both_ways(matrix, t, C: tl.constexpr):
+    """The gradient of a pair for both of its tokens, at places ``t``; what is stored is zero above the diagonal."""
+    row, column = rows_and_columns(t)
+    stored = tl.load(matrix + (row * C + column))
+    return stored + turned(stored)
+
+
+@triton.jit
+def pair_grads(
+    query_sum, key_sum, gain, x, sums, matrix, here, h, plane, first,
+    SIDE: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Add to (dq, dk, gains) ``[..., BK]`` the pairs of levels FROM to TO - 1 inside blocks of SIDE tokens."""
+    DELTA: tl.constexpr = x.beta is not None
+    head, t = h // (S.H // S.G) * S.K, tokens_in(SIDE, S.C)
+    q_tile = load_rows(x.q + head, x.stride_q, here, t, first, S)
+    q, k = q_tile.to(tl.float32), load_rows(x.k + head, x.stride_k, here, t, first, S).to(tl.float32)
+    high, low = load_sums(sums, here, h, t, plane, first, S)
+    pairs = both_ways(matrix, t, S.C)
+    if DELTA:
+        overlaps = both_ways(matrix + S.C * S.C, t, S.C)
+    if FROM == 0:
+        itself = tl.expand_dims(tl.load(matrix + t * (S.C + 1)).to(tl.float32), -1)
+        query_sum += itself * k
+        key_sum += itself * q
+    for level in tl.range(FROM, TO, num_stages=1):  # not unrolled: the loads of all levels at once would spill
+        odd, partners = in_odd_block(level, t), meet(level, t)
+        decay = to_boundary(sums, here, h, t, high, low, plane, first, level, S)
+        mixed = tl.where(odd, q, k) * decay
+        own = tl.where(partners, pairs, 0.0).to(q_tile.dtype)
+        gradient = tl.dot(own, mixed.to(q_tile.dtype), input_precision=S.PRECISION)
+        shares = gradient * mixed
+        query_sum += tl.where(odd, gradient * decay, 0.0)
+        key_sum += tl.where(odd, 0.0, gradient * decay)
+        if DELTA:
+            keys = k * decay
+            own = tl.where(partners, overlaps, 0.0).to(q_tile.dtype)
+            gradient = tl.dot(own, keys.to(q_tile.dtype), input_precision=S.PRECISION)
+            shares += gradient * keys
+            key_sum += gradient * decay
+        between = tl.where(passed(level, t), 1.0, 0.0).to(q_tile.dtype)
+        gain = tl.dot(between, shares.to(q_tile.dtype), acc=gain, input_precision=S.PRECISION)
+    return query_sum, key_sum, gain
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "tiles", "part_stride"])
@@ -109,37 +151,23 @@ def gate_grads_kernel(
     here = chunk_of(at, chunk, S.C)
     t = tl.arange(0, S.C)
     head = h // PARTS * S.K
-    q_tile = load_columns(x.q + head, x.stride_q, here, first, S)
-    q = q_tile.to(tl.float32)
-    k = load_columns(x.k + head, x.stride_k, here, first, S).to(tl.float32)
-    low_dtype = q_tile.dtype
     site = chunk.to(tl.int64) * S.H + h
-    square = score_grads + site * (PLANES * S.C * S.C)
-    pairs = both_ways(square, S)
-    if DELTA:
-        overlaps = both_ways(square + S.C * S.C, S)
-    itself = tl.load(square + t * S.C + t).to(tl.float32)[:, None]
-    query_sum, key_sum = itself * k, itself * q
-    gain = tl.zeros([S.C, S.BK], tl.float32)
-    high, low = load_sums(sums, here, h, t, plane, first, S)
-    for level in tl.range(0, S.LOG_C, num_stages=1):  # not unrolled: the loads of all levels at once would spill
-        odd = in_odd_block(level, S.C)
-        decay = to_boundary(sums, here, h, high, low, plane, first, level, S)
-        mixed = tl.where(odd, q, k) * decay
-        own = tl.where(meet(level, S.C), pairs, 0.0).to(low_dtype)
-        gradient = tl.dot(own, mixed.to(low_dtype), input_precision=S.PRECISION)
-        shares = gradient * mixed
-        query_sum += tl.where(odd, gradient * decay, 0.0)
-        key_sum += tl.where(odd, 0.0, gradient * decay)
-        if DELTA:
-            keys = k * decay
-            own = tl.where(meet(level, S.C), overlaps, 0.0).to(low_dtype)
-            gradient = tl.dot(own, keys.to(low_dtype), input_precision=S.PRECISION)
-            shares += gradient * keys
-            key_sum += gradient * decay
-        gain = tl.dot(passed(level, S).to(low_dtype), shares.to(low_dtype), acc=gain, input_precision=S.PRECISION)
+    matrix = score_grads + site * (PLANES * S.C * S.C)
+    none = tl.zeros([S.C // SUB, SUB, S.BK], tl.float32)
+    query_sum, key_sum, gain = pair_grads(
+        none, none, none, x, sums, matrix, here, h, plane, first, SUB, 0, LOG_SUB, S
+    )
+    query_sum, key_sum = tl.reshape(query_sum, [S.C, S.BK]), tl.reshape(key_sum, [S.C, S.BK])
+    gain = tl.reshape(gain, [S.C, S.BK])
+    if S.C > SUB:
+        query_sum, key_sum, gain = pair_grads(
+            query_sum, key_sum, gain, x, sums, matrix, here, h, plane, first, S.C, LOG_SUB, S.LOG_C, S
+        )
 
     # Pairs of two chunks: a query meets its keys at the start of the chunk, a key its queries at the end.
+    q = load_columns(x.q + head, x.stride_q, here, first, S).to(tl.float32)
+    k = load_columns(x.k + head, x.stride_k, here, first, S).to(tl.float32)
+    high, low = load_sums(sums, here, h, t, plane, first, S)
     late, early, _ = chunk_decays(sums, here, h, high, low, plane, first, S)
     from_here = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
     if DELTA:

@@ -13,13 +13,64 @@ from loglinear.kernels.channel.decays import (
     chunk_decays,
     in_odd_block,
     load_columns,
+    load_rows,
     load_sums,
     meet,
+    rows_and_columns,
     store_columns,
     to_boundary,
+    tokens_in,
+    turned,
 )
+from loglinear.kernels.tree.levels import LOG_SUB, SUB
 from loglinear.kernels.tree.place import chunk_of, row_of_program
-from loglinear.kernels.tree.tiles import square
+
+
+@triton.jit
+def spoilt(x, here, h, t):
+    """``[..., 1]`` zero, and NaN for a token whose β is not finite: it spoils its key, all that comes later, and nothing before."""
+    pointers = x.beta + h + (here.origin + t) * x.stride_beta
+    strength = tl.load(pointers, mask=t < here.size, other=0.0).to(tl.float32)
+    return tl.expand_dims(tl.where(tl.abs(strength) < float("inf"), 0.0, float("nan")), -1)
+
+
+@triton.jit
+def store_pairs(x, sums, made, here, h, site, plane, SIDE: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, S: tl.constexpr):
+    """The scores of the levels FROM to TO - 1 inside blocks of SIDE tokens; those of SIDE == C leave out blocks of SUB tokens."""
+    DELTA: tl.constexpr = x.beta is not None
+    head = h // (S.H // S.G) * S.K
+    t = tokens_in(SIDE, S.C)
+    row, column = rows_and_columns(t)
+    scores = tl.zeros([SIDE, SIDE] if SIDE == S.C else [S.C // SIDE, SIDE, SIDE], tl.float32)
+    overlaps = scores
+    for first in tl.static_range(0, S.K, S.BK):
+        q_tile = load_rows(x.q + head, x.stride_q, here, t, first, S)
+        q, k = q_tile.to(tl.float32), load_rows(x.k + head, x.stride_k, here, t, first, S).to(tl.float32)
+        if DELTA:
+            k += spoilt(x, here, h, t)
+        high, low = load_sums(sums, here, h, t, plane, first, S)
+        for level in tl.range(FROM, TO, num_stages=1):  # not unrolled: the loads of all levels at once would spill
+            decay = to_boundary(sums, here, h, t, high, low, plane, first, level, S)
+            mixed = (tl.where(in_odd_block(level, t), q, k) * decay).to(q_tile.dtype)
+            later = meet(level, t) & (row > column)
+            if DELTA:
+                keys = (k * decay).to(q_tile.dtype)
+                product = tl.dot(keys, turned(keys), input_precision=S.PRECISION)
+                overlaps += tl.where(later, product, 0.0)
+                product = tl.dot(mixed, turned(keys), input_precision=S.PRECISION)
+            else:
+                product = tl.dot(mixed, turned(mixed), input_precision=S.PRECISION)
+            scores += tl.where(later, product, 0.0)
+        if FROM == 0:
+            scores += tl.where(row == column, tl.expand_dims(tl.sum(q * k, axis=-1), -1), 0.0)
+            if DELTA:  # finite where the token is
+                squares = tl.sum(k * k + 0.0 * high, axis=-1)
+                overlaps += tl.where(row == column, tl.expand_dims(squares, -1), 0.0)
+    places = site * (S.C * S.C) + (row * S.C + column)
+    own = (row // SUB != column // SUB) | (FROM == 0)
+    tl.store(made.scores + places, scores.to(made.scores.dtype.element_ty), mask=own)
+    if DELTA:
+        tl.store(made.overlaps + places, overlaps, mask=own)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
@@ -39,45 +90,21 @@ def scores_kernel(
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)
-    head = h // (S.H // S.G) * S.K
     site = chunk.to(tl.int64) * S.H + h
-    t = tl.arange(0, S.C)
-    scores = tl.zeros([S.C, S.C], tl.float32)
-    DELTA: tl.constexpr = x.beta is not None
-    if DELTA:
-        overlaps = tl.zeros([S.C, S.C], tl.float32)
-        # A token whose β is not finite spoils its key, and with it all that comes later, and nothing before.
-        strength = tl.load(x.beta + h + (here.origin + t) * x.stride_beta, mask=here.valid, other=0.0).to(tl.float32)
-        sound = tl.where(tl.abs(strength) < float("inf"), 0.0, float("nan"))[:, None]
+    store_pairs(x, sums, made, here, h, site, plane, SUB, 0, LOG_SUB, S)
+    if S.C > SUB:
+        store_pairs(x, sums, made, here, h, site, plane, S.C, LOG_SUB, S.LOG_C, S)
+    head = h // (S.H // S.G) * S.K
     for first in tl.static_range(0, S.K, S.BK):
-        q_tile = load_columns(x.q + head, x.stride_q, here, first, S)
-        k_tile = load_columns(x.k + head, x.stride_k, here, first, S)
-        q, k = q_tile.to(tl.float32), k_tile.to(tl.float32)
-        if DELTA:
-            k += sound
-        high, low = load_sums(sums, here, h, t, plane, first, S)
-        for level in tl.range(0, S.LOG_C, num_stages=1):  # not unrolled: the loads of all levels at once would spill
-            decay = to_boundary(sums, here, h, high, low, plane, first, level, S)
-            mixed = (tl.where(in_odd_block(level, S.C), q, k) * decay).to(q_tile.dtype)
-            later = meet(level, S.C) & (t[:, None] > t[None, :])
-            if DELTA:
-                keys = (k * decay).to(q_tile.dtype)
-                product = tl.dot(keys, tl.trans(keys), input_precision=S.PRECISION)
-                overlaps += tl.where(later, product, 0.0)
-                product = tl.dot(mixed, tl.trans(keys), input_precision=S.PRECISION)
-            else:
-                product = tl.dot(mixed, tl.trans(mixed), input_precision=S.PRECISION)
-            scores += tl.where(later, product, 0.0)
-        scores += tl.where(t[:, None] == t[None, :], tl.sum(q * k, axis=1)[:, None], 0.0)
+        q = load_columns(x.q + head, x.stride_q, here, first, S).to(tl.float32)
+        k = load_columns(x.k + head, x.stride_k, here, first, S).to(tl.float32)
+        if x.beta is not None:
+            k += spoilt(x, here, h, tl.arange(0, S.C))
+        high, low = load_sums(sums, here, h, tl.arange(0, S.C), plane, first, S)
         late, early, log = chunk_decays(sums, here, h, high, low, plane, first, S)
         store_columns(made.q + h * S.K, S.H * S.K, here, q * late, first, S)
         store_columns(made.k + h * S.K, S.H * S.K, here, k * early, first, S)
-        if DELTA:
+        if x.beta is not None:
             store_columns(made.starts + h * S.K, S.H * S.K, here, k * late, first, S)
-            squares = tl.sum(k * k + 0.0 * high, axis=1)  # finite where the token is
-            overlaps += tl.where(t[:, None] == t[None, :], squares[:, None], 0.0)
         columns = first + tl.arange(0, S.BK)
         tl.store(made.chunk_log + site * S.K + columns[None, :], log, mask=(columns < S.K)[None, :])
-    if DELTA:
-        tl.store(square(made.overlaps + site * (S.C * S.C), S.C), overlaps)
-    tl.store(square(made.scores + site * (S.C * S.C), S.C), scores.to(made.scores.dtype.element_ty))
