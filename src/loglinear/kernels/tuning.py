@@ -223,6 +223,6 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     score_grads=Launch(warps=4, stages=1, block_v=128),
     map_grads=Launch(warps=4, stages=2, block_v=64),
     key_grads=Launch(warps=4, stages=1, block_v=128),
-    scores=Launch(warps=4, stages=2, block_v=64, block_k=64),
+    scores=Launch(warps=8, stages=1, block_v=64),
     gate_grads=Launch(warps=4, stages=1, block_v=64, block_k=32),
 )
