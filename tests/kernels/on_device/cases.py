@@ -35,30 +35,38 @@ FLOAT32 = TOLERANCES[torch.float32]
 
 
 class Rule(NamedTuple):
-    """A family of kernels, the names of its inputs in their order, and its tuned configuration by dtype, K and V."""
+    """A family of kernels, the names of its inputs in their order, and its tuned configuration by dtype, K and V.
+
+    ``per_channel``: its gate has a value for each channel of a key.
+    """
 
     kernels: ModuleType
     inputs: tuple[str, ...]
     tuned: Any
+    per_channel: bool = False
 
 
 DECAY = Rule(decay, ("q", "k", "v", "g", "level_scales"), scalar_gate_config)
-CHANNEL = Rule(channel, ("q", "k", "v", "g", "level_scales"), channel_config)
+CHANNEL = Rule(channel, ("q", "k", "v", "g", "level_scales"), channel_config, per_channel=True)
 DELTA = Rule(delta, ("q", "k", "v", "g", "beta", "level_scales"), delta_rule_config)
-RULES = {"scalar gate": DECAY, "delta rule": DELTA, "channel gate": CHANNEL}
+CHANNEL_DELTA = DELTA._replace(per_channel=True)
+RULES = {"scalar gate": DECAY, "delta rule": DELTA, "channel gate": CHANNEL, "channel delta rule": CHANNEL_DELTA}
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
 def rule_of(x: dict) -> Rule:
-    return DELTA if "beta" in x else CHANNEL if x["g"] is not None and x["g"].dim() == 4 else DECAY
+    per_channel = x["g"] is not None and x["g"].dim() == 4
+    return next(
+        rule for rule in RULES.values() if ("beta" in x, per_channel) == ("beta" in rule.inputs, rule.per_channel)
+    )
 
 
 def config_of(rule: Rule, dtype: torch.dtype, K: int, V: int):
     """The tuned configuration on a GPU; in the interpreter one of the same shape whose tree is deep at few tokens."""
     if not INTERPRETED:
         return rule.tuned(dtype, K, V)
-    if rule is DELTA:
-        return uniform_delta_config(16, Launch(warps=4, stages=1, block_v=32))
+    if rule.kernels is delta:
+        return uniform_delta_config(32 if rule.per_channel else 16, Launch(warps=4, stages=1, block_v=32))
     if rule is CHANNEL:
         return uniform_channel_config(16, 16, Launch(warps=4, stages=1, block_v=16, block_k=16))
     small = low_precision_config(chunk=16, warps=4, block_k=16, heads=2)
@@ -83,7 +91,7 @@ def make(
     def normal(*size):
         return torch.randn(*size, generator=generator)
 
-    uniform = torch.rand(B, T, H, *([K] if rule is CHANNEL else []), generator=generator)
+    uniform = torch.rand(B, T, H, *([K] if rule.per_channel else []), generator=generator)
     factors = {
         "usual": 0.2,
         "zero": 0,
@@ -101,7 +109,7 @@ def make(
     scales = normal(B, T, H, L)
     scales[torch.rand(B, T, H, L, generator=generator) < 0.1] = 0.0
     x = {"q": normal(B, T, G, K), "k": normal(B, T, G, K), "v": normal(B, T, H, V)}
-    if rule is not DELTA:
+    if "beta" not in rule.inputs:
         x["q"] /= K**0.5
     else:
         x["k"], x["beta"] = F.normalize(x["k"], dim=-1), 2 * torch.rand(B, T, H, generator=generator)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import BFLOAT16, CHANNEL, DELTA, INTERPRETED, assert_same_bits, config_of, cotangent, make, rules, run
+from cases import BFLOAT16, DELTA, INTERPRETED, assert_same_bits, config_of, cotangent, make, rules, run
 
 from loglinear.kernels.tree.problem import describe, packed_tables, packed_units, set_bits_before, token_rows
 
@@ -74,7 +74,7 @@ def test_one_token_of_a_sequence_first_layout(device, rule):
     def sequence_first(y):
         return y.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
-    if rule is not CHANNEL:
+    if not rule.per_channel:
         x["g"] = None
     transposed = {name: y if y is None else sequence_first(y) for name, y in x.items()}
     assert transposed["q"].is_contiguous()

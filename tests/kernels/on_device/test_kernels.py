@@ -9,6 +9,7 @@ import torch
 from cases import (
     BFLOAT16,
     CHANNEL,
+    CHANNEL_DELTA,
     DECAY,
     DELTA,
     FLOAT32,
@@ -29,10 +30,11 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="minutes in th
 LENGTHS = (1, 15, 16, 17, 33) if INTERPRETED else (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4097)
 # (K, V): powers of two, others, and the largest that the ops give to the kernels.
 WIDTHS = ((64, 64), (128, 64), (128, 128), (64, 128), (96, 96), (256, 256), (16, 16), (40, 24))
-FULL_WIDTHS = [(rule, K, V) for rule in RULES for K, V in WIDTHS if rule != "channel gate" or K <= 128]
+FULL_WIDTHS = [(rule, K, V) for rule in RULES for K, V in WIDTHS if not RULES[rule].per_channel or K <= 128]
 FULL_WIDTHS += [("scalar gate", 128, 384), ("scalar gate", 256, 64), ("delta rule", 192, 384)]
-FULL_WIDTHS += [("channel gate", 128, 192), ("channel gate", 16, 320)]
+FULL_WIDTHS += [("channel gate", 128, 192), ("channel gate", 16, 320), ("channel delta rule", 64, 320)]
 FEW_WIDTHS = [("scalar gate", 24, 40), ("scalar gate", 16, 72), ("delta rule", 40, 24), ("channel gate", 40, 24)]
+FEW_WIDTHS += [("channel delta rule", 40, 24)]
 T = 36 if INTERPRETED else 1500
 
 
@@ -53,8 +55,8 @@ def test_long_windows_are_summed_in_segments(device, rule, chunks):
     With 66 chunks the delta rule has three tiers; as with 19, windows that the end of the sequence cuts short; and
     from chunk 56 on three entries before the group, which take two products to carry.
     """
-    if rule is CHANNEL or (rule is DECAY and INTERPRETED):
-        pytest.skip("no windows; or test_stages.py has such windows, and this rule has no tiers")
+    if rule is CHANNEL or (rule is not DELTA and INTERPRETED):
+        pytest.skip("no windows; or others have such windows, and the scalar gate has no tiers")
     config = dataclasses.replace(config_of(rule, torch.float32, 16, 16), segment=1)
     check(device, rule, T=config.chunk * (chunks - 1) + 1, config=config)
 
@@ -75,7 +77,7 @@ def test_heads_in_order(device, rule, H, G):
 @pytest.mark.parametrize("dtype", {BFLOAT16, torch.float16})
 @pytest.mark.parametrize("keys", ["random", "equal"])
 def test_low_precision_is_within_twice_of_plain_torch(device, rule, dtype, keys):
-    if rule is not DELTA and keys == "equal":
+    if "beta" not in rule.inputs and keys == "equal":
         pytest.skip("of no interest without a delta rule")
     random = keys == "random"  # gradients of equal keys grow with T, and what plain PyTorch costs with them
     check(device, rule, T=40 if INTERPRETED else 1000, dtype=dtype, keys=keys, gradients=random)
@@ -87,7 +89,7 @@ def test_low_precision_is_within_twice_of_plain_torch(device, rule, dtype, keys)
 @pytest.mark.parametrize(("rule", "K", "V"), FULL_WIDTHS)
 @pytest.mark.parametrize(("H", "G"), [(4, 1), (2, 2), (6, 2)])
 def test_low_precision_at_full_widths(device, rule, K, V, H, G, dtype):
-    T = 300 if rule == "channel gate" else 1000  # its bar in plain PyTorch takes T·T·K numbers
+    T = 300 if RULES[rule].per_channel else 1000  # its bar in plain PyTorch takes T·T·K numbers
     check(device, RULES[rule], T=T, H=H, G=G, K=K, V=V, dtype=dtype)
 
 
@@ -96,7 +98,7 @@ def test_low_precision_at_full_widths(device, rule, K, V, H, G, dtype):
 @rules
 @pytest.mark.parametrize("T", [63, 64, 65, 129, 4096, 4097, 8192, 16384])
 def test_long_sequences_in_bfloat16(device, rule, T):
-    if {DECAY: 16384, DELTA: 8192, CHANNEL: 129}[rule] < T:
+    if {DECAY: 16384, DELTA: 8192}.get(rule, 129) < T:
         pytest.skip("plain PyTorch, its bar, would take too much memory")
     check(device, rule, T=T, H=1, K=128, V=64 if rule is DECAY else 128, L=20, dtype=torch.bfloat16)
 
@@ -104,19 +106,20 @@ def test_long_sequences_in_bfloat16(device, rule, T):
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="long sequences take minutes in the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_deep_tree_of_channels(device, dtype):
+@pytest.mark.parametrize("rule", [CHANNEL, CHANNEL_DELTA])
+def test_a_deep_tree_of_channels(device, rule, dtype):
     """Eight levels of entries; 16 bits against 1%, about three times what was measured at 450 tokens."""
     bar = 2 * FLOAT32 if dtype == torch.float32 else 0.01
-    check(device, CHANNEL, T=8000, H=2, K=32, V=32, L=14, dtype=dtype, gate="weak", bar=bar)
+    check(device, rule, T=8000, H=2, K=32, V=32, L=14, dtype=dtype, gate="weak", bar=bar)
 
 
-@pytest.mark.parametrize("chunk", [32, 64])
-def test_chunk_sizes_of_the_delta_rule(device, chunk):
+@pytest.mark.parametrize(("rule", "chunk"), [(DELTA, 32), (DELTA, 64), (CHANNEL_DELTA, 64)])
+def test_chunk_sizes_of_the_delta_rule(device, rule, chunk):
     """Every merge of the triangular inverse, and blocks of columns that straddle the border of ``[A | S]``."""
-    config = config_of(DELTA, torch.float32, 24, 16)
+    config = config_of(rule, torch.float32, 24, 16)
     launch = dataclasses.replace(config.octet_maps, block_v=32)
     config = dataclasses.replace(config, chunk=chunk, octet_maps=launch)
-    check(device, DELTA, T=chunk + 5 if INTERPRETED else 2 * chunk + 5, K=24, config=config)
+    check(device, rule, T=chunk + 5 if INTERPRETED else 2 * chunk + 5, K=24, config=config)
 
 
 @rules
@@ -130,7 +133,7 @@ def test_levels_past_the_last_share_it(device, rule, L):
 def test_gates(device, rule, gate):
     if INTERPRETED and gate in ("zero", "strong"):
         pytest.skip("between the others")
-    if gate == ("none" if rule is CHANNEL else "one channel"):
+    if gate == ("none" if rule.per_channel else "one channel"):
         pytest.skip("of the other rules")
     check(device, rule, T=T, gate=gate)
 

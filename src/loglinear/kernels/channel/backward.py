@@ -132,8 +132,9 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, grads: Gradien
 
 
 class Results(NamedTuple):
-    """Where the gradients of the inputs go, with the distance of two tokens. dq and dk are ``[H/G, B*T, G, K]``, float32 partial
-    sums, or the result if H == G.
+    """Where the gradients of the inputs go, with the distance of two tokens.
+
+    dq and dk are ``[H/G, B*T, G, K]``: float32 partial sums, or the result if H == G.
     """
 
     dq: Tensor

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E, at_most_zero
+from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.place import chunk_of, locate
 from loglinear.kernels.tree.tiles import load_tile, store_tile
 
@@ -30,15 +31,15 @@ def store_columns(base, stride, here, tile, first, S: tl.constexpr):
 
 @triton.jit
 def tokens_in(SIDE: tl.constexpr, C: tl.constexpr):
-    """The places of a chunk's tokens: ``[C]`` if SIDE is C, else in blocks of SIDE, ``[C / SIDE, SIDE]``.
+    """The places of a chunk's tokens: in blocks of SIDE, ``[C / SIDE, SIDE]``, if this is SUB, else ``[C]``.
 
     The pairs of the lower levels lie in small blocks. Their products and masks are the smaller for it, and a warp can have a
     block to itself.
     """
-    if SIDE == C:
-        t = tl.arange(0, C)
-    else:
+    if SIDE == SUB:
         t = tl.arange(0, C // SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    else:
+        t = tl.arange(0, C)
     return t
 
 
@@ -58,7 +59,7 @@ def turned(x):
 
 @triton.jit
 def in_odd_block(level, t):
-    """Which tokens ``[..., 1]`` are in an odd block of 2^level tokens: they are the queries of the level, the others its keys."""
+    """Which tokens ``[..., 1]`` are in an odd block of 2^level tokens: the queries of the level. The others are its keys."""
     return tl.expand_dims((t >> level) & 1 == 1, -1)
 
 

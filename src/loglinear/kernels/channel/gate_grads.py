@@ -154,9 +154,7 @@ def gate_grads_kernel(
     site = chunk.to(tl.int64) * S.H + h
     matrix = score_grads + site * (PLANES * S.C * S.C)
     none = tl.zeros([S.C // SUB, SUB, S.BK], tl.float32)
-    query_sum, key_sum, gain = pair_grads(
-        none, none, none, x, sums, matrix, here, h, plane, first, SUB, 0, LOG_SUB, S
-    )
+    query_sum, key_sum, gain = pair_grads(none, none, none, x, sums, matrix, here, h, plane, first, SUB, 0, LOG_SUB, S)
     query_sum, key_sum = tl.reshape(query_sum, [S.C, S.BK]), tl.reshape(key_sum, [S.C, S.BK])
     gain = tl.reshape(gain, [S.C, S.BK])
     if S.C > SUB:

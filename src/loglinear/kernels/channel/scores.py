@@ -28,20 +28,22 @@ from loglinear.kernels.tree.place import chunk_of, row_of_program
 
 @triton.jit
 def spoilt(x, here, h, t):
-    """``[..., 1]`` zero, and NaN for a token whose β is not finite: it spoils its key, all that comes later, and nothing before."""
+    """``[..., 1]`` zero, and NaN for a token whose β is not finite. Added to its key, it spoils all that comes later."""
     pointers = x.beta + h + (here.origin + t) * x.stride_beta
     strength = tl.load(pointers, mask=t < here.size, other=0.0).to(tl.float32)
     return tl.expand_dims(tl.where(tl.abs(strength) < float("inf"), 0.0, float("nan")), -1)
 
 
 @triton.jit
-def store_pairs(x, sums, made, here, h, site, plane, SIDE: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, S: tl.constexpr):
-    """The scores of the levels FROM to TO - 1 inside blocks of SIDE tokens; those of SIDE == C leave out blocks of SUB tokens."""
+def store_pairs(
+    x, sums, made, here, h, site, plane, SIDE: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, S: tl.constexpr
+):
+    """The scores of the levels FROM to TO - 1 inside blocks of SIDE tokens; a larger SIDE leaves out those of SUB."""
     DELTA: tl.constexpr = x.beta is not None
     head = h // (S.H // S.G) * S.K
     t = tokens_in(SIDE, S.C)
     row, column = rows_and_columns(t)
-    scores = tl.zeros([SIDE, SIDE] if SIDE == S.C else [S.C // SIDE, SIDE, SIDE], tl.float32)
+    scores = tl.zeros([S.C // SIDE, SIDE, SIDE] if SIDE == SUB else [SIDE, SIDE], tl.float32)
     overlaps = scores
     for first in tl.static_range(0, S.K, S.BK):
         q_tile = load_rows(x.q + head, x.stride_q, here, t, first, S)

@@ -85,7 +85,9 @@ def triangular_inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def sound(overlaps, x, here, h, t, S: tl.constexpr):
     """(β at places ``t``, whether there are tokens with finite k, g and β)."""
-    strength = tl.load(x.beta + h + (here.origin + t) * x.stride_beta, mask=t < here.size, other=float("nan")).to(tl.float32)
+    strength = tl.load(x.beta + h + (here.origin + t) * x.stride_beta, mask=t < here.size, other=float("nan")).to(
+        tl.float32
+    )
     return strength, (tl.load(overlaps + t * (S.C + 1)) < float("inf")) & (tl.abs(strength) < float("inf"))
 
 
@@ -123,8 +125,20 @@ def strengths_of(x, here, h, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def chunk_maps_kernel(
-    x, prepared, sums, chunk_log, solve, writes, table, T, N, NG, all_tokens, sums_stride,
-    S: tl.constexpr, SOLVE: tl.constexpr
+    x,
+    prepared,
+    sums,
+    chunk_log,
+    solve,
+    writes,
+    table,
+    T,
+    N,
+    NG,
+    all_tokens,
+    sums_stride,
+    S: tl.constexpr,
+    SOLVE: tl.constexpr,
 ):
     """The first four of ``Maps``. Grid: chunks x H, heads fastest.
 

@@ -133,8 +133,8 @@ def forward(
 
     Args:
         q, k: ``[B, T, G, K]`` of v's dtype. v: ``[B, T, H, V]``, bfloat16, float16 or float32.
-        g: ``[B, T, H]`` or, for each key channel, ``[B, T, H, K]``: natural log-decay <= 0, any floating dtype; -inf is a reset.
-            None is no decay.
+        g: ``[B, T, H]``, or ``[B, T, H, K]`` for each key channel: natural log-decay <= 0, any floating dtype; -inf is a
+            reset. None is no decay.
         beta: ``[B, T, H]`` writing strength, any floating dtype. level_scales: λ ``[B, T, H, L]``, any floating dtype.
         scale: factor of o. cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
 

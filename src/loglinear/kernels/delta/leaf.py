@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.products import times_tokens
 from loglinear.kernels.channel.decays import load_log
+from loglinear.kernels.delta.products import times_tokens
 from loglinear.kernels.tree.decays import to_end
 
 
