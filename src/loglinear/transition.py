@@ -22,7 +22,7 @@ class Transition:
         per_channel: whether g has a value for each key channel, ``[B, T, H, K]``, and not one for each head.
         span: what a span of tokens does to a state: "log", a decay of one log for each head; "logs", one for each key channel;
             "matrix", a matrix ``[K, K]``.
-        kernels: whether there are any. keeps: whether a forward pass can leave something that spares the backward pass work.
+        keeps: whether a forward pass can leave something that spares the backward pass work.
     """
 
     name: str
@@ -30,7 +30,6 @@ class Transition:
     gates: tuple[str, ...]
     per_channel: bool
     span: Literal["log", "logs", "matrix"]
-    kernels: bool = False
     keeps: bool = False
 
     @property
@@ -40,11 +39,11 @@ class Transition:
 
 
 _ATTENTION, _DELTA = ("log_linear_attention", ("g",)), ("log_linear_delta_rule", ("g", "beta"))
-SCALAR_GATE = Transition("scalar gate", *_ATTENTION, per_channel=False, span="log", kernels=True)
-CHANNEL_GATE = Transition("gate per channel", *_ATTENTION, per_channel=True, span="logs", kernels=True)
-DELTA_RULE = Transition("delta rule", *_DELTA, per_channel=False, span="matrix", kernels=True, keeps=True)
+SCALAR_GATE = Transition("scalar gate", *_ATTENTION, per_channel=False, span="log")
+CHANNEL_GATE = Transition("gate per channel", *_ATTENTION, per_channel=True, span="logs")
+DELTA_RULE = Transition("delta rule", *_DELTA, per_channel=False, span="matrix", keeps=True)
 CHANNEL_DELTA_RULE = Transition(
-    "delta rule with a gate per channel", *_DELTA, per_channel=True, span="matrix", kernels=True, keeps=True
+    "delta rule with a gate per channel", *_DELTA, per_channel=True, span="matrix", keeps=True
 )
 
 

@@ -59,6 +59,7 @@ DELTA_EVERYWHERE = ("chunk_maps_kernel", "octet_grads_kernel", "key_grads_kernel
 # Those that hold the most at once where shared memory is small, by a compilation of all of them for sm_86 (docs/kernels.md).
 LARGEST = ("value_grads_kernel", "key_grads_kernel")
 DELTA_LARGEST = ("output_kernel", "map_grads_kernel")
+CHANNEL_DELTA = ("scores_kernel", "chunk_maps_kernel", "map_grads_kernel", "key_grads_kernel", "gate_grads_kernel")
 
 
 def launches(delta: bool, T: int = 16384, H: int = 16, G: int = 1, K: int = 128, V: int = 64) -> list:
@@ -113,8 +114,9 @@ def test_kernels_compile(target, delta, record_property):
 
 
 @pytest.mark.slow
-def test_kernels_of_the_gate_per_channel_compile(record_property):
-    """On Hopper without much spilling, and within the shared memory of a small GPU."""
+@pytest.mark.parametrize("delta", [False, True])
+def test_kernels_of_the_gate_per_channel_compile(delta, record_property):
+    """On Hopper without much spilling, and within the shared memory of a small GPU. Of the delta rule's, those that see a gate."""
 
     def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
         return torch.empty(size, dtype=kind, device="meta")
@@ -122,11 +124,16 @@ def test_kernels_of_the_gate_per_channel_compile(record_property):
     sizes = 1, 16384, 4
     x = {"q": meta(*sizes, 128), "k": meta(*sizes, 128), "v": meta(*sizes, 128)}
     x |= {"g": meta(*sizes, 128, kind=torch.float32), "level_scales": meta(*sizes, 15)}
+    if delta:
+        x["beta"] = meta(*sizes, kind=torch.float32)
     replay.plans_of.cache_clear()
     with recording() as found:
-        channel.forward(**x)
-        channel.backward(x["v"], **x)
+        module = delta_rule if delta else channel
+        module.forward(**x)
+        module.backward(x["v"], **x)
     for launch in {launch.kernel: launch for launch in found}.values():
+        if delta and launch.kernel.fn.__name__ not in CHANNEL_DELTA:
+            continue
         made = build(launch, TARGETS["sm_90"])[0]
         record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
         assert made.spills <= SPILLED_BYTES, f"{made} spills"

@@ -63,7 +63,7 @@ def log_linear_attention(
         q, k: ``[B, T, G, K]``, float64, float32, bfloat16 or float16. T may be 0.
         v: ``[B, T, H, V]``, the dtype of q; H is a multiple of G and value head h reads q/k head ``h // (H // G)``.
         g: ``[B, T, H]``, natural log of the decay, at most 0; -inf forgets everything before the token. None is no decay.
-            ``[B, T, H, K]`` is a decay of each key channel (gated linear attention), so far in plain PyTorch alone.
+            ``[B, T, H, K]`` is a decay of each key channel (gated linear attention); kernels take it for K up to 128.
         level_scales: λ ``[B, T, H, L]``, any sign. Positions further than L levels reach share the last one.
             None gives the plain linear model (λ = 1), with a state of fixed size.
         scale: factor of q; None means 1.

@@ -25,8 +25,6 @@ MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 1024  # of the kernels
 MAX_CHANNELS = 128  # of the kernels of a gate per channel: their queries and keys are as wide as their gates
 STEP_CHUNKS = (16, 32, 64)  # chunks of a state that the step kernels compile for; with longer ones they spill
 
-NO_CHANNELS = "gates per key channel, for which there is no such kernel yet"
-
 said: set[str] = set()
 
 
@@ -64,8 +62,6 @@ def step(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE, backend: Backend = 
 
 def _why_not(inputs: Inputs) -> str | None:
     q, v, transition = inputs.q, inputs.v, inputs.transition()
-    if not transition.kernels:
-        return NO_CHANNELS
     if transition.per_channel and q.shape[3] > MAX_CHANNELS:
         return f"a gate per key channel and K={int(q.shape[3])}, where kernels take K up to {MAX_CHANNELS}"
     return wide_heads(q, v) or why_unfit(q.device, transition, int(q.shape[3]))
