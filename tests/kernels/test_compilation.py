@@ -116,7 +116,7 @@ def test_kernels_compile(target, delta, record_property):
 @pytest.mark.slow
 @pytest.mark.parametrize("delta", [False, True])
 def test_kernels_of_the_gate_per_channel_compile(delta, record_property):
-    """On Hopper without much spilling, and within the shared memory of a small GPU. Of the delta rule's, those that see a gate."""
+    """On Hopper without much spilling, and within a small GPU. Of the delta rule's kernels, those that see a gate."""
 
     def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
         return torch.empty(size, dtype=kind, device="meta")
