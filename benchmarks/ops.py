@@ -68,9 +68,13 @@ RULES = {
 }
 
 
-def time_op(name: str, run: Run, budget_ms: int, rows: list[dict]) -> None:
-    """Append rows of an op: forward, and forward + backward, as its user calls it; then the second as a CUDA graph."""
+def time_op(name: str, run: Run, budget_ms: int, rows: list[dict], forward: bool = False) -> None:
+    """Append rows of an op: forward, and unless it is ``forward`` alone, forward + backward, as its user calls it; then the
+    second as a CUDA graph.
+    """
     rows.append(row(name, "forward", milliseconds(run.call, budget_ms), peak_bytes(run.call)))
+    if forward:
+        return
     both = run.forward_backward()
     rows.append(row(name, "forward+backward", milliseconds(both, budget_ms), peak_bytes(both)))
     rows.append(row(name, "forward+backward, captured", milliseconds(captured(both), budget_ms)))
@@ -100,11 +104,13 @@ def row(name: str, what: str, time: tuple[float, float, float], peak: int | None
     return {"name": name, "what": what, "ms": median, "ms_p20": low, "ms_p80": high, "peak_bytes": peak}
 
 
-def measure_peer(name: str, build: Callable[[Shape], Run], shape: Shape, budget_ms: int) -> list[dict]:
+def measure_peer(
+    name: str, build: Callable[[Shape], Run], shape: Shape, budget_ms: int, forward: bool = False
+) -> list[dict]:
     """Rows of one peer. A failure is a row that says why."""
     rows: list[dict] = []
     try:
-        time_op(name, build(shape), budget_ms, rows)
+        time_op(name, build(shape), budget_ms, rows, forward)
     except Exception as error:  # whatever a peer raises, the others are still to be timed
         rows.append({"name": name, "what": "failed", "reason": f"{type(error).__name__}: {error}"[:300]})
     return rows
@@ -127,6 +133,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--G", type=int, help="q/k heads; default: 1 for scalar_gate, else H")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--peers", default="all", help="parts of names, with commas between; 'all', or '' for none")
+    parser.add_argument(
+        "--peer-forward", action="store_true", help="of peers the forward pass alone: some tune the other for minutes"
+    )
     parser.add_argument("--softmax-heads", type=int, help="default: 16")
     parser.add_argument("--softmax-width", type=int, help="default: 96 for scalar_gate, else 128")
     parser.add_argument("--old-fla", default=".peers/fla-0.2.2", help="folder with flash-linear-attention 0.2.2")
@@ -190,7 +199,7 @@ def main() -> None:
 
     keep(measure_ours(ours(rule, shape), args.budget_ms, args.stages))
     for name, build in peers_of(args).items():
-        keep(measure_peer(name, build, shape, args.budget_ms))
+        keep(measure_peer(name, build, shape, args.budget_ms, args.peer_forward))
 
 
 if __name__ == "__main__":
