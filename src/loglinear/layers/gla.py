@@ -65,7 +65,3 @@ class LogLinearGLA(LinearAttention):
         g = F.logsigmoid(wide(streams.rate)) / self.decay_normalizer
         g = g if self.decay_min is None else g.clamp_min(self.decay_min)
         return g.unflatten(-1, (self.num_kv_heads, -1))
-
-    def unfused(self) -> str | None:
-        bare = self.conv.width == 0 and self.conv.activation == "identity"
-        return (None if bare else self.conv.unfused()) or self.norm.unfused()

@@ -121,3 +121,6 @@ class LinearAttention(RecurrentMixer):
             o = o.flatten(-2)
         o = self.norm(o, gate) if isinstance(self.norm, GatedRMSNorm) else self.norm(o)
         return self.out_proj(o.flatten(-2) if self.norm_per_head else o)
+
+    def unfused(self) -> str | None:
+        return (self.conv.unfused() if self.conv.width else None) or self.norm.unfused()

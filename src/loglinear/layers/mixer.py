@@ -111,10 +111,10 @@ class RecurrentMixer(StatedInit):
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
         streams = self.project(hidden)
-        if state is not None and step.takes(self, streams.joined, state, cu_seqlens):
-            return self.out_proj(self.fused_step(streams, state)), state if output_state else None
         if self.reads_positions:
             streams = streams._replace(position=positions(hidden, state, cu_seqlens, self.context_group))
+        if state is not None and step.takes(self, streams.joined, state, cu_seqlens):
+            return self.out_proj(self.fused_step(streams, state)), state if output_state else None
         mixed, conv_tail = convolve(self.conv, streams.conv, state, cu_seqlens, self.context_group)
         inputs, skip = self.inputs(mixed, streams)
         scales = None if self.level_scale is None else self.level_scale(hidden, streams.dl)

@@ -99,6 +99,3 @@ class LogLinearRetention(LinearAttention):
         assert streams.position is not None
         q, k = rotary(streams.position, self.rotary_base, q, k)
         return q, k
-
-    def unfused(self) -> str | None:
-        return "a constant decay"

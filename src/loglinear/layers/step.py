@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from loglinear.decoding_state import DecodingState
+from loglinear.layers.activations import ACTIVATIONS
 from loglinear.layers.norm import GatedRMSNorm
 from loglinear.layers.recurrence import writes_into
 from loglinear.layers.state import RecurrentMixerState
@@ -63,14 +64,15 @@ def convolve_and_gate(
     mixed, v, g, beta, scales = fused.step_inputs(
         projected, dl, state.conv, conv.taps, conv.bias, *rates, L, tuple(columns), offset
     )
-    return streams.conv if mixed is None else mixed, v, {"g": g, "beta": beta, "level_scales": scales}
+    mixed = ACTIVATIONS[conv.activation](streams.conv) if mixed is None else mixed  # no taps
+    return mixed, v, {"g": g, "beta": beta, "level_scales": scales}
 
 
 def recur(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], state: RecurrentMixerState) -> Tensor:
     """o ``[B, T, H, V]`` of q, k ``[B, T, G, K]``, v ``[B, T, H, V]``; they are added to ``state``, except to its position."""
     memory = state.memory
     if isinstance(memory, LinearState):
-        return fused.linear_step(q, k, v, gates["g"], gates["beta"], memory.state)
+        return fused.linear_step(q, k, v, gates["g"].contiguous(), gates["beta"], memory.state)
     assert isinstance(memory, DecodingState)
     if gates["beta"] is None:
         return log_linear_attention_step(q, k, v, gates["g"], gates["level_scales"], memory, advance=False)

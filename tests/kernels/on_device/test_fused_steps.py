@@ -16,6 +16,7 @@ from loglinear.layers import (
     LogLinearGLA,
     LogLinearKDA,
     LogLinearMamba2,
+    LogLinearRetention,
     ShortConvolution,
     SumRMSNorm,
 )
@@ -27,9 +28,27 @@ SIZES = {  # one block of channels is not enough, and the last is partial
     "gated_deltanet": {"num_heads": 4, "key_dim": 24, "value_dim": 16, "num_key_heads": 2, "conv_width": 3},
     "kda": {"num_heads": 2, "key_dim": 16, "value_dim": 24, "num_key_heads": 1, "conv_width": 3, "decay_bound": -5.0},
     "gla": {"num_heads": 2, "key_dim": 16, "value_dim": 8, "num_kv_heads": 1},
+    "retnet": {"num_heads": 2, "key_dim": 16, "value_dim": 8, "num_kv_heads": 1},
 }
-KINDS = {"mamba2": LogLinearMamba2, "gated_deltanet": LogLinearGatedDeltaNet, "kda": LogLinearKDA, "gla": LogLinearGLA}
+KINDS = {
+    "mamba2": LogLinearMamba2,
+    "gated_deltanet": LogLinearGatedDeltaNet,
+    "kda": LogLinearKDA,
+    "gla": LogLinearGLA,
+    "retnet": LogLinearRetention,
+    "lightning": LogLinearRetention,
+}
 MIXERS = [f"{prefix}{name}" for name in SIZES for prefix in ("log_linear_", "")]
+SIZES["log_linear_lightning"] = {
+    "num_heads": 2,
+    "key_dim": 16,
+    "value_dim": 8,
+    "decays": "slopes",
+    "rotary_base": None,
+    "conv_activation": "silu",
+    "gate_activation": "sigmoid",
+    "norm_per_head": False,
+}
 SIZES["doubled_gated_deltanet"] = SIZES["gated_deltanet"] | {"neg_eigval": True}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=["float32", "16 bits"])
 CALLS = [1, 3] if INTERPRETED else [1, 3, 1]
@@ -54,7 +73,9 @@ def nothing_recorded():
 def make(name, device, dtype):
     torch.manual_seed(0)
     kind = next(kind for key, kind in KINDS.items() if name.endswith(key))
-    options = SIZES[name.removeprefix("log_linear_")] | {"log_linear": name.startswith("log_linear_")}
+    options = (SIZES.get(name) or SIZES[name.removeprefix("log_linear_")]) | {
+        "log_linear": name.startswith("log_linear_")
+    }
     options["level_scale_start"] = "one"  # an offset that a kernel might forget
     mixer = kind(HIDDEN, num_levels=5, norm_eps=0.1, **options)  # a norm of next to nothing would be one of roundings
     for parameter in mixer.parameters():  # none is 0 or 1 throughout
@@ -82,7 +103,7 @@ def walk(mixer, hidden, lengths):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *product([*MIXERS, "doubled_gated_deltanet"], [torch.float32]),
+        *product([*MIXERS, "doubled_gated_deltanet", "log_linear_lightning"], [torch.float32]),
         *product(MIXERS[: 4 if INTERPRETED else None : 2], [BFLOAT16]),
     ],
 )
