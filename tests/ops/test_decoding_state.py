@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 from calls import C, inputs, rows, tokens
-from test_step import assert_states_equal, empty, full, poisoned, prefilled, relative, steps
+from calls import run as full
+from test_step import assert_states_equal, empty, poisoned, prefilled, relative, steps
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -161,7 +162,7 @@ def test_there_and_back(gate, length):
     made = DecodingState.from_state(want, 4096)
     assert_states_equal(made.to_state(), want, 1e-13)
     assert_states_equal(poisoned(made).to_state(), want, 1e-13)
-    got, _ = full(tokens(x, length, length + 1), initial_state=made.to_state())
+    got, _ = full(tokens(x, length, length + 1), made.to_state())
     assert relative(got, full(x)[0][:, length:]) < 1e-10
 
 
@@ -341,7 +342,7 @@ def test_a_long_call_in_place_copies_the_state_at_most_once(gate, monkeypatch):
     x = inputs(gate, B=2, T=4 * C + 9, H=2, G=1, K=32, V=32, dtype=torch.float32)
     state = prefilled(x, C + 7)
     x = tokens(x, C + 7, 4 * C + 9)
-    want_o, want = full(x, initial_state=state.to_state())
+    want_o, want = full(x, state.to_state())
     given, before, solve = [], addresses(state), decoding_state._solve
 
     def op(call):

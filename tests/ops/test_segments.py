@@ -11,6 +11,7 @@ from loglinear.ops import dispatch, segments
 from loglinear.ops.inputs import Call, Inputs
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import LinearState, LogLinearState, joined
+from oracle import error
 
 CASES = {  # tokens before and after; packed
     "from nothing": ((0, 0), (193, 193), False),
@@ -21,7 +22,7 @@ CASES = {  # tokens before and after; packed
 NAMES = ("entries", "decay", "open_k", "open_v", "open_g", "open_beta", "state")
 
 
-def make(length, delta, linear, seed):
+def make(length, delta, linear, seed, channels=()):
     """Inputs of one row in float64: q, k, v, g, λ or None, β or None. Two heads share a q/k head."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -29,8 +30,8 @@ def make(length, delta, linear, seed):
         return torch.randn(1, length, *size, generator=generator, dtype=torch.float64)
 
     k = torch.nn.functional.normalize(normal(1, 6), dim=-1)
-    g = -0.02 * normal(2).abs()
-    g[:, 3:4] = float("-inf")  # a reset
+    g = -0.02 * normal(2, *channels).abs()
+    g[:, 3::97] = float("-inf")  # resets
     return [normal(1, 6), k, normal(2, 5), g, None if linear else normal(2, 6), normal(2).sigmoid() if delta else None]
 
 
@@ -44,6 +45,29 @@ def join_states(states):
     for x in whole._tensors():
         x.requires_grad_(x.is_floating_point())
     return whole
+
+
+def compare(o, got, want, expected, leaves):
+    """Outputs, states, and the gradients of all tensors in ``leaves``."""
+    assert type(got) is type(expected)
+    assert torch.equal(got.position, expected.position)
+    pairs = [(o, want)]
+    for name in NAMES:
+        ours, reference = getattr(got, name, None), getattr(expected, name, None)
+        assert (ours is None) == (reference is None)
+        if ours is None or name == "decay":
+            continue
+        if name == "entries":  # the split between both is free
+            ours, reference = (
+                x.entries * x.decay.exp().view(*x.decay.shape, *[1] * (5 - x.decay.dim())) for x in (got, expected)
+            )
+        pairs.append((ours, reference))
+    weights = [torch.randn_like(reference) for _, reference in pairs]
+    losses = [sum((w * pair[i]).sum() for w, pair in zip(weights, pairs)) for i in (0, 1)]
+    grads = [torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True) for loss in losses]
+    for ours, reference in [*pairs, *zip(*grads)]:
+        assert ours.shape == reference.shape
+        torch.testing.assert_close(ours.nan_to_num(neginf=0.0), reference.nan_to_num(neginf=0.0), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,29 +86,28 @@ def test_outputs_states_and_gradients(case, linear, delta):
     bounds = torch.tensor([0, *after]).cumsum(0) if packed else None
     o, got = segments.attend(Call(Inputs(q, k, v, g, beta, scales), 0.5, states, True, bounds), after)
     want, expected = chunkwise(0.5 * q, k, v, g, scales, beta, states, lengths=after)
-    assert type(got) is type(expected) is (LinearState if linear else LogLinearState)
-    assert torch.equal(got.position, expected.position)
-    pairs = [(o, want)]
-    for name in NAMES:
-        ours, reference = getattr(got, name, None), getattr(expected, name, None)
-        assert (ours is None) == (reference is None)
-        if ours is None or name == "decay":
-            continue
-        if name == "entries":  # the split between both is free
-            ours, reference = (x.entries * x.decay.exp()[..., None, None] for x in (got, expected))
-        pairs.append((ours, reference))
-    leaves = [x for x in new if x is not None]
-    leaves += [x for x in ([] if states is None else states._tensors()) if x.requires_grad]
-    weights = [torch.randn_like(reference) for _, reference in pairs]
-    losses = [sum((w * pair[i]).sum() for w, pair in zip(weights, pairs)) for i in (0, 1)]
-    grads = [torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True) for loss in losses]
-    for ours, reference in [*pairs, *zip(*grads)]:
-        assert ours.shape == reference.shape
-        torch.testing.assert_close(ours.nan_to_num(neginf=0.0), reference.nan_to_num(neginf=0.0), rtol=1e-9, atol=1e-9)
+    assert isinstance(got, LinearState if linear else LogLinearState)
+    leaves = [x for x in (*new, *([] if states is None else states._tensors())) if x is not None and x.requires_grad]
+    compare(o, got, want, expected, leaves)
 
 
-def relative(x, expected):
-    return ((x.double() - expected).norm() / expected.norm()).item()
+KNOWN = [((n, n), False) for n in (0, 1, 63, 64, 65, 127, 128, 192, 449, 1000)]
+KNOWN += [((0, 70, 1, 300, 64, 0), True), ((), True)]
+
+
+@pytest.mark.parametrize(("lengths", "packed"), KNOWN, ids=str)
+@pytest.mark.parametrize("gate", ["scalar", "channels", "none"])
+def test_the_state_beside_an_output_that_is_known(lengths, packed, gate):
+    """As kernels give it: any numbers."""
+    channels = (6,) if gate == "channels" else ()
+    rows = [make(n, False, False, seed, channels) for seed, n in enumerate(lengths or (0,))]
+    q, k, v, g, scales = (x.requires_grad_() for x in join(rows, 1 if packed else 0)[:5])
+    bounds = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    inputs = Inputs(q, k, v, None if gate == "none" else g, None, scales)
+    o, got = segments.attend(Call(inputs, 1.0, None, True, bounds), lengths, v)
+    assert torch.equal(o, v)
+    expected = chunkwise(q, k, v, 0 * g.detach().nan_to_num() if gate == "none" else g, scales, lengths=lengths)[1]
+    compare(o, got, v, expected, [k, v] if gate == "none" else [k, v, g])
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["tree", "linear"])
@@ -114,7 +137,7 @@ def test_sixteen_bits_go_on_from_a_float32_state(linear, delta):
     leaves = [[x for x in inputs if x is not None] for inputs in (low, wide)]
     grads = [torch.autograd.grad(loss, inputs) for loss, inputs in zip(losses, leaves)]
     for ours, exact in [*pairs, *zip(*grads)]:
-        assert relative(ours, exact) <= 5e-3  # measured at most 3.2e-3
+        assert error(ours, exact) <= 5e-3  # measured at most 3.2e-3
 
 
 @pytest.mark.parametrize(("rule", "linear"), [("scalar", True), ("delta", False), ("delta", True)])

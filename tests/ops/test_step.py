@@ -5,23 +5,15 @@ import dataclasses
 import pytest
 import torch
 from calls import C, inputs, rows, tokens
+from calls import run as full
 
 import loglinear
 from loglinear import DecodingState
 from oracle import LOW_PRECISION_FACTOR, TOLERANCES, plain_torch
+from oracle import error as relative
 
 MIXED = (1, 2, 3, 64)
 WIDE = torch.float64
-
-
-def relative(got, want):
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300)).item()
-
-
-def full(x, **kwargs):
-    """``(o, final_state)`` of the ordinary op."""
-    op = loglinear.log_linear_delta_rule if "beta" in x else loglinear.log_linear_attention
-    return op(**{"g": None, **x}, output_final_state=True, **kwargs)
 
 
 def step(x, state, **kwargs):
