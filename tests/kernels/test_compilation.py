@@ -62,19 +62,14 @@ DELTA_LARGEST = ("output_kernel", "map_grads_kernel")
 CHANNEL_DELTA = ("scores_kernel", "chunk_maps_kernel", "map_grads_kernel", "key_grads_kernel", "gate_grads_kernel")
 
 
+def meta(*size: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(size, dtype=kind, device="meta")
+
+
 def launches(delta: bool, T: int = 16384, H: int = 16, G: int = 1, K: int = 128, V: int = 64) -> list:
     """The launches of a forward and a backward pass in bfloat16, each kernel once."""
-
-    def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
-        return torch.empty(size, dtype=kind, device="meta")
-
-    x = {
-        "q": meta(2, T, G, K),
-        "k": meta(2, T, G, K),
-        "v": meta(2, T, H, V),
-        "g": meta(2, T, H, kind=torch.float32),
-        "level_scales": meta(2, T, H, 12, kind=torch.float32),
-    }
+    x = {"q": meta(2, T, G, K), "k": meta(2, T, G, K), "v": meta(2, T, H, V)}
+    x |= {"g": meta(2, T, H, kind=torch.float32), "level_scales": meta(2, T, H, 12, kind=torch.float32)}
     module = delta_rule if delta else scalar_gate
     if delta:
         x["beta"] = meta(2, T, H, kind=torch.float32)
@@ -117,10 +112,6 @@ def test_kernels_compile(target, delta, record_property):
 @pytest.mark.parametrize("delta", [False, True])
 def test_kernels_of_the_gate_per_channel_compile(delta, record_property):
     """On Hopper without much spilling, and within a small GPU. Of the delta rule's kernels, those that see a gate."""
-
-    def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
-        return torch.empty(size, dtype=kind, device="meta")
-
     sizes = 1, 16384, 4
     x = {"q": meta(*sizes, 128), "k": meta(*sizes, 128), "v": meta(*sizes, 128)}
     x |= {"g": meta(*sizes, 128, kind=torch.float32), "level_scales": meta(*sizes, 15)}
@@ -183,10 +174,7 @@ def step_resources(
     shapes = {"q": (1, 1, G, K), "k": (1, 1, G, K), "v": (1, 1, H, V), "level_scales": (1, 1, H, 18)}
     shapes |= {"g": (1, 1, H, K) if channel else (1, 1, H)}
     shapes |= {"beta": (1, 1, H)} if delta else {}
-    x = {
-        n: torch.empty(s, dtype=torch.bfloat16 if n in "qkv" else torch.float32, device="meta")
-        for n, s in shapes.items()
-    }
+    x = {n: meta(*s, kind=torch.bfloat16 if n in "qkv" else torch.float32) for n, s in shapes.items()}
     state = DecodingState.empty(1, H, G, K, V, 1 << 17, torch.bfloat16, entries, delta, "meta", per_channel=channel)
     hip = "6" if TARGETS[target].backend == "hip" else None  # the host looks where it runs, not what it compiles for
     with recording() as found, mock.patch.object(torch.version, "hip", hip), warnings.catch_warnings():
@@ -237,10 +225,6 @@ def test_the_loss_compiles(target):
 
 def fused_resources(target: str) -> list[Resources]:
     """What stands beside the recurrence in a step of one bfloat16 token, at the widths of ``step_resources``."""
-
-    def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
-        return torch.empty(size, dtype=kind, device="meta")
-
     decay, hidden, position = meta(1, 1, 16, kind=torch.float32), meta(1, 1, 1536), meta(1, kind=torch.int64)
     heads, projected = [meta(1, 1, 16, 128) for _ in range(3)], meta(1, 1, 6448)
     with recording() as found, warnings.catch_warnings():
@@ -267,10 +251,6 @@ def test_fused_steps_compile(target):
 
 def pointwise_resources(target: str) -> list[Resources]:
     """Kernels around the attention op, mostly backward, in bfloat16: heads of 64 that share a norm, or of 128 that do not."""
-
-    def meta(*size: int, kind=torch.bfloat16) -> torch.Tensor:
-        return torch.empty(size, dtype=kind, device="meta")
-
     T, wide, levels = 4096, torch.float32, 15
     with recording() as found:
         y, v, rate, D = meta(2, T, 1024), meta(2, T, 16, 64), meta(2, T, 16), meta(16, kind=wide)

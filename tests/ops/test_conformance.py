@@ -179,9 +179,7 @@ def test_two_parts_and_a_state_are_one_pass(backend, gate, linear):
 
 @transitions
 @both_forms
-@pytest.mark.parametrize(
-    "dynamic", [False] if INTERPRETED else [False, True], ids=["static", "dynamic"][: 2 - INTERPRETED]
-)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_compiled_is_eager(backend, compiled, gate, linear, dynamic, packed):
     """One graph, forward and backward; with dynamic shapes, one graph for every length."""

@@ -61,12 +61,13 @@ def assert_states_equal(got, want, bar):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 127, 128, 200, 1000])
 def test_prefill_then_steps_is_one_pass(gate, dtype, length):
-    x = inputs(gate, T=length + 200, dtype=WIDE, L=12)
+    """80 tokens: over every border of the first chunks, and the one of 16 chunks."""
+    x = inputs(gate, T=length + 80, dtype=WIDE, L=12)
     want, final = full(x)
     x = {name: value.to(dtype) for name, value in x.items()}
     for sizes in ((1,), MIXED) if dtype == WIDE else (MIXED,):
         state = prefilled(x, length)
-        got = steps(tokens(x, length, length + 200), state, sizes)
+        got = steps(tokens(x, length, length + 80), state, sizes)
         assert relative(got, want[:, length:]) < TOLERANCES[dtype]
         assert_states_equal(state.to_state(), final, TOLERANCES[dtype])
 

@@ -19,6 +19,11 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
 GUARD = 128  # elements on either side of every allocation
 
 
+def pytest_runtest_setup(item):
+    if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+        pytest.skip("needs a CUDA device, or minutes in the interpreter")
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,8 +25,6 @@ def part(x: dict, rows=slice(None), tokens=slice(None)) -> dict:
 @pytest.mark.parametrize("three_tiers", [False, pytest.param(True, marks=pytest.mark.gpu)])
 def test_packed_sequences_equal_single_ones(device, rule, three_tiers):
     """With three tiers, sequences of one, two and three of them side by side."""
-    if three_tiers and INTERPRETED:
-        pytest.skip("more than a minute in the interpreter")
     lengths = (100, 4900, 3900, 100) if three_tiers else PACKED
     x = make(device, rule, T=sum(lengths))
     do = cotangent(x)

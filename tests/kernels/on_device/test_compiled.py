@@ -102,7 +102,6 @@ def test_checkpointing_in_the_graph_makes_them_again(device, compiled, backwards
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # PyTorch's own first graph, where its memory pool begins
 def test_compiled_into_cuda_graphs(device, backwards):
     """What is kept lies in the memory of the graphs from the forward's to the backward's, with new inputs every time."""

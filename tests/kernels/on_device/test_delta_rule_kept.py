@@ -56,7 +56,6 @@ def test_same_bits(device, chunks, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")
 def test_same_bits_in_three_tiers(device):
     compare(make(device, T=CHUNK * 66 + 1, dtype=BFLOAT16))
 

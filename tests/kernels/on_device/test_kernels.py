@@ -25,7 +25,6 @@ from cases import (
     run,
 )
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")]
 # Chunk 16 in the interpreter, 32 to 128 on a GPU. Longer ones in the interpreter: test_stages.py.
 LENGTHS = (1, 15, 16, 17, 33) if INTERPRETED else (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4097)
 # (K, V): powers of two, others, and the largest that the ops give to the kernels.
@@ -47,7 +46,7 @@ def test_lengths_in_float32(device, rule, T):
 @rules
 @pytest.mark.parametrize(
     "chunks",
-    [pytest.param(n, marks=on_gpu if n != 66 else pytest.mark.slow) for n in (16, 19, 66, 150)],
+    [pytest.param(n, marks=pytest.mark.gpu if n != 66 else pytest.mark.slow) for n in (16, 19, 66, 150)],
 )
 def test_long_windows_are_summed_in_segments(device, rule, chunks):
     """Windows of more groups than one program sums; with 16 chunks, an entry of two segments that no query reads.
@@ -84,7 +83,6 @@ def test_low_precision_is_within_twice_of_plain_torch(device, rule, dtype, keys)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="full widths take minutes in the interpreter")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rule", "K", "V"), FULL_WIDTHS)
 @pytest.mark.parametrize(("H", "G"), [(4, 1), (2, 2), (6, 2)])
@@ -94,7 +92,6 @@ def test_low_precision_at_full_widths(device, rule, K, V, H, G, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="long sequences take minutes in the interpreter")
 @rules
 @pytest.mark.parametrize("T", [63, 64, 65, 129, 4096, 4097, 8192, 16384])
 def test_long_sequences_in_bfloat16(device, rule, T):
@@ -104,7 +101,6 @@ def test_long_sequences_in_bfloat16(device, rule, T):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="long sequences take minutes in the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", [CHANNEL, CHANNEL_DELTA])
 def test_a_deep_tree_of_channels(device, rule, dtype):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DECAY, DELTA, INTERPRETED, exact, forward, make, names_of, reference, relative, run, wide
+from cases import DECAY, DELTA, exact, forward, make, names_of, reference, relative, run, wide
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")]
+pytestmark = pytest.mark.gpu
 MILLION = 1 << 20
 
 

@@ -42,13 +42,17 @@ def plain(hidden, weight, targets, **options):
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, **options)
 
 
+def exact(hidden, weight, targets, **options):
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    return results(plain, *wide, targets, **options)
+
+
 @pytest.mark.parametrize(
     ("count", "vocab", "reduction"), [(1, 1, "sum"), (31, 63, "mean"), (33, 65, "sum"), (COUNT, 200, "mean")]
 )
 def test_equals_plain_torch(device, count, vocab, reduction):
     inputs = make(device, count, vocab)
-    wide = [x.detach().double().requires_grad_() for x in inputs[:2]]
-    want = results(plain, *wide, inputs[2], reduction=reduction)
+    want = exact(*inputs, reduction=reduction)
     got = results(cross_entropy.linear_cross_entropy, *inputs, reduction=reduction)
     for x, y in zip(got, want, strict=True):
         assert (x.double() - y).norm() <= FLOAT32 * y.norm().clamp(min=1e-3)  # the bar of float32 kernels
@@ -58,8 +62,7 @@ def test_equals_plain_torch(device, count, vocab, reduction):
 def test_low_precision(device, dtype):
     """At most twice the error of plain torch in the same dtype, both against float64 from the same numbers."""
     inputs = make(device, COUNT, 200, dtype)
-    wide = [x.detach().double().requires_grad_() for x in inputs[:2]]
-    want = results(plain, *wide, inputs[2])
+    want = exact(*inputs)
     got = map(relative, results(cross_entropy.linear_cross_entropy, *inputs), want)
     for ours, theirs in zip(got, map(relative, results(plain, *inputs), want), strict=True):
         assert ours <= 2 * theirs + 1e-6
@@ -67,8 +70,7 @@ def test_low_precision(device, dtype):
 
 def test_autocast_sums_the_weights_gradient_in_float32(device):
     hidden, weight, targets = make(device, COUNT, 200)
-    wide = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight)]
-    want = results(plain, *wide, targets)
+    want = exact(hidden.bfloat16(), weight.bfloat16(), targets)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         got = results(cross_entropy.linear_cross_entropy, hidden, weight, targets)
         theirs = results(plain, hidden, weight, targets)
@@ -82,7 +84,7 @@ def test_huge_logits(device):
     hidden, weight, targets = make(device, 20, 200)
     with torch.no_grad():
         hidden *= 1000
-    want = results(plain, *(x.detach().double().requires_grad_() for x in (hidden, weight)), targets)
+    want = exact(hidden, weight, targets)
     for x, y in zip(results(cross_entropy.linear_cross_entropy, hidden, weight, targets), want, strict=True):
         assert (x.double() - y).norm() <= 1e-2 * y.norm()  # the logits themselves are off by 1e-3
 

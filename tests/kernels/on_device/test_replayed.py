@@ -7,7 +7,7 @@ import importlib
 import cases
 import pytest
 import torch
-from cases import DECAY, DELTA, INTERPRETED
+from cases import DECAY, DELTA
 
 from loglinear import DecodingState
 from loglinear.kernels import decay as scalar_gate
@@ -15,7 +15,7 @@ from loglinear.kernels import decoding
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.tree import replay
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="the interpreter has nothing to replay")]
+pytestmark = pytest.mark.gpu
 
 
 def make(device, delta: bool, T: int, seed: int, packed: bool) -> tuple[dict, torch.Tensor]:

@@ -124,7 +124,6 @@ def test_several_tokens_a_call(device, rule):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="hours in the interpreter")
 @rules
 def test_nothing_has_drifted_after_300_000_tokens(device, rule):
     """A chunk a call, from a prefill of 1,000 tokens on; the scalar gate forgets over a hundred thousand tokens."""
@@ -292,7 +291,6 @@ def test_nothing_to_do(device, rule):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 @rules
 def test_replayed_by_a_graph(device, rule):
     """One captured step serves every position, closings included; ``restore_`` takes it back."""
@@ -318,7 +316,6 @@ def test_replayed_by_a_graph(device, rule):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 @rules
 def test_public_steps_run_the_kernels(device, rule, monkeypatch):
     import loglinear
