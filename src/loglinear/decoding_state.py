@@ -136,26 +136,36 @@ class DecodingState(SlotState):
         )  # fmt: skip
         return made._write(state)
 
-    def take_(self, state: LogLinearState) -> DecodingState:
-        """Become the past of ``state``, of the same sizes, in place; waits for the device once. Everything is written once."""
+    def take_(self, state: LogLinearState, rows: Tensor | None = None) -> DecodingState:
+        """Become the past of ``state``, of the same sizes, in place; waits for the device once. Everything is written once.
+
+        rows: int64 ``[n]``, the row to write for each row of ``state``, where that has n; the others stay. None: all in order.
+        """
         _check_room(state, self.max_context)
-        return self._write(state)
+        return self._write(state, rows)
 
     @torch.no_grad()
-    def _write(self, state: LogLinearState) -> DecodingState:
+    def _write(self, state: LogLinearState, rows: Tensor | None = None) -> DecodingState:
+        def put(own: Tensor, new: Tensor) -> None:
+            new = new.expand(-1, *own.shape[1:])
+            if rows is None:
+                own.copy_(new)
+            else:
+                own.index_copy_(0, rows, new.to(own.dtype))
+
         used = min(state.entries.shape[2], self.entries.shape[2])  # further ones are dead
         entries, log = state.entries[:, :, :used], state.decay[:, :, :used]
         if self.decay is None:
-            torch.mul(entries, log.exp()[..., None, None].to(entries.dtype), out=self.entries[:, :, :used])
+            put(self.entries[:, :, :used], entries * log.exp()[..., None, None].to(entries.dtype))
         else:
-            self.entries[:, :, :used] = entries
-            self.decay[..., :used] = log.unsqueeze(1)
-        self.position.copy_(state.position)
-        self.open_v.copy_(state.open_v)
+            put(self.entries[:, :, :used], entries)
+            put(self.decay[..., :used], log.unsqueeze(1))
+        put(self.position, state.position)
+        put(self.open_v, state.open_v)
         solve = None if state.open_beta is None else _solve(state.open_k, state.open_g, state.open_beta)
         for buffer, opened in ((self.open_k, state.open_k), (self.open_g, state.open_g), (self.open_solve, solve)):
             if buffer is not None and opened is not None:  # both halves: what is not live is never read
-                buffer.unflatten(2, (2, -1)).copy_(opened.unsqueeze(2))
+                put(buffer.unflatten(2, (2, -1)), opened.unsqueeze(2))
         return self
 
     def as_state(self) -> LogLinearState:
@@ -294,8 +304,11 @@ class DecodingState(SlotState):
             )
         return state
 
-    def check(self, name: str, kinds: Kinds, device: torch.device | None = None) -> None:
-        """Raise unless every tensor, called ``name.field``, is of its kind, contiguous and on ``device`` (None: on one)."""
+    def check(self, name: str, kinds: Kinds, device: torch.device | None = None, pages: bool = False) -> None:
+        """Raise unless every tensor, called ``name.field``, is of its kind, contiguous and on ``device`` (None: on one).
+
+        pages: whether it is enough that each row is contiguous.
+        """
         device = self.device if device is None else device
         inputs = f" for inputs of {one_of(kinds['open_k'][1])}"
         for field, tensor in self._named():
@@ -307,7 +320,7 @@ class DecodingState(SlotState):
             check_dtype(f"{name}.{field}", tensor.dtype, dtypes, inputs)
             if tensor.device != device:
                 raise ValueError(f"{name}.{field} must be on {device}: got {tensor.device}")
-            if not tensor.is_contiguous():
+            if not (tensor[:1].squeeze(0) if pages else tensor).is_contiguous():
                 raise ValueError(f"{name}.{field} must be contiguous: got strides {list(tensor.stride())}")
 
 

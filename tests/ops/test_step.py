@@ -134,6 +134,36 @@ def test_a_row_does_not_see_its_batch(gate):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("gate", ["scalar", "delta", "diagonal", "diagonal delta"])
+def test_steps_by_index_use_the_rows_where_they_lie(gate):
+    """The rows of a state whose rows lie apart, as pages do: to the bit as in a state of these rows; the others stay."""
+    index, lengths = torch.tensor([4, 0, 3]), (C - 2, 3 * C - 1, 5)
+    x = inputs(gate, B=3, T=5 * C, H=4, G=2, K=16, V=8, dtype=torch.float32)
+    plain = DecodingState.stack([prefilled(rows(x, [b]), length) for b, length in enumerate(lengths)])
+    pages = empty(rows(x, [0, 0, 0, 0, 0]))._map(lambda t: torch.stack([t, t], 1)[:, 0])
+    pages.copy_rows_(index, plain, torch.arange(3))
+    others = pages.reorder(torch.tensor([1, 2]))
+    new = inputs(gate, B=3, T=70, H=4, G=2, K=16, V=8, dtype=torch.float32)
+    assert torch.equal(steps(new, pages, MIXED, state_indices=index), steps(new, plain, MIXED))
+    for ours, theirs in zip(pages.reorder(index)._tensors(), plain._tensors()):
+        assert torch.equal(ours, theirs)
+    for now, before in zip(pages.reorder(torch.tensor([1, 2]))._tensors(), others._tensors()):
+        assert torch.equal(now, before)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.tensor([0, 1], dtype=torch.int32), "state_indices must be int64: got torch.int32"),
+        (torch.tensor([0, 1, 0]), r"state_indices must have shape \[2\] on cpu: got \[3\]"),
+    ],
+)
+def test_an_index_that_does_not_fit(index, message):
+    x = inputs("scalar", B=2, T=1, H=2, G=1, K=4, V=4, dtype=torch.float32)
+    with pytest.raises((TypeError, ValueError), match=message):
+        step(x, empty(x), state_indices=index)
+
+
 @pytest.mark.parametrize("gate", ["scalar", "delta"])
 @pytest.mark.parametrize("length", [0, 5, 64, 200, 448])
 def test_what_is_dead_is_never_read(gate, length):

@@ -72,6 +72,7 @@ class ShortConvolution(StatedInit):
         tail: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         in_place: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Convolve, and return the inputs that the next call needs.
 
@@ -80,6 +81,7 @@ class ShortConvolution(StatedInit):
             tail: ``[n, W - 1, channels]``, the tail from an earlier call, one row per sequence; None at the start.
             cu_seqlens: integer ``[n + 1]``, offsets of the packed sequences.
             in_place: whether ``tail`` itself becomes the new tail (decoding).
+            rows: int64 ``[n]``, the row of ``tail`` for each sequence; None: they are the same.
 
         Returns:
             y ``[B, T, channels]`` and the new tail ``[n, W - 1, channels]``, in the dtype of x unless in place.
@@ -87,15 +89,15 @@ class ShortConvolution(StatedInit):
         if cu_seqlens is not None:
             check_packed(x, "x", cu_seqlens)
         keep = self.keep
-        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if tail is None and not in_place and self._has_kernel(x):
             place = None if cu_seqlens is None else locate_tokens(cu_seqlens, x.shape[1])[1].int()
             return convolution.convolve(x, self.taps, self.bias, place), self._last_inputs(x, cu_seqlens)
         if tail is None:
-            tail = x.new_zeros(rows, keep, self.channels)
-        elif tail.shape != (rows, keep, self.channels):
-            raise ValueError(f"tail must have shape {[rows, keep, self.channels]}: got {list(tail.shape)}")
-        buffer, tail = tail, tail.to(x.dtype)
+            tail = x.new_zeros(count, keep, self.channels)
+        elif tail.shape != (len(tail) if rows is not None else count, keep, self.channels):
+            raise ValueError(f"tail must have shape {[count, keep, self.channels]}: got {list(tail.shape)}")
+        buffer, tail = tail, (tail if rows is None else tail.index_select(0, rows)).to(x.dtype)
         if cu_seqlens is None:
             extended, length = torch.cat([tail, x], dim=1), x.shape[1]
             y = self._taps([extended[:, i : i + length] for i in range(keep + 1)])
@@ -103,7 +105,7 @@ class ShortConvolution(StatedInit):
         else:
             y, new_tail = self._packed(x, tail, cu_seqlens)
         if in_place:
-            return y, buffer.copy_(new_tail)
+            return y, buffer.copy_(new_tail) if rows is None else buffer.index_copy_(0, rows, new_tail.to(buffer.dtype))
         return y, new_tail.clone() if cu_seqlens is None else new_tail  # a view would keep the input alive in a cache
 
     def _has_kernel(self, x: Tensor) -> bool:

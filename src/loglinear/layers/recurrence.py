@@ -44,7 +44,8 @@ def convolve(
 ) -> tuple[Tensor, Tensor]:
     """y ``[B, T, channels]`` and the next tail, of a sequence that goes on from ``state`` or from the rank before."""
     if context_group is None:
-        return conv(x, state.conv if state else None, cu_seqlens, in_place=writes_into(state))
+        tail, rows = (state.conv, state.rows) if state else (None, None)
+        return conv(x, tail, cu_seqlens, in_place=writes_into(state), rows=rows)
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens must be None with a context group: ranks share one sequence without padding")
     x, tail = previous_inputs(x, conv.keep, context_group)
@@ -92,7 +93,7 @@ def mix(
     if context_group is not None:
         return _mix_over_ranks(inputs, level_scales, state, output_state, context_group, unit_length), None
     if state is not None and writes_into(state):
-        o = _mix_in_place(inputs, level_scales, state.memory, cu_seqlens, cu_seqlens_cpu, unit_length)
+        o = _mix_in_place(inputs, level_scales, state, cu_seqlens, cu_seqlens_cpu, unit_length)
         return o, state if output_state else None
     memory = None if state is None else state.ordinary().memory
     assert not isinstance(memory, DecodingState)
@@ -135,16 +136,17 @@ def _ordinary(
 def _mix_in_place(
     inputs: dict[str, Any],
     level_scales: Tensor | None,
-    memory: LogLinearState | LinearState | DecodingState,
+    state: RecurrentMixerState,
     cu_seqlens: Tensor | None,
     cu_seqlens_cpu: Tensor | None,
     unit_length: bool,
 ) -> Tensor:
-    """o of an ordinary call or a step; ``memory`` takes the tokens in."""
-    length = inputs["q"].shape[1]
+    """o of an ordinary call or a step; ``state`` takes the tokens in."""
+    length, memory, rows = inputs["q"].shape[1], state.memory, state.rows
     if isinstance(memory, LinearState):
         if cu_seqlens is None and length == 1 and level_scales is None:
-            return linear_step(**inputs, state=memory, unit_length=unit_length)
+            return linear_step(**inputs, state=memory, unit_length=unit_length, rows=rows)
+        _check_rows(rows)
         o, after = _ordinary(inputs, level_scales, memory, True, cu_seqlens, cu_seqlens_cpu, unit_length)
         assert isinstance(after, LinearState)
         copy_tensors_(memory._tensors(), after._tensors())
@@ -155,13 +157,24 @@ def _mix_in_place(
     if cu_seqlens is None and 1 <= length <= memory.chunk_size and known_dtype:
         if "beta" in inputs:
             return log_linear_delta_rule_step(
-                **inputs, level_scales=level_scales, state=memory, use_qk_l2norm_in_kernel=unit_length
+                **inputs,
+                level_scales=level_scales,
+                state=memory,
+                use_qk_l2norm_in_kernel=unit_length,
+                state_indices=rows,
             )
-        return log_linear_attention_step(**inputs, level_scales=level_scales, state=memory)
+        return log_linear_attention_step(**inputs, level_scales=level_scales, state=memory, state_indices=rows)
+    _check_rows(rows)
     o, after = _ordinary(inputs, level_scales, memory.as_state(), True, cu_seqlens, cu_seqlens_cpu, unit_length)
     assert isinstance(after, LogLinearState)
     memory.take_(after)
     return o
+
+
+def _check_rows(rows: Tensor | None) -> None:
+    """Raise unless the batch goes on from all rows of a state."""
+    if rows is not None:
+        raise ValueError("state.rows must be None in a call that is no step: give a state of these rows (reorder)")
 
 
 def linear_step(
@@ -172,13 +185,14 @@ def linear_step(
     state: LinearState,
     beta: Tensor | None = None,
     unit_length: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """o ``[B, 1, H, V]`` for one token of every row of the linear model, which ``state`` takes in. Waits for nothing.
 
     ``S ← e^g S + k vᵀ``, with the delta rule ``S ← e^g S + β k (v - kᵀ e^g S)ᵀ``; ``o = qᵀS``. A gate of each key channel
-    multiplies the rows of S. unit_length: as in ``mix``.
+    multiplies the rows of S. unit_length: as in ``mix``. rows: int64 ``[B]``, the row of the state for each row of q.
     """
-    memory, groups = state.state, q.shape[2]
+    memory, groups = state.state if rows is None else state.state[rows], q.shape[2]
     check_dtype("state.memory.state", memory.dtype, (torch.float64, torch.float32))
     with torch.autocast(q.device.type, enabled=False):  # products with the state are as precise as the state
         q, k = (x[:, 0].to(memory.dtype) for x in (q, k))
@@ -193,5 +207,9 @@ def linear_step(
             new = (new - known) * beta[:, 0].to(memory.dtype).unflatten(1, (groups, -1))[..., None, None]
         S.addcmul_(k[:, :, None, :, None], new)
         o = (q[:, :, None, None] @ S).squeeze(-2).flatten(1, 2)
-    state.position += 1
+    if rows is None:
+        state.position += 1
+    else:
+        state.state.index_copy_(0, rows, memory)
+        state.position[rows] += 1
     return o.unsqueeze(1).to(v.dtype)

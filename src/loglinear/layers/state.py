@@ -28,11 +28,14 @@ class RecurrentMixerState:
         memory: the state of the sequence operation, O(1) (linear) or O(log T) (log-linear) in size.
         in_place: whether this is a state for decoding, which a ``DecodingState`` always makes it. Every token is added to a
             linear one: it is then float32 or float64, for in a dtype with fewer bits it would stop growing.
+        rows: int64 ``[B]``, all different, for a state for decoding that steps alone will read: the row of ``conv`` and
+            ``memory`` for each row of the batch. Other rows stay as they are. None: they are the same.
     """
 
     conv: Tensor
     memory: LogLinearState | LinearState | DecodingState
     in_place: bool = False
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.in_place = self.in_place or isinstance(self.memory, DecodingState)
@@ -40,11 +43,11 @@ class RecurrentMixerState:
     @property
     def position(self) -> Tensor:
         """int64 ``[B]``: tokens seen by each row."""
-        return self.memory.position
+        return self.memory.position if self.rows is None else self.memory.position[self.rows]
 
     @property
     def batch_size(self) -> int:
-        return self.memory.batch_size
+        return self.memory.batch_size if self.rows is None else len(self.rows)
 
     @property
     def nbytes(self) -> int:

@@ -30,6 +30,8 @@ def takes(
     """Whether ``projected`` ``[B, T, ...]`` from ``state`` goes through the kernels of a step. Never waits for the device."""
     if state is None or not writes_into(state) or cu_seqlens is not None or mixer.context_group is not None:
         return False
+    if state.rows is not None:
+        return state.conv.is_cuda and dispatch.plain("a step", "rows of a state, which kernels do not take")
     field = mixer.unfused()
     if projected is None or field is not None:
         on_gpu = state.conv.is_cuda

@@ -19,7 +19,7 @@ from loglinear.ops.dispatch import Backend
 from loglinear.ops.inputs import Inputs
 from loglinear.ops.transforms import vmapped
 from loglinear.reference.step import step
-from loglinear.state import check_chunk_size, has_values
+from loglinear.state import check_chunk_size, check_dtype, has_values
 
 
 def log_linear_attention_step(
@@ -32,6 +32,7 @@ def log_linear_attention_step(
     scale: float | None = None,
     advance: bool = True,
     backend: Backend = "auto",
+    state_indices: Tensor | None = None,
 ) -> Tensor:
     """The next T tokens of each row of ``state``, T small: what ``log_linear_attention`` gives when it goes on from there.
 
@@ -46,6 +47,9 @@ def log_linear_attention_step(
         advance: whether to add T to ``state.position``. With False the caller does it once, after all the layers whose states
             share one tensor of positions; until then every further call would take the same places.
         backend: as in ``log_linear_attention``.
+        state_indices: int64 ``[B]``, all different: the row of ``state`` for each row of q. Rows of the state may then lie any
+            distance apart, each in one piece, and may be more than B. None: row b of q goes on from row b of the state. Runs
+            in plain PyTorch.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of v. No gradients.
@@ -55,7 +59,8 @@ def log_linear_attention_step(
 
     Source: docs/algorithm.md, section 5; Guo et al. 2025, section 3.1.
     """
-    return _step(Inputs(q, k, v, g, None, level_scales), state, scale, False, advance, backend)  # type: ignore[arg-type]
+    inputs = Inputs(q, k, v, g, None, level_scales)  # type: ignore[arg-type]
+    return _step(inputs, state, scale, False, advance, backend, state_indices)
 
 
 def log_linear_delta_rule_step(
@@ -70,6 +75,7 @@ def log_linear_delta_rule_step(
     use_qk_l2norm_in_kernel: bool = False,
     advance: bool = True,
     backend: Backend = "auto",
+    state_indices: Tensor | None = None,
 ) -> Tensor:
     """The same for the delta rule: what ``log_linear_delta_rule`` gives when it goes on from ``state``.
 
@@ -80,21 +86,28 @@ def log_linear_delta_rule_step(
     if beta is None:
         raise TypeError("beta must be a tensor [B, T, H]: got None")
     inputs = Inputs(q, k, v, g, beta, level_scales)
-    return _step(inputs, state, scale, use_qk_l2norm_in_kernel, advance, backend)
+    return _step(inputs, state, scale, use_qk_l2norm_in_kernel, advance, backend, state_indices)
 
 
 def _step(
-    inputs: Inputs, state: DecodingState, scale: float | None, normalize: bool, advance: bool, backend: Backend
+    inputs: Inputs,
+    state: DecodingState,
+    scale: float | None,
+    normalize: bool,
+    advance: bool,
+    backend: Backend,
+    state_indices: Tensor | None,
 ) -> Tensor:
     if torch.compiler.is_compiling():  # no graph writes into the state
-        return torch.compiler.disable(_step)(inputs, state, scale, normalize, advance, backend)
+        return torch.compiler.disable(_step)(inputs, state, scale, normalize, advance, backend, state_indices)
     dispatch.check_backend(backend)
     (q, k, v), without_autocast = outside_autocast(*inputs[:3])
     inputs = inputs._replace(q=q, k=k, v=v)
-    check_step(inputs, state)
+    check_step(inputs, state, state_indices)
     scale, transition, level_scales = checks.check_scale(scale), inputs.transition(), inputs.level_scales
     with without_autocast, torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # entering takes 3 µs
-        if dispatch.step(q, v, state.chunk_size, backend):
+        fit = dispatch.step(q, v, state.chunk_size, backend)
+        if fit and (state_indices is None or dispatch.indexed_step(backend)):
             # Imported here: importing loglinear imports no Triton.
             from loglinear.kernels import decoding
 
@@ -104,13 +117,15 @@ def _step(
             assert level_scales is not None
             if normalize:
                 q, k = unit(q, "q"), unit(k, "k")
-            o = step(q, k, v, inputs.g, level_scales, state, inputs.beta, scale)
-        if advance:
+            o = step(q, k, v, inputs.g, level_scales, state, inputs.beta, scale, state_indices)
+        if advance and state_indices is None:
             state.position += v.shape[1]
+        elif advance:
+            state.position[state_indices] += v.shape[1]
     return o
 
 
-def check_step(inputs: Inputs, state: DecodingState) -> None:
+def check_step(inputs: Inputs, state: DecodingState, state_indices: Tensor | None = None) -> None:
     """Everything about the inputs and the state that needs no wait for the device; on the CPU also the positions."""
     q = inputs.q
     if not isinstance(state, DecodingState):
@@ -125,27 +140,29 @@ def check_step(inputs: Inputs, state: DecodingState) -> None:
             f"{name} must not require gradients, a step has none: call it under torch.no_grad, or call the ordinary op"
         )
     held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g, state.open_solve)
+    held = held if state_indices is None else (*held, state_indices)
     if all(x is None or isinstance(x, Tensor) for x in inputs):
         parts: list[object] = [state.chunk_size]
         for x in inputs:
             parts += (None,) if x is None else (x.shape, x.dtype, x.device)
         for x in held:
-            parts += (None,) if x is None else (x.shape, x.dtype, x.device, x.is_contiguous())
-        checks.once(tuple(parts), lambda: check_kinds(inputs, state))
+            parts += (None,) if x is None else (x.shape, x.dtype, x.device, x.stride())
+        checks.once(tuple(parts), lambda: check_kinds(inputs, state, state_indices))
     else:
-        check_kinds(inputs, state)
+        check_kinds(inputs, state, state_indices)
     if q.device.type != "cpu":
         return
     checks.check_sign(inputs.g)
     if q.shape[0]:
-        last = int(state.position.max()) + q.shape[1]
+        positions = state.position if state_indices is None else state.position[state_indices]
+        last = int(positions.max()) + q.shape[1]
         if last > state.max_context:
             raise ValueError(
                 f"state must hold {last} tokens (grow gives it more slots): got max_context={state.max_context}"
             )
 
 
-def check_kinds(inputs: Inputs, state: DecodingState) -> None:
+def check_kinds(inputs: Inputs, state: DecodingState, state_indices: Tensor | None) -> None:
     """Shapes, dtypes, devices and strides of inputs and state; the length of the call."""
     if inputs.linear():
         raise TypeError("level_scales must be a tensor [B, T, H, L]: got None; without a tree there is nothing to step")
@@ -163,5 +180,13 @@ def check_kinds(inputs: Inputs, state: DecodingState) -> None:
     if state.transition != transition:
         raise ValueError(f"state must be made for the same rule: got a state of the {state.transition.name}")
     slots = state.entries.shape[2] if state.entries.dim() == 5 else 0
-    kinds = tensor_kinds(batch, heads, groups, width, value_width, slots, size, q.dtype, transition)
-    state.check("state", kinds, q.device)
+    rows = batch if state_indices is None else state.batch_size
+    kinds = tensor_kinds(rows, heads, groups, width, value_width, slots, size, q.dtype, transition)
+    state.check("state", kinds, q.device, pages=state_indices is not None)
+    if state_indices is not None:
+        check_dtype("state_indices", state_indices.dtype, (torch.int64,))
+        if tuple(state_indices.shape) != (batch,) or state_indices.device != q.device:
+            raise ValueError(
+                f"state_indices must have shape [{batch}] on {q.device}: got {list(state_indices.shape)} on "
+                f"{state_indices.device}"
+            )

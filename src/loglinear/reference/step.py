@@ -23,20 +23,21 @@ def step(
     state: DecodingState,
     beta: Tensor | None = None,
     scale: float = 1.0,
+    state_indices: Tensor | None = None,
 ) -> Tensor:
     """o ``[B, T, H, V]`` of v's dtype for the T tokens after ``state.position``; the state takes them in, but for its position.
 
     Args:
         q, k: ``[B, T, G, K]``. v: ``[B, T, H, V]``. g, beta: ``[B, T, H]``, beta for the delta rule. level_scales: λ ``[B, T,
-            H, L]``.
+            H, L]``. state_indices: int64 ``[B]``, the row of the state for each row of q; None: they are the same.
     """
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     o = torch.empty_like(v)
-    positions = state.position.tolist()
+    positions = (state.position if state_indices is None else state.position[state_indices]).tolist()
     for t in range(v.shape[1] if positions else 0):
         gate = None if g is None else g[:, t].to(wide)
         rate = None if beta is None else beta[:, t].to(wide)
-        token = _Token([position + t for position in positions], k[:, t], v[:, t], gate, rate, state, wide)
+        token = _Token([position + t for position in positions], k[:, t], v[:, t], gate, rate, state, wide, state_indices)
         o[:, t] = token.read(q[:, t].to(wide) * scale, level_scales[:, t].to(wide))
         token.close()
     return o
@@ -59,6 +60,7 @@ class _Token:
         beta: Tensor | None,
         state: DecodingState,
         wide: torch.dtype,
+        state_indices: Tensor | None,
     ):
         self.state, self.wide, self.device = state, wide, v.device
         size = state.chunk_size
@@ -66,6 +68,8 @@ class _Token:
         self.places = [position % size for position in positions]
         self.halves = [chunk % 2 for chunk in self.chunks]
         self.rows = torch.arange(len(positions), device=v.device)
+        self.held = self.rows if state_indices is None else state_indices  # rows of the state
+        self.whole_state = state_indices is None
         self.place = self._indices(self.places)
         self.live = torch.arange(size, device=v.device) <= self.place[:, None]
         self.keys, self.values = self._append(state.open_k, k), self._append(state.open_v, v, halves=False)
@@ -86,13 +90,15 @@ class _Token:
         size = self.state.chunk_size
         start = [half * size if halves else 0 for half in self.halves]
         at = self.place + self._indices(start)
-        buffer[self.rows, :, at] = new.to(buffer.dtype) if isinstance(new, Tensor) else new
-        opened = buffer.new_zeros(*buffer.shape[:2], size, *buffer.shape[3:], dtype=self.wide)
+        buffer[self.held, :, at] = new.to(buffer.dtype) if isinstance(new, Tensor) else new
+        opened = buffer.new_zeros(len(start), buffer.shape[1], size, *buffer.shape[3:], dtype=self.wide)
         where = list(zip(start, self.places))
-        same = len(set(where)) == 1
-        for row, (left, place) in enumerate(where[:1] if same else where):  # only what is live is read
-            rows = slice(None) if same else slice(row, row + 1)
-            opened[rows, :, : place + 1] = buffer[rows, :, left : left + place + 1]
+        if self.whole_state and len(set(where)) == 1:  # only what is live is read
+            left, place = where[0]
+            opened[:, :, : place + 1] = buffer[:, :, left : left + place + 1]
+            return opened
+        for row, held, left, place in zip(opened, self.held.tolist(), start, self.places):
+            row[:, : place + 1] = buffer[held, :, left : left + place + 1]
         return opened
 
     def _heads(self, products: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ class _Token:
         row = beta.unsqueeze(-1) * (own - (overlap.unsqueeze(2) @ solve).squeeze(2))
         solve[self.rows, :, self.place] = row
         half = self._indices([half * self.state.chunk_size for half in self.halves])
-        buffer[self.rows, :, self.place + half] = row.to(buffer.dtype)
+        buffer[self.held, :, self.place + half] = row.to(buffer.dtype)
         return solve
 
     def read(self, q: Tensor, scales: Tensor) -> Tensor:
@@ -156,12 +162,13 @@ class _Token:
     def _slot(self, m: int, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Rows as indices, and what they hold in slot m ``[rows, H, K, V]``."""
         entries, index = self.state.entries[:, :, m], self._indices(rows)
-        return index, (entries if len(rows) == len(entries) else entries.index_select(0, index)).to(self.wide)
+        every = self.whole_state and len(rows) == len(entries)
+        return index, (entries if every else entries.index_select(0, self.held[index])).to(self.wide)
 
     def _decay(self, rows: Tensor, m: int) -> Tensor:
         """Log decay ``[rows, H]`` of slot m up to the end of the last closed chunk."""
         assert self.state.decay is not None
-        return self.state.decay[rows, self._indices(self.halves)[rows], :, m]
+        return self.state.decay[self.held[rows], self._indices(self.halves)[rows], :, m]
 
     def close(self) -> None:
         """Turn chunks that are full into entries, merge those with the entries of their size, and age all others."""
@@ -173,9 +180,9 @@ class _Token:
             b: ((self.chunks[b] + 1) & ~self.chunks[b]).bit_length() - 1 for b in closing
         }  # trailing ones: slots to merge
         index = self._indices(closing)
-        merged = torch.zeros_like(state.entries[index, :, 0], dtype=self.wide)
+        merged = state.entries.new_zeros(len(closing), *state.entries.shape[1:2], *state.entries.shape[3:], dtype=self.wide)
         if state.decay is not None:
-            state.decay[index, 1 - self._indices(self.halves)[index]] = 0.0
+            state.decay[self.held[index], 1 - self._indices(self.halves)[index]] = 0.0
         for m in range(max(self.chunks[b] for b in closing).bit_length()):
             rows, entry = self._slot(m, [b for b in closing if m < ones[b]])
             if len(rows):
@@ -184,17 +191,17 @@ class _Token:
             if not len(rows):
                 continue
             if state.decay is None:
-                state.entries[:, :, m].index_copy_(0, rows, self._carried(rows, entry, None).to(state.entries.dtype))
+                state.entries[:, :, m].index_copy_(0, self.held[rows], self._carried(rows, entry, None).to(state.entries.dtype))
             else:
                 other = 1 - self._indices(self.halves)[rows]
-                state.decay[rows, other, :, m] = self.log_whole[rows, :, 0] + self._decay(rows, m)
+                state.decay[self.held[rows], other, :, m] = self.log_whole[rows, :, 0] + self._decay(rows, m)
         written = self.values[index] if self.solve is None else self.solve[index] @ self.values[index]
         if state.decay is None:
             made = self._carried(index, merged, written)
         else:
             made = merged + self._ends(index, written)
-        for i, b in enumerate(closing):
-            state.entries[b, :, ones[b]] = made[i]
+        slots = self._indices([ones[b] for b in closing])
+        state.entries[self.held[index], :, slots] = made.to(state.entries.dtype)
 
     def _aged(self, rows: Tensor, entry: Tensor, m: int) -> Tensor:
         """An entry that merges, seen from the end of the chunk; the delta rule carries the sum of all of them later."""

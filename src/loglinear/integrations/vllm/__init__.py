@@ -1,0 +1,22 @@
+"""Log-linear models on vLLM: ``vllm serve RUN``, once ``pip install 'loglinear[vllm]'`` has run.
+
+vLLM finds ``register`` by its entry point ``vllm.general_plugins`` in each of its processes. ``engine.py`` is all that touches
+vLLM's interfaces; ``pages.py`` knows how the states of many requests lie in memory.
+"""
+
+from __future__ import annotations
+
+from vllm.version import __version__
+
+SUPPORTED = "0.32"  # these interfaces of vLLM change between releases
+if __version__.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
+    raise ImportError(f"loglinear.integrations.vllm supports vLLM {SUPPORTED}: got vLLM {__version__}")
+
+
+def register() -> None:
+    """Make the model known to transformers and vLLM. vLLM may call it several times, and imports the model when it is served."""
+    from vllm import ModelRegistry
+
+    import loglinear.models  # noqa: F401 - AutoConfig knows the configuration from here on
+
+    ModelRegistry.register_model("LogLinearForCausalLM", "loglinear.integrations.vllm.engine:LogLinearForCausalLM")
