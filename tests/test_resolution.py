@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ["3.11", "3.12", "3.13"]
@@ -45,9 +46,11 @@ def resolve(*options: str, python: str = "3.12", system: str = SYSTEMS[0], text:
 
 
 def extras(*options: str, **target: str) -> str:
-    """Every extra at once, from wheels: what resolves together resolves alone."""
+    """Every extra but vllm at once, from wheels: what resolves together resolves alone. vLLM chooses its own PyTorch."""
+    names = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    wanted = [word for name in names if name != "vllm" for word in ("--extra", name)]
     sources = [word for name in BUILT for word in ("--no-binary", name)]
-    return resolve("pyproject.toml", "--all-extras", "--only-binary", ":all:", *sources, *options, **target)
+    return resolve("pyproject.toml", *wanted, "--only-binary", ":all:", *sources, *options, **target)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,6 +83,11 @@ def test_every_extra_resolves_on_other_systems(system):
     found = extras("-c", "constraints/default.txt", system=system)
     assert "transformers==" in found
     assert "triton==" not in found
+
+
+def test_the_extra_for_vllm_resolves():
+    found = resolve("pyproject.toml", "--extra", "vllm", "--only-binary", ":all:", system="x86_64-manylinux_2_31")
+    assert "vllm==0.32" in found
 
 
 @pytest.mark.parametrize("python", PYTHONS)

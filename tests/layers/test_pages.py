@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from loglinear.layers import MIXERS, RecurrentMixerState
-from loglinear.layers.pages import Batch, PageLayout, mix
+from loglinear.layers.pages import Batch, PageLayout, _copied_step, _step, mix
 from loglinear.models import LogLinearConfig
 
 pytestmark = pytest.mark.default_packages
 
 WIDTH, ROOM = 32, 300
 SIZES = {
-    **dict(mamba_head_dim=8, mamba_state_size=8, delta_num_heads=2, kda_num_heads=2, gla_num_heads=2, retnet_num_heads=2),
+    **dict(
+        mamba_head_dim=8, mamba_state_size=8, delta_num_heads=2, kda_num_heads=2, gla_num_heads=2, retnet_num_heads=2
+    ),
     **dict(lightning_num_heads=2, num_hidden_layers=1, vocab_size=16, hidden_size=WIDTH, max_position_embeddings=ROOM),
 }
 RECURRENT = [name for name, kind in MIXERS.items() if kind.recurrent]
@@ -62,6 +64,19 @@ def test_requests_side_by_side_have_the_outputs_of_each_alone(name):
 
 
 @pytest.mark.parametrize("name", RECURRENT)
+def test_a_step_on_copies_is_the_step_where_pages_lie(name):
+    """What a GPU does, on the CPU."""
+    mixer, layout, rows = mixer_of(name), layout_of(name), torch.tensor([2, 0])
+    states = [layout.view(torch.zeros(3, layout.nbytes, dtype=torch.int8)) for _ in range(2)]
+    for token in torch.randn(2, 2, 1, WIDTH).double():
+        with torch.no_grad():
+            made = [step(mixer, token, state, rows) for step, state in zip((_step, _copied_step), states)]
+        assert torch.equal(*made)
+    for one, other in zip(*(state._tensors() for state in states)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
 def test_a_page_is_a_state_for_decoding(name):
     """The same tensors, without a byte but for the alignment of each."""
     _, after = mixer_of(name)(torch.randn(1, 3, WIDTH).double(), output_state=True)
@@ -77,5 +92,5 @@ def test_rows_are_for_steps_alone():
     layout = layout_of("log_linear_mamba2")
     state = layout.view(torch.zeros(4, layout.nbytes, dtype=torch.int8))
     state.rows = torch.tensor([2])
-    with torch.no_grad(), pytest.raises(ValueError, match="state.rows must be None in a call that is no step"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"state\.rows must be None in a call that is no step"):
         mixer_of("log_linear_mamba2")(torch.randn(1, 65, WIDTH).double(), state=state)

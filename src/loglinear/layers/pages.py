@@ -81,7 +81,9 @@ class PageLayout:
         memory = {name: x for name, x in tensors.items() if name != "conv"}
         if self.chunk_size is None:
             return RecurrentMixerState(tensors["conv"], LinearState(**memory), in_place=True)
-        return RecurrentMixerState(tensors["conv"], DecodingState(**{"decay": None, **memory}, chunk_size=self.chunk_size))
+        return RecurrentMixerState(
+            tensors["conv"], DecodingState(**{"decay": None, **memory}, chunk_size=self.chunk_size)
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Batch:
     Attributes:
         steps: int64 ``[n]``, pages of the requests with one token each, which come first.
         pages: int64 ``[m]``, pages of the others. fresh: bool ``[m]``, which of them start with this call.
-        cu_seqlens: ``[m + 1]``, offsets of the others' tokens behind the n first ones; ``cu_seqlens_cpu`` is its copy on the CPU.
+        cu_seqlens: ``[m + 1]``, offsets of the others' tokens, behind the first n; ``cu_seqlens_cpu`` is its copy on the CPU.
     """
 
     steps: Tensor
@@ -106,14 +108,28 @@ def mix(mixer: nn.Module, hidden: Tensor, state: RecurrentMixerState, batch: Bat
     """Outputs of ``mixer`` for hidden ``[N, hidden_size]``, the tokens of ``batch``; ``state``, a ``view``, takes them in."""
     count, parts = len(batch.steps), []
     if count:
-        stepped, _ = mixer(hidden[:count].unsqueeze(1), state=replace(state, rows=batch.steps))
-        parts.append(stepped.squeeze(1))
+        step = _copied_step if hidden.is_cuda else _step
+        parts.append(step(mixer, hidden[:count].unsqueeze(1), state, batch.steps).squeeze(1))
     if len(batch.pages):
         packing = {"cu_seqlens": batch.cu_seqlens, "cu_seqlens_cpu": batch.cu_seqlens_cpu}
         mixed, after = mixer(hidden[count:].unsqueeze(0), state=_past(state, batch), output_state=True, **packing)
         parts.append(mixed.squeeze(0))
         _write(state, batch.pages, after)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _step(mixer: nn.Module, hidden: Tensor, state: RecurrentMixerState, rows: Tensor) -> Tensor:
+    """Outputs for hidden ``[n, 1, hidden_size]``, a token of each of the ``rows``, which take them in where they lie."""
+    return mixer(hidden, state=replace(state, rows=rows))[0]
+
+
+def _copied_step(mixer: nn.Module, hidden: Tensor, state: RecurrentMixerState, rows: Tensor) -> Tensor:
+    """The same for the step kernels, which want contiguous states: the rows are copied, and copied back."""
+    copied = state.reorder(rows)
+    stepped, _ = mixer(hidden, state=copied)
+    for own, new in zip(state._tensors(), copied._tensors(), strict=True):
+        own.index_copy_(0, rows, new)
+    return stepped
 
 
 def _past(state: RecurrentMixerState, batch: Batch) -> RecurrentMixerState | None:
@@ -126,7 +142,9 @@ def _past(state: RecurrentMixerState, batch: Batch) -> RecurrentMixerState | Non
     if isinstance(memory, DecodingState):
         return RecurrentMixerState(conv, replace(memory, position=position).as_state())
     assert isinstance(memory, LinearState)
-    return RecurrentMixerState(conv, LinearState(position, memory.state.masked_fill(_like(batch.fresh, memory.state), 0)))
+    return RecurrentMixerState(
+        conv, LinearState(position, memory.state.masked_fill(_like(batch.fresh, memory.state), 0))
+    )
 
 
 def _like(rows: Tensor, x: Tensor) -> Tensor:

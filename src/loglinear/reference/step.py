@@ -37,7 +37,9 @@ def step(
     for t in range(v.shape[1] if positions else 0):
         gate = None if g is None else g[:, t].to(wide)
         rate = None if beta is None else beta[:, t].to(wide)
-        token = _Token([position + t for position in positions], k[:, t], v[:, t], gate, rate, state, wide, state_indices)
+        token = _Token(
+            [position + t for position in positions], k[:, t], v[:, t], gate, rate, state, wide, state_indices
+        )
         o[:, t] = token.read(q[:, t].to(wide) * scale, level_scales[:, t].to(wide))
         token.close()
     return o
@@ -180,7 +182,9 @@ class _Token:
             b: ((self.chunks[b] + 1) & ~self.chunks[b]).bit_length() - 1 for b in closing
         }  # trailing ones: slots to merge
         index = self._indices(closing)
-        merged = state.entries.new_zeros(len(closing), *state.entries.shape[1:2], *state.entries.shape[3:], dtype=self.wide)
+        merged = state.entries.new_zeros(
+            len(closing), *state.entries.shape[1:2], *state.entries.shape[3:], dtype=self.wide
+        )
         if state.decay is not None:
             state.decay[self.held[index], 1 - self._indices(self.halves)[index]] = 0.0
         for m in range(max(self.chunks[b] for b in closing).bit_length()):
@@ -191,7 +195,9 @@ class _Token:
             if not len(rows):
                 continue
             if state.decay is None:
-                state.entries[:, :, m].index_copy_(0, self.held[rows], self._carried(rows, entry, None).to(state.entries.dtype))
+                state.entries[:, :, m].index_copy_(
+                    0, self.held[rows], self._carried(rows, entry, None).to(state.entries.dtype)
+                )
             else:
                 other = 1 - self._indices(self.halves)[rows]
                 state.decay[self.held[rows], other, :, m] = self.log_whole[rows, :, 0] + self._decay(rows, m)

@@ -14,7 +14,7 @@ if __version__.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
 
 
 def register() -> None:
-    """Make the model known to transformers and vLLM. vLLM may call it several times, and imports the model when it is served."""
+    """Make the model known to transformers and vLLM, which may call this several times. A served model is imported later."""
     from vllm import ModelRegistry
 
     import loglinear.models  # noqa: F401 - AutoConfig knows the configuration from here on

@@ -23,9 +23,9 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 
-from loglinear.layers.pages import Batch, PageLayout, mix
 from loglinear.layers import RMSNorm, SoftmaxAttention
 from loglinear.layers.attention import rotary
+from loglinear.layers.pages import Batch, PageLayout, mix
 from loglinear.layers.table import MIXERS
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.modeling import LogLinearBlock
@@ -84,7 +84,9 @@ def entry_dtype(vllm_config: VllmConfig) -> torch.dtype:
     """Of log-linear entries: that of ``--mamba-ssm-cache-dtype``, or else the checkpoint's ``decoding_entry_dtype``."""
     asked = vllm_config.cache_config.mamba_ssm_cache_dtype
     if asked not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--mamba-ssm-cache-dtype must be auto, float32 or bfloat16 for log-linear models: got {asked}")
+        raise ValueError(
+            f"--mamba-ssm-cache-dtype must be auto, float32 or bfloat16 for log-linear models: got {asked}"
+        )
     return getattr(torch, vllm_config.model_config.hf_config.decoding_entry_dtype if asked == "auto" else asked)
 
 
@@ -150,7 +152,7 @@ class PagedMixer(nn.Module, MambaBase):
 
 
 def loglinear_mix(hidden: Tensor, mixed: Tensor, layer_name: str) -> None:
-    """Write to ``mixed [N, hidden_size]`` what the layer's mixer makes of ``hidden``. Rows behind the call's tokens are padding."""
+    """Write the mixer's outputs for ``hidden`` to ``mixed``, both ``[N, hidden_size]``; zeros for padding behind the tokens."""
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
     if context.attn_metadata is None:  # vLLM measures memory, and there are no pages yet
@@ -183,7 +185,9 @@ class PagedAttention(nn.Module):
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         mixer = self.mixer
-        q, k, v = (proj(hidden).unflatten(-1, (-1, mixer.head_dim)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+        q, k, v = (
+            proj(hidden).unflatten(-1, (-1, mixer.head_dim)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+        )
         q, k = (x.squeeze(0) for x in rotary(positions.unsqueeze(0), mixer.rope_theta, q.unsqueeze(0), k.unsqueeze(0)))
         return mixer.out_proj(self.attn(q.flatten(-2), k.flatten(-2), v.flatten(-2)))
 
@@ -295,5 +299,7 @@ class LogLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPref
             default_weight_loader(parameter, weight)
             loaded.add(path)
         if own:
-            raise ValueError(f"the checkpoint must hold every weight: {len(own)} are missing, {', '.join(list(own)[:3])}")
+            raise ValueError(
+                f"the checkpoint must hold every weight: {len(own)} are missing, {', '.join(list(own)[:3])}"
+            )
         return loaded
