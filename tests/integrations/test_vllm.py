@@ -16,12 +16,16 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+import loglinear
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
 
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.exceptions import VLLMValidationError
 
 from loglinear import DecodingState
 from loglinear.integrations.vllm.engine import page_bytes, refuse
@@ -165,13 +169,15 @@ def test_compiled(saved):
 
 def test_a_request_without_room(saved):
     folder, _ = saved("attention")
-    with engine(folder) as llm, pytest.raises(ValueError, match=rf"1,?025.*{ROOM}|{ROOM}.*1,?025"):
+    with (
+        engine(folder) as llm,
+        pytest.raises(VLLMValidationError, match=f"length is {ROOM} tokens.* at least {ROOM + 1} "),
+    ):
         answers(llm, [[1] * (ROOM + 1)])
 
 
 REFUSED = {
     "--tensor-parallel-size must be 1 for log-linear models: got 2": dict(tensor_parallel_size=2),
-    "--pipeline-parallel-size must be 1 for log-linear models: got 2": dict(pipeline_parallel_size=2),
     "--mamba-cache-dtype must be auto for log-linear models: got float16": dict(mamba_cache_dtype="float16"),
     "--mamba-ssm-cache-dtype must be auto, float32 or bfloat16 .* got float16": dict(mamba_ssm_cache_dtype="float16"),
 }
@@ -181,6 +187,30 @@ REFUSED = {
 def test_what_is_refused(saved, message):
     with pytest.raises(ValueError, match=message):
         refuse(config_of(saved(HYBRID)[0], **REFUSED[message]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(pipeline_parallel_size=2), NotImplementedError, "Pipeline parallelism is not supported"),
+        (dict(enable_lora=True), ValueError, "LoRA"),
+    ],
+)
+def test_what_vllm_refuses(saved, options, error, message):
+    with pytest.raises(error, match=message):
+        config_of(saved(HYBRID)[0], **options)
+
+
+def test_a_lifted_model_of_transformers_is_refused(tmp_path):
+    """vLLM would run the linear base of it: the folder names a method that vLLM does not know."""
+    sizes = dict(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=16, n_groups=1
+    )
+    model = Mamba2ForCausalLM(Mamba2Config(**sizes))
+    loglinear.lift(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Unknown quantization method: loglinear_levels"):
+        config_of(tmp_path)
 
 
 def config_of(folder, **options):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -102,6 +103,11 @@ class Batch:
     cu_seqlens: Tensor
     cu_seqlens_cpu: Tensor
 
+    @cached_property
+    def all_fresh(self) -> bool:
+        """Whether no request with several tokens has a past. Waits for the device, once for all layers."""
+        return bool(self.fresh.all())
+
 
 @torch.no_grad()
 def mix(mixer: nn.Module, hidden: Tensor, state: RecurrentMixerState, batch: Batch) -> Tensor:
@@ -134,7 +140,7 @@ def _copied_step(mixer: nn.Module, hidden: Tensor, state: RecurrentMixerState, r
 
 def _past(state: RecurrentMixerState, batch: Batch) -> RecurrentMixerState | None:
     """An ordinary state, the past of the requests with several tokens; None if all of them are fresh."""
-    if bool(batch.fresh.all()):
+    if batch.all_fresh:
         return None
     rows = state.reorder(batch.pages)
     conv, position = rows.conv.masked_fill(_like(batch.fresh, rows.conv), 0), rows.position.masked_fill(batch.fresh, 0)

@@ -36,7 +36,7 @@ OPERATOR = "vllm::loglinear_mix"
 
 @dataclass
 class LogLinearMetadata(BaseMambaAttentionMetadata):
-    """What vLLM says of a call, and the ``Batch`` that it is for the mixers."""
+    """The metadata of vLLM's for a call, and the ``Batch`` of the mixers."""
 
     batch: Batch | None = None
 
@@ -228,11 +228,10 @@ class LogLinearModel(nn.Module):
 
 
 def refuse(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for what this model cannot do, with the option's name."""
+    """Raise ValueError for an option of vLLM's that this model does not have, and that vLLM does not refuse by itself."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     refused = {
         "--tensor-parallel-size": (parallel.tensor_parallel_size, 1),
-        "--pipeline-parallel-size": (parallel.pipeline_parallel_size, 1),
         "--quantization": (vllm_config.model_config.quantization, None),
         "--speculative-config": (vllm_config.speculative_config, None),
         "--mamba-cache-dtype": (cache.mamba_cache_dtype, "auto"),
