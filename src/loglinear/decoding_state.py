@@ -155,11 +155,15 @@ class DecodingState(SlotState):
 
         used = min(state.entries.shape[2], self.entries.shape[2])  # further ones are dead
         entries, log = state.entries[:, :, :used], state.decay[:, :, :used]
-        if self.decay is None:
-            put(self.entries[:, :, :used], entries * log.exp()[..., None, None].to(entries.dtype))
-        else:
+        if self.decay is not None:
             put(self.entries[:, :, :used], entries)
             put(self.decay[..., :used], log.unsqueeze(1))
+        else:
+            decayed = log.exp()[..., None, None].to(entries.dtype)
+            if rows is None:
+                torch.mul(entries, decayed, out=self.entries[:, :, :used])
+            else:
+                put(self.entries[:, :, :used], entries * decayed)
         put(self.position, state.position)
         put(self.open_v, state.open_v)
         solve = None if state.open_beta is None else _solve(state.open_k, state.open_g, state.open_beta)

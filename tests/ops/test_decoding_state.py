@@ -357,7 +357,8 @@ def test_a_long_call_in_place_copies_the_state_at_most_once(gate, monkeypatch):
     monkeypatch.setattr(decoding_state, "_solve", inverse)
     scales = x.pop("level_scales")
     with torch.no_grad(), Written() as written:
-        o = recurrence._mix_in_place(x, scales, state, None, None, False)
+        whole = RecurrentMixerState(torch.empty(2, 0, 0), state)
+        o = recurrence._mix_in_place(x, scales, whole, None, None, False)
     assert o is want_o
     assert given == [state.entries.data_ptr()]
     assert addresses(state) == before
