@@ -140,12 +140,11 @@ def check_step(inputs: Inputs, state: DecodingState, state_indices: Tensor | Non
             f"{name} must not require gradients, a step has none: call it under torch.no_grad, or call the ordinary op"
         )
     held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g, state.open_solve)
-    held = held if state_indices is None else (*held, state_indices)
     if all(x is None or isinstance(x, Tensor) for x in inputs):
         parts: list[object] = [state.chunk_size]
         for x in inputs:
             parts += (None,) if x is None else (x.shape, x.dtype, x.device)
-        for x in held:
+        for x in (*held, state_indices):
             parts += (None,) if x is None else (x.shape, x.dtype, x.device, x.stride())
         checks.once(tuple(parts), lambda: check_kinds(inputs, state, state_indices))
     else:

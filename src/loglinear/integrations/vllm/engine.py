@@ -203,6 +203,7 @@ class LogLinearModel(nn.Module):
         self.layers = nn.ModuleList(LogLinearBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         layouts = page_layouts(vllm_config)
+        block: Any
         for i, (name, block) in enumerate(zip(config.layer_mixers, self.layers)):
             path = f"{prefix}.layers.{i}.mixer"
             if name in layouts:
@@ -233,6 +234,7 @@ def refuse(vllm_config: VllmConfig) -> None:
     refused = {
         "--tensor-parallel-size": (parallel.tensor_parallel_size, 1),
         "--quantization": (vllm_config.model_config.quantization, None),
+        "--enable-lora": (vllm_config.lora_config is not None, False),
         "--speculative-config": (vllm_config.speculative_config, None),
         "--mamba-cache-dtype": (cache.mamba_cache_dtype, "auto"),
     }

@@ -160,11 +160,16 @@ class AdoptedConvolution(ShortConvolution):
         return self.weight.squeeze(1)
 
     def forward(
-        self, x: Tensor, tail: Tensor | None = None, cu_seqlens: Tensor | None = None, in_place: bool = False
+        self,
+        x: Tensor,
+        tail: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        in_place: bool = False,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self.weight.dtype != torch.float32 or x.dtype.itemsize > 2 or torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, tail, cu_seqlens, in_place)
-        y, new_tail = super().forward(x.float(), tail, cu_seqlens, in_place)
+            return super().forward(x, tail, cu_seqlens, in_place, rows)
+        y, new_tail = super().forward(x.float(), tail, cu_seqlens, in_place, rows)
         return y.to(x.dtype), new_tail if in_place else new_tail.to(x.dtype)
 
 
