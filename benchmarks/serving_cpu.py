@@ -51,9 +51,9 @@ def start(folder: str, kind: str) -> tuple[subprocess.Popen, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    binaries = Path(sys.executable).parent
+    vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     commands = {
-        "vllm": [binaries / "vllm", "serve", folder, "--dtype", "float32", "--enforce-eager", "--port", port],
+        "vllm": [*vllm, "--model", folder, "--dtype", "float32", "--enforce-eager", "--port", port],
         "loglinear": [sys.executable, "-m", "loglinear", "serve", folder, "--device", "cpu", "--port", port],
     }
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
