@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +120,12 @@ def build(launch: Recorded, target: GPUTarget) -> tuple[Resources, object]:
     return Resources(
         name, f"{target.backend}:{target.arch}", registers, spills, metadata.shared, metadata.num_warps
     ), compiled
+
+
+def built(launches: list[Recorded], target: GPUTarget) -> list[Resources]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # triton 3.9 announces a changed default for 3.10
+        return [build(launch, target)[0] for launch in launches]
 
 
 def cubin_usage(cubin: bytes) -> tuple[int, int]:

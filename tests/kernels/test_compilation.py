@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from contextlib import ExitStack
 from unittest import mock
 
@@ -29,7 +28,7 @@ from loglinear.kernels.tree import replay
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from compilation import Resources, build, recording
+from compilation import Resources, build, built, recording
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -88,9 +87,7 @@ def resources(target: str, delta: bool, names: tuple[str, ...] = (), **sizes) ->
             patches.enter_context(mock.patch.object(module, "shared_memory", return_value=SHARED_MEMORY[target]))
         found = launches(delta, **sizes)
     chosen = [launch for launch in found if not names or launch.kernel.fn.__name__ in names]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # triton 3.9 announces a changed default for 3.10
-        return [build(launch, TARGETS[target])[0] for launch in chosen]
+    return built(chosen, TARGETS[target])
 
 
 @pytest.mark.slow
@@ -177,10 +174,9 @@ def step_resources(
     x = {n: meta(*s, kind=torch.bfloat16 if n in "qkv" else torch.float32) for n, s in shapes.items()}
     state = DecodingState.empty(1, H, G, K, V, 1 << 17, torch.bfloat16, entries, delta, "meta", per_channel=channel)
     hip = "6" if TARGETS[target].backend == "hip" else None  # the host looks where it runs, not what it compiles for
-    with recording() as found, mock.patch.object(torch.version, "hip", hip), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with recording() as found, mock.patch.object(torch.version, "hip", hip):
         decoding.STEPS[state.transition](**x, state=state)
-        return [build(launch, TARGETS[target])[0] for launch in found]
+        return built(found, TARGETS[target])
 
 
 @pytest.mark.slow
@@ -210,10 +206,9 @@ def loss_resources(target: str) -> Resources:
     """The kernel of the output layer's loss for logits of 32,000 bfloat16 columns."""
     hidden, weight = (torch.empty(size, 512, dtype=torch.bfloat16, device="meta") for size in (256, 32000))
     targets = torch.empty(256, dtype=torch.int64, device="meta")
-    with recording() as found, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with recording() as found:
         cross_entropy.loss_and_gradients(hidden, weight, targets, -100, True, False)
-        return build(found[0], TARGETS[target])[0]
+        return built(found, TARGETS[target])[0]
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -227,8 +222,7 @@ def fused_resources(target: str) -> list[Resources]:
     """What stands beside the recurrence in a step of one bfloat16 token, at the widths of ``step_resources``."""
     decay, hidden, position = meta(1, 1, 16, kind=torch.float32), meta(1, 1, 1536), meta(1, kind=torch.int64)
     heads, projected = [meta(1, 1, 16, 128) for _ in range(3)], meta(1, 1, 6448)
-    with recording() as found, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with recording() as found:
         inputs.step_inputs(
             projected, meta(1, 1, 48 * 18), meta(1, 3, 3328), meta(3328, 4), meta(3328), meta(48), meta(48),
             meta(48, 18), (3072, 6400, -1, 3072),
@@ -239,7 +233,7 @@ def fused_resources(target: str) -> list[Resources]:
             linear_step.linear_step(*heads, g, decay, meta(1, 16, 128, 128, kind=torch.float32))
         residual.add_norm(hidden, hidden, meta(1536), 1e-6)
         elementwise.silu_times(hidden, hidden)
-        return [build(launch, TARGETS[target])[0] for launch in found]
+        return built(found, TARGETS[target])
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -270,9 +264,7 @@ def pointwise_resources(target: str) -> list[Resources]:
         unit_length.backward(o, o, o, o)
         elementwise.silu_product_backward(y, y, y)
         elementwise.wide_sum(y, y)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return [build(launch, TARGETS[target])[0] for launch in found]
+    return built(found, TARGETS[target])
 
 
 @pytest.mark.slow

@@ -30,25 +30,11 @@ SIZES = {  # one block of channels is not enough, and the last is partial
     "gla": {"num_heads": 2, "key_dim": 16, "value_dim": 8, "num_kv_heads": 1},
     "retnet": {"num_heads": 2, "key_dim": 16, "value_dim": 8, "num_kv_heads": 1},
 }
-KINDS = {
-    "mamba2": LogLinearMamba2,
-    "gated_deltanet": LogLinearGatedDeltaNet,
-    "kda": LogLinearKDA,
-    "gla": LogLinearGLA,
-    "retnet": LogLinearRetention,
-    "lightning": LogLinearRetention,
-}
+KINDS = {"mamba2": LogLinearMamba2, "gated_deltanet": LogLinearGatedDeltaNet, "kda": LogLinearKDA, "gla": LogLinearGLA}
+KINDS |= {"retnet": LogLinearRetention, "lightning": LogLinearRetention}
 MIXERS = [f"{prefix}{name}" for name in SIZES for prefix in ("log_linear_", "")]
-SIZES["log_linear_lightning"] = {
-    "num_heads": 2,
-    "key_dim": 16,
-    "value_dim": 8,
-    "decays": "slopes",
-    "rotary_base": None,
-    "conv_activation": "silu",
-    "gate_activation": "sigmoid",
-    "norm_per_head": False,
-}
+LIGHTNING = {"decays": "slopes", "rotary_base": None, "conv_activation": "silu", "gate_activation": "sigmoid"}
+SIZES["log_linear_lightning"] = SIZES["retnet"] | LIGHTNING | {"num_kv_heads": None, "norm_per_head": False}
 SIZES["doubled_gated_deltanet"] = SIZES["gated_deltanet"] | {"neg_eigval": True}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=["float32", "16 bits"])
 CALLS = [1, 3] if INTERPRETED else [1, 3, 1]
