@@ -10,16 +10,8 @@ import torch
 import torch.nn.functional as F
 from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 
+from loglinear import layers
 from loglinear.kernels.decoding import inputs
-from loglinear.layers import (
-    LogLinearGatedDeltaNet,
-    LogLinearGLA,
-    LogLinearKDA,
-    LogLinearMamba2,
-    LogLinearRetention,
-    ShortConvolution,
-    SumRMSNorm,
-)
 from loglinear.ops import dispatch, fused, pointwise
 
 HIDDEN = 24
@@ -30,8 +22,8 @@ SIZES = {  # one block of channels is not enough, and the last is partial
     "gla": {"num_heads": 2, "key_dim": 16, "value_dim": 8, "num_kv_heads": 1},
     "retnet": {"num_heads": 2, "key_dim": 16, "value_dim": 8, "num_kv_heads": 1},
 }
-KINDS = {"mamba2": LogLinearMamba2, "gated_deltanet": LogLinearGatedDeltaNet, "kda": LogLinearKDA, "gla": LogLinearGLA}
-KINDS |= {"retnet": LogLinearRetention, "lightning": LogLinearRetention}
+KINDS = {"mamba2": layers.LogLinearMamba2, "gated_deltanet": layers.LogLinearGatedDeltaNet, "kda": layers.LogLinearKDA}
+KINDS |= {"gla": layers.LogLinearGLA, "retnet": layers.LogLinearRetention, "lightning": layers.LogLinearRetention}
 MIXERS = [f"{prefix}{name}" for name in SIZES for prefix in ("log_linear_", "")]
 LIGHTNING = {"decays": "slopes", "rotary_base": None, "conv_activation": "silu", "gate_activation": "sigmoid"}
 SIZES["log_linear_lightning"] = SIZES["retnet"] | LIGHTNING | {"num_kv_heads": None, "norm_per_head": False}
@@ -116,7 +108,7 @@ def test_steps_of_a_mixer(device, name, dtype, monkeypatch):
 def test_the_convolution_and_its_tail(device, width, T):
     """Fewer tokens than the tail holds, as many, and more; 70 channels behind 3 columns that are not its own."""
     torch.manual_seed(0)
-    conv = ShortConvolution(70, width).to(device)
+    conv = layers.ShortConvolution(70, width).to(device)
     torch.nn.init.normal_(conv.bias)
     projected, tail = torch.randn(2, T, 80, device=device), torch.randn(2, width - 1, 70, device=device)
     want, after = copy.deepcopy(conv).double()(projected[..., 3:73].double(), tail.double())
@@ -166,7 +158,7 @@ def test_gates_of_any_size(device):
 @DTYPES
 def test_a_sum_and_its_norm(device, dtype):
     torch.manual_seed(0)
-    norm = SumRMSNorm(70).to(device, dtype)
+    norm = layers.SumRMSNorm(70).to(device, dtype)
     torch.nn.init.normal_(norm.weight)
     x, added = (torch.randn(2, 3, 70, device=device).to(dtype) for _ in range(2))
     total, normed = norm(x, added)

@@ -4,26 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import cases
 import pytest
 import torch
-from cases import (
-    BFLOAT16,
-    CHANNEL,
-    CHANNEL_DELTA,
-    DECAY,
-    DELTA,
-    FLOAT32,
-    INTERPRETED,
-    RULES,
-    check,
-    config_of,
-    cotangent,
-    exact,
-    make,
-    relative,
-    rules,
-    run,
-)
+from cases import CHANNEL, CHANNEL_DELTA, DECAY, DELTA, FLOAT32, INTERPRETED, RULES, check, make, rules, run
 
 # Chunk 16 in the interpreter, 32 to 128 on a GPU. Longer ones in the interpreter: test_stages.py.
 LENGTHS = (1, 15, 16, 17, 33) if INTERPRETED else (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4097)
@@ -56,7 +40,7 @@ def test_long_windows_are_summed_in_segments(device, rule, chunks):
     """
     if rule is CHANNEL or (rule is not DELTA and INTERPRETED):
         pytest.skip("no windows; or others have such windows, and the scalar gate has no tiers")
-    config = dataclasses.replace(config_of(rule, torch.float32, 16, 16), segment=1)
+    config = dataclasses.replace(cases.config_of(rule, torch.float32, 16, 16), segment=1)
     check(device, rule, T=config.chunk * (chunks - 1) + 1, config=config)
 
 
@@ -73,7 +57,7 @@ def test_heads_in_order(device, rule, H, G):
 
 
 @rules
-@pytest.mark.parametrize("dtype", {BFLOAT16, torch.float16})
+@pytest.mark.parametrize("dtype", {cases.BFLOAT16, torch.float16})
 @pytest.mark.parametrize("keys", ["random", "equal"])
 def test_low_precision_is_within_twice_of_plain_torch(device, rule, dtype, keys):
     if "beta" not in rule.inputs and keys == "equal":
@@ -112,7 +96,7 @@ def test_a_deep_tree_of_channels(device, rule, dtype):
 @pytest.mark.parametrize(("rule", "chunk"), [(DELTA, 32), (DELTA, 64), (CHANNEL_DELTA, 64)])
 def test_chunk_sizes_of_the_delta_rule(device, rule, chunk):
     """Every merge of the triangular inverse, and blocks of columns that straddle the border of ``[A | S]``."""
-    config = config_of(rule, torch.float32, 24, 16)
+    config = cases.config_of(rule, torch.float32, 24, 16)
     launch = dataclasses.replace(config.octet_maps, block_v=32)
     config = dataclasses.replace(config, chunk=chunk, octet_maps=launch)
     check(device, rule, T=chunk + 5 if INTERPRETED else 2 * chunk + 5, K=24, config=config)
@@ -160,16 +144,16 @@ def test_nothing_is_written_without_strength(device):
     """β = 0: the inverse is the identity, and only β itself has anything to gain from keys and values."""
     x = make(device, DELTA, T=20)
     x["beta"].zero_()
-    do = cotangent(x)
+    do = cases.cotangent(x)
     o, *got = run(x, do)
     assert (o == 0).all()
-    for name, gradient, want in zip(x, got, exact(x, do)[1:]):
-        assert (gradient == 0).all() or (name == "beta" and relative(gradient, want) <= FLOAT32)
+    for name, gradient, want in zip(x, got, cases.exact(x, do)[1:]):
+        assert (gradient == 0).all() or (name == "beta" and cases.relative(gradient, want) <= FLOAT32)
 
 
 @rules
 @pytest.mark.parametrize("sizes", [{"B": 0, "T": 5}, {"B": 2, "T": 0}])
 def test_nothing_to_do(device, rule, sizes):
     x = make(device, rule, **sizes)
-    for got, like in zip(run(x, cotangent(x)), (x["v"], *x.values()), strict=True):
+    for got, like in zip(run(x, cases.cotangent(x)), (x["v"], *x.values()), strict=True):
         assert got.shape == like.shape
