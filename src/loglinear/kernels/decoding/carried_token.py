@@ -10,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.decoding.channels import channels, gathered, spread, sums_before
+from loglinear.kernels.decoding.channels import (
+    decays_after,
+    decays_through,
+    four_keys,
+    four_products,
+    four_rows,
+    four_weighted,
+    rounded,
+)
 from loglinear.kernels.decoding.open_chunk import (
     at_head,
     at_token,
@@ -24,18 +32,12 @@ from loglinear.kernels.pointwise.functions import inverse_length
 
 
 @triton.jit
-def rounded(rows, like):
-    """Float32 numbers as the dtype of ``like`` holds them: a call must use the keys that the state will keep."""
-    return rows.to(like.dtype).to(tl.float32)
-
-
-@triton.jit
 def products(keys, row, decays, S: tl.constexpr):
     """Products ``[C]`` of a row ``[BK]`` with decayed keys; one decay for each key, or as ``channels.py`` has them."""
     if S.GATES == 1:
         found = tl.sum(keys * row[None, :], axis=1) * decays
     else:
-        found = gathered(tl.sum(keys * decays * row[None, None, :], axis=2), S)
+        found = four_products(keys, row, decays, S)
     return found
 
 
@@ -45,7 +47,7 @@ def weighted_sum(keys, weights, decays, S: tl.constexpr):
     if S.GATES == 1:
         found = tl.sum((weights * decays)[:, None] * keys, axis=0)
     else:
-        found = tl.sum(tl.sum(spread(weights, S) * keys * decays, axis=0), axis=0)
+        found = four_weighted(keys, weights, decays, S)
     return found
 
 
@@ -93,25 +95,26 @@ def carried_token_kernel(x, held, reach, read, T, L, S: tl.constexpr, NORM: tl.c
             decays = tl.where(place <= i, tl.exp(tl.cumsum(next_gates, axis=0, reverse=True)), 0.0)
             whole = tl.exp(tl.sum(gates, axis=0))
         else:
-            given_keys = channels(stored_keys, k, x.stride_k, first, i, S)
-            gates = channels(stored_gates, g, x.stride_g, first, i, S)
+            given_keys = four_rows(stored_keys, k, x.stride_k, first, i, S)
+            gates = four_rows(stored_gates, g, x.stride_g, first, i, S)
             gate = tl.load(g + t * x.stride_g + rows_k, mask=rows_k < S.K, other=0.0)
-            decays = tl.exp(sums_before(gates, False, True))
-            whole = tl.exp(tl.sum(tl.sum(gates, axis=0), axis=0))
+            decays = decays_after(gates)
+            whole = tl.exp(tl.sum(gates.a + gates.b + gates.c + gates.d, axis=0))
 
-        keys = given_keys.to(tl.float32)
         query = given_query.to(tl.float32)
         key = given_key.to(tl.float32)
         if NORM:  # the keys of the state have the dtype in which an earlier step left them
             unit = inverse_length(key, 0)
             units = tl.where(new, unit, units)
-            if S.GATES == 1:
-                keys = rounded(keys * units[:, None], given_keys)
-            else:
-                keys = rounded(keys * spread(units, S), given_keys)
             query = rounded(query * inverse_length(query, 0), given_query)
             key = rounded(key * unit, given_key)
         query *= x.factor
+        if S.GATES == 1:
+            keys = given_keys.to(tl.float32)
+            if NORM:
+                keys = rounded(keys * units[:, None], given_keys)
+        else:
+            keys = four_keys(given_keys, units, S, NORM)
         weights = products(keys, query, decays, S)
         past = whole * query
         if S.DELTA:
@@ -124,7 +127,7 @@ def carried_token_kernel(x, held, reach, read, T, L, S: tl.constexpr, NORM: tl.c
             if S.GATES == 1:
                 through = tl.exp(tl.cumsum(gates, axis=0))
             else:
-                through = tl.exp(sums_before(gates, True, False))
+                through = decays_through(gates)
             past -= weighted_sum(keys, weights, through, S)
         tl.store(read + t * (S.H * S.C) + place, weights * scales)
         tl.store(reach + t * (S.H * S.K) + rows_k, past, mask=rows_k < S.K)
