@@ -47,12 +47,9 @@ def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
     return tile_k, tile_v, cdiv(K, tile_k) * cdiv(V, tile_v)
 
 
-def launch_states(problem: Problem, x: Inputs, least: int, launch: Launch | None = None) -> States:
-    """The entries of the Fenwick array that have ``least`` chunks or more: those inside octets, and then the longer ones.
-
-    launch: of the first of the two kernels; None is that of the configuration.
-    """
-    launch = launch or problem.config.states
+def launch_states(problem: Problem, x: Inputs, least: int) -> States:
+    """The entries of the Fenwick array that have ``least`` chunks or more: those inside octets, and then the longer ones."""
+    launch = problem.config.states
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
     sums = launching.scratch((H, 2 if dtype == torch.float32 else 1, problem.tokens), torch.float32, device)
     logs = [

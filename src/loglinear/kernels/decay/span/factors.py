@@ -65,7 +65,7 @@ def path_step(logs, scales, tile, e, h, r, present, factor, L, H: gl.constexpr):
 
 @gluon.jit
 def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
-    """The role: factors of all heads of the tile, one after the other. S.LEVELS: how many of levels 0 … 8 there are."""
+    """The role: factors of all heads of the tile, one after the other."""
     BY_ROW: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
     BY_LEVEL: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, BY_ROW)
@@ -86,6 +86,7 @@ def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
         wide = gl.load(scales + (token * logs.stride + gl.minimum(column, L - 1)), mask=token < tile.size, other=0.0)
         sums = logs.sums + h.to(gl.int64) * logs.sums_stride + tile.origin
         g = gl.load(sums + r, mask=present, other=0.0)
+        near_g = gl.load(sums + own[:, None] + c, mask=own[:, None] + c < tile.size, other=0.0)
         chunk = second * 64
         end0 = gl.load(sums + chunk + 15, mask=chunk + 15 < tile.size, other=0.0)
         end1 = gl.load(sums + chunk + 31, mask=chunk + 31 < tile.size, other=0.0)
@@ -102,13 +103,12 @@ def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
 
         slot, phase = slot_of(i, 2)
         mbarrier.wait(factors.empty.index(slot), phase ^ 1)
-        near_g = gl.load(sums + own[:, None] + c, mask=own[:, None] + c < tile.size, other=0.0)
-        l5 = level_of(lam, c, min(5, S.LEVELS - 1))
-        l6 = level_of(lam, c, min(6, S.LEVELS - 1))
-        near = gl.where(apart == 0, level_of(lam, c, 0)[:, None], level_of(lam, c, min(1, S.LEVELS - 1))[:, None])
-        near = gl.where(apart >= 2, level_of(lam, c, min(2, S.LEVELS - 1))[:, None], near)
-        near = gl.where(apart >= 4, level_of(lam, c, min(3, S.LEVELS - 1))[:, None], near)
-        near = gl.where(apart >= 8, level_of(lam, c, min(4, S.LEVELS - 1))[:, None], near)
+        l5 = level_of(lam, c, gl.minimum(5, L - 1))
+        l6 = level_of(lam, c, gl.minimum(6, L - 1))
+        near = gl.where(apart == 0, level_of(lam, c, 0)[:, None], level_of(lam, c, gl.minimum(1, L - 1))[:, None])
+        near = gl.where(apart >= 2, level_of(lam, c, gl.minimum(2, L - 1))[:, None], near)
+        near = gl.where(apart >= 4, level_of(lam, c, gl.minimum(3, L - 1))[:, None], near)
+        near = gl.where(apart >= 8, level_of(lam, c, gl.minimum(4, L - 1))[:, None], near)
         near = gl.where(below, near * decay(g[:, None] - near_g), 0.0)
         factors.near.index(slot).store(near)
 
@@ -117,9 +117,9 @@ def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
         factors.rows.index(rows + 0).store(gl.where(block > 0, f0, 0.0))
         factors.rows.index(rows + 1).store(gl.where(block > 1, l6 * decay(g - end1), 0.0))
         factors.rows.index(rows + 2).store(gl.where(block > 2, l5 * decay(g - end2), 0.0))
-        factors.rows.index(rows + 3).store(level_of(lam, c, min(7, S.LEVELS - 1)) * gl.exp2(g))
+        factors.rows.index(rows + 3).store(level_of(lam, c, gl.minimum(7, L - 1)) * gl.exp2(g))
         since += g
-        factors.rows.index(rows + 4).store(level_of(lam, c, min(8, S.LEVELS - 1)) * gl.exp2(since))
+        factors.rows.index(rows + 4).store(level_of(lam, c, gl.minimum(8, L - 1)) * gl.exp2(since))
         columns = slot * COLUMNS
         factors.columns.index(columns + 0).store(decay(own_end - g))
         factors.columns.index(columns + 1).store(decay(own_log - g))

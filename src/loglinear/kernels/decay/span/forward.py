@@ -12,11 +12,8 @@ from loglinear.kernels.decay.span.output import span_output_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs
 from loglinear.kernels.tree.problem import Problem
-from loglinear.kernels.tuning import Launch
 
 LEAST_ENTRY = 4  # chunks of the shortest entry that is read
-STATES = Launch(warps=4, stages=3, registers=168)  # three programs a multiprocessor
-LOCAL_LEVELS = 9  # inside a span
 OPTIONS = {"num_warps": 4, "maxnreg": 128}
 
 
@@ -28,7 +25,7 @@ def described(x: Tensor, rows: int, columns: int, stride: int, block: int) -> Te
 
 def launch_span_states(problem: Problem, x: Inputs) -> States:
     """The entries that the output reads."""
-    return launch_states(problem, x, LEAST_ENTRY, STATES)
+    return launch_states(problem, x, LEAST_ENTRY)
 
 
 def launch_span_output(problem: Problem, x: Inputs, states: States) -> Tensor:
@@ -45,6 +42,6 @@ def launch_span_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     )
     arguments = *descriptors, x, problem.levels, states, o, *problem.of_octets, states.sums.stride(0)
     programs = problem.all_octets * 4 * (H // heads)
-    S = problem.sizes(x.v.dtype, HEADS=heads, LEVELS=min(problem.levels, LOCAL_LEVELS))
+    S = problem.sizes(x.v.dtype, HEADS=heads)
     launching.launch(span_output_kernel, programs, *arguments, S=S, CHECKS=states.checks.shape[2], **OPTIONS)
     return o

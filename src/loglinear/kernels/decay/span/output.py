@@ -101,13 +101,6 @@ def own_chunk(w0, w1, w2, w3, values, FIRST: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
-def first_weights(scores, factors, slot, FIRST: gl.constexpr, ROW: gl.constexpr, COLUMN: gl.constexpr):
-    """Weights of the first chunk of the tile before. Made in the time of the products before it, needed or not."""
-    row = factors.rows.index(slot * ROWS + 4).slice(FIRST, 64).load(ROW)
-    return weighted(scores, row, factors.columns.index(slot * COLUMNS + 2).slice(0, 64).load(COLUMN))
-
-
-@gluon.jit
 def attend(
     P: gl.constexpr, ring, factors, staged, o_desc, o, checks, tile, factor, S: gl.constexpr, CHECKS: gl.constexpr
 ):
@@ -173,8 +166,7 @@ def attend(
             w0, w1 = seen(w0, marks, 0, A), seen(w1, marks, 16, A)
             w2, w3 = seen(w2, marks, 32, A), seen(w3, marks, 48, A)
             acc = own_chunk(w0, w1, w2, w3, staged.index(P), 0, ACC)
-            b0 = first_weights(before0, factors, slot, FIRST, ROW_A, COLUMN_A)
-            acc, w0, w1, w2, w3, b0 = warpgroup_mma_wait(0, deps=(acc, w0, w1, w2, w3, b0))
+            acc, w0, w1, w2, w3 = warpgroup_mma_wait(0, deps=(acc, w0, w1, w2, w3))
             if P == 1:
                 f3 = factors.rows.index(rows + 3).slice(64, 64).load(ROW_A)
                 w4 = weighted(other, f3, factors.columns.index(columns + 1).slice(0, 64).load(COLUMN_A))
@@ -186,17 +178,16 @@ def attend(
                 f3 = factors.rows.index(rows + 3).slice(64, 64).load(ROW_A)
                 w4 = weighted(other, f3, factors.columns.index(columns + 1).slice(0, 64).load(COLUMN_A))
                 acc = warpgroup_mma(w4, values.slice(0, 64), acc, is_async=True)
-                b0 = first_weights(before0, factors, slot, FIRST, ROW_A, COLUMN_A)
-                acc, w0, w1, w2, w3, w4, b0 = warpgroup_mma_wait(0, deps=(acc, w0, w1, w2, w3, w4, b0))
+                acc, w0, w1, w2, w3, w4 = warpgroup_mma_wait(0, deps=(acc, w0, w1, w2, w3, w4))
             else:
-                b0 = first_weights(before0, factors, slot, FIRST, ROW_A, COLUMN_A)
-                acc, w0, w1, w2, w3, b0 = warpgroup_mma_wait(0, deps=(acc, w0, w1, w2, w3, b0))
+                acc, w0, w1, w2, w3 = warpgroup_mma_wait(0, deps=(acc, w0, w1, w2, w3))
         it = emptied(ring, it)
         if tile.second == 1:
+            f4 = factors.rows.index(rows + 4).slice(FIRST, 64).load(ROW_A)
+            b0 = weighted(before0, f4, factors.columns.index(columns + 2).slice(0, 64).load(COLUMN_A))
+            b1 = weighted(before1, f4, factors.columns.index(columns + 2).slice(64, 64).load(COLUMN_A))
             values = filled(ring, it)
             acc = warpgroup_mma(b0, values.slice(0, 64), acc, is_async=True)
-            f4 = factors.rows.index(rows + 4).slice(FIRST, 64).load(ROW_A)
-            b1 = weighted(before1, f4, factors.columns.index(columns + 2).slice(64, 64).load(COLUMN_A))
             acc = warpgroup_mma(b1, values.slice(64, 64), acc, is_async=True)
             acc, b0, b1 = warpgroup_mma_wait(0, deps=(acc, b0, b1))
             it = emptied(ring, it)

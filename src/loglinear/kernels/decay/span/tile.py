@@ -49,16 +49,12 @@ class Ring(NamedTuple):
 
 @gluon.jit
 def tile_of_program(table, T, N, NG, S: gl.constexpr):
-    """The tile of a program in a grid of head blocks x octets x tiles, tiles fastest; of size <= 0 if there is none.
-
-    The last tiles come first: their paths are the longest, and the last programs to start should be short.
-    """
+    """The tile of a program in a grid of head blocks x octets x tiles, tiles fastest; of size <= 0 if there is none."""
     tiles = gl.num_programs(0) // (S.H // S.HEADS)
     pid = gl.program_id(0)
-    index = tiles - 1 - pid % tiles
-    octet = index // TILES
+    octet = pid % tiles // TILES
     at = locate(octet, table, T, N, NG, NG, S.PACKED)
-    tile = (octet - at.octet0) * TILES + index % TILES
+    tile = (octet - at.octet0) * TILES + pid % TILES
     size = at.length - tile * TILE
     return Tile(
         at.start + tile * TILE,
