@@ -249,18 +249,14 @@ def test_a_state_moved_to_another_dtype_is_one_for_it(dtype, state, gate):
 
 def test_a_linear_state_for_decoding_is_never_narrow():
     """Every token is added to it: in bfloat16 it would stop at 256 times a token."""
-    narrow = RecurrentMixerState(
-        torch.zeros(1, 3, 8), LinearState(torch.tensor([2]), torch.ones(1, 2, 4, 4).bfloat16())
-    )
+    made = LinearState(torch.tensor([2]), torch.ones(1, 2, 4, 4).bfloat16())
+    narrow = RecurrentMixerState(torch.zeros(1, 3, 8), made)
     ready = narrow.for_decoding(10)
     assert ready.memory.state.dtype == torch.float32
     assert ready.to(dtype=torch.bfloat16).memory.state.dtype == torch.float32
     assert ready.to(dtype=torch.bfloat16).conv.dtype == torch.bfloat16
     assert ready.to(dtype=torch.float64).memory.state.dtype == torch.float64
-    mixer, made = (
-        LogLinearMamba2(8, 2, 4, 4, log_linear=False),
-        LinearState(torch.tensor([2]), torch.ones(1, 2, 4, 4).bfloat16()),
-    )
+    mixer = LogLinearMamba2(8, 2, 4, 4, log_linear=False)
     with (
         pytest.raises(TypeError, match=r"state.memory.state must be float64 or float32: got torch\.bfloat16"),
         torch.no_grad(),

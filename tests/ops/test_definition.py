@@ -8,14 +8,7 @@ import torch
 from calls import C, assert_close, dense, fields, inputs, output, run, tokens
 
 import loglinear
-from oracle import (
-    SAME_NUMBERS,
-    TOLERANCES,
-    error,
-    gradients,
-    oracle,
-    oracle_row,
-)
+from oracle import SAME_NUMBERS, TOLERANCES, error, gradients, oracle, oracle_row
 
 GATES = ("identity", "scalar", "delta")
 CHANNELS = ("diagonal", "diagonal delta")

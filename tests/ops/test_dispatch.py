@@ -77,9 +77,8 @@ REASONS = {
 @pytest.mark.parametrize("case", REASONS)
 def test_a_fallback_is_said_once(case):
     ask, what, reason = REASONS[case]
-    with pytest.warns(
-        UserWarning, match=f"^{what} runs in plain PyTorch on the GPU, not in a kernel: .*{reason}"
-    ) as found:
+    said = f"^{what} runs in plain PyTorch on the GPU, not in a kernel: .*{reason}"
+    with pytest.warns(UserWarning, match=said) as found:
         assert not ask()
     assert len(found) == 1
     assert not ask()  # a second warning would be an error
@@ -125,9 +124,7 @@ def test_backends_of_the_public_ops(rule):
     calls.append(lambda **given: steps[rule](**tokens(x, 0, 1), state=held, **given))
     calls.append(torch.compile(lambda **given: output(x, **given), backend="eager"))
     for call in calls:
-        with pytest.raises(
-            Exception, match=r"backend must not be 'triton' .*: tensors on cpu, where kernels need CUDA"
-        ):
+        with pytest.raises(Exception, match=r"backend must not be 'triton' .*: tensors on cpu, where kernels need"):
             call(backend="triton")
     with pytest.raises(ValueError, match=r"backend must be one of \['auto', 'triton', 'torch'\]: got 'cuda'"):
         output(x, backend="cuda")

@@ -15,16 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.kernels import channel, decay, delta
-from loglinear.kernels.tuning import (
-    Launch,
-    channel_config,
-    delta_rule_config,
-    low_precision_config,
-    scalar_gate_config,
-    uniform_channel_config,
-    uniform_delta_config,
-)
+from loglinear.kernels import channel, decay, delta, tuning
 from loglinear.reference.chunkwise import chunkwise
 from oracle import LOW_PRECISION_FACTOR, TOLERANCES, plain_torch
 
@@ -46,9 +37,9 @@ class Rule(NamedTuple):
     per_channel: bool = False
 
 
-DECAY = Rule(decay, ("q", "k", "v", "g", "level_scales"), scalar_gate_config)
-CHANNEL = Rule(channel, ("q", "k", "v", "g", "level_scales"), channel_config, per_channel=True)
-DELTA = Rule(delta, ("q", "k", "v", "g", "beta", "level_scales"), delta_rule_config)
+DECAY = Rule(decay, ("q", "k", "v", "g", "level_scales"), tuning.scalar_gate_config)
+CHANNEL = Rule(channel, ("q", "k", "v", "g", "level_scales"), tuning.channel_config, per_channel=True)
+DELTA = Rule(delta, ("q", "k", "v", "g", "beta", "level_scales"), tuning.delta_rule_config)
 CHANNEL_DELTA = DELTA._replace(per_channel=True)
 RULES = {"scalar gate": DECAY, "delta rule": DELTA, "channel gate": CHANNEL, "channel delta rule": CHANNEL_DELTA}
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -66,10 +57,10 @@ def config_of(rule: Rule, dtype: torch.dtype, K: int, V: int):
     if not INTERPRETED:
         return rule.tuned(dtype, K, V)
     if rule.kernels is delta:
-        return uniform_delta_config(32 if rule.per_channel else 16, Launch(warps=4, stages=1, block_v=32))
+        return tuning.uniform_delta_config(32 if rule.per_channel else 16, tuning.Launch(warps=4, stages=1, block_v=32))
     if rule is CHANNEL:
-        return uniform_channel_config(16, 16, Launch(warps=4, stages=1, block_v=16, block_k=16))
-    small = low_precision_config(chunk=16, warps=4, block_k=16, heads=2)
+        return tuning.uniform_channel_config(16, 16, tuning.Launch(warps=4, stages=1, block_v=16, block_k=16))
+    small = tuning.low_precision_config(chunk=16, warps=4, block_k=16, heads=2)
     return dataclasses.replace(small, segment=1, least_tile=16)
 
 

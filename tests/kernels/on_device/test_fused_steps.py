@@ -78,13 +78,11 @@ def walk(mixer, hidden, lengths):
     return torch.cat(got, 1), state
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *product([*MIXERS, "doubled_gated_deltanet", "log_linear_lightning"], [torch.float32]),
-        *product(MIXERS[: 4 if INTERPRETED else None : 2], [BFLOAT16]),
-    ],
-)
+CASES = list(product([*MIXERS, "doubled_gated_deltanet", "log_linear_lightning"], [torch.float32]))
+CASES += product(MIXERS[: 4 if INTERPRETED else None : 2], [BFLOAT16])
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_steps_of_a_mixer(device, name, dtype, monkeypatch):
     """Rows at positions of their own, one of which closes a chunk; one token, and several."""
     lengths, used = [5, 61] if INTERPRETED else [5, 61, 17], []

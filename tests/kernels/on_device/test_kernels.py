@@ -29,8 +29,7 @@ def test_lengths_in_float32(device, rule, T):
 
 @rules
 @pytest.mark.parametrize(
-    "chunks",
-    [pytest.param(n, marks=pytest.mark.gpu if n != 66 else pytest.mark.slow) for n in (16, 19, 66, 150)],
+    "chunks", [pytest.param(n, marks=pytest.mark.gpu if n != 66 else pytest.mark.slow) for n in (16, 19, 66, 150)]
 )
 def test_long_windows_are_summed_in_segments(device, rule, chunks):
     """Windows of more groups than one program sums; with 16 chunks, an entry of two segments that no query reads.
