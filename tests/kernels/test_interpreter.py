@@ -1,4 +1,4 @@
-"""Runs tests/kernels/on_device in Triton's interpreter, where there is no CUDA device; of tests/ops what is said below.
+"""Runs tests/kernels/on_device in Triton's interpreter, where there is no GPU; and a part of tests/ops (the last group).
 
 Files share processes, since the imports of a process take 8 s, longer than some files run; the groups take about as long
 as each other.

@@ -1,9 +1,8 @@
 """What the ops promise, of every transition and on every backend: plain PyTorch in float64, and the kernels in float32.
 
 The kernels are asked on a GPU, or in Triton's interpreter where TRITON_INTERPRET=1 asks for it (minutes; CI asks for the linear
-models and for states).
-Beside this suite: shapes and gates of the kernels in tests/kernels/on_device,
-states in test_states.py, steps in test_step.py, refusals in test_bad_input.py.
+models and for states). Beside this suite: shapes and gates of the kernels in tests/kernels/on_device, states in
+test_states.py, steps in test_step.py, refusals in test_bad_input.py.
 """
 
 import os

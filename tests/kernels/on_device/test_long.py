@@ -9,7 +9,6 @@ from cases import DECAY, DELTA, exact, forward, make, names_of, reference, relat
 pytestmark = pytest.mark.gpu
 MILLION = 1 << 20
 
-
 # Twice what rounding the operands costs plain torch in bfloat16: 0.3 to 0.5% in the output and all gradients, of the delta
 # rule too (0.35 to 0.52% with K = V = 64, at 256 to 2048 tokens alike).
 BAR = 1e-2
