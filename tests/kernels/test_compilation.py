@@ -58,6 +58,9 @@ DELTA_EVERYWHERE = ("chunk_maps_kernel", "octet_grads_kernel", "key_grads_kernel
 # Those that hold the most at once where shared memory is small, by a compilation of all of them for sm_86 (docs/kernels.md).
 LARGEST = ("value_grads_kernel", "key_grads_kernel")
 DELTA_LARGEST = ("output_kernel", "map_grads_kernel")
+# With the delta rule under a gate per channel: map_grads takes 0.63 ms, and 0.60 without channels; gate_grads takes 2.82 ms, and
+# 4.36 with more warps, which spill nothing (H200, Triton 3.6).
+CHANNEL_SPILLED = {"map_grads_kernel": 288, "gate_grads_kernel": 320}
 CHANNEL_DELTA = ("scores_kernel", "chunk_maps_kernel", "map_grads_kernel", "key_grads_kernel", "gate_grads_kernel")
 
 
@@ -124,7 +127,8 @@ def test_kernels_of_the_gate_per_channel_compile(delta, record_property):
             continue
         made = build(launch, TARGETS["sm_90"])[0]
         record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
-        assert made.spills <= SPILLED_BYTES, f"{made} spills"
+        most = CHANNEL_SPILLED.get(made.name, SPILLED_BYTES) if delta else SPILLED_BYTES
+        assert made.spills <= most, f"{made} spills"
         assert made.shared <= SHARED_MEMORY["sm_86"], f"{made} needs more shared memory than sm_86 has"
 
 

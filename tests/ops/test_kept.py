@@ -49,7 +49,7 @@ def calls(monkeypatch):
         seen.append("keeping" if keep else "forward")
         return (v * 1, q + 1, k + 2) if keep else (v * 1,)
 
-    def kept_shapes(q, v, level_scales, cu_seqlens):
+    def kept_shapes(q, v, level_scales, cu_seqlens, channels):
         return [(q.shape, q.dtype)] * 2
 
     def backward(do, *inputs, kept=(), **continued):

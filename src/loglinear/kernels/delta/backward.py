@@ -15,7 +15,14 @@ from torch import Tensor
 from loglinear.kernels.channel.backward import Gradients as ChannelGradients
 from loglinear.kernels.channel.backward import Results, launch_gate_grads
 from loglinear.kernels.delta.entry_grads import entry_grads_kernel
-from loglinear.kernels.delta.forward import FIRST_OF_TWO, launch_maps, launch_path_queries, launch_path_states, prepare
+from loglinear.kernels.delta.forward import (
+    FIRST_OF_TWO,
+    launch_chunk_maps,
+    launch_octet_maps,
+    launch_path_queries,
+    launch_path_states,
+    prepare,
+)
 from loglinear.kernels.delta.key_grads import key_grads_kernel
 from loglinear.kernels.delta.map_grads import map_grads_kernel
 from loglinear.kernels.delta.memory import Maps, heads_at_a_time
@@ -233,7 +240,9 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | 
     """The whole backward of the heads that x and out hold; their maps are made again if they were not kept."""
     K, V, given = problem.key_width, problem.value_width, (problem, x)
     problem, x, prepared = prepare(problem, x)
-    maps = launch_maps(problem, x, prepared, prefixes=True) if maps is None else maps._replace(prepared=prepared)
+    if maps is None:
+        maps = launch_octet_maps(problem, x, launch_chunk_maps(problem, x, prepared), prepared, prefixes=True)
+    maps = maps._replace(prepared=prepared)
     states = launch_path_states(problem, maps.entries, maps=True)
     queries = launch_path_queries(problem, x, maps)
     inner_grads, query_grads = launch_path_grads(problem, x, out, maps, states, queries)

@@ -38,10 +38,9 @@ def has_channels(x: Inputs) -> bool:
 def launch_chunk_maps(problem: Problem, x: Inputs, prepared: Prepared | None) -> tuple[Tensor, ...]:
     """sums, chunk_log, solve and writes of ``Maps``."""
     launch, dtype = problem.config.chunk_maps, x.v.dtype
-    logs = map_shapes(problem, dtype)[:2] if prepared is None else map_shapes(problem, dtype)[:1]
-    sums, *log = (launching.scratch(*y, x.v.device) for y in logs)
-    found = tuple(launching.scratch(*y, x.v.device) for y in map_shapes(problem, dtype)[2:4])
-    made = sums, *(log if prepared is None else [prepared.chunk_log]), *found
+    known = {} if prepared is None else {1: prepared.chunk_log}
+    shapes = enumerate(map_shapes(problem, dtype)[:4])
+    made = tuple(known[i] if i in known else launching.scratch(*y, x.v.device) for i, y in shapes)
     tile_k, tile_v = (min(launch.block_v, problem.tile(width)) for width in (problem.key_width, problem.value_width))
     solve = "tf32x3" if torch.version.hip is None and dtype != torch.float32 else "ieee"
     programs, S = problem.all_chunks * problem.heads, problem.sizes(dtype, BK=tile_k, BV=tile_v)
@@ -51,10 +50,12 @@ def launch_chunk_maps(problem: Problem, x: Inputs, prepared: Prepared | None) ->
     return made
 
 
-def launch_maps(problem: Problem, x: Inputs, prepared: Prepared | None, prefixes: bool = False) -> Maps:
-    """All maps: of the chunks, of the Fenwick array and, with ``prefixes``, those for the way down the tree in the backward."""
+def launch_octet_maps(
+    problem: Problem, x: Inputs, chunks: tuple[Tensor, ...], prepared: Prepared | None, prefixes: bool = False
+) -> Maps:
+    """All maps, from those of the chunks: of the Fenwick array and, with ``prefixes``, for the backward's way down the tree."""
     H, K, V = problem.heads, problem.key_width, problem.value_width
-    sums, chunk_log, solve, writes = launch_chunk_maps(problem, x, prepared)
+    sums, chunk_log, solve, writes = chunks
     tiers = problem.tiers
     shapes = map_shapes(problem, x.v.dtype)[4:]
     maps = [launching.scratch(*y, x.v.device) for y in (shapes if prefixes else shapes[: len(tiers)])]
@@ -187,6 +188,7 @@ def run_forward(inputs: list, scale: float, config: DeltaRuleConfig, keep: bool)
     problem = describe(q, v, level_scales, tuple(tables), config)
     keep = keep and keeps_maps(problem, v.element_size())
     problem, x, prepared = prepare(problem, gather(q, k, v, g, beta, level_scales, None, scale))
-    maps = launch_maps(problem, x, prepared, prefixes=keep)
+    chunks = launch_chunk_maps(problem, x, prepared)
+    maps = launch_octet_maps(problem, x, chunks, prepared, prefixes=keep)
     o = launch_output(problem, x, maps, launch_path_states(problem, maps.entries))
     return o, *(maps.tensors if keep else ())
