@@ -7,6 +7,7 @@ EXTRA = {
     **dict.fromkeys(("accelerate", "numpy", "safetensors", "tokenizers", "transformers"), "models"),
     **dict.fromkeys(("datasets", "matplotlib", "psutil", "rich", "tensorboard", "tyro", "yaml"), "cli"),
     **dict.fromkeys(("fastapi", "openai", "pydantic", "typer", "uvicorn"), "serve"),
+    **dict.fromkeys(("flax", "jax", "optax"), "jax"),
     "lm_eval": "eval",
 }
 

@@ -1,0 +1,40 @@
+"""``loglinear.jax`` where neither torch nor Triton can be imported, without float64."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.default_packages
+WITHOUT_TORCH = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "triton", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def python(*command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_call_without_torch():
+    code = """
+import jax.numpy as jnp, loglinear, loglinear.jax as lj
+from loglinear.jax import models
+x = jnp.ones((1, 70, 1, 4))
+o, state = lj.log_linear_attention(x, x, x, None, jnp.ones((1, 70, 1, 8)), output_final_state=True)
+print(o.dtype, o[0, -1, 0, 0], state.position)
+try:
+    loglinear.log_linear_attention
+except ModuleNotFoundError as error:
+    print(error.name)
+assert not {"torch", "triton"} & set(sys.modules)
+"""
+    assert python("-c", WITHOUT_TORCH + code).split() == ["float32", "280.0", "[70]", "torch"]
