@@ -1,7 +1,7 @@
 """LAYOUT: the place of every token in blocks that are aligned to the positions of their sequence, in integers that may
 be traced.
 
-Shapes depend on T, on the number of sequences and on the block alone. Blocks past the end of what there is hold no tokens.
+Shapes depend on T, on the number of sequences and on the block alone. Blocks past the last token hold none.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from loglinear.jax.span import Numbers, Tokens, act, block_span, read
 
 
 class Sizes(NamedTuple):
-    """What a compilation depends on besides shapes. chunk: C. num: dtypes. scale: of the outputs."""
+    """The facts on which a compilation depends besides shapes. chunk: C. num: dtypes. scale: of the outputs."""
 
     chunk: int
     num: Numbers

@@ -129,7 +129,7 @@ def _step(inputs: Inputs, state: LogLinearState, scale: float) -> tuple[Array, L
 
 
 def _look(x: Tokens, past: Slots, scales: Array, used: Array, num: Numbers) -> Array:
-    """What the last live token of each open chunk sees, ``[B, g, r, V]``; its decays end with it, because later ones
+    """The view of the last live token of each open chunk, ``[B, g, r, V]``; its decays end with it, because later ones
     are zero.
     """
     size, last = x.v.shape[1], scales.shape[-1] - 1

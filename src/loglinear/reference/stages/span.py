@@ -74,7 +74,7 @@ def output(place: Place, x: Inputs, states: States) -> Tensor:
 
 
 class QuerySide(NamedTuple):
-    """What ``local_grads`` and ``query_grads`` of ``decay.py`` give together: dq ``[chunks, H, C, K]`` of each head, the
+    """The results of ``local_grads`` and ``query_grads`` of ``decay.py`` together: dq ``[chunks, H, C, K]`` of each head, the
     gradient of the scores inside a chunk, dλ, and the gains of the rows, of the columns inside a chunk, and by level.
     """
 

@@ -369,7 +369,7 @@ def span_query_grads_kernel(
     sums_stride,
     S: gl.constexpr,
 ):
-    """What ``local_grads_kernel`` and ``query_grads_kernel`` write. Grid: H/HEADS x octets x 4 tiles, tiles fastest.
+    """The results of ``local_grads_kernel`` and ``query_grads_kernel``. Grid: H/HEADS x octets x 4 tiles, tiles fastest.
 
     float32: accumulators, factors, sums; scores, dP times decays, and dS are of v's dtype.
     """
