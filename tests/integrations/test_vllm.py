@@ -154,6 +154,12 @@ def test_a_prefix_is_read_once(saved, mixer):
     assert list(again.outputs[0].token_ids) == want[-1]
 
 
+def test_compiled(saved):
+    folder, want = saved(HYBRID)
+    with engine(folder, enforce_eager=False) as llm:
+        assert answers(llm, prompts()) == want
+
+
 def test_a_request_without_room(saved):
     folder, _ = saved("attention")
     with (
