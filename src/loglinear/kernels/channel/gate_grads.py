@@ -107,16 +107,16 @@ def pair_grads(
         decay = to_boundary(sums, here, h, t, high, low, plane, first, level, S)
         mixed = tl.where(odd, q, k) * decay
         own = tl.where(partners, pairs, 0.0).to(q_tile.dtype)
-        gradient = tl.dot(own, mixed.to(q_tile.dtype), input_precision=S.PRECISION)
-        shares = gradient * mixed
-        query_sum += tl.where(odd, gradient * decay, 0.0)
-        key_sum += tl.where(odd, 0.0, gradient * decay)
+        gradient = tl.dot(own, mixed.to(q_tile.dtype), input_precision=S.PRECISION) * decay
+        shares = gradient * tl.where(odd, q, k)
+        query_sum += tl.where(odd, gradient, 0.0)
+        key_sum += tl.where(odd, 0.0, gradient)
         if DELTA:
             keys = k * decay
             own = tl.where(partners, overlaps, 0.0).to(q_tile.dtype)
-            gradient = tl.dot(own, keys.to(q_tile.dtype), input_precision=S.PRECISION)
-            shares += gradient * keys
-            key_sum += gradient * decay
+            gradient = tl.dot(own, keys.to(q_tile.dtype), input_precision=S.PRECISION) * decay
+            shares += gradient * k
+            key_sum += gradient
         between = tl.where(passed(level, t), 1.0, 0.0).to(q_tile.dtype)
         gain = tl.dot(between, shares.to(q_tile.dtype), acc=gain, input_precision=S.PRECISION)
     return query_sum, key_sum, gain
