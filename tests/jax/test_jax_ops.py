@@ -1,5 +1,7 @@
 """The JAX ops against the float64 oracle of the PyTorch side: outputs, gradients, packing, dtypes, transformations."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import pytest

@@ -128,7 +128,7 @@ def test_a_step_is_the_whole_sequence(pair, ids):
             torch.nn.init.normal_(module.dl_proj.weight, std=0.3)
     tokens = ids(2, 70)
     whole = model(tokens, use_cache=False).logits
-    cache, parts = None, []
+    name, cache, parts = "", None, []
     for part in [tokens[:, :60], *tokens[:, 60:].split(1, dim=1)]:
         out = model(part, use_cache=True, **({} if cache is None else {name: cache}))
         name = "cache" if "cache" in out else "past_key_values"
