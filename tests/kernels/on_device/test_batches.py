@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import BFLOAT16, DELTA, INTERPRETED, assert_same_bits, config_of, cotangent, make, rules, run
+from cases import BFLOAT16, CHANNEL_DELTA, DELTA, INTERPRETED, assert_same_bits, config_of, cotangent, make, rules, run
 
 from loglinear.kernels.tree.problem import describe, packed_tables, packed_units, set_bits_before, token_rows
 
@@ -80,9 +80,10 @@ def test_one_token_of_a_sequence_first_layout(device, rule):
     assert_same_bits(x, run(transposed, sequence_first(do)), run(x, do))
 
 
-def test_slices_of_heads_have_the_same_bits(device, monkeypatch):
+@pytest.mark.parametrize("rule", [DELTA, CHANNEL_DELTA])
+def test_slices_of_heads_have_the_same_bits(device, rule, monkeypatch):
     """One head, a group, or all heads at a time."""
-    x = make(device, DELTA, T=16 if INTERPRETED else 300, H=4, G=2)
+    x = make(device, rule, T=16 if INTERPRETED else 300, H=4, G=2)
     do, results = cotangent(x), []
     for count in (1, 4) if INTERPRETED else (1, 2, 4):
         module = sys.modules[DELTA.kernels.backward.__module__]

@@ -6,7 +6,17 @@ import importlib
 
 import pytest
 import torch
-from cases import BFLOAT16, DELTA, INTERPRETED, assert_same_bits, config_for, config_of, cotangent
+from cases import (
+    BFLOAT16,
+    CHANNEL_DELTA,
+    DELTA,
+    INTERPRETED,
+    assert_same_bits,
+    config_for,
+    config_of,
+    cotangent,
+    rule_of,
+)
 from cases import make as make_inputs
 
 from loglinear.kernels import delta as delta_rule
@@ -18,8 +28,8 @@ CHUNK = 16 if INTERPRETED else 64
 PACKED = (0, CHUNK + 2, 1, 0, 3 * CHUNK + 3)
 
 
-def make(device, **sizes) -> dict:
-    return make_inputs(device, DELTA, **sizes)
+def make(device, rule=DELTA, **sizes) -> dict:
+    return make_inputs(device, rule, **sizes)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +46,7 @@ def both(x: dict, keep: bool, cu_seqlens=None, scale: float = 0.7) -> list:
     o, *kept = delta_rule.forward_keeping(**x, **common, keep=keep)
     assert bool(kept) == keep
     if keep:  # what the compiler is told before there is anything
-        told = delta_rule.kept_shapes(x["q"], x["v"], x["level_scales"], cu_seqlens, config)
+        told = delta_rule.kept_shapes(x["q"], x["v"], x["level_scales"], cu_seqlens, config, rule_of(x).per_channel)
         assert told == [(y.shape, y.dtype) for y in kept]
     before = [y.clone() for y in kept]
     gradients = delta_rule.backward(do, **x, **common, kept=tuple(kept))
@@ -55,9 +65,14 @@ def test_same_bits(device, chunks, dtype):
     compare(make(device, T=chunks * CHUNK - 5, dtype=dtype))
 
 
+def test_same_bits_with_a_gate_per_channel(device):
+    compare(make(device, CHANNEL_DELTA, T=70 if INTERPRETED else CHUNK * 10 - 5, dtype=BFLOAT16))
+
+
 @pytest.mark.gpu
-def test_same_bits_in_three_tiers(device):
-    compare(make(device, T=CHUNK * 66 + 1, dtype=BFLOAT16))
+@pytest.mark.parametrize("rule", [DELTA, CHANNEL_DELTA])
+def test_same_bits_in_three_tiers(device, rule):
+    compare(make(device, rule, T=CHUNK * 66 + 1, dtype=BFLOAT16))
 
 
 def test_same_bits_of_packed_sequences_without_gate(device):
