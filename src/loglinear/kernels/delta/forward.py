@@ -19,20 +19,17 @@ from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, sizes_of_tables, token_rows
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
+from loglinear.transition import is_per_channel
 
 FIRST_OF_TWO = 3  # the first octet, from 0, with two entries before it
 
 
 def prepare(problem: Problem, x: Inputs) -> tuple[Problem, Inputs, Prepared | None]:
     """The problem and inputs of the kernels that know no gate per channel: with one, decayed queries and keys for each head."""
-    if not has_channels(x):
+    if not is_per_channel(x.g):
         return problem, x, None
     made, inputs = launch_scores(problem, x)
     return replace(problem, groups=problem.heads, channels=True), inputs, made._replace(q=None, k=None)
-
-
-def has_channels(x: Inputs) -> bool:
-    return x.g is not None and x.g.dim() == 4
 
 
 def launch_chunk_maps(problem: Problem, x: Inputs, prepared: Prepared | None) -> tuple[Tensor, ...]:
