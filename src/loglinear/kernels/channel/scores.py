@@ -22,6 +22,7 @@ from loglinear.kernels.channel.decays import (
     tokens_in,
     turned,
 )
+from loglinear.kernels.tree.decays import strengths_of
 from loglinear.kernels.tree.levels import LOG_SUB, SUB
 from loglinear.kernels.tree.place import chunk_of, row_of_program
 
@@ -29,9 +30,7 @@ from loglinear.kernels.tree.place import chunk_of, row_of_program
 @triton.jit
 def spoilt(x, here, h, t):
     """``[..., 1]`` zero, and NaN for a token whose β is not finite. Added to its key, it spoils all that comes later."""
-    pointers = x.beta + h + (here.origin + t) * x.stride_beta
-    strength = tl.load(pointers, mask=t < here.size, other=0.0).to(tl.float32)
-    return tl.expand_dims(tl.where(tl.abs(strength) < float("inf"), 0.0, float("nan")), -1)
+    return tl.expand_dims(tl.where(tl.abs(strengths_of(x, here, h, t)) < float("inf"), 0.0, float("nan")), -1)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.decays import gate_sums, gates_of, pairs
+from loglinear.kernels.tree.decays import gate_sums, gates_of, pairs, strengths_of
 from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.place import chunk_of, locate
 from loglinear.kernels.tree.tiles import load_tile, square, store_part
@@ -85,9 +85,7 @@ def triangular_inverse(lower, C: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def sound(overlaps, x, here, h, t, S: tl.constexpr):
     """(β at places ``t``, whether there are tokens with finite k, g and β)."""
-    strength = tl.load(x.beta + h + (here.origin + t) * x.stride_beta, mask=t < here.size, other=float("nan")).to(
-        tl.float32
-    )
+    strength = strengths_of(x, here, h, t, float("nan"))
     return strength, (tl.load(overlaps + t * (S.C + 1)) < float("inf")) & (tl.abs(strength) < float("inf"))
 
 
@@ -114,13 +112,6 @@ def stored_inverse(overlaps, x, here, h, PRECISION: tl.constexpr, S: tl.constexp
     if S.C > 32:
         inverses = join_blocks(inverses, load_lower(overlaps, x, here, h, 32, 2, S), 32, S.C // 64, PRECISION)
     return tl.reshape(inverses, [S.C, S.C])
-
-
-@triton.jit
-def strengths_of(x, here, h, S: tl.constexpr):
-    """β of a chunk's tokens ``[C]``, float32; 0 past the end."""
-    first = x.beta + here.origin * x.stride_beta + h
-    return tl.load(first + tl.arange(0, S.C) * x.stride_beta, mask=here.valid, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
@@ -171,7 +162,7 @@ def chunk_maps_kernel(
         for first in tl.static_range(0, S.K, S.BK):
             k_tile = load_tile(k_head, stride_k, valid, S.C, S.K, S.BK, first)
             products = tl.dot(k_tile, tl.trans(k_tile), products, input_precision=S.PRECISION)
-        strength = strengths_of(x, here, h, S)
+        strength = strengths_of(x, here, h, in_chunk)
         squares = tl.sum(tl.where(in_chunk[:, None] == in_chunk[None, :], products, 0.0), axis=1)
         finite = (squares < float("inf")) & (tl.abs(strength) < float("inf")) & (high == high)
         high = tl.where(finite, high, float("nan"))

@@ -13,9 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.delta.chunk_maps import strengths_of
 from loglinear.kernels.delta.score_grads import PRODUCT_GRADS, SOLVE_GRADS, plane, product
-from loglinear.kernels.tree.decays import GATE_FLOOR, load_sum, pairs
+from loglinear.kernels.tree.decays import GATE_FLOOR, load_sum, pairs, strengths_of
 from loglinear.kernels.tree.place import chunk_of, row_of_program
 from loglinear.kernels.tree.tiles import key_head, load_part, load_tile, query_head, square, store_part, store_tile
 
@@ -71,7 +70,7 @@ def key_grads_kernel(
     high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S)
     decays = pairs(high, low, S)
     from_start = tl.exp2(high)
-    strength = strengths_of(x, here, h, S)
+    strength = strengths_of(x, here, h, in_chunk)
     if S.CHANNELS:
         products = tl.load(square(maps.overlaps + site * (S.C * S.C), S.C))
     else:

@@ -47,6 +47,13 @@ def gate_sums(gate):
 
 
 @triton.jit
+def strengths_of(x, here, h, t, past_the_end=0.0):
+    """β of the tokens at places ``t [...]`` of a chunk, float32."""
+    first = x.beta + here.origin * x.stride_beta + h
+    return tl.load(first + t * x.stride_beta, mask=t < here.size, other=past_the_end).to(tl.float32)
+
+
+@triton.jit
 def load_sum(sums, offsets, valid, plane, S: tl.constexpr):
     """Cumulative log-decay at ``offsets``, zero where not valid: (value, its rounding error or 0). Zero for decayed tokens."""
     if S.CHANNELS:
