@@ -28,9 +28,10 @@ from loglinear.tasks.mqar.train import (
     TrainingSteps,
     accuracy,
     build_model,
-    count_right,
+    count_by_level,
     held_out,
     learning_rate,
+    right_answers,
     train_cell,
     training_blocks,
 )
@@ -62,7 +63,8 @@ def test_recurrent_models_of_one_size_keep_equal_states():
         if "Mamba" in cell.model:
             values, key_width = mixer.conv_widths[0], mixer.conv_widths[1]
         else:
-            values, key_width = mixer.conv_widths[2], mixer.conv_widths[1] // mixer.num_key_heads
+            heads = mixer.num_kv_heads if "GLA" in cell.model else mixer.num_key_heads
+            values, key_width = mixer.conv_widths[2], mixer.conv_widths[1] // heads
         states = 5 if cell.model.startswith("Log-Linear") else 1  # 16 tokens: levels 0 to 4
         assert cell.state_floats == states * key_width * values
     assert replace(CELL, model="Transformer").state_floats is None
@@ -78,8 +80,12 @@ def test_accuracy_is_the_share_of_answers_by_number_of_pairs():
     # Answers are set to what the model says in a known share of cases: all of two pairs, three quarters of four.
     answers = guesses.clone()
     answers[20::4] = (answers[20::4] + 1) % 16
-    found = accuracy(cell, count_right(model, cell, Recall(test.tokens, test.queries, answers[None])))
-    assert found == {"2": 1.0, "4": 0.75}
+    hits = right_answers(model, cell, Recall(test.tokens, test.queries, answers[None], test.sources))
+    assert accuracy(cell, torch.stack([x.sum() for x in hits])) == {"2": 1.0, "4": 0.75}
+    levels = count_by_level(cell, test, hits).tolist()
+    for pairs, by_level, right in zip((2, 4), levels, (20, 30)):
+        assert [sum(column) for column in zip(*by_level)] == [right, 10 * pairs]
+        assert by_level[0] == [0, 0]  # no query is its own pair
 
 
 def test_validation_test_and_training_sequences_are_disjoint():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Literal
 
@@ -16,6 +16,10 @@ MODELS = {
     "Log-Linear Mamba-2": "log_linear_mamba2",
     "Gated DeltaNet": "gated_deltanet",
     "Log-Linear Gated DeltaNet": "log_linear_gated_deltanet",
+    "GLA": "gla",
+    "Log-Linear GLA": "log_linear_gla",
+    "KDA": "kda",
+    "Log-Linear KDA": "log_linear_kda",
 }
 VALUE_DIM = 32  # V of every recurrent model; the values of all width/16 heads are twice the width, as in Mamba-2
 
@@ -66,6 +70,11 @@ class Cell:
     learning_rate: float
     seed: int
     recipe: Recipe
+    kind: str = "first"
+    """Of the sequences: a name in ``kinds.KINDS``."""
+    level_scale_start: str = "noise"
+    """Where λ starts: "noise" is the projection of ``initializer_range``, as wide as all others; "paper" and "one" are those of
+    ``LevelScale``, with its narrow projection."""
 
     @property
     def batch_size(self) -> int:
@@ -87,8 +96,10 @@ class Cell:
         return states * self.heads * self.state_size * VALUE_DIM
 
     def identity(self) -> dict:
-        """The cell as JSON gives it back."""
-        return {**asdict(self), "pairs": list(self.pairs)}
+        """The cell as JSON gives it back. The last two fields are left out at their defaults, as in rows before them."""
+        added = {f.name: f.default for f in fields(self)[-2:]}
+        named = {name: value for name, value in asdict(self).items() if added.get(name) != value}
+        return {**named, "pairs": list(self.pairs)}
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ PRESETS = {
     ),
     # One GPU; experiments/runs/mqar.sh says how long.
     "full": Grid(
-        models=tuple(MODELS),
+        models=tuple(MODELS)[:5],
         widths=(16, 32, 64),
         lengths=(256, 512),
         pairs=(4, 8, 16, 32, 64),

@@ -12,6 +12,7 @@ probability proportional to (s + 1)^(a - 1). All other tokens are uniform over t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,17 +30,19 @@ class Recall:
         tokens: int64 ``[..., rows, T]``.
         queries: int64 ``[..., asked]``, the positions of queries, counted through the rows (row · T + position).
         answers: int64 ``[..., asked]``, the value that belongs to each.
+        sources: int64 ``[..., asked]``, the position of the pair that has it (of its key), counted like queries.
     """
 
     tokens: Tensor
     queries: Tensor
     answers: Tensor
+    sources: Tensor
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.tokens, self.queries, self.answers
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.tokens, self.queries, self.answers, self.sources
 
     def batch(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Parts of the i-th of several batches."""
+        """Tokens, queries and answers of the i-th of several batches."""
         return self.tokens[i], self.queries[i], self.answers[i]
 
 
@@ -75,17 +78,18 @@ def draw(rows: int, length: int, pairs: int, vocab_size: int, generator: torch.G
     """
     check_sizes(length, pairs, vocab_size)
     device, half = generator.device, vocab_size // 2
-    keys = 1 + _distinct(torch.ones(half - 1, device=device), rows, pairs, generator)
-    values = half + _distinct(torch.ones(vocab_size - half, device=device), rows, pairs, generator)
-    positions = 2 * pairs + 2 * _distinct(slot_probabilities(length, pairs, device), rows, pairs, generator)
+    keys = 1 + distinct(torch.ones(half - 1, device=device), rows, pairs, generator)
+    values = half + distinct(torch.ones(vocab_size - half, device=device), rows, pairs, generator)
+    positions = 2 * pairs + 2 * distinct(slot_probabilities(length, pairs, device), rows, pairs, generator)
     tokens = torch.randint(vocab_size, (rows, length), device=device, generator=generator)
     tokens[:, : 2 * pairs] = torch.stack([keys, values], dim=2).flatten(1)
     tokens.scatter_(1, positions, keys)
-    queries = positions + length * torch.arange(rows, device=device)[:, None]
-    return Recall(tokens, queries.flatten(), values.flatten())
+    first = length * torch.arange(rows, device=device)[:, None]
+    sources = first + 2 * torch.arange(pairs, device=device)
+    return Recall(tokens, (positions + first).flatten(), values.flatten(), sources.flatten())
 
 
-def _distinct(weights: Tensor, rows: int, count: int, generator: torch.Generator) -> Tensor:
+def distinct(weights: Tensor, rows: int, count: int, generator: torch.Generator) -> Tensor:
     """``[rows, count]`` indices into ``weights``, drawn one after the other without replacement in each row.
 
     The smallest of exponential times with these rates come in exactly that order and with exactly these probabilities.
@@ -106,12 +110,14 @@ def draw_batches(
     vocab_size: int,
     generator: torch.Generator,
     apart_from: Tensor | None = None,
+    draw: Callable[[int, int, int, int, torch.Generator], Recall] = draw,
 ) -> Recall:
     """``batches`` batches of ``rows`` sequences; the same share of each batch has each number of pairs in ``mixture``.
 
     Args:
         rows: a multiple of the length of ``mixture``; the first rows have the first number of pairs.
         apart_from: ``fingerprints`` of sequences that must not be drawn. A sequence with such a fingerprint is drawn again.
+        draw: the kind of recall (``kinds.KINDS``).
 
     Raises:
         ValueError: sizes do not fit, or so few sequences exist that none apart from those are found.
@@ -120,11 +126,12 @@ def draw_batches(
     share = rows // len(mixture)
     parts = []
     for i, pairs in enumerate(mixture):
-        part = _draw_apart(batches * share, length, pairs, vocab_size, generator, apart_from)
+        part = _draw_apart(batches * share, length, pairs, vocab_size, generator, apart_from, draw)
         row = torch.arange(batches * share, device=generator.device)[:, None]
-        within_batch = part.queries.view(-1, pairs) + length * (i * share + row % share - row)
-        shapes = ((batches, share, length), (batches, -1), (batches, -1))
-        parts.append([x.view(shape) for x, shape in zip((part.tokens, within_batch.flatten(), part.answers), shapes)])
+        shift = length * (i * share + row % share - row)  # from rows of the part to those of a batch
+        queries, sources = (x.view(len(row), -1) + shift for x in (part.queries, part.sources))
+        asked = [x.reshape(batches, -1) for x in (queries, part.answers, sources)]
+        parts.append([part.tokens.view(batches, share, length), *asked])
     return Recall(*(torch.cat(column, dim=1) for column in zip(*parts)))
 
 
@@ -136,12 +143,18 @@ def fingerprints(tokens: Tensor) -> Tensor:
 
 
 def _draw_apart(
-    rows: int, length: int, pairs: int, vocab_size: int, generator: torch.Generator, apart_from: Tensor | None
+    rows: int,
+    length: int,
+    pairs: int,
+    vocab_size: int,
+    generator: torch.Generator,
+    apart_from: Tensor | None,
+    draw: Callable[[int, int, int, int, torch.Generator], Recall],
 ) -> Recall:
     drawn = draw(rows, length, pairs, vocab_size, generator)
     if apart_from is None:
         return drawn
-    queries, answers = drawn.queries.view(rows, pairs), drawn.answers.view(rows, pairs)
+    queries, answers, sources = (x.view(rows, -1) for x in drawn.parts()[1:])
     for _ in range(100):
         again = torch.isin(fingerprints(drawn.tokens), apart_from).nonzero().squeeze(1)
         if not len(again):
@@ -149,6 +162,7 @@ def _draw_apart(
         other = draw(len(again), length, pairs, vocab_size, generator)
         shift = length * (again - torch.arange(len(again), device=again.device))[:, None]
         drawn.tokens[again] = other.tokens
-        queries[again] = other.queries.view(-1, pairs) + shift
-        answers[again] = other.answers.view(-1, pairs)
+        queries[again] = other.queries.view(len(again), -1) + shift
+        answers[again] = other.answers.view(len(again), -1)
+        sources[again] = other.sources.view(len(again), -1) + shift
     raise ValueError(f"vocab_size: {vocab_size} is too small to draw training sequences apart from the held-out ones")

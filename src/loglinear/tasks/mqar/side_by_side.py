@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
+from pathlib import Path
 from queue import Empty
 
 import torch
 
 from loglinear.tasks.mqar.config import Cell
-from loglinear.tasks.mqar.train import Training, training
+from loglinear.tasks.mqar.train import Build, Training, build_model, training
 
 PAUSE = 0.001  # seconds to the next look while every cell waits for the device
 
@@ -31,11 +32,17 @@ class _Running:
 
 
 def side_by_side(
-    cells: Iterator[Cell | None], at_once: int, device: str, over: Callable[[], bool] = lambda: False
+    cells: Iterator[Cell | None],
+    at_once: int,
+    device: str,
+    over: Callable[[], bool] = lambda: False,
+    build: Build = build_model,
+    unfinished: Callable[[Cell], Path | None] = lambda _: None,
 ) -> Iterator[tuple[Cell, dict]]:
     """(cell, row) of every cell as it ends. ``at_once`` cells take turns until ``over`` says so.
 
-    None among ``cells`` says that the next cell is not known yet.
+    None among ``cells`` says that the next cell is not known yet. ``build`` makes the models.
+    ``unfinished`` names the file of a cell's training, from which it goes on if it was not finished.
     """
     running: list[_Running] = []
     more = True
@@ -49,7 +56,7 @@ def side_by_side(
                 more = False
             else:
                 if cell is not None:
-                    running.append(_Running(cell, training(cell, device)))
+                    running.append(_Running(cell, training(cell, device, build, unfinished(cell))))
         for one in list(running):
             if one.until is not None and not one.until.query():
                 continue
@@ -61,6 +68,8 @@ def side_by_side(
                 yield one.cell, end.value
         if not moved:
             time.sleep(PAUSE)
+    for one in running:
+        one.turns.close()
 
 
 @dataclass

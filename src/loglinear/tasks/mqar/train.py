@@ -8,17 +8,22 @@ warm up are real steps of the run. If recording fails, each step launches its ke
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loglinear.fenwick import num_levels
+from loglinear.layers.level_scale import PROJECTION_STD
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.tasks.mqar.config import MODELS, VALUE_DIM, Cell
 from loglinear.tasks.mqar.data import Recall, draw_batches, fingerprints
+from loglinear.tasks.mqar.kinds import KINDS, asked
 
 BATCHES_AT_ONCE = 32  # drawn ahead, on the device
 HELD_OUT_SEED = 0
@@ -26,7 +31,11 @@ HELD_OUT_SEED = 0
 SEED_STRIDE = 1_000_000
 EAGER_STEPS = 3  # before a graph is recorded: they compile kernels and make the optimizer's states
 CLIP = 1.0
+FINAL_LOSSES = 20  # steps whose mean loss is the final one
+CONV_WIDTH = 4  # of all recurrent models, also of GLA, whose layer has no convolution of its own accord
+GLA_NORMALIZER = 16.0  # of its decays as published
 Training = Generator[torch.cuda.Event | None, None, dict]
+Build = Callable[[Cell], LogLinearForCausalLM]
 
 
 def build_model(cell: Cell) -> LogLinearForCausalLM:
@@ -50,23 +59,38 @@ def build_model(cell: Cell) -> LogLinearForCausalLM:
         delta_num_heads=heads,
         delta_key_dim=cell.state_size,
         delta_value_dim=VALUE_DIM,
+        kda_num_heads=heads,
+        kda_key_dim=cell.state_size,
+        kda_value_dim=VALUE_DIM,
+        gla_num_heads=heads,
+        gla_key_dim=cell.state_size,
+        gla_value_dim=VALUE_DIM,
+        gla_conv_size=CONV_WIDTH,
+        gla_decay_normalizer=GLA_NORMALIZER / cell.recipe.initial_decay,
         num_attention_heads=1,
         # 0.02 is for widths of thousands: at 32 the state would start at 1e-4 of the skip and less (measured, small preset).
         initializer_range=cell.width**-0.5,
         use_cache=False,
+        level_scale_start="one" if cell.level_scale_start == "one" else "paper",
         tie_word_embeddings=cell.recipe.tied,
     )
     model = LogLinearForCausalLM(config)
     with torch.no_grad():
         for block in model.model.layers:
-            block.mixer.out_proj.weight.mul_(cell.recipe.output_scale)
-            if cell.model != "Transformer":
-                block.mixer.A_log.add_(math.log(cell.recipe.initial_decay))
+            mixer = block.mixer
+            mixer.out_proj.weight.mul_(cell.recipe.output_scale)
+            if hasattr(mixer, "A_log"):
+                mixer.A_log.add_(math.log(cell.recipe.initial_decay))
+            if cell.level_scale_start != "noise":  # the same random numbers, made small
+                mixer.level_scale.dl_proj.weight.mul_(PROJECTION_STD / config.initializer_range)
     return model
 
 
-def training(cell: Cell, device: str = "cpu") -> Training:
+def training(cell: Cell, device: str = "cpu", build: Build = build_model, unfinished: Path | None = None) -> Training:
     """Train and evaluate one turn at a time. The last turn returns the row: accuracy by number of pairs, seconds and versions.
+
+    ``build`` makes the model. A training that is closed before its end leaves its state in the file ``unfinished``, from
+    which the next one goes on.
 
     Between turns no stream is current and the host waits for nothing, so that other cells can take turns. A turn yields
     an event that has to happen before the next turn, or None. The row's seconds include the turns of other cells.
@@ -74,22 +98,34 @@ def training(cell: Cell, device: str = "cpu") -> Training:
     started = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
     with _on(stream):
-        model = build_model(cell).to(device)  # type: ignore[arg-type]
+        model = build(cell).to(device)  # type: ignore[arg-type]
         validation, test = held_out(cell, device)
         apart = torch.cat([fingerprints(recall.tokens.flatten(0, 1)) for recall in (validation, test)])
         steps = TrainingSteps(model, cell, stream)
-    losses: list[Tensor] = []
+        losses: list[Tensor] = []
+        if unfinished is not None and unfinished.exists():
+            before_stop = torch.load(unfinished, map_location=device, weights_only=True)
+            steps.load(before_stop["steps"])
+            losses.append(before_stop["losses"])
     before = None
-    yield stream.record_event() if stream else None
-    for block in training_blocks(cell, device, apart, stream):
-        with _on(stream):
-            losses.append(steps(block))
-            now = stream.record_event() if stream else None
-        yield before  # the device computes one block, and one more waits
-        before = now
+    try:
+        yield stream.record_event() if stream else None
+        for block in training_blocks(cell, device, apart, stream, steps.done):
+            with _on(stream):
+                losses.append(steps(block))
+                now = stream.record_event() if stream else None
+            yield before  # the device computes one block, and one more waits
+            before = now
+    except GeneratorExit:
+        if unfinished is not None and losses:
+            with _on(stream):
+                _save({"steps": steps.state(), "losses": torch.cat(losses)[-FINAL_LOSSES:]}, unfinished)
+        raise
     with _on(stream):
-        right = [count_right(model, cell, recall) for recall in (validation, test)]
-        final_loss = torch.cat(losses)[-20:].mean()
+        hits = [right_answers(model, cell, recall) for recall in (validation, test)]
+        counts = [torch.stack([x.sum() for x in part]) for part in hits]
+        levels = count_by_level(cell, test, hits[1])
+        final_loss = torch.cat(losses)[-FINAL_LOSSES:].mean()
         now = stream.record_event() if stream else None
     yield now
     with _on(stream):
@@ -97,8 +133,9 @@ def training(cell: Cell, device: str = "cpu") -> Training:
             "parameters": model.num_parameters(),
             "state_floats": cell.state_floats,
             "final_loss": float(final_loss),
-            "validation": accuracy(cell, right[0]),
-            "test": accuracy(cell, right[1]),
+            "validation": accuracy(cell, counts[0]),
+            "test": accuracy(cell, counts[1]),
+            "test_by_level": dict(zip(map(str, cell.pairs), levels.tolist())),
             "graph": steps.replay is not None,
             "device": torch.cuda.get_device_name() if stream else "CPU",
             "torch": torch.__version__,
@@ -106,9 +143,9 @@ def training(cell: Cell, device: str = "cpu") -> Training:
     return {**row, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def train_cell(cell: Cell, device: str = "cpu") -> dict:
+def train_cell(cell: Cell, device: str = "cpu", build: Build = build_model) -> dict:
     """All turns of one cell alone; returns its row."""
-    turns = training(cell, device)
+    turns = training(cell, device, build)
     while True:
         try:
             event = next(turns)
@@ -124,14 +161,14 @@ def held_out(cell: Cell, device: str) -> tuple[Recall, Recall]:
     generator = torch.Generator(device).manual_seed(HELD_OUT_SEED)
     rows = recipe.held_out * len(cell.pairs)
     sizes = (rows, cell.length, cell.pairs, recipe.vocab_size, generator)
-    validation = draw_batches(1, *sizes)
-    return validation, draw_batches(1, *sizes, fingerprints(validation.tokens[0]))
+    validation = draw_batches(1, *sizes, draw=KINDS[cell.kind])
+    return validation, draw_batches(1, *sizes, fingerprints(validation.tokens[0]), KINDS[cell.kind])
 
 
 def training_blocks(
-    cell: Cell, device: str, apart_from: Tensor, stream: torch.cuda.Stream | None = None
+    cell: Cell, device: str, apart_from: Tensor, stream: torch.cuda.Stream | None = None, done: int = 0
 ) -> Iterator[Recall]:
-    """A new batch for each step, ``[batches, ...]`` at a time: the same batches for every model of one seed.
+    """A new batch for each step after ``done``, ``[batches, ...]`` at a time: the same batches for every model of one seed.
 
     Drawing makes the host wait for the device. On a GPU it therefore has a stream of its own, with little work on it. The
     batches are for use on ``stream``.
@@ -141,10 +178,12 @@ def training_blocks(
     drawing = torch.cuda.Stream(priority=-1) if stream else None
     if drawing and stream:
         drawing.wait_stream(stream)  # once: ``apart_from`` is there
-    for start in range(0, recipe.steps, BATCHES_AT_ONCE):
+    for start in range(done, recipe.steps, BATCHES_AT_ONCE):
         with _on(drawing):
             generator = torch.Generator(device).manual_seed((cell.seed + 1) * SEED_STRIDE + start)
-            block = draw_batches(min(BATCHES_AT_ONCE, recipe.steps - start), *sizes, generator, apart_from)
+            block = draw_batches(
+                min(BATCHES_AT_ONCE, recipe.steps - start), *sizes, generator, apart_from, KINDS[cell.kind]
+            )
         if drawing and stream:
             stream.wait_stream(drawing)
             for x in block.parts():
@@ -179,7 +218,7 @@ class TrainingSteps:
         rate = torch.zeros((), device=device) if stream else 0.0
         options = {"capturable": True, "fused": True} if stream else {}
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), **options)
-        self.done = 0
+        self.done = self.launched = 0
         self.replay: Callable[[], None] | None = None
         if stream:
             self.records = True
@@ -201,11 +240,24 @@ class TrainingSteps:
         for buffer, new in zip(self.inputs.parts(), block.parts()):
             buffer[:count].copy_(new)
         for _ in range(count):
-            if self.records and self.replay is None and self.done >= EAGER_STEPS:
+            if self.records and self.replay is None and self.launched >= EAGER_STEPS:
                 self._record()
             (self.replay or self._on_device)()
-            self.done += 1
+            self.launched += 1
+        self.done += count
         return self.losses[:count].clone()
+
+    def state(self) -> dict:
+        """What ``load`` needs to go on after the last block."""
+        return {"done": self.done, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict) -> None:
+        """Go on from a ``state``, before the first call."""
+        self.done = state["done"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.stream:
+            self.place.fill_(self.done)
 
     def _at_rate(self, rate: float, *batch: Tensor) -> Tensor:
         for group in self.optimizer.param_groups:
@@ -218,7 +270,7 @@ class TrainingSteps:
         rate, batch = self.rate_table.index_select(0, self.place), self.place % BATCHES_AT_ONCE
         for group in self.optimizer.param_groups:
             group["lr"].copy_(rate.squeeze(0))
-        loss = self._step(*(x.index_select(0, batch).squeeze(0) for x in self.inputs.parts()))
+        loss = self._step(*(x.index_select(0, batch).squeeze(0) for x in self.inputs.parts()[:3]))
         self.losses.index_copy_(0, batch, loss.unsqueeze(0))
         self.place += 1
 
@@ -249,8 +301,9 @@ class TrainingSteps:
 
 def answer_shares(cell: Cell) -> Tensor:
     """float32 ``[asked]`` with sum 1: the weight of each answer of a batch if all numbers of pairs have the same share."""
-    asked = torch.tensor([cell.batch_size // len(cell.pairs) * pairs for pairs in cell.pairs])
-    return (1 / (len(asked) * asked)).repeat_interleave(asked)
+    counts = [asked(cell.kind, cell.length, pairs) for pairs in cell.pairs]
+    answers = cell.batch_size // len(counts) * torch.tensor(counts)
+    return (1 / (len(counts) * answers)).repeat_interleave(answers)
 
 
 def learning_rate(cell: Cell, step: int) -> float:
@@ -263,31 +316,57 @@ def learning_rate(cell: Cell, step: int) -> float:
 
 
 @torch.inference_mode()
-def count_right(model: LogLinearForCausalLM, cell: Cell, recall: Recall) -> Tensor:
-    """int64 ``[numbers of pairs]``: values recalled (the likeliest token is the right one), on the model's device."""
+def right_answers(model: LogLinearForCausalLM, cell: Cell, recall: Recall) -> list[Tensor]:
+    """bool ``[answers]`` for each number of pairs: whether the likeliest token is the right one, on the model's device."""
     model.eval()
-    length, rows = cell.length, cell.recipe.held_out
-    asked = [rows * pairs for pairs in cell.pairs]
+    length, rows, at_once = cell.length, cell.recipe.held_out, max(1, cell.batch_size)
     result = []
-    parts = zip(
-        cell.pairs, recall.tokens[0].split(rows), recall.queries[0].split(asked), recall.answers[0].split(asked)
-    )
-    for i, (pairs, tokens, queries, answers) in enumerate(parts):
+    for i, (count, tokens, queries, answers) in enumerate(zip(*_by_pairs(cell, recall)[:4])):
         local = queries - i * rows * length
-        right, at_once = [], max(1, cell.batch_size)
+        right = []
         for start in range(0, rows, at_once):
-            count = min(at_once, rows - start)
-            here = slice(start * pairs, (start + count) * pairs)
-            logits = answer_logits(model, cell, tokens[start : start + count], local[here] - start * length)
-            right.append((logits.argmax(-1) == answers[here]).sum())
-        result.append(torch.stack(right).sum())
-    return torch.stack(result)
+            end = min(start + at_once, rows)
+            here = slice(start * count, end * count)
+            logits = answer_logits(model, cell, tokens[start:end], local[here] - start * length)
+            right.append(logits.argmax(-1) == answers[here])
+        result.append(torch.cat(right))
+    return result
+
+
+def count_by_level(cell: Cell, recall: Recall, right: list[Tensor]) -> Tensor:
+    """int64 ``[numbers of pairs, L, 2]``: answers that ``right`` has and all answers, by the level of the pair's bucket."""
+    levels = num_levels(cell.length)
+    found = torch.zeros(len(right), levels, 2, dtype=torch.int64, device=recall.tokens.device)
+    _, _, queries, _, sources = _by_pairs(cell, recall)
+    for counts, hits, query, source in zip(found, right, queries, sources):
+        apart = (query % cell.length) ^ (source % cell.length)
+        level = torch.zeros_like(apart)
+        for bit in range(levels - 1):
+            level += apart >> bit > 0
+        counts.index_add_(0, level, torch.stack([hits, torch.ones_like(hits)], dim=1).long())
+    return found
+
+
+def _by_pairs(cell: Cell, recall: Recall) -> tuple[list[int], tuple, tuple, tuple, tuple]:
+    """Queries of a sequence, and the tokens, queries, answers and sources of one batch, each by number of pairs."""
+    rows = cell.recipe.held_out
+    counts = [asked(cell.kind, cell.length, pairs) for pairs in cell.pairs]
+    sizes = [rows * count for count in counts]
+    split = (x[0].split(sizes) for x in recall.parts()[1:])
+    return counts, recall.tokens[0].split(rows), *split  # type: ignore[return-value]
 
 
 def accuracy(cell: Cell, right: Tensor) -> dict[str, float]:
     """The share of the values that ``right`` counts, by number of pairs."""
-    counts = zip(cell.pairs, right.tolist())
-    return {str(pairs): count / (cell.recipe.held_out * pairs) for pairs, count in counts}
+    counts = [asked(cell.kind, cell.length, pairs) for pairs in cell.pairs]
+    shares = (found / (cell.recipe.held_out * count) for found, count in zip(right.tolist(), counts))
+    return dict(zip(map(str, cell.pairs), shares))
+
+
+def _save(value: dict, path: Path) -> None:
+    whole = path.with_name(f"{path.name}.tmp")
+    torch.save(value, whole)
+    os.replace(whole, path)
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager:
