@@ -56,7 +56,9 @@ def main() -> None:
         print(f"ROW {line}", flush=True)
     print(f"{len(rows) - known} rows in {time.monotonic() - began:.0f} s")
     for path in sorted(options.out.glob("unfinished/*.pt")):
-        print(f"unfinished: {path.stem}, {torch.load(path, map_location='cpu', weights_only=True)['steps']['done']} steps")
+        print(
+            f"unfinished: {path.stem}, {torch.load(path, map_location='cpu', weights_only=True)['steps']['done']} steps"
+        )
     for line in lines(rows):
         print(line)
 

@@ -20,7 +20,8 @@ class DataConfig:
     """The text to read, and how to split it, tokenize it and pack it into sequences."""
 
     data: Data = "stdlib"
-    """Text files, folders of them, .jsonl or .json with an object a line, all of these also as .gz or .xz; quoted patterns
+    """Text files, folders of them, .jsonl or .json with an object a line, FASTA files of nucleotides (.fna, .fa, .fasta) with a
+    document a record, all of these also as .gz or .xz; quoted patterns
     ('data/**/*.txt'); Hugging Face datasets (NAME or NAME:CONFIG); or stdlib: the sources of this Python's standard library.
     Several are read in the order given, the files of a folder or pattern in the order of their names, and no file twice."""
     validation_data: Data | None = None
@@ -43,7 +44,8 @@ class DataConfig:
     text_field: str = "text"
     """Field of a JSON line or a dataset row that holds the text."""
     tokenizer: str | None = None
-    """Folder or Hugging Face name of a tokenizer; none: train a byte-level BPE on the training documents."""
+    """Folder or Hugging Face name of a tokenizer; bytes: a token for each byte; nucleotides: one for each of A, C, G, T and N;
+    none: train a byte-level BPE on the training documents."""
     vocab_size: int = 8192
     """Entries of a tokenizer that is trained here."""
     context: int = 1024

@@ -1,7 +1,7 @@
 """Text files: which files a name stands for, and the documents in each. A file that is no text is refused, never repaired.
 
-A file holds one document. A ``.jsonl`` or ``.json`` holds one document a line. All may be compressed, with ``.gz`` or
-``.xz`` behind the name.
+A file holds one document. A ``.jsonl`` or ``.json`` holds one document a line, and a FASTA file one a record. All may be
+compressed, with ``.gz`` or ``.xz`` behind the name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+
+from loglinear.tasks.lm import fasta
 
 OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}  # type: ignore[dict-item]
 SIGNATURES = {b"\x1f\x8b": ".gz", b"\xfd7zXZ\x00": ".xz"}
@@ -59,6 +61,8 @@ def read_file(path: Path, text_field: str) -> Iterator[str]:
         with OPENERS.get(path.suffix, open)(path, "rb") as file:
             if plain_name(path).endswith(LINES):
                 yield from _lines(file, path, text_field)
+            elif plain_name(path).endswith(fasta.SUFFIXES):
+                yield from fasta.read_fasta(file, f"data: {path}")
             else:
                 yield decode(file.read(), f"data: {path}")
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:

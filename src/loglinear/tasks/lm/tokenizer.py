@@ -1,4 +1,4 @@
-"""Tokenizers: one that exists, or a byte-level BPE trained on the spot and kept in the cache.
+"""Tokenizers: one that exists, one of single bytes or nucleotides, or a byte-level BPE trained here and kept in the cache.
 
 Byte-level means that every text has a spelling: there is no unknown token, so perplexities count every character.
 """
@@ -14,9 +14,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 
 from loglinear.models import LogLinearConfig
 from loglinear.tasks.lm.atomic import atomic_folder
+from loglinear.tasks.lm.fasta import NUCLEOTIDES
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"  # a token of its own, because the embedding of padding is not trained
+BUILT_IN = ("bytes", "nucleotides")
 TRAINING_CHARACTERS = 100_000_000  # more text hardly changes the merges, but takes more memory
 
 
@@ -49,8 +51,29 @@ def cached_tokenizer(documents: Iterable[str], data_hash: str, vocab_size: int, 
     return load_tokenizer(str(folder))
 
 
+def built_in(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of this name in ``BUILT_IN``: a token for each byte of UTF-8, or for each nucleotide."""
+    if name == "nucleotides":
+        return _nucleotides()
+    return train_tokenizer([], 258)
+
+
+def _nucleotides() -> PreTrainedTokenizerFast:
+    """A, C, G, T, N and the two special tokens, in this order; every other character is N."""
+    vocabulary = {letter: i for i, letter in enumerate(NUCLEOTIDES)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="N"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END_OF_TEXT, PADDING])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PADDING)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder or of a Hugging Face name. Raises ValueError if it cannot be used here."""
+    """The built-in tokenizer of this name, or that in a folder, or of a Hugging Face name.
+
+    Raises ValueError if it cannot be used here.
+    """
+    if name in BUILT_IN:
+        return built_in(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

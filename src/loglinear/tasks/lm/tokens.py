@@ -69,14 +69,33 @@ def _write_tokens(source: Source, side: Side, tokenizer: PreTrainedTokenizerFast
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    table = _ascii_table(tokenizer)
     with (folder / "values.bin").open("wb") as file:
         while batch := list(islice(documents, DOCUMENTS_PER_CALL)):
+            if table is not None and all(map(str.isascii, batch)):
+                for text in batch:
+                    file.write(table[np.frombuffer(text.encode("ascii"), np.uint8)].astype(dtype).tobytes())
+                    file.write(np.asarray([tokenizer.eos_token_id], dtype).tobytes())
+                    lengths.append(len(text) + 1)
+                continue
             # The ordinary call also computes offsets of characters and takes twice as long.
             for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
                 file.write(np.asarray([*encoding.ids, tokenizer.eos_token_id], dtype).tobytes())
                 lengths.append(len(encoding.ids) + 1)
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     write_atomically(folder / "format.json", json.dumps({"dtype": np.dtype(dtype).name}))
+
+
+def _ascii_table(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
+    """The id of each ASCII character, ``[128]``, of a tokenizer that has no longer tokens; otherwise None.
+
+    A chromosome is one word of millions of characters, for which the tokenizer needs a hundred bytes a character.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] != "BPE" or model["merges"]:
+        return None
+    ids = [tokenizer.backend_tokenizer.encode(chr(code), add_special_tokens=False).ids for code in range(128)]
+    return np.array(ids).squeeze(1) if all(len(one) == 1 for one in ids) else None
 
 
 class Windows(Dataset):
