@@ -155,7 +155,8 @@ def _slots(slots: int, rows: int, count: int, generator: torch.Generator) -> Ten
 
 def _last_slots(like: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """Positions for queries ``[rows, asked]``: distinct slots of the last sixteenth."""
-    return length - length // 16 + 2 * _slots(length // 32, *like.shape, generator)
+    rows, count = like.shape
+    return length - length // 16 + 2 * _slots(length // 32, rows, count, generator)
 
 
 def _check_end(length: int, pairs: int, vocab_size: int) -> None:
