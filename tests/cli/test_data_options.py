@@ -39,6 +39,7 @@ def again(run: Path, cache: Path, output: Path) -> None:
     assert record(output)["data"] == record(run)["data"]
 
 
+@pytest.mark.default_packages
 def test_several_names_and_a_pattern_give_one_run_that_is_found_again(texts, finished_run, train_options, tmp_path):
     cache, run = tmp_path / "cache", tmp_path / "run"
     options = [*train_options, "--steps", "1", "--cache", str(cache), "--output", str(run)]
@@ -80,6 +81,7 @@ def test_a_streamed_run_is_found_again(texts, train_options, tmp_path, monkeypat
     assert "--data: needed with streaming or --max-documents" in capsys.readouterr().err
 
 
+@pytest.mark.default_packages
 def test_records_of_runs_without_them_lack_the_newer_arguments(finished_run):
     assert not {"streaming", "max_documents"} & record(finished_run)["arguments"].keys()
     assert isinstance(record(finished_run)["arguments"]["data"], str)
@@ -95,6 +97,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     ("vocab_size", "message"), [(290, "must be the one that the model was trained with"), (310, "ids up to 309")]
@@ -115,6 +118,7 @@ def test_a_tokenizer_of_another_run_is_refused_by_every_command(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("command", ["harness", "serve"])
 def test_programs_of_others_are_not_started_with_a_tokenizer_of_another_run(command, finished_run, tmp_path, capsys):
     if command == "harness":
@@ -130,6 +134,7 @@ def test_programs_of_others_are_not_started_with_a_tokenizer_of_another_run(comm
     assert f"loglinear {command}: {run}: tokenizer: must be the one" in capsys.readouterr().err
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("command", ["train", "evaluate", "niah"])
 def test_binary_input_is_one_line_in_every_command(command, finished_run, tmp_path, capsys):
     (tmp_path / "photo.txt").write_bytes(b"\x89PNG\r\n")

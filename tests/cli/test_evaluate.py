@@ -32,6 +32,7 @@ def test_without_data_it_is_the_validation_of_the_run(evaluate, finished_run, tm
     assert (tmp_path / "out" / "loss_by_position.png").stat().st_size > 10_000
 
 
+@pytest.mark.default_packages
 def test_the_curve_averages_to_the_loss(evaluate):
     result = evaluate("--buckets", "5")
     rows = result["by_position"]
@@ -41,6 +42,7 @@ def test_the_curve_averages_to_the_loss(evaluate):
     assert np.average([row["loss"] for row in rows], weights=widths) == pytest.approx(result["loss"], rel=1e-6)
 
 
+@pytest.mark.default_packages
 def test_the_training_data_given_by_name_is_still_split(evaluate, texts):
     by_name = evaluate("--data", str(texts))
     assert by_name["side"] == "validation"
@@ -48,6 +50,7 @@ def test_the_training_data_given_by_name_is_still_split(evaluate, texts):
     assert evaluate("--data", str(texts), "--split", "all")["documents"] == 15
 
 
+@pytest.mark.default_packages
 def test_other_text_is_used_whole_at_any_context(evaluate, tmp_path):
     lines = [json.dumps({"body": "alpha beta gamma plus delta " * 30}) for _ in range(4)]
     (tmp_path / "other.jsonl").write_text("\n".join(lines))
@@ -59,6 +62,7 @@ def test_other_text_is_used_whole_at_any_context(evaluate, tmp_path):
     assert thinned["predictions"] == 3 * 31
 
 
+@pytest.mark.default_packages
 def test_a_checkpoint_inside_a_run_is_evaluated_itself(evaluate, finished_run):
     history = json.loads((finished_run / "record.json").read_text())["history"]
     final = evaluate(checkpoint=finished_run / "checkpoint-12")
@@ -68,6 +72,7 @@ def test_a_checkpoint_inside_a_run_is_evaluated_itself(evaluate, finished_run):
     assert logged[12] < earlier["loss"] < logged[6]
 
 
+@pytest.mark.default_packages
 def test_text_that_is_no_longer_there_is_named(finished_run, texts, tmp_path, capsys):
     import shutil
 
@@ -82,6 +87,7 @@ def test_text_that_is_no_longer_there_is_named(finished_run, texts, tmp_path, ca
     assert "is no longer what the model was trained on" in capsys.readouterr().err
 
 
+@pytest.mark.default_packages
 def test_a_model_without_a_record_needs_data(finished_run, tmp_path, capsys):
     import shutil
 
@@ -90,6 +96,7 @@ def test_a_model_without_a_record_needs_data(finished_run, tmp_path, capsys):
     assert "data: needed, because no record" in capsys.readouterr().err
 
 
+@pytest.mark.default_packages
 def test_measures_of_other_sequences_do_not_stay(evaluate, tmp_path):
     evaluate("--measures", "levels")
     evaluate()
@@ -98,6 +105,7 @@ def test_measures_of_other_sequences_do_not_stay(evaluate, tmp_path):
     assert not list((tmp_path / "out").glob("levels.*"))
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("option", ["batch_size", "buckets", "context", "sequences"])
 def test_counts_that_make_no_sense_are_named(option, finished_run, capsys):
     option = f"--{option.replace('_', '-')}"
@@ -105,6 +113,7 @@ def test_counts_that_make_no_sense_are_named(option, finished_run, capsys):
     assert capsys.readouterr().err.startswith(f"loglinear evaluate: {option} must be at least")
 
 
+@pytest.mark.default_packages
 def test_a_folder_that_cannot_be_written_is_named(finished_run, train_options, tmp_path, capsys):
     (tmp_path / "file").touch()
     cache = train_options[train_options.index("--cache") + 1]

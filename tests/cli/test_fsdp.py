@@ -91,6 +91,7 @@ def test_two_processes_are_one_and_go_on_as_one_and_back(train_options, tmp_path
     assert "--batch-size x accumulate x processes was 4 and is now 3" in capsys.readouterr().err
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["replicated", "sharded"])
 def test_sequences_that_fill_up_the_last_batch_do_not_count(more, train_options, tmp_path):
     options = [*train_options, "--steps", "1", "--learning-rate", "0.1", "--precision", "float32"]

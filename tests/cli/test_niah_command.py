@@ -18,6 +18,7 @@ def cache(train_options) -> list[str]:
     return train_options[at : at + 2]
 
 
+@pytest.mark.default_packages
 def test_data_are_the_samples_of_the_test(finished_run, cache, tmp_path):
     command = ["niah", "data", str(finished_run), "--output", str(tmp_path / "new" / "s.jsonl"), *GRID, *cache]
     assert main(command) == 0
@@ -56,6 +57,7 @@ def test_a_run_is_tuned_and_tested(finished_run, cache, tmp_path, capsys):
     assert main(["evaluate", str(tuned), *cache]) == 0
 
 
+@pytest.mark.default_packages
 def test_without_a_record_the_text_must_be_given(finished_run, texts, cache, tmp_path, capsys):
     import shutil
 
@@ -66,6 +68,7 @@ def test_without_a_record_the_text_must_be_given(finished_run, texts, cache, tmp
     assert main([*command, *cache, "--data", str(texts), "--kinds", "word"]) == 0
 
 
+@pytest.mark.default_packages
 def test_evaluate_measures_recall(finished_run, cache, tmp_path):
     for i in range(12):
         text = f"#define NAME_{i} 0x{i}{i}\n" + "alpha beta gamma (delta)\n" * 20
@@ -81,6 +84,7 @@ def test_evaluate_measures_recall(finished_run, cache, tmp_path):
     assert all((tmp_path / "out" / f"{name}.png").stat().st_size > 5_000 for name in rows)
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("changed", ["data", "fraction"])
 def test_text_that_the_model_may_have_seen_is_refused(changed, finished_run, texts, tmp_path, capsys):
     run = tmp_path / "run"

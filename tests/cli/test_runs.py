@@ -62,7 +62,9 @@ def run_of_twelve(finished_run, tmp_path) -> Path:
 # --------------------------------------------------------------------------------------------- from a checkpoint: --init
 
 
-@pytest.mark.parametrize("part", ["", "checkpoint-8", "saved"])
+@pytest.mark.parametrize(
+    "part", ["", *(pytest.param(part, marks=pytest.mark.default_packages) for part in ("checkpoint-8", "saved"))]
+)
 def test_a_new_run_starts_from_the_weights_of_any_of_our_checkpoints(
     part, finished_run, data_options, tmp_path, capsys
 ):
@@ -344,6 +346,7 @@ def test_a_file_that_cannot_be_used_is_named(text, status, message, tmp_path, ca
 # --------------------------------------------------------------------------------------------------------------- SIGTERM
 
 
+@pytest.mark.default_packages
 def test_sigterm_saves_a_checkpoint(train_options, tmp_path):
     """At the end of its step, far from the next interval and the end; what follows repeats nothing."""
     options = [*train_options, "--steps", "50", "--save-every", "50", "--evaluate-every", "50"]
@@ -383,7 +386,10 @@ def terminated_rank(options: list[str]) -> None:
     assert main(options) == 143
 
 
-@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param([], id="replicated", marks=pytest.mark.default_packages), pytest.param(["--fsdp"], id="sharded")],
+)
 def test_sigterm_to_one_process_ends_all(more, train_options, tmp_path):
     run = tmp_path / "run"
     run_ranks(terminated_rank, 2, [*train_options, *more, "--steps", "9", "--output", str(run)])

@@ -66,6 +66,7 @@ def kill_after(output: Path, checkpoint: int, options: list[str]) -> None:
     assert process.exitcode == -9
 
 
+@pytest.mark.default_packages
 def test_a_run_killed_twice_ends_like_an_unbroken_one(train_options, tmp_path):
     # 60 steps of 4 sequences of 74: three epochs of 19 steps, and checkpoints inside and at the border of one.
     options = [*train_options, "--steps", "60", "--save-every", "3", "--evaluate-every", "30", "--accumulate", "2"]
@@ -92,6 +93,7 @@ def damaged_copy(finished_run: Path, tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.default_packages
 def test_a_half_written_checkpoint_is_not_used(finished_run, finished_options, tmp_path, capsys):
     run = damaged_copy(finished_run, tmp_path)
     (run / "checkpoint-12" / "complete").unlink()
@@ -103,6 +105,7 @@ def test_a_half_written_checkpoint_is_not_used(finished_run, finished_options, t
     assert_same_outcome(run, finished_run)
 
 
+@pytest.mark.default_packages
 def test_a_run_killed_after_its_last_checkpoint_only_ends(finished_run, finished_options, tmp_path, capsys):
     run = damaged_copy(finished_run, tmp_path)
     assert main([*finished_options, "--output", str(run)]) == 0
