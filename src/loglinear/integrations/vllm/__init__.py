@@ -1,7 +1,7 @@
 """Log-linear models on vLLM: ``vllm serve RUN``, once ``pip install 'loglinear[vllm]'`` has run.
 
-vLLM finds ``register`` by its entry point ``vllm.general_plugins`` in each of its processes. ``engine.py`` is all that touches
-vLLM's interfaces; ``pages.py`` knows how the states of many requests lie in memory.
+vLLM finds ``register`` by its entry point ``vllm.general_plugins`` in each of its processes. Beside it, ``engine.py`` is all
+that touches vLLM's interfaces; ``layers/pages.py`` knows how the states of many requests lie in memory.
 """
 
 from __future__ import annotations
@@ -13,10 +13,19 @@ if __version__.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
     raise ImportError(f"loglinear.integrations.vllm supports vLLM {SUPPORTED}: got vLLM {__version__}")
 
 
+BACKEND = "LOG_LINEAR"
+
+
 def register() -> None:
-    """Make the model known to transformers and vLLM, which may call this several times. A served model is imported later."""
+    """Make the model known to transformers and vLLM, which may call this several times. A served model is imported later.
+
+    The processes of a server name the backend to each other, and some of them never import the model.
+    """
     from vllm import ModelRegistry
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 
     import loglinear.models  # noqa: F401 - AutoConfig knows the configuration from here on
 
+    if BACKEND not in MambaAttentionBackendEnum.__members__:
+        register_backend(BACKEND, "loglinear.integrations.vllm.engine.LogLinearBackend", is_mamba=True)
     ModelRegistry.register_model("LogLinearForCausalLM", "loglinear.integrations.vllm.engine:LogLinearForCausalLM")

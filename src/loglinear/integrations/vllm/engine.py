@@ -1,4 +1,4 @@
-"""ENGINE: a log-linear model as vLLM wants it. This is the only file that touches vLLM's interfaces.
+"""ENGINE: a log-linear model as vLLM wants it. Beside ``register``, this is all that touches vLLM's interfaces.
 
 The layers are those of ``LogLinearModel``. A recurrent mixer lies in a ``PagedMixer``, whose states are pages of vLLM's, and
 runs through the operator ``loglinear::mix``, which no compiler looks into. Softmax attention is vLLM's own.
@@ -21,8 +21,9 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, Suppo
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
+from loglinear.integrations.vllm import BACKEND
 from loglinear.layers import RMSNorm, SoftmaxAttention
 from loglinear.layers.attention import rotary
 from loglinear.layers.pages import Batch, PageLayout, mix
@@ -30,7 +31,6 @@ from loglinear.layers.table import MIXERS
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.modeling import LogLinearBlock
 
-BACKEND = "LOG_LINEAR"
 OPERATOR = "vllm::loglinear_mix"
 
 
@@ -74,10 +74,6 @@ class LogLinearBackend(AttentionBackend):
     @classmethod
     def is_ssm(cls) -> bool:
         return True
-
-
-if BACKEND not in MambaAttentionBackendEnum.__members__:
-    register_backend(BACKEND, f"{__name__}.{LogLinearBackend.__name__}", is_mamba=True)
 
 
 def entry_dtype(vllm_config: VllmConfig) -> torch.dtype:
