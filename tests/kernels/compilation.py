@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import triton
+from overtaking import overtaken
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -41,7 +42,10 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the compiler reports of one kernel on one target. registers and spills are None where it does not say."""
+    """What the compiler reports of one kernel on one target. registers and spills are None where it does not say.
+
+    ``overtaken``: products that may read a tile too late (see overtaking.py).
+    """
 
     name: str
     target: str
@@ -49,6 +53,7 @@ class Resources:
     spills: int | None
     shared: int
     warps: int
+    overtaken: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -117,9 +122,8 @@ def build(launch: Recorded, target: GPUTarget) -> tuple[Resources, object]:
         spills = max(int(x) for x in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))
     name = launch.kernel.fn.__name__
     metadata = compiled.metadata
-    return Resources(
-        name, f"{target.backend}:{target.arch}", registers, spills, metadata.shared, metadata.num_warps
-    ), compiled
+    machine, late = f"{target.backend}:{target.arch}", tuple(overtaken(compiled.asm["ttgir"]))
+    return Resources(name, machine, registers, spills, metadata.shared, metadata.num_warps, late), compiled
 
 
 def built(launches: list[Recorded], target: GPUTarget) -> list[Resources]:

@@ -106,6 +106,7 @@ def test_kernels_compile(target, delta, record_property):
             assert found.shared <= SHARED_MEMORY[target], f"{found} needs more shared memory than {target} has"
         if target == "sm_90":
             assert found.spills <= SPILLED_BYTES, f"{found} spills"
+            assert not found.overtaken, f"{found}: a copy may overtake these products"
 
 
 @pytest.mark.slow
@@ -130,6 +131,7 @@ def test_kernels_of_the_gate_per_channel_compile(delta, record_property):
         most = CHANNEL_SPILLED.get(made.name, SPILLED_BYTES) if delta else SPILLED_BYTES
         assert made.spills <= most, f"{made} spills"
         assert made.shared <= SHARED_MEMORY["sm_86"], f"{made} needs more shared memory than sm_86 has"
+        assert not made.overtaken, f"{made}: a copy may overtake these products"
 
 
 @pytest.mark.slow

@@ -68,10 +68,11 @@ def test_low_precision_is_within_twice_of_plain_torch(device, rule, dtype, keys)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rule", "K", "V"), FULL_WIDTHS)
-@pytest.mark.parametrize(("H", "G"), [(4, 1), (2, 2), (6, 2)])
-def test_low_precision_at_full_widths(device, rule, K, V, H, G, dtype):
+@pytest.mark.parametrize(("H", "G", "gate"), [(4, 1, "usual"), (4, 1, "weak"), (2, 2, "usual"), (6, 2, "usual")])
+def test_low_precision_at_full_widths(device, rule, K, V, H, G, gate, dtype):
+    """Usual gates forget within a chunk; under weak ones the tree counts as much as the chunk."""
     T = 300 if RULES[rule].per_channel else 1000  # its bar in plain PyTorch takes T·T·K numbers
-    check(device, RULES[rule], T=T, H=H, G=G, K=K, V=V, dtype=dtype)
+    check(device, RULES[rule], T=T, H=H, G=G, K=K, V=V, gate=gate, dtype=dtype)
 
 
 @pytest.mark.gpu
@@ -87,8 +88,8 @@ def test_long_sequences_in_bfloat16(device, rule, T):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", [CHANNEL, CHANNEL_DELTA])
 def test_a_deep_tree_of_channels(device, rule, dtype):
-    """Eight levels of entries; 16 bits against 1%, about three times what was measured at 450 tokens."""
-    bar = 2 * FLOAT32 if dtype == torch.float32 else 0.01
+    """Eight levels of entries; 16 bits against 2%, which is less than the error of plain PyTorch at 500 tokens."""
+    bar = 2 * FLOAT32 if dtype == torch.float32 else 0.02
     check(device, rule, T=8000, H=2, K=32, V=32, L=14, dtype=dtype, gate="weak", bar=bar)
 
 

@@ -19,7 +19,7 @@ from loglinear.kernels.channel.decays import load_log, store_log
 from loglinear.kernels.delta.octet_maps import identity
 from loglinear.kernels.delta.products import load_erased, memory_times, times_tokens, tokens_times
 from loglinear.kernels.delta.score_grads import MASKED, PRODUCTS, SOLVE_GRADS, plane
-from loglinear.kernels.delta.unit_grads import block_before, blocks_before, state_grads, unit_of
+from loglinear.kernels.delta.unit_grads import block_before, blocks_before, map_before, state_grads, unit_of
 from loglinear.kernels.tree.decays import to_end
 from loglinear.kernels.tree.place import OCTET, chunk_of, row_of_program
 from loglinear.kernels.tree.tiles import (
@@ -66,13 +66,24 @@ def erased_times(thin, right, S: tl.constexpr):
 
 
 @triton.jit
-def inner_product(left, right, S: tl.constexpr):
-    """``<X, Y>`` of two tiles with BN columns: on tensor cores, so that the tiles do not pass through registers. With gates per
-    channel ``[BK]``, of each row.
+def row_products(u, i, blocks, S: tl.constexpr):
+    """``<X, Y>`` of each row ``[BK]`` of block i, of BN columns, from loads of its own.
+
+    A tile that a product reads must not pass through registers too. Triton 3.6 then pipelines it in one buffer, and the copy
+    of the next tile overtakes the product. Loads that differ in their eviction policy are not made one.
     """
-    if S.CHANNELS:
-        product = tl.sum(left.to(tl.float32) * right.to(tl.float32), axis=1)
-    elif S.PRECISION == "ieee":
+    left, right, first = map_before(u, i, blocks, S.BN)
+    row, column = tl.arange(0, S.BK)[:, None], first + tl.arange(0, S.BN)[None, :]
+    places, inside = row * (S.K + S.V) + column, (row < S.K) & (column < S.K + S.V)
+    x = tl.load(left + places, mask=inside, other=0.0, eviction_policy="evict_last")
+    y = tl.load(right + places, mask=inside, other=0.0, eviction_policy="evict_last")
+    return tl.sum(x.to(tl.float32) * y.to(tl.float32), axis=1)
+
+
+@triton.jit
+def inner_product(left, right, S: tl.constexpr):
+    """``<X, Y>`` of two tiles with BN columns: on tensor cores, so that the tiles do not pass through registers."""
+    if S.PRECISION == "ieee":
         product = tl.sum(left * right)
     else:
         pairs = tl.dot(tl.trans(left), right, input_precision=S.PRECISION)
@@ -94,7 +105,9 @@ def after_maps(u, thin, GATED: tl.constexpr, S: tl.constexpr):
     begin, end = blocks_before(u, BLOCKS)
     for i in range(begin, end):
         left, right = block_before(u, i, BLOCKS, 0, 0, S.BK, S.BN, S)
-        if GATED:
+        if S.CHANNELS:
+            trace += row_products(u, i, BLOCKS, S)
+        elif GATED:
             trace += inner_product(left, right, S)
         passed = keys_times(thin, left, S.BN, S)
         dw = tl.dot(passed.to(left.dtype), tl.trans(right), dw, input_precision=S.PRECISION)

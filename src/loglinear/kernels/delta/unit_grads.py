@@ -50,12 +50,17 @@ def blocks_before(u, blocks):
 
 
 @triton.jit
+def map_before(u, i, blocks, BW: tl.constexpr):
+    """X, the map before it, Y, and the first column of block i, of BW columns."""
+    other = i < blocks
+    left = tl.where(other, tl.where(u.c == FIRST_PAIRED + 1, u.own, u.x), u.x)
+    return left, tl.where(other, u.entry, u.prefix), tl.where(other, i, i - blocks) * BW
+
+
+@triton.jit
 def block_before(u, i, blocks, first_k, first_n, BN: tl.constexpr, BW: tl.constexpr, S: tl.constexpr):
     """Block i, of BW columns, of X (BK rows from ``first_k`` on) and of the map before it, Y (BN rows from ``first_n`` on)."""
-    other = i < blocks
-    first = tl.where(other, i, i - blocks) * BW
-    left = tl.where(other, tl.where(u.c == FIRST_PAIRED + 1, u.own, u.x), u.x)
-    right = tl.where(other, u.entry, u.prefix)
+    left, right, first = map_before(u, i, blocks, BW)
     x = load_part(left, S.K + S.V, first_k, first, S.K, S.K + S.V, S.BK, BW)
     return x, load_part(right, S.K + S.V, first_n, first, S.K, S.K + S.V, BN, BW)
 
