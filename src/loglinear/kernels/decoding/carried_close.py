@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.decoding.open_chunk import SLOTS, Program, at_head, held_slots
+from loglinear.kernels.tree.dependent import wait
 from loglinear.kernels.tree.place import log2_of_power, lowbit
 from loglinear.kernels.tree.tiles import load_state, store_state
 
@@ -110,13 +111,15 @@ def carry(held, half, n, M, index, first_v, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["B", "T", "M"])
-def carried_close_kernel(held, B, T, M, S: tl.constexpr):
+def carried_close_kernel(held, B, T, M, S: tl.constexpr, EARLY: tl.constexpr):
     """Grid: any number of programs, which take turns. The T tokens of the call that are in the open chunk are in the state.
 
     Pieces: tiles of V x H x entries x rows that close, tiles fastest. Races: a piece writes its columns of one slot, which no
     other piece reads: slots that age belong to one piece, and the slot of the entry that is made was dead.
     """
     TILES: tl.constexpr = (S.V + S.BV - 1) // S.BV
+    if EARLY:
+        wait()
     programs = tl.num_programs(0)
     index = tl.arange(0, ROWS)
     piece = tl.program_id(0)

@@ -1,8 +1,13 @@
 """TOKEN of the transitions whose entries are carried: the weights of a query on the open chunk and on the past.
 
-No entry is loaded here. The inverse of a delta rule grows by one row per token, ``T_i = β_i (e_i - Σ_{j<i} z_j T_j)``, so no
-step solves a system. This is one chain of small reductions. A separate kernel walks the chain once for all columns of V, and
-the programs that read the entries do not pay for its registers.
+No entry is loaded here. A separate kernel walks the open chunk once for all columns of V, and the programs that read the
+entries do not pay for its registers. The inverse of a delta rule grows by one row per token, ``T_i = β_i (e_i - Σ_{j<i} z_j T_j)``,
+so no step solves a system.
+
+The walk goes from the newest token back to the oldest. It then has at hand what a token needs. Decays from after a token are sums
+over what was passed. A row of the inverse ends at its diagonal, so weights of earlier tokens do not change later ones. The query
+that reaches the past is ``p <- γ_j (p - w_j k_j)``, for the newest token with ``w_i = β_i k_iᵀ q``, and all weights but this one
+are those of that first p. One warp holds all channels of a token: no number goes through shared memory or waits for other warps.
 """
 
 from __future__ import annotations
@@ -10,136 +15,102 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.decoding.channels import (
-    decays_after,
-    decays_through,
-    four_keys,
-    four_products,
-    four_rows,
-    four_weighted,
-    rounded,
-)
-from loglinear.kernels.decoding.open_chunk import (
-    at_head,
-    at_token,
-    open_gates,
-    open_scales,
-    open_tile,
-    program_of,
-    store_token,
-)
+from loglinear.kernels.decoding.open_chunk import at_head, at_token, program_of, store_token
 from loglinear.kernels.pointwise.functions import inverse_length
+from loglinear.kernels.tree.dependent import launch_dependents
+
+TOKENS = tl.constexpr(4)  # under way together
 
 
 @triton.jit
-def products(keys, row, decays, S: tl.constexpr):
-    """Products ``[C]`` of a row ``[BK]`` with decayed keys; one decay for each key, or as ``channels.py`` has them."""
-    if S.GATES == 1:
-        found = tl.sum(keys * row[None, :], axis=1) * decays
-    else:
-        found = four_products(keys, row, decays, S)
-    return found
+def rounded(row, like):
+    """Float32 numbers as the dtype of ``like`` holds them: a call must use the keys that the state will keep."""
+    return row.to(like.dtype).to(tl.float32)
 
 
 @triton.jit
-def weighted_sum(keys, weights, decays, S: tl.constexpr):
-    """``Σ_j weights_j decays_j keys_j`` ``[BK]``, decays as in ``products``."""
-    if S.GATES == 1:
-        found = tl.sum((weights * decays)[:, None] * keys, axis=0)
-    else:
-        found = four_weighted(keys, weights, decays, S)
-    return found
+def open_row(place, columns, stored, given, stride, first, WIDTH: tl.constexpr):
+    """Row ``place`` of keys or gates: of the call from place ``first`` on, else of the state. Zero before the chunk."""
+    row = tl.where(place >= first, given + (place - first) * stride, stored + place * WIDTH)
+    return tl.load(row + columns, mask=(columns < WIDTH) & (place >= 0), other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "L"])
-def carried_token_kernel(x, held, reach, read, T, L, S: tl.constexpr, NORM: tl.constexpr):
-    """reach ``[B, T, H, K]``: the query that is put to the entries; read ``[B, T, H, C]``: weights of the open chunk's values.
+@triton.jit(do_not_specialize=["T"])
+def carried_token_kernel(x, held, reach, read, T, S: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
+    """reach ``[B, T, H, K]``: the query that is put to the entries; read ``[B, T, H, C]``: weights of the open chunk's values,
+    before λ.
 
-    Grid: H x B, heads fastest (S.BV = S.V). float32: everything. Races: as in ``scalar_step_kernel``. Rows of the inverse that
-    belong to the call stay in the program that made them.
+    Grid: H x B, heads fastest (S.BV = S.V). float32: everything. Races: as in ``scalar_step_kernel``. Gates and rows of the inverse
+    belong to the program of their head.
     """
+    if EARLY:
+        launch_dependents()
     own = program_of(S)
     held = at_head(held, own, 0, S)
     seen = tl.load(held.position).to(tl.int32)
     n = seen // S.C
 
-    q, k, _, g, beta, level_scales = at_token(x, own, T, L, S)
+    q, k, _, g, beta, _ = at_token(x, own, T, 0, S)
     head = own.row * T * S.H + own.h
     reach += head * S.K
     read += head * S.C
-    place = tl.arange(0, S.C)
-    rows_k = tl.arange(0, S.BK)
-    # Row j has no element after j. Rows that are not written yet hold any numbers.
-    known = (place[:, None] < seen - n * S.C) & (place[None, :] <= place[:, None])
-    if S.DELTA:
-        square = place[:, None] * S.C + place[None, :]
-        solve = tl.load(held.open_solve + n % 2 * (S.C * S.C) + square, mask=known, other=0.0)
-    units = tl.full([S.C], 1.0, tl.float32)  # factors of the call's keys
+    places, columns = tl.arange(0, S.C), tl.arange(0, S.BK)
+    channels = tl.arange(0, 1 if S.GATES == 1 else S.BK)
     for t in range(T):
-        # All loads come before the first use of any: their latencies are waited for together.
         i = seen + t - n * S.C
         first = i - t
         half = n % 2 * S.C
-        new = place == i
         stored_keys, stored_gates = held.open_k + half * S.K, held.open_g + half * S.GATES
-        given_query = tl.load(q + t * x.stride_q + rows_k, mask=rows_k < S.K, other=0.0)
-        given_key = tl.load(k + t * x.stride_k + rows_k, mask=rows_k < S.K, other=0.0)
-        scales = open_scales(level_scales + t * x.stride_scales, i, L, S.C)
+        solve = held.open_solve + half * S.C
+        given_query = tl.load(q + t * x.stride_q + columns, mask=columns < S.K, other=0.0)
+        given_key = tl.load(k + t * x.stride_k + columns, mask=columns < S.K, other=0.0)
+        later = tl.zeros(channels.shape, tl.float32)  # log decays from after the tokens of the walk
+        if x.g is not None:
+            later += tl.load(g + t * x.stride_g + channels, mask=channels < S.GATES, other=0.0)
+        query, key = given_query.to(tl.float32), given_key.to(tl.float32)
+        if NORM:
+            query = rounded(query * inverse_length(query, 0), given_query)
+            key = rounded(key * inverse_length(key, 0), given_key)
+        query *= x.factor
+        store_token(stored_gates, i, later, channels, S.GATES)
+        if own.h % (S.H // S.G) == 0:
+            store_token(held.open_k, half + i, key.to(held.open_k.dtype.element_ty), columns, S.K)
+        weight = tl.sum(query * key, axis=0)
         if S.DELTA:
             strength = tl.load(beta + t * x.stride_beta).to(tl.float32)
-        if S.GATES == 1:
-            given_keys = open_tile(stored_keys, k, x.stride_k, first, i, S.C, S.K, S.BK, 0)
-            gate = open_gates(i, stored_gates, g, x, first, i)
-            gates = open_gates(place, stored_gates, g, x, first, i)
-            next_gates = open_gates(place + 1, stored_gates, g, x, first, i)
-            decays = tl.where(place <= i, tl.exp(tl.cumsum(next_gates, axis=0, reverse=True)), 0.0)
-            whole = tl.exp(tl.sum(gates, axis=0))
-        else:
-            given_keys = four_rows(stored_keys, k, x.stride_k, first, i, S)
-            gates = four_rows(stored_gates, g, x.stride_g, first, i, S)
-            gate = tl.load(g + t * x.stride_g + rows_k, mask=rows_k < S.K, other=0.0)
-            decays = decays_after(gates)
-            whole = tl.exp(tl.sum(gates.a + gates.b + gates.c + gates.d, axis=0))
+            weight *= strength
+            query -= weight * key
+        past = query * tl.exp(later)
 
-        query = given_query.to(tl.float32)
-        key = given_key.to(tl.float32)
-        if NORM:  # the keys of the state have the dtype in which an earlier step left them
-            unit = inverse_length(key, 0)
-            units = tl.where(new, unit, units)
-            query = rounded(query * inverse_length(query, 0), given_query)
-            key = rounded(key * unit, given_key)
-        query *= x.factor
-        if S.GATES == 1:
-            keys = given_keys.to(tl.float32)
-            if NORM:
-                keys = rounded(keys * units[:, None], given_keys)
-        else:
-            keys = four_keys(given_keys, units, S, NORM)
-        weights = products(keys, query, decays, S)
-        past = whole * query
+        weights, erased = tl.zeros([S.C], tl.float32), tl.zeros([S.C], tl.float32)
+        for step in tl.range((i + TOKENS - 1) // TOKENS, num_stages=STAGES):
+            for s in tl.static_range(TOKENS):
+                j = i - 1 - s - step * TOKENS
+                row = open_row(j, columns, stored_keys, k, x.stride_k, first, S.K)
+                if x.g is None:
+                    gate = open_row(j, channels, stored_gates, stored_gates, 0, S.C, S.GATES)
+                else:
+                    gate = open_row(j, channels, stored_gates, g, x.stride_g, first, S.GATES)
+                earlier = row.to(tl.float32)
+                if NORM:  # the keys of the state have the dtype in which an earlier step left them
+                    earlier = rounded(earlier * tl.where(j < first, 1.0, inverse_length(earlier, 0)), row)
+                decayed = earlier * tl.exp(later)
+                found = tl.sum(decayed * query, axis=0)
+                if S.DELTA:
+                    # A row has no element after its diagonal. Its later places hold any numbers.
+                    inverse = tl.load(solve + j * S.C + places, mask=(places <= j), other=0.0)
+                    weights += found * inverse
+                    erased += tl.sum(decayed * key, axis=0) * inverse
+                    past -= tl.gather(weights, j + tl.zeros([1], tl.int32), 0) * earlier
+                else:
+                    weights = tl.where(places == j, found, weights)
+                past *= tl.exp(gate)
+                later += gate
         if S.DELTA:
-            # The rows of the inverse before the token's serve its own row and its query alike: neither waits for the other.
-            overlap = tl.where(place < i, products(keys, key, decays, S), 0.0)
-            added = strength * (tl.where(new, 1.0, 0.0) - tl.sum(overlap[:, None] * solve, axis=0))
-            weights = tl.sum(weights[:, None] * solve, axis=0) + tl.sum(key * query, axis=0) * added
-            solve = tl.where(new[:, None], added[None, :], solve)
-            tl.store(held.open_solve + (half + i) * S.C + place, added)
-            if S.GATES == 1:
-                through = tl.exp(tl.cumsum(gates, axis=0))
-            else:
-                through = decays_through(gates)
-            past -= weighted_sum(keys, weights, through, S)
-        tl.store(read + t * (S.H * S.C) + place, weights * scales)
-        tl.store(reach + t * (S.H * S.K) + rows_k, past, mask=rows_k < S.K)
-
-        if S.GATES == 1:
-            tl.store(stored_gates + i, gate)
-        else:
-            store_token(stored_gates, i, gate, rows_k, S.K)
-        if own.h % (S.H // S.G) == 0:
-            store_token(held.open_k, half + i, key.to(held.open_k.dtype.element_ty), rows_k, S.K)
+            added = strength * (tl.where(places == i, 1.0, 0.0) - erased)
+            tl.store(solve + i * S.C + places, added)
+            tl.debug_barrier()  # the next token of the call reads the row
+        tl.store(read + t * (S.H * S.C) + places, tl.where(places == i, weight, weights))
+        tl.store(reach + t * (S.H * S.K) + columns, past, mask=columns < S.K)
         if i == S.C - 1:
             n += 1
-            units = tl.full([S.C], 1.0, tl.float32)
-            if S.DELTA:
-                solve = tl.zeros_like(solve)

@@ -22,6 +22,7 @@ from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
 from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, constants
+from loglinear.kernels.tree.dependent import dependent
 from loglinear.kernels.tree.problem import cdiv, padded
 from loglinear.kernels.tree.replay import replay
 from loglinear.transition import is_per_channel
@@ -52,8 +53,7 @@ SCALAR_GATE = Launch(block_v=32, warps=2, stages=6, wide_stages=4)
 # Registers and shared memory set the numbers here: 4 programs of 4 warps that sum entries, 2 of 8 that weigh tokens.
 CARRIED = Launch(block_v=32, warps=4, stages=5, wide_stages=4)
 MANY_KEYS = Launch(block_v=32, warps=8, stages=3, wide_stages=2)  # K > 128
-TOKEN_WARPS = 8
-TOKEN_REGISTERS = 128  # without this bound the compiler takes 165; at 128 it spills nothing
+TOKEN_STAGES = 3
 CLOSE = Close(block_v=32, warps=4, programs=256)
 
 
@@ -155,7 +155,7 @@ def delta_step(
 def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) -> tuple[Tensor]:
     """The launches where entries are carried: weights of the tokens, sums, chunks that close, and sums in the chunk after."""
     per_channel = is_per_channel(inputs[3])
-    if per_channel:  # the kernel takes a token's gates from the call and from the state alike
+    if inputs[3] is not None:  # the kernel takes a token's gates from the call and from the state alike
         inputs[3] = inputs[3].float()
     x, held = gather(*inputs[:6], scale), Held(*inputs[6:])
     q, v = x.q, x.v
@@ -168,16 +168,18 @@ def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) ->
     read = launching.scratch((batch, length, heads, chunk), torch.float32, v.device)
     kind = dict(gates=q.shape[3] if per_channel else 1, delta=x.beta is not None)
     programs, S = tiles_of(q.shape, v.shape, chunk, padded(width), **kind)
-    cap = {"maxnreg": TOKEN_REGISTERS} if q.shape[3] <= 128 and torch.version.hip is None else {}
-    options = dict(S=S, NORM=normalize, num_warps=TOKEN_WARPS)
-    launching.launch(carried_token_kernel, programs, x, held, reach, read, T, L, **options, **cap)
+    early = dependent(v.device)
+    options = dict(S=S, NORM=normalize, STAGES=TOKEN_STAGES, EARLY=early, num_warps=1)
+    launching.launch(carried_token_kernel, programs, x, held, reach, read, T, **options)
     launch, options = chosen(CARRIED, q, held.entries)
     programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v, **kind)
+    after = dict(EARLY=early) | ({"launch_pdl": True} if early else {})
     for later in range(min(length, 2)):
-        launching.launch(carried_step_kernel, programs, x, held, o, reach, read, T, L, M, later, S=S, **options)
+        launching.launch(carried_step_kernel, programs, x, held, o, reach, read, T, L, M, later, S=S, **options, **after)
         if later == 0:
             precision = float32_products(v.dtype)
             pieces, own = tiles_of(q.shape, v.shape, chunk, CLOSE.block_v, precision, **kind)
             programs_of_pieces = min(pieces * (M + 1), CLOSE.programs)
-            launching.launch(carried_close_kernel, programs_of_pieces, held, batch, T, M, S=own, num_warps=CLOSE.warps)
+            options_of_pieces = dict(S=own, num_warps=CLOSE.warps, **after)
+            launching.launch(carried_close_kernel, programs_of_pieces, held, batch, T, M, **options_of_pieces)
     return (o,)
