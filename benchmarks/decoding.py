@@ -3,6 +3,7 @@
     python benchmarks/decoding.py                        # 48 heads of 128x64: B=64 and 16K, B=16 and 131K, B=1 to 1M
     python benchmarks/decoding.py --rule delta           # 16 heads of 128x128; channel, channel_delta: gates per key channel
     python benchmarks/decoding.py --B 64 --context 16384 --peers ""
+    python benchmarks/decoding.py --rows shuffled        # rows of the state by index, in pages of an engine
 
 Every row of the batch stands at a position of its own, drawn evenly from the last quarter of the context ("mixed"), or all at
 the one before the context's end ("full": every bit of the chunk number is set, the most that a step can read). A step is
@@ -27,6 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from loglinear import DecodingState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.layers.pages import PageLayout
+from loglinear.layers.state import RecurrentMixerState
 from measure import append, captured, environment, milliseconds
 from peers import (
     Shape,
@@ -66,6 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rule", choices=tuple(RULES), default="scalar")
     parser.add_argument("--B", type=int, help="with --context: one point instead of all")
     parser.add_argument("--context", type=int, help="tokens seen before the step, at most")
+    parser.add_argument("--rows", choices=("contiguous", "shuffled"), default="contiguous", help="of the state")
     parser.add_argument("--peers", default="all", help="parts of names, with commas between; 'all', or '' for none")
     parser.add_argument("--budget-ms", type=int, default=100, help="repetitions of one measurement, in milliseconds")
     parser.add_argument("--commit", help="hash to record where the checkout has no .git")
@@ -96,6 +100,18 @@ def random_state(
         x.normal_()
     state.position.copy_(positions(kind, shape.B, context))
     return state
+
+
+def shuffled(x: dict[str, Tensor], state: DecodingState) -> tuple[dict[str, Tensor], DecodingState]:
+    """x with ``state_indices``, and the rows of the state in pages of bytes: in another order, beside a quarter that is free."""
+    batch = state.batch_size
+    layout = PageLayout.of_state(RecurrentMixerState(state.open_k.new_empty(batch, 3, 6144), state))
+    pages = torch.zeros(batch + batch // 4, layout.nbytes, dtype=torch.int8, device="cuda")
+    index = torch.randperm(len(pages), generator=torch.Generator("cuda").manual_seed(2), device="cuda")[:batch]
+    view = layout.view(pages).memory
+    assert isinstance(view, DecodingState)
+    view.copy_rows_(index, state, torch.arange(batch, device="cuda"))
+    return x | {"state_indices": index}, view
 
 
 def live_bytes(state: DecodingState, position: Tensor) -> int:
@@ -155,24 +171,24 @@ def measure(name: str, build: Callable[[], Callable], budget_ms: int, graph: boo
 
 def check(rule: Rule, x: dict[str, Tensor], state: DecodingState) -> None:
     """End the command unless a step of the kernels gives what the plain form gives, from the same state."""
-    got, want = (
-        rule.step(**x, state=state.clone(), advance=False, backend=kind).double() for kind in ("triton", "torch")
-    )
+    want = rule.step(**x, state=state.clone(), advance=False, backend="torch").double()
+    got = rule.step(**x, state=state, advance=False).double()
     error = float((got - want).norm() / want.norm())
     if not error <= BAR:
         sys.exit(f"the step of the {rule.name} has relative error {error:.2e} > {BAR}: nothing is timed")
 
 
-def ours(rule: Rule, shape: Shape, context: int, bandwidth: float, budget_ms: int) -> list[dict]:
+def ours(rule: Rule, shape: Shape, context: int, bandwidth: float, budget_ms: int, order: str) -> list[dict]:
     rows = []
-    x = rule.inputs(shape) | {"level_scales": torch.rand(shape.B, 1, shape.H, 22, device="cuda")}
+    given = rule.inputs(shape) | {"level_scales": torch.rand(shape.B, 1, shape.H, 22, device="cuda")}
     for entry_dtype in (torch.bfloat16, torch.float32):
         for kind in ("mixed", "full"):
             state = random_state(x, shape, context, kind, entry_dtype)
+            read, held = live_bytes(state, state.position), state.nbytes
+            x, state = (given, state) if order == "contiguous" else shuffled(given, state)
             check(rule, x, state)
-            read = live_bytes(state, state.position)
             columns = dict(B=shape.B, context=context, positions=kind, entries=str(entry_dtype).removeprefix("torch."))
-            columns |= dict(live_bytes=read, state_bytes=state.nbytes, floor_ms=read / bandwidth * 1e3)
+            columns |= dict(rows=order, live_bytes=read, state_bytes=held, floor_ms=read / bandwidth * 1e3)
             step = partial(rule.step, **x, state=state, advance=False)
             rows.append(measure(f"loglinear {rule.name} {columns['entries']}", lambda s=step: s, budget_ms, **columns))
     return rows
@@ -189,7 +205,7 @@ def main() -> None:
     wanted = [part for part in args.peers.split(",") if part]
     for batch, context in points:
         shape = dataclasses.replace(rule.shape, B=batch)
-        rows = ours(rule, shape, context, bandwidth, args.budget_ms)
+        rows = ours(rule, shape, context, bandwidth, args.budget_ms, args.rows)
         peers: dict[str, Callable[[], Callable[[], object]]] = {}
         if args.rule == "scalar":
             for name in ("flash", "cudnn"):

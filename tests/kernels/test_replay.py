@@ -198,8 +198,9 @@ def test_another_kind_is_recorded_anew(host):
 def test_a_step_is_repeated_on_another_state(host, monkeypatch, delta):
     """Its launches, with the addresses of the new inputs and the new state; another number of tokens is another kind."""
     from loglinear.kernels.decoding import host as steps
+    from loglinear.kernels.decoding.open_chunk import Held
 
-    bundles = {"x": steps.Inputs, "held": steps.Held, "S": steps.Sizes}
+    bundles = {"x": steps.Inputs, "held": Held, "S": steps.Sizes}
     parts = ("carried_token", "carried_step", "carried_close") if delta else ("scalar_step",)
     real = {part: getattr(steps, f"{part}_kernel") for part in parts}
     kernels = {part: Kernel(*kernel.arg_names) for part, kernel in real.items()}
@@ -211,7 +212,7 @@ def test_a_step_is_repeated_on_another_state(host, monkeypatch, delta):
         x = {"q": torch.zeros(2, tokens, 2, 16), "k": torch.zeros(2, tokens, 2, 16), "v": torch.zeros(2, tokens, 4, 8)}
         x |= {"g": torch.zeros(2, tokens, 4)} | ({"beta": torch.zeros(2, tokens, 4)} if delta else {})
         x["level_scales"] = scales = torch.zeros(2, tokens, 4, 11)
-        o = (steps.delta_step if delta else steps.scalar_step)(**x, state=state, scale=0.5)
+        o = (steps.delta_step if delta else steps.gate_step)(**x, state=state, scale=0.5)
         del x["level_scales"]
         return (
             x | {"o": o, "scales": scales} | {key: y for key, y in vars(state).items() if isinstance(y, torch.Tensor)}

@@ -20,7 +20,7 @@ from loglinear.decoding_state import DecodingState
 from loglinear.layers.state import RecurrentMixerState
 from loglinear.state import LinearState, LogLinearState
 
-ALIGNMENT = 16  # bytes: every tensor of a page begins where a kernel may load vectors
+ALIGNMENT = 64  # bytes: 16 numbers of 32 bits, the distance at which kernels load vectors
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,11 @@ class PageLayout:
         """
         with torch.no_grad():
             _, after = mixer(torch.empty(1, 1, hidden_size, dtype=dtype, device="meta"), output_state=True)
-        state: RecurrentMixerState = after.for_decoding(max_context, entry_dtype, dtype)
+        return PageLayout.of_state(after.for_decoding(max_context, entry_dtype, dtype))
+
+    @staticmethod
+    def of_state(state: RecurrentMixerState) -> PageLayout:
+        """The layout for rows of ``state``, which is one for decoding."""
         fields, start = [], 0
         for name, x in {"conv": state.conv, **dict(state.memory._named())}.items():
             fields.append(Field(name, tuple(x.shape[1:]), x.dtype, start))
@@ -114,28 +118,14 @@ def mix(mixer: nn.Module, hidden: Tensor, state: RecurrentMixerState, batch: Bat
     """Outputs of ``mixer`` for hidden ``[N, hidden_size]``, the tokens of ``batch``; ``state``, a ``view``, takes them in."""
     count, parts = len(batch.steps), []
     if count:
-        step = _copied_step if hidden.is_cuda else _step
-        parts.append(step(mixer, hidden[:count].unsqueeze(1), state, batch.steps).squeeze(1))
+        stepped, _ = mixer(hidden[:count].unsqueeze(1), state=replace(state, rows=batch.steps))
+        parts.append(stepped.squeeze(1))
     if len(batch.pages):
         packing = {"cu_seqlens": batch.cu_seqlens, "cu_seqlens_cpu": batch.cu_seqlens_cpu}
         mixed, after = mixer(hidden[count:].unsqueeze(0), state=_past(state, batch), output_state=True, **packing)
         parts.append(mixed.squeeze(0))
         _write(state, batch.pages, after)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _step(mixer: nn.Module, hidden: Tensor, state: RecurrentMixerState, rows: Tensor) -> Tensor:
-    """Outputs for hidden ``[n, 1, hidden_size]``, a token of each of the ``rows``, which take them in where they lie."""
-    return mixer(hidden, state=replace(state, rows=rows))[0]
-
-
-def _copied_step(mixer: nn.Module, hidden: Tensor, state: RecurrentMixerState, rows: Tensor) -> Tensor:
-    """The same for the step kernels, which want contiguous states: the rows are copied, and copied back."""
-    copied = state.reorder(rows)
-    stepped, _ = mixer(hidden, state=copied)
-    for own, new in zip(state._tensors(), copied._tensors(), strict=True):
-        own.index_copy_(0, rows, new)
-    return stepped
 
 
 def _past(state: RecurrentMixerState, batch: Batch) -> RecurrentMixerState | None:

@@ -30,15 +30,13 @@ def takes(
     """Whether ``projected`` ``[B, T, ...]`` from ``state`` goes through the kernels of a step. Never waits for the device."""
     if state is None or not writes_into(state) or cu_seqlens is not None or mixer.context_group is not None:
         return False
-    if state.rows is not None:
-        return state.conv.is_cuda and dispatch.plain("a step", "rows of a state, which kernels do not take")
     field = mixer.unfused()
     if projected is None or field is not None:
         on_gpu = state.conv.is_cuda
         return on_gpu and dispatch.plain("a step", field or "projections that are not one")
     assert isinstance(mixer.norm, GatedRMSNorm)  # others are unfused
     weights = [x for x in (mixer.conv.taps, mixer.norm.weight) if x is not None]  # elsewhere when they are offloaded
-    if not fused.fits(projected, state.conv, *weights) or state.conv.dtype != projected.dtype:
+    if not fused.fits(projected, state.conv[:1], *weights) or state.conv.dtype != projected.dtype:
         return False
     (batch, length, _), memory = projected.shape, state.memory
     if batch != state.batch_size or mixer.conv.width > convolution.MAX_TAPS or weights[-1].shape[0] > fused.MAX_WIDTH:
@@ -64,7 +62,7 @@ def convolve_and_gate(
     L, offset = (None, 0.0) if levels is None else (levels.L, levels.offset)
     rates = (None, None) if columns.rate < 0 else (mixer.dt_bias, mixer.A_log)
     mixed, v, g, beta, scales = fused.step_inputs(
-        projected, dl, state.conv, conv.taps, conv.bias, *rates, L, tuple(columns), offset
+        projected, dl, state.conv, conv.taps, conv.bias, *rates, L, tuple(columns), offset, state.rows
     )
     mixed = ACTIVATIONS[conv.activation](streams.conv) if mixed is None else mixed  # no taps
     return mixed, v, {"g": g, "beta": beta, "level_scales": scales}
@@ -74,11 +72,12 @@ def recur(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], state: Recurre
     """o ``[B, T, H, V]`` of q, k ``[B, T, G, K]``, v ``[B, T, H, V]``; they are added to ``state``, except to its position."""
     memory = state.memory
     if isinstance(memory, LinearState):
-        return fused.linear_step(q, k, v, gates["g"].contiguous(), gates["beta"], memory.state)
+        return fused.linear_step(q, k, v, gates["g"].contiguous(), gates["beta"], memory.state, state.rows)
     assert isinstance(memory, DecodingState)
+    places: dict[str, Any] = {"state": memory, "advance": False, "state_indices": state.rows}
     if gates["beta"] is None:
-        return log_linear_attention_step(q, k, v, gates["g"], gates["level_scales"], memory, advance=False)
-    return log_linear_delta_rule_step(q, k, v, **gates, state=memory, use_qk_l2norm_in_kernel=True, advance=False)
+        return log_linear_attention_step(q, k, v, gates["g"], gates["level_scales"], **places)
+    return log_linear_delta_rule_step(q, k, v, **gates, use_qk_l2norm_in_kernel=True, **places)
 
 
 def gate_and_norm(
@@ -97,5 +96,6 @@ def gate_and_norm(
     norm = mixer.norm
     assert isinstance(norm, GatedRMSNorm)
     return fused.step_outputs(
-        o, x, D, gate, norm.weight, state.position, norm.eps, norm.gate_first, norm.activation == "silu"
+        *(o, x, D, gate, norm.weight, state.memory.position),
+        *(norm.eps, norm.gate_first, norm.activation == "silu", state.rows),
     )

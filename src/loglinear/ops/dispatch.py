@@ -60,11 +60,6 @@ def step(q: Tensor, v: Tensor, chunk_size: int = CHUNK_SIZE, backend: Backend = 
     return _takes("a decoding step", v, lambda: wide_heads(q, v) or why_not(), backend)
 
 
-def indexed_step(backend: Backend) -> bool:
-    """Whether the step kernels take ``state_indices``."""
-    return _refuse("a decoding step", "state_indices, which kernels do not take", backend)
-
-
 def _why_not(inputs: Inputs) -> str | None:
     q, v, transition = inputs.q, inputs.v, inputs.transition()
     if transition.per_channel and q.shape[3] > MAX_CHANNELS:

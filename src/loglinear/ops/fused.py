@@ -42,9 +42,11 @@ def fits(x: Tensor, *others: Tensor) -> bool:
 
 
 def fits_linear(state: Tensor) -> bool:
-    """Whether the linear models' step takes a state ``[B, H, K, V]``: float32, contiguous, heads of a kernel's widths."""
+    """Whether the linear models' step takes a state ``[rows, H, K, V]``: float32, each row contiguous, heads of a kernel's
+    widths.
+    """
     narrow = state.shape[2] <= MAX_KEY_WIDTH and state.shape[3] <= MAX_VALUE_WIDTH
-    return narrow and state.dtype == torch.float32 and state.is_contiguous()
+    return narrow and state.dtype == torch.float32 and state[:1].is_contiguous()
 
 
 def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:

@@ -48,8 +48,7 @@ def log_linear_attention_step(
             share one tensor of positions; until then every further call would take the same places.
         backend: as in ``log_linear_attention``.
         state_indices: int64 ``[B]``, all different: the row of ``state`` for each row of q. Rows of the state may then lie any
-            distance apart, each in one piece, and may be more than B. None: row b of q goes on from row b of the state. Runs
-            in plain PyTorch.
+            distance apart, each in one piece, and may be more than B. None: row b of q goes on from row b of the state.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of v. No gradients.
@@ -106,13 +105,14 @@ def _step(
     check_step(inputs, state, state_indices)
     scale, transition, level_scales = checks.check_scale(scale), inputs.transition(), inputs.level_scales
     with without_autocast, torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # entering takes 3 µs
-        fit = dispatch.step(q, v, state.chunk_size, backend)
-        if fit and (state_indices is None or dispatch.indexed_step(backend)):
+        if dispatch.step(q, v, state.chunk_size, backend):
             # Imported here: importing loglinear imports no Triton.
             from loglinear.kernels import decoding
 
             options = {"normalize": normalize} if normalize else {}
-            o = decoding.STEPS[transition](q, k, v, *inputs.gates(), level_scales, state, scale, **options)
+            o = decoding.STEPS[transition](
+                q, k, v, *inputs.gates(), level_scales, state, scale, state_indices, **options
+            )
         else:
             assert level_scales is not None
             if normalize:

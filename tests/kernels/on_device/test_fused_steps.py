@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,6 +13,7 @@ from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 
 from loglinear import layers
 from loglinear.kernels.decoding import inputs
+from loglinear.layers.pages import PageLayout
 from loglinear.ops import dispatch, fused, pointwise
 
 HIDDEN = 24
@@ -100,6 +102,25 @@ def test_steps_of_a_mixer(device, name, dtype, monkeypatch):
     assert torch.equal(state.position, plain_state.position)
     assert state.position.tolist() == [length + sum(CALLS) for length in lengths]
     torch.testing.assert_close(state.conv, plain_state.conv)  # copied, from products that may differ with the call
+
+
+@pytest.mark.parametrize("name", ["log_linear_mamba2", "log_linear_kda", "gated_deltanet"])
+def test_steps_of_a_mixer_on_pages(device, name):
+    """Rows of a batch in pages of another order: the same bits as side by side, and other pages stay as they are."""
+    mixer, index = make(name, device, torch.float32), torch.tensor([3, 1], device=device)
+    hidden = torch.randn(2, 7, HIDDEN, device=device)
+    state = mixer(hidden[:, :5], output_state=True)[1].for_decoding(300)
+    layout = PageLayout.of_state(state)
+    memory = torch.full((4, layout.nbytes + 48), -1, dtype=torch.int8, device=device)
+    view = layout.view(memory)
+    for own, x in zip(view._tensors(), state._tensors()):
+        own[index] = x
+    for t in (5, 6):
+        tokens = hidden[:, t : t + 1]
+        assert torch.equal(mixer(tokens, replace(view, rows=index))[0], mixer(tokens, state)[0])
+    for own, x in zip(view._tensors(), state._tensors()):
+        assert torch.equal(own[index], x)
+    assert (memory[[0, 2]] == -1).all()
 
 
 @pytest.mark.parametrize(("width", "T"), [(1, 2), (2, 1), (4, 2), (4, 3), (7, 9)])

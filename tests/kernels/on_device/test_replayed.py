@@ -68,7 +68,7 @@ def test_same_bits(device, monkeypatch, delta, keep, packed, sliced):
 def test_steps_of_same_bits(device, monkeypatch, delta):
     """At every position of two chunks and a bit, closings included; the state too."""
     x, _ = make(device, delta, 150, 0, packed=False)
-    run = decoding.delta_step if delta else decoding.scalar_step
+    run = decoding.delta_step if delta else decoding.gate_step
     played = noted_plays(monkeypatch)
 
     def steps(recorded: bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import cases
@@ -154,6 +155,33 @@ def test_a_row_does_not_see_its_batch(device, rule):
         assert torch.equal(got[b : b + 1], steps(rows(new, b), state, (1, 2)))
         for ours, theirs in zip(together.split()[b].to_state()._tensors(), state.to_state()._tensors()):
             assert torch.equal(ours, theirs)
+
+
+def paged(state, index, pages):
+    """(``state`` whose row b is page ``index[b]`` of ``pages``, the pages). Other bytes have all bits set: NaN, position -1."""
+    sizes = {name: -(-x[0].numel() * x.element_size() // 64) * 64 for name, x in state._named()}
+    memory = torch.full((pages, sum(sizes.values())), -1, dtype=torch.int8, device=index.device)
+    tensors = {}
+    for (name, x), part in zip(state._named(), memory.split(list(sizes.values()), 1)):
+        whole = part[:, : x[0].numel() * x.element_size()].view(x.dtype)
+        tensors[name] = whole.view(pages, *x.shape[1:])
+        tensors[name][index] = x
+    return dataclasses.replace(state, **tensors), memory
+
+
+@rules
+def test_rows_of_a_state_by_index(device, rule):
+    """Pages in another order than the rows, and more of them: the same bits, and no byte of another page is read or written."""
+    lengths, index = (2, C - 2, 4 * C - 1), torch.tensor([3, 0, 4], device=device)
+    x = make(device, rule, B=3, T=4 * C + 6, H=2, K=16, V=16)
+    state = DecodingState.stack([start(rows(x, b), length) for b, length in enumerate(lengths)])
+    held, memory = paged(state, index, 6)
+    for first, last in ((0, 1), (1, 3)):
+        new = tokens(x, first, last)
+        got = decoding.STEPS[held.transition](**new, state=held, scale=0.7, rows=index)
+        assert torch.equal(got, step(new, state, 0.7))
+        held.position[index] += last - first
+    assert torch.equal(paged(state, index, 6)[1], memory)
 
 
 @rules

@@ -124,10 +124,13 @@ def carried_close_kernel(held, B, T, M, S: tl.constexpr, EARLY: tl.constexpr):
     index = tl.arange(0, ROWS)
     piece = tl.program_id(0)
     for first_row in range(0, B, ROWS):
-        seen = tl.load(held.position + first_row + index, mask=first_row + index < B, other=0).to(tl.int32)
+        rows, there = (first_row + index).to(tl.int64), first_row + index < B
+        if held.rows is not None:
+            rows = tl.load(held.rows + rows, mask=there, other=0)
+        seen = tl.load(held.position + rows * held.stride_position, mask=there, other=0).to(tl.int32)
         aged = (aged_slots(seen // S.C, M)[:, None] >> tl.arange(0, SLOTS)[None, :]) & 1
         pieces = tl.where(seen % S.C + T >= S.C, (1 + tl.sum(aged, axis=1)) * (S.H * TILES), 0)
-        pieces = tl.where(first_row + index < B, pieces, 0)
+        pieces = tl.where(there, pieces, 0)
         ends = tl.cumsum(pieces, axis=0)
         total = tl.sum(pieces, axis=0)
         while piece < total:

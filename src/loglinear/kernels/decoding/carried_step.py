@@ -29,8 +29,8 @@ def carried_step_kernel(
 ):
     """Grid: ``program_of``. float32: sums. Races: columns of V belong to one program.
 
-    reach, read: as ``carried_token_kernel`` leaves them; nothing else here depends on the launch before. later: 0 for tokens of the chunk that was open before the call, 1 for
-    those of the next one.
+    reach, read: as ``carried_token_kernel`` leaves them; nothing else depends on the launch before. later: 0 for tokens of the
+    chunk that was open before the call, 1 for those of the next one.
     """
     own = program_of(S)
     first_v = own.first_v

@@ -1,13 +1,13 @@
 """TOKEN of the transitions whose entries are carried: the weights of a query on the open chunk and on the past.
 
 No entry is loaded here. A separate kernel walks the open chunk once for all columns of V, and the programs that read the
-entries do not pay for its registers. The inverse of a delta rule grows by one row per token, ``T_i = β_i (e_i - Σ_{j<i} z_j T_j)``,
-so no step solves a system.
+entries do not pay for its registers. The inverse of a delta rule grows by one row per token,
+``T_i = β_i (e_i - Σ_{j<i} z_j T_j)``, so no step solves a system.
 
-The walk goes from the newest token back to the oldest. It then has at hand what a token needs. Decays from after a token are sums
-over what was passed. A row of the inverse ends at its diagonal, so weights of earlier tokens do not change later ones. The query
-that reaches the past is ``p <- γ_j (p - w_j k_j)``, for the newest token with ``w_i = β_i k_iᵀ q``, and all weights but this one
-are those of that first p. One warp holds all channels of a token: no number goes through shared memory or waits for other warps.
+The walk goes from the newest token back to the oldest, and then has at hand what a token needs. Decays from after a token are
+sums over what was passed. A row of the inverse ends at its diagonal, so weights of earlier tokens do not change later ones. The
+query that reaches the past is ``p <- γ_j (p - w_j k_j)``. The newest token has ``w_i = β_i k_iᵀ q``, and all other weights are
+those of the first p. One warp holds all channels of a token: no number waits for another warp.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.decoding.open_chunk import at_head, at_token, program_of, store_token
+from loglinear.kernels.decoding.open_chunk import at_head, at_token, pick, program_of, store_token
 from loglinear.kernels.pointwise.functions import inverse_length
 from loglinear.kernels.tree.dependent import launch_dependents
 
@@ -36,12 +36,14 @@ def open_row(place, columns, stored, given, stride, first, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def carried_token_kernel(x, held, reach, read, T, S: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
-    """reach ``[B, T, H, K]``: the query that is put to the entries; read ``[B, T, H, C]``: weights of the open chunk's values,
-    before λ.
+def carried_token_kernel(
+    x, held, reach, read, T, S: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr
+):
+    """reach ``[B, T, H, K]``: the query that is put to the entries; read ``[B, T, H, C]``: weights of the open chunk's
+    values, before λ.
 
-    Grid: H x B, heads fastest (S.BV = S.V). float32: everything. Races: as in ``scalar_step_kernel``. Gates and rows of the inverse
-    belong to the program of their head.
+    Grid: H x B, heads fastest (S.BV = S.V). float32: everything. Races: as in ``scalar_step_kernel``. Gates and rows of the
+    inverse belong to the program of their head.
     """
     if EARLY:
         launch_dependents()
@@ -101,7 +103,7 @@ def carried_token_kernel(x, held, reach, read, T, S: tl.constexpr, NORM: tl.cons
                     inverse = tl.load(solve + j * S.C + places, mask=(places <= j), other=0.0)
                     weights += found * inverse
                     erased += tl.sum(decayed * key, axis=0) * inverse
-                    past -= tl.gather(weights, j + tl.zeros([1], tl.int32), 0) * earlier
+                    past -= pick(weights, j) * earlier
                 else:
                     weights = tl.where(places == j, found, weights)
                 past *= tl.exp(gate)

@@ -17,7 +17,7 @@ from torch import Tensor
 from loglinear.kernels.decoding.carried_close import carried_close_kernel
 from loglinear.kernels.decoding.carried_step import carried_step_kernel
 from loglinear.kernels.decoding.carried_token import carried_token_kernel
-from loglinear.kernels.decoding.open_chunk import Held, Sizes
+from loglinear.kernels.decoding.open_chunk import Sizes, held_of
 from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
 from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
@@ -106,34 +106,22 @@ def float32_products(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 or torch.version.hip is not None else "tf32x3"
 
 
-def scalar_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, level_scales: Tensor, state, scale: float = 1.0
+def gate_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    level_scales: Tensor,
+    state,
+    scale: float = 1.0,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """o ``[B, T, H, V]`` of T <= C tokens; they are added to ``state`` (``loglinear.DecodingState``), except to its position.
 
     q, k ``[B, T, G, K]`` and v ``[B, T, H, V]`` of the dtype of ``state.open_k``, 32 or 16 bits; g, level_scales any float.
+    rows: int64 ``[B]``, the row of the state for each row of q; None: they are the same. Each one lies in one piece.
     """
-    held = Held(state.position, state.entries, state.open_k, state.open_v, state.open_g, state.decay, None)
-    return replay(run_scalar_step, [q, k, v, g, level_scales, *held], state.chunk_size, scale)[0]
-
-
-def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
-    """The launch of ``scalar_step``."""
-    (q, k, v, g, level_scales), held = inputs[:5], Held(*inputs[5:])
-    o = scratch_like(v)
-    launch, options = chosen(SCALAR_GATE, q, held.entries)
-    precision = "ieee" if v.dtype == torch.float32 else "tf32"
-    programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v, precision)
-    if o.numel():
-        counts = v.shape[1], level_scales.shape[3], held.entries.shape[2]
-        x = gather(q, k, v, g, None, level_scales, scale)
-        launching.launch(scalar_step_kernel, programs, x, held, o, *counts, S=S, **options)
-    return (o,)
-
-
-def channel_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor, state, scale: float = 1.0) -> Tensor:
-    """The same with a gate per channel, g ``[B, T, H, K]``."""
-    return delta_step(q, k, v, g, None, level_scales, state, scale)
+    return delta_step(q, k, v, g, None, level_scales, state, scale, rows)
 
 
 def delta_step(
@@ -144,12 +132,30 @@ def delta_step(
     beta: Tensor | None,
     level_scales: Tensor,
     state,
-    scale=1.0,
-    normalize=False,
+    scale: float = 1.0,
+    rows: Tensor | None = None,
+    normalize: bool = False,
 ) -> Tensor:
-    """The same with the delta rule and either gate; ``normalize`` divides q and k by their lengths first."""
-    held = Held(state.position, state.entries, state.open_k, state.open_v, state.open_g, None, state.open_solve)
-    return replay(run_carried_step, [q, k, v, g, beta, level_scales, *held], state.chunk_size, scale, normalize)[0]
+    """The same with the delta rule; ``normalize`` divides q and k by their lengths first."""
+    shared = state.position, state.entries, state.open_k, state.open_v, state.open_g
+    inputs = [q, k, v, g, beta, level_scales, *shared, state.decay, state.open_solve, rows]
+    if state.decay is not None:
+        return replay(run_scalar_step, inputs, state.chunk_size, scale)[0]  # type: ignore[return-value]
+    return replay(run_carried_step, inputs, state.chunk_size, scale, normalize)[0]  # type: ignore[return-value]
+
+
+def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
+    """The launch of the scalar gate."""
+    x, held = gather(*inputs[:6], scale), held_of(inputs[6:])
+    q, v = x.q, x.v
+    o = scratch_like(v)
+    launch, options = chosen(SCALAR_GATE, q, held.entries)
+    precision = "ieee" if v.dtype == torch.float32 else "tf32"
+    programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v, precision)
+    if o.numel():
+        counts = v.shape[1], x.scales.shape[3], held.entries.shape[2]
+        launching.launch(scalar_step_kernel, programs, x, held, o, *counts, S=S, **options)
+    return (o,)
 
 
 def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) -> tuple[Tensor]:
@@ -157,7 +163,7 @@ def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) ->
     per_channel = is_per_channel(inputs[3])
     if inputs[3] is not None:  # the kernel takes a token's gates from the call and from the state alike
         inputs[3] = inputs[3].float()
-    x, held = gather(*inputs[:6], scale), Held(*inputs[6:])
+    x, held = gather(*inputs[:6], scale), held_of(inputs[6:])
     q, v = x.q, x.v
     batch, length, heads, width = v.shape
     T, L, M = length, x.scales.shape[3], held.entries.shape[2]
@@ -175,7 +181,11 @@ def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) ->
     programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v, **kind)
     after = dict(EARLY=early) | ({"launch_pdl": True} if early else {})
     for later in range(min(length, 2)):
-        launching.launch(carried_step_kernel, programs, x, held, o, reach, read, T, L, M, later, S=S, **options, **after)
+        if later:  # entries are those that the launch before has written
+            after = dict(EARLY=False)
+        launching.launch(
+            carried_step_kernel, programs, x, held, o, reach, read, T, L, M, later, S=S, **options, **after
+        )
         if later == 0:
             precision = float32_products(v.dtype)
             pieces, own = tiles_of(q.shape, v.shape, chunk, CLOSE.block_v, precision, **kind)

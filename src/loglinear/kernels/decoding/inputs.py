@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.decoding.host import row_stride
+from loglinear.kernels.decoding.open_chunk import held_row
 from loglinear.kernels.pointwise.functions import softplus
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import constants, hash_of
@@ -32,14 +33,16 @@ class Projections(NamedTuple):
 
     projected: Any
     dl: Any
-    tail: Any  # [B, W - 1, N]
+    tail: Any  # [rows, W - 1, N]
     weight: Any  # [N, W]
     bias: Any
     dt_bias: Any
     A_log: Any
     level_weights: Any  # [H, L]
+    rows: Any
     stride: Any
     stride_dl: Any
+    stride_tail: Any
 
 
 class Streams(NamedTuple):
@@ -85,7 +88,7 @@ def convolve(x, y, row, channels, T, S: tl.constexpr):
     token = row * T
     projected = x.projected + token * x.stride
     given, rates = projected + S.CONV, projected + S.RATE
-    tail = x.tail + row * ((S.W - 1) * S.N)
+    tail = x.tail + held_row(x.rows, row) * x.stride_tail
     mixed = y.mixed + token * S.N
     v = y.v
     if S.SCALED > 0:
@@ -165,17 +168,19 @@ def step_inputs(
     level_weights: Tensor | None,
     columns: tuple[int, int, int, int],
     offset: float = 0.0,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(mixed, v, g, β, λ) of T tokens of every row; ``tail`` takes the tokens in.
 
     Args:
         projected: ``[B, T, ...]``, contiguous, at most 32 bits. dl: ``[B, T, H·L]``, rows any one distance apart, or None.
-        tail: ``[B, W - 1, N]``, contiguous, dtype of projected. weight: ``[N, W]``, or None: no convolution. bias: ``[N]`` or
-            None. dt_bias, A_log: ``[H]``, None without time steps. level_weights: ``[H, L]``, None as dl.
+        tail: ``[rows, W - 1, N]``, each row contiguous, dtype of projected. weight: ``[N, W]``, or None: no convolution. bias:
+            ``[N]`` or None. dt_bias, A_log: ``[H]``, None without time steps. level_weights: ``[H, L]``, None as dl.
         columns: the first column in ``projected`` of the convolution's inputs, of the time steps (-1: neither they nor β are
             asked for) and of β (-1: there is no β); then how many outputs of the convolution, from the first on, are v to be
             multiplied by the time step.
         offset: of λ, ``softplus(level_weights · dl + offset)``.
+        rows: int64 ``[B]``, the row of ``tail`` for each row of projected; None: they are the same.
 
     Returns:
         mixed ``[B, T, N]`` after the convolution, v ``[B, T, columns[3]]`` (None if that is 0), g and β float32
@@ -183,13 +188,13 @@ def step_inputs(
     """
     if weight is None and dl is None and columns[1] < 0:
         return (None,) * 5
-    given = [projected, dl, tail, weight, bias, dt_bias, A_log, level_weights]
+    given = [projected, dl, tail, weight, bias, dt_bias, A_log, level_weights, rows]
     return replay(run_step_inputs, given, columns, offset)  # type: ignore[return-value]
 
 
 def run_step_inputs(inputs: list, columns: tuple[int, int, int, int], offset: float) -> tuple[Tensor | None, ...]:
     """The launch of ``step_inputs``."""
-    projected, dl, _, weight, *_, A_log, level_weights = inputs
+    projected, dl, tail, weight, *_, A_log, level_weights, _ = inputs
     (batch, length, width), device = projected.shape, projected.device
     (channels, taps), (_, rate, strength, scaled) = (0, 0) if weight is None else weight.shape, columns
     levels, stride_dl = (0, 0) if dl is None else (level_weights.shape[1], row_stride(dl.shape, dl.stride()))
@@ -205,6 +210,6 @@ def run_step_inputs(inputs: list, columns: tuple[int, int, int, int], offset: fl
     if programs and length:
         keep = triton.next_power_of_2(max(taps - 1, 1))
         S = constants(Columns, *columns, channels, heads, levels, taps, keep, offset, BLOCK)
-        given = Projections(*inputs, width, stride_dl)
+        given = Projections(*inputs, width, stride_dl, tail.stride(0))
         launching.launch(step_inputs_kernel, programs, given, made, length, S=S, num_warps=WARPS)
     return tuple(made)

@@ -9,13 +9,15 @@ natural units. No sum is subtracted from another, so -inf needs no special case.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from loglinear.kernels.tree.bundles import hash_of
-from loglinear.kernels.tree.place import bit_length, log2_of_power, lowbit, path_length
+from loglinear.kernels.tree.place import bit_length, log2_of_power, lowbit, set_bits
 from loglinear.kernels.tree.tiles import load_state
 
 SLOTS = tl.constexpr(32)  # a vector over slots: chunks are numbered below 2^24 (tree.place.bit_length)
@@ -42,15 +44,43 @@ class Sizes(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The tensors of a ``DecodingState``; None where a rule has none."""
+    """The tensors of a ``DecodingState``, None where a rule has none, and the distances of their rows.
 
-    position: Any  # [B]
-    entries: Any  # [B, H, M, K, V]
-    open_k: Any  # [B, G, 2C, K]
-    open_v: Any  # [B, H, C, V]
-    open_g: Any  # [B, H, 2C, GATES]
-    decay: Any  # [B, 2, H, M]
-    open_solve: Any  # [B, H, 2C, C]
+    Each row lies in one piece. ``rows [B]`` has the row of the state for each row of the batch; None: it is the same.
+    """
+
+    position: Any  # [rows]
+    entries: Any  # [rows, H, M, K, V]
+    open_k: Any  # [rows, G, 2C, K]
+    open_v: Any  # [rows, H, C, V]
+    open_g: Any  # [rows, H, 2C, GATES]
+    decay: Any  # [rows, 2, H, M]
+    open_solve: Any  # [rows, H, 2C, C]
+    rows: Any
+    stride_position: Any
+    stride_entries: Any
+    stride_k: Any
+    stride_v: Any
+    stride_g: Any
+    stride_decay: Any
+    stride_solve: Any
+
+
+class Head(NamedTuple):
+    """The tensors of a state at one head of one row."""
+
+    position: Any
+    entries: Any
+    open_k: Any
+    open_v: Any
+    open_g: Any
+    decay: Any
+    open_solve: Any
+
+
+def held_of(tensors: Sequence[Tensor | None]) -> Held:
+    """The bundle of the eight tensors, in its order."""
+    return Held(*tensors, *(None if x is None else x.stride(0) for x in tensors[:7]))
 
 
 class Program(NamedTuple):
@@ -74,17 +104,26 @@ def program_of(S: tl.constexpr):
 
 
 @triton.jit
+def held_row(rows, row):
+    """The row of the state (int64) for a row of the batch."""
+    return row if rows is None else tl.load(rows + row)
+
+
+@triton.jit
 def at_head(held, own, M, S: tl.constexpr):
     """``held`` at the head of a program: entries at slot 0, the open chunk at place 0 of its first half.
 
     Absent tensors are replaced by others, here and in ``at_token``: Triton 3.4 cannot return None.
     """
-    entries = held.entries + own.head * M * (S.K * S.V)
-    open_k = held.open_k + (own.row * S.G + own.group) * (2 * S.C * S.K)
-    open_v, open_g = held.open_v + own.head * (S.C * S.V), held.open_g + own.head * (2 * S.C * S.GATES)
-    decay = open_g if held.decay is None else held.decay + (own.row * 2 * S.H + own.h) * M
-    solve = open_g if held.open_solve is None else held.open_solve + own.head * (2 * S.C * S.C)
-    return Held(held.position + own.row, entries, open_k, open_v, open_g, decay, solve)
+    row, h = held_row(held.rows, own.row), own.h.to(tl.int64)
+    position = held.position + row * held.stride_position
+    entries = held.entries + (row * held.stride_entries + h * M * (S.K * S.V))
+    open_k = held.open_k + (row * held.stride_k + own.group * (2 * S.C * S.K))
+    open_v = held.open_v + (row * held.stride_v + h * (S.C * S.V))
+    open_g = held.open_g + (row * held.stride_g + h * (2 * S.C * S.GATES))
+    decay = open_g if held.decay is None else held.decay + (row * held.stride_decay + h * M)
+    solve = open_g if held.open_solve is None else held.open_solve + (row * held.stride_solve + h * (2 * S.C * S.C))
+    return Head(position, entries, open_k, open_v, open_g, decay, solve)
 
 
 @triton.jit
@@ -160,8 +199,8 @@ def held_slots(n, M):
 
 @triton.jit
 def pick(vector, slot):
-    """Element ``slot`` of a vector over slots."""
-    return tl.sum(tl.where(tl.arange(0, SLOTS) == slot, vector, 0.0), axis=0)
+    """Element ``slot`` of a vector, ``[1]``."""
+    return tl.gather(vector, slot + tl.zeros([1], tl.int32), 0)
 
 
 @triton.jit
@@ -172,7 +211,7 @@ def weighted_entries(entries, weights, held, first_v, S: tl.constexpr, STAGES: t
     """
     total = tl.zeros([S.BK, S.BV], tl.float32)
     e = held
-    for _ in tl.range(path_length(held, 0), num_stages=STAGES):
+    for _ in tl.range(set_bits(held), num_stages=STAGES):
         slot = log2_of_power(lowbit(e))
         state = load_state(entries + slot * (S.K * S.V), 0, first_v, S.K, S.V, S.BK, S.BV)
         total += pick(weights, slot) * state.to(tl.float32)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.decoding.host import row_stride
+from loglinear.kernels.decoding.open_chunk import held_row
 from loglinear.kernels.pointwise.functions import gate_of
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.replay import replay
@@ -31,10 +32,12 @@ def step_outputs_kernel(
     gate,
     weight,
     position,
+    rows,
     y,  # [B, T, GROUPS, N]
     T,
     stride_x,
     stride_gate,
+    stride_position,
     eps,
     N: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -63,7 +66,7 @@ def step_outputs_kernel(
         out = root_mean_square_norm(wide, weight, columns, inside, eps, N) * opening
     tl.store(y + token * (GROUPS * N) + place, out.to(y.dtype.element_ty), mask=inside)
     if (group == 0) & (token % T == 0):
-        row = position + token // T
+        row = position + held_row(rows, token // T) * stride_position
         tl.store(row, tl.load(row) + T)
 
 
@@ -77,21 +80,22 @@ def step_outputs(
     eps: float,
     gate_first: bool,
     silu: bool = True,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """``norm(o + D x, gate)`` ``[B, T, H·V]`` as ``GatedRMSNorm`` has it; T is added to ``position``, int64 ``[B]``.
+    """``norm(o + D x, gate)`` ``[B, T, H·V]`` as ``GatedRMSNorm`` has it; T is added to ``position``, int64.
 
     Args:
         o: ``[B, T, H, V]``, contiguous. x, D: the skip, ``[B, T, H·V]`` and ``[H]``, or None. gate: ``[B, T, H·V]``. The
             rows of x, and the rows of gate, may be any one distance apart.
         weight: of the norm, ``[H·V]`` or ``[V]``. gate_first: whether the gate comes before the norm. silu: whether the gate is
-            SiLU's, and not the sigmoid's.
+            SiLU's, and not the sigmoid's. rows: int64 ``[B]``, the place in ``position`` of each row; None: they are the same.
     """
-    return replay(run_step_outputs, [o, x, D, gate, weight, position], eps, gate_first, silu)[0]  # type: ignore[return-value]
+    return replay(run_step_outputs, [o, x, D, gate, weight, position, rows], eps, gate_first, silu)[0]  # type: ignore[return-value]
 
 
 def run_step_outputs(inputs: list, eps: float, gate_first: bool, silu: bool) -> tuple[Tensor]:
     """The launch of ``step_outputs``."""
-    o, x, _, gate, weight, _ = inputs
+    o, x, _, gate, weight, position, _ = inputs
     batch, length, heads, width = o.shape
     y = launching.scratch((batch, length, heads * width), o.dtype, o.device)
     normed = weight.shape[0]
@@ -106,6 +110,7 @@ def run_step_outputs(inputs: list, eps: float, gate_first: bool, silu: bool) -> 
             y,
             length,
             *strides,
+            position.stride(0),
             eps,
             **sizes,
             num_warps=warps_for(block),

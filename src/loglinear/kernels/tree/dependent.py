@@ -1,6 +1,7 @@
 """DEPENDENT launches: a kernel may start before the one before it has ended, and waits for it where it needs its results.
 
-This is programmatic dependent launch, of NVIDIA GPUs from Hopper on. Elsewhere kernels start one after the other.
+This is programmatic dependent launch, of NVIDIA GPUs from Hopper on. Elsewhere kernels start one after the other. The launch of a
+kernel that starts early has ``launch_pdl=True``. Each of its programs must wait, for the launch after it relies on both.
 """
 
 from __future__ import annotations
@@ -9,12 +10,21 @@ from functools import lru_cache
 
 import torch
 import triton
-from triton.language.extra.cuda import gdc_launch_dependents as launch_dependents
-from triton.language.extra.cuda import gdc_wait as wait
-
-__all__ = ["dependent", "launch_dependents", "wait"]
+import triton.language as tl
 
 CAPABILITY = 9  # the first that has it
+
+
+@triton.jit
+def launch_dependents():
+    """Let the next launch begin, once all programs have called this or ended. (Triton has it too; that of 3.4 does not compile.)"""
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def wait():
+    """Wait until the launches before this one have ended."""
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
 
 
 @lru_cache(maxsize=64)
