@@ -103,7 +103,7 @@ def random_state(
 
 
 def shuffled(x: dict[str, Tensor], state: DecodingState) -> tuple[dict[str, Tensor], DecodingState]:
-    """x with ``state_indices``, and the rows of the state in pages of bytes: in another order, beside a quarter that is free."""
+    """x with ``state_indices``, and the rows of the state in pages of bytes, in another order, beside free ones."""
     batch = state.batch_size
     layout = PageLayout.of_state(RecurrentMixerState(state.open_k.new_empty(batch, 3, 6144), state))
     pages = torch.zeros(batch + batch // 4, layout.nbytes, dtype=torch.int8, device="cuda")
@@ -183,7 +183,7 @@ def ours(rule: Rule, shape: Shape, context: int, bandwidth: float, budget_ms: in
     given = rule.inputs(shape) | {"level_scales": torch.rand(shape.B, 1, shape.H, 22, device="cuda")}
     for entry_dtype in (torch.bfloat16, torch.float32):
         for kind in ("mixed", "full"):
-            state = random_state(x, shape, context, kind, entry_dtype)
+            state = random_state(given, shape, context, kind, entry_dtype)
             read, held = live_bytes(state, state.position), state.nbytes
             x, state = (given, state) if order == "contiguous" else shuffled(given, state)
             check(rule, x, state)

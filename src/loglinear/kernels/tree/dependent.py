@@ -1,7 +1,7 @@
 """DEPENDENT launches: a kernel may start before the one before it has ended, and waits for it where it needs its results.
 
-This is programmatic dependent launch, of NVIDIA GPUs from Hopper on. Elsewhere kernels start one after the other. The launch of a
-kernel that starts early has ``launch_pdl=True``. Each of its programs must wait, for the launch after it relies on both.
+This is programmatic dependent launch, of NVIDIA GPUs from Hopper on. Elsewhere kernels start one after the other. The launch
+of a kernel that starts early has ``launch_pdl=True``. Each of its programs must wait, for the launch after it relies on both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CAPABILITY = 9  # the first that has it
 
 @triton.jit
 def launch_dependents():
-    """Let the next launch begin, once all programs have called this or ended. (Triton has it too; that of 3.4 does not compile.)"""
+    """Let the next launch begin once all programs have called this or ended. (Triton's own, of 3.4, does not compile.)"""
     tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
 
 
