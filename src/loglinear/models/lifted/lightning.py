@@ -52,7 +52,7 @@ class LiftedLightning(LiftedMixer, LogLinearRetention):
         qkv = rows.transpose(-3, -2).flatten(-3)  # q of all heads, k of all heads, v of all heads
         levels = self.level_scale
         dl = None if levels is None else project(hidden, levels.dl_proj)
-        return Streams(conv=qkv, gate=project(hidden, self.output_gate), rate=qkv[..., :0], dl=dl)
+        return Streams(conv=qkv, gate=project(hidden, self.output_gate), rate=qkv[..., :0], dl=dl, joined=qkv)
 
     def log_decay(self, device: torch.device) -> Tensor:
         return -wide(self.slope_rate).flatten()
