@@ -180,7 +180,7 @@ def step_resources(
     x = {n: meta(*s, kind=torch.bfloat16 if n in "qkv" else torch.float32) for n, s in shapes.items()}
     state = DecodingState.empty(1, H, G, K, V, 1 << 17, torch.bfloat16, entries, delta, "meta", per_channel=channel)
     hip = "6" if TARGETS[target].backend == "hip" else None  # the host looks where it runs, not what it compiles for
-    early = mock.patch.object(host, "dependent", lambda device: target == "sm_90")
+    early = mock.patch.object(host, "dependent", return_value=target == "sm_90")
     with recording() as found, mock.patch.object(torch.version, "hip", hip), early:
         decoding.STEPS[state.transition](**x, state=state)
         return built(found, TARGETS[target])

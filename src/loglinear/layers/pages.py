@@ -20,7 +20,9 @@ from loglinear.decoding_state import DecodingState
 from loglinear.layers.state import RecurrentMixerState
 from loglinear.state import LinearState, LogLinearState
 
-ALIGNMENT = 64  # bytes: 16 numbers of 32 bits, the distance at which kernels load vectors
+ALIGNMENT = (
+    256  # bytes: every tensor of a page begins where memory does, so no row of an entry has a part of another line
+)
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def paged(state, index, pages):
 
 @rules
 def test_rows_of_a_state_by_index(device, rule):
-    """Pages in another order than the rows, and more of them: the same bits, and no byte of another page is read or written."""
+    """Pages in another order than the rows, and more of them: the same results, and no byte of another page is touched."""
     lengths, index = (2, C - 2, 4 * C - 1), torch.tensor([3, 0, 4], device=device)
     x = make(device, rule, B=3, T=4 * C + 6, H=2, K=16, V=16)
     state = DecodingState.stack([start(rows(x, b), length) for b, length in enumerate(lengths)])
@@ -179,9 +179,16 @@ def test_rows_of_a_state_by_index(device, rule):
     for first, last in ((0, 1), (1, 3)):
         new = tokens(x, first, last)
         got = decoding.STEPS[held.transition](**new, state=held, scale=0.7, rows=index)
-        assert torch.equal(got, step(new, state, 0.7))
+        assert same(got, step(new, state, 0.7))
         held.position[index] += last - first
-    assert torch.equal(paged(state, index, 6)[1], memory)
+    for ours, theirs in zip(held.reorder(index).to_state()._tensors(), state.to_state()._tensors()):
+        assert same(ours, theirs)
+    assert (memory[[1, 2, 5]] == -1).all()
+
+
+def same(one, other):
+    """Bit for bit, but on a GPU, where other distances of rows are another kernel."""
+    return torch.equal(one, other) or (not INTERPRETED and relative(one, other) < FLOAT32)
 
 
 @rules

@@ -30,12 +30,11 @@ from loglinear.transition import is_per_channel
 
 @dataclass(frozen=True)
 class Launch:
-    """Columns of V that a program owns, warps, and entries in flight at once in one program (of 16 bits; of 32, fewer)."""
+    """Columns of V that a program owns, warps, and stages of its loop: one more than the entries on their way to it."""
 
     block_v: int
     warps: int
     stages: int
-    wide_stages: int
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,11 @@ class Close:
     programs: int
 
 
-# Measured on an H200 (Triton 3.6, 2026-11-22): B = 64 at 16K tokens, B = 16 at 131K, B = 1 at a million. Few columns a program
-# keep all multiprocessors busy at B = 1; two warps leave room for more programs at B = 64; deep pipelines serve both.
-SCALAR_GATE = Launch(block_v=32, warps=2, stages=6, wide_stages=4)
-# Registers and shared memory set the numbers here: 4 programs of 4 warps that sum entries, 2 of 8 that weigh tokens.
-CARRIED = Launch(block_v=32, warps=4, stages=5, wide_stages=4)
-MANY_KEYS = Launch(block_v=32, warps=8, stages=3, wide_stages=2)  # K > 128
+# By the bytes of a number of the entries. Measured on an H200 (Triton 3.6, 2026-11-30): B = 64 at 16K tokens, B = 16 at 131K,
+# B = 1 at a million. Rows of 128 bytes and few warps, which leave room for more programs, serve all three.
+SCALAR_GATE = {2: Launch(block_v=32, warps=2, stages=6), 4: Launch(block_v=32, warps=2, stages=4)}
+CARRIED = {2: Launch(block_v=64, warps=4, stages=4), 4: Launch(block_v=32, warps=2, stages=3)}
+MANY_KEYS = {2: Launch(block_v=32, warps=8, stages=3), 4: Launch(block_v=32, warps=8, stages=2)}  # K > 128
 TOKEN_STAGES = 3
 CLOSE = Close(block_v=32, warps=4, programs=256)
 
@@ -91,11 +89,10 @@ def tiles_of(
     return v[0] * v[2] * cdiv(v[3], tile_v), constants(Sizes, *letters, padded(q[3]), tile_v, precision, gates, delta)
 
 
-def chosen(launch: Launch, q: Tensor, entries: Tensor) -> tuple[Launch, dict]:
-    """The launch for keys as wide as these, and its options: ``launch`` where K is at most 128."""
-    launch = launch if q.shape[3] <= 128 else MANY_KEYS
-    stages = launch.wide_stages if entries.dtype == torch.float32 else launch.stages
-    return launch, dict(STAGES=stages, num_warps=launch.warps)
+def chosen(launches: dict[int, Launch], q: Tensor, entries: Tensor) -> tuple[Launch, dict]:
+    """The launch for keys as wide as these, and its options: one of ``launches`` where K is at most 128."""
+    launch = (launches if q.shape[3] <= 128 else MANY_KEYS)[entries.element_size()]
+    return launch, dict(STAGES=launch.stages, num_warps=launch.warps)
 
 
 def float32_products(dtype: torch.dtype) -> str:
