@@ -26,7 +26,7 @@ from loglinear.tasks.lm.config import DataConfig
 from loglinear.training.checkpoints import complete_checkpoints
 from loglinear.training.config import Mixer, ModelConfig, OptimizerConfig, TrainConfig
 from loglinear.training.model import build_model
-from loglinear.training.trainer import LanguageModelTrainer
+from loglinear.training.trainer import LanguageModelTrainer, training_arguments
 
 
 def record(run: Path) -> dict:
@@ -266,6 +266,7 @@ def test_options_of_a_model_reach_it():
         "delta_num_heads": 4, "delta_num_key_heads": 2, "delta_key_dim": 8, "delta_value_dim": 16, "mamba_num_heads": 6,
         "mamba_num_groups": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rope_theta": 100.0,
         "rms_norm_eps": 1e-5, "initializer_range": 0.01, "level_scale_start": "one",
+        "level_scale_std": 0.006,
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     config = parse(TrainArgs, ["--output", "run", *words], "loglinear train").model
@@ -279,9 +280,23 @@ def test_options_of_a_model_reach_it():
     assert build_model(ModelConfig(num_hidden_layers=1), tokenizer, 64).config.conv_size == 4, "left to LogLinearConfig"
 
 
+def test_where_the_rate_ends_and_the_order_of_the_data_are_options(tmp_path):
+    options = parse(TrainArgs, ["--output", str(tmp_path), "--final-rate", "0", "--data-seed", "7"], "loglinear train")
+    assert options.arguments()["final_rate"] == 0
+    arguments = training_arguments(options)
+    assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.0}
+    assert (arguments.seed, arguments.data_seed) == (0, 7)
+    plain = TrainConfig(tmp_path)
+    assert training_arguments(plain).data_seed == 0
+    assert not {"final_rate", "data_seed", "level_scale_std"} & plain.arguments().keys(), (
+        "records of older runs lack them"
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: OptimizerConfig(final_rate=1.5), r"final_rate must be in \[0, 1\], a share of learning_rate: got 1.5"),
         (lambda: TrainConfig(Path("run"), save_every=5, log_every=2), "save_every must be a multiple .* got 5 and 2"),
         (lambda: TrainConfig(Path("run"), log_every=0), "log_every must be at least 1: got 0"),
         (lambda: TrainConfig(Path("run"), seed=-1), "seed must be at least 0: got -1"),

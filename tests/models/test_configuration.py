@@ -92,6 +92,14 @@ def test_mlps_can_be_left_out(make_model):
     assert not any("mlp" in name for name, _ in model.named_parameters())
 
 
+def test_the_projection_of_level_scales_has_a_deviation_of_its_own(make_model):
+    scale = make_model("log_linear_mamba2", level_scale_std=0.006, initializer_range=0.5).model.layers[0].mixer
+    assert 0.004 < float(scale.level_scale.dl_proj.weight.detach().std()) < 0.008
+    assert float(scale.in_proj.weight.detach().std()) > 0.3
+    with pytest.raises(ValueError, match="level_scale_std must be None or at least 0: got -1"):
+        LogLinearConfig(level_scale_std=-1)
+
+
 def test_where_level_scales_start_is_saved(make_model, tokens, tmp_path):
     """A checkpoint of before the choice starts as the paper; "one" with a projection of zeros is the linear model."""
     model = make_model("log_linear_mamba2", level_scale_start="one")

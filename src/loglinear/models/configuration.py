@@ -50,6 +50,8 @@ class LogLinearConfig(PreTrainedConfig):
         gla_conv_size, retnet_conv_size: of those in GLA and RetNet mixers, which have none by default.
         level_scale_start: where the λ of log-linear mixers start: ``"paper"``, near ln 2 on every level, or ``"one"``, near 1,
             which is the linear model.
+        level_scale_std: standard deviation of the weights of λ's projections at the start; None: initializer_range. The paper's
+            training has 0.006: λ then starts alike for all tokens.
         mamba_head_dim, mamba_num_heads, mamba_state_size, mamba_num_groups: V, H, K, G of the Mamba-2 mixers;
             num_heads None makes the inner width twice hidden_size.
         delta_num_heads, delta_num_key_heads, delta_key_dim, delta_value_dim: H, G, K, V of the Gated DeltaNet mixers;
@@ -97,6 +99,7 @@ class LogLinearConfig(PreTrainedConfig):
     max_position_embeddings: int = 16_384
     conv_size: int = 4
     level_scale_start: str = "paper"
+    level_scale_std: float | None = None
     mamba_head_dim: int = 64
     mamba_num_heads: int = None  # type: ignore[assignment]
     mamba_state_size: int = 128
@@ -219,6 +222,8 @@ class LogLinearConfig(PreTrainedConfig):
                 raise ValueError(f"{heads} must be a multiple of {groups}={divisor}: got {have}")
         if self.level_scale_start not in OFFSETS:
             raise ValueError(f"level_scale_start must be one of {list(OFFSETS)}: got {self.level_scale_start!r}")
+        if self.level_scale_std is not None and self.level_scale_std < 0:
+            raise ValueError(f"level_scale_std must be None or at least 0: got {self.level_scale_std}")
         if self.decoding_entry_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"decoding_entry_dtype must be 'float32' or 'bfloat16': got {self.decoding_entry_dtype!r}")
         for field, kinds in {"head_dim": ("attention",), "retnet_key_dim": ("retnet", "log_linear_retnet")}.items():

@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from loglinear.layers import RMSNorm, SumRMSNorm
 from loglinear.layers.initialization import StatedInit
+from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.table import MIXERS
 from loglinear.models.cache import MixerCacheLayer, check_cache, check_past
 from loglinear.models.configuration import LogLinearConfig
@@ -114,6 +115,11 @@ class LogLinearPreTrainedModel(PreTrainedModel):
         if isinstance(module, StatedInit):
             for name, value in module.initial_values().items():
                 init.copy_(module.get_parameter(name), value)  # leaves alone what a checkpoint has brought
+            std = self.config.level_scale_std
+            if (
+                isinstance(module, LevelScale) and std is not None
+            ):  # its projection has been drawn as all linear layers are
+                init.normal_(module.dl_proj.weight, std=std)
         else:
             super()._init_weights(module)
 

@@ -86,6 +86,8 @@ class ModelConfig:
     """Width of a head of the lightning attention mixers; none: hidden_size over lightning_num_heads."""
     level_scale_start: Literal["paper", "one"] | None = None
     """Where the λ of log-linear mixers start: near ln 2 on every level, or near 1, as their linear twins; none: paper."""
+    level_scale_std: float | None = None
+    """Standard deviation of the weights that make λ, at the start; none: initializer_range; the paper's is 0.006."""
     conv_size: int | None = None
     """Taps of the short convolutions of the Mamba-2, Gated DeltaNet and KDA mixers; none: 4."""
     num_attention_heads: int | None = None
@@ -117,7 +119,9 @@ class OptimizerConfig:
     accumulate: int = 1
     """Forward passes per optimizer step."""
     learning_rate: float = 1e-3
-    """Peak learning rate; the cosine ends at a tenth of it."""
+    """Peak learning rate."""
+    final_rate: float = 0.1
+    """Share of the peak at which the cosine ends."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises from zero."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -137,6 +141,8 @@ class OptimizerConfig:
             raise ValueError(f"clip must be above 0, inf to leave gradients as they are: got {self.clip}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), a share of the steps: got {self.warmup}")
+        if not 0 <= self.final_rate <= 1:
+            raise ValueError(f"final_rate must be in [0, 1], a share of learning_rate: got {self.final_rate}")
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,8 @@ class TrainConfig:
     """levels: change only λ's parameters of the log-linear model of --init (or of --lift), and none of the others."""
     seed: int = 0
     """Of the initialisation and of the order of the data."""
+    data_seed: int | None = None
+    """Of the order of the data alone; none: seed."""
     log_every: int = 10
     """Steps between two logged losses."""
     save_every: int = 200
@@ -202,10 +210,17 @@ class TrainConfig:
         """Everything that decides the result: not where the run or the cache lies."""
         arguments = self.options()
         del arguments["cache"]
-        for name, default in (("streaming", False), ("max_documents", None), ("lift", False), ("train", "all")):
-            if arguments[name] == default:  # records of older runs lack them
+        for name, default in _ADDED.items():
+            if arguments[name] == default:
                 del arguments[name]
         return arguments
+
+
+# Options that records of older runs lack, with the values that they stand for there.
+_ADDED = {
+    **{"streaming": False, "max_documents": None, "lift": False, "train": "all"},
+    **{"level_scale_std": None, "final_rate": 0.1, "data_seed": None},
+}
 
 
 def _plain(value):

@@ -130,7 +130,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "gradient_accumulation_steps": optimizer.accumulate,
         "learning_rate": optimizer.learning_rate,
         "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "lr_scheduler_kwargs": {"min_lr_rate": optimizer.final_rate},
         "warmup_steps": round(optimizer.warmup * optimizer.steps),
         "adam_beta1": optimizer.betas[0],
         "adam_beta2": optimizer.betas[1],
@@ -138,7 +138,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "max_grad_norm": optimizer.clip,
         "bf16": use_bfloat16(optimizer.precision),
         "seed": config.seed,
-        "data_seed": config.seed,
+        "data_seed": config.seed if config.data_seed is None else config.data_seed,
         "logging_steps": config.log_every,
         "logging_nan_inf_filter": False,  # it would wait for the device at every step, to hide a loss that is NaN
         "save_steps": config.save_every,
