@@ -13,7 +13,7 @@ from bucket_weights import BucketWeights, see_buckets
 from loglinear.tasks.mqar.config import VALUE_DIM, Cell, Recipe
 from loglinear.tasks.mqar.train import BATCHES_AT_ONCE, build_model, train_cell
 from recall_grid import build, work
-from recall_plan import FRESH_SEEDS, RATES, SWEEP_SEEDS, Arm, best_rate, cell_of, phases, wanted
+from recall_plan import FRESH_SEEDS, PRIOR_RATE, RATES, SWEEP_SEEDS, Arm, best_rate, cell_of, phases, wanted
 from recall_report import lines
 
 pytestmark = pytest.mark.default_packages
@@ -67,17 +67,17 @@ def test_gradients_reach_the_probe():
     assert weights.direction.grad.abs().max() > 0
 
 
-def test_the_plan_has_each_arm_once_and_fresh_seeds_follow_their_sweep():
+def test_the_plan_has_each_arm_once_and_fresh_seeds_go_to_the_rate_that_a_sweep_finds():
     arms = [arm for phase in phases() for arm in phase]
     assert len(set(arms)) == len(arms)
     first = arms[0]
-    sweep = [cell for cell in wanted({}) if cell in recall_plan.sweep(first)]
-    assert len(sweep) == len(RATES) * len(SWEEP_SEEDS)
-    rows = {cell: {"validation": {"32": cell.learning_rate}, "final_loss": 1.0, "test": {"32": 0.5}} for cell in sweep}
-    assert best_rate(first, rows) == max(RATES)
-    fresh = [cell for cell in wanted(rows) if cell.seed in FRESH_SEEDS]
-    assert fresh == [first.cell(max(RATES), seed) for seed in FRESH_SEEDS]
-    assert cell_of(fresh[0].identity()) == fresh[0]
+    cells = list(wanted({}))
+    assert len(cells) == len(set(cells)) == len(arms) * (len(FRESH_SEEDS) + len(RATES) * len(SWEEP_SEEDS))
+    assert cells[: len(phases()[0])] == [arm.cell(PRIOR_RATE, FRESH_SEEDS[0]) for arm in phases()[0]], "pairs first"
+    rows = {cell: {"validation": {"32": cell.learning_rate}, "final_loss": 1.0} for cell in recall_plan.sweep(first)}
+    assert best_rate(first, rows) == max(RATES) != PRIOR_RATE
+    assert next(wanted(rows)) == first.cell(max(RATES), FRESH_SEEDS[0])
+    assert cell_of(cells[0].identity()) == cells[0]
 
 
 def test_differences_are_those_of_pairs():
