@@ -32,7 +32,7 @@ from long_filter import long_filter_model
 from strands import by_strand
 
 MIXERS = ("mamba2", "log_linear_mamba2", "gated_deltanet", "log_linear_gated_deltanet", "long_filter")
-LAYERS = {"long_filter": 9}  # for as many parameters; the others have 6
+LAYERS = {"long_filter": 5}  # for as many parameters; the others have 6
 CONTEXTS = (1024, 8192, 32768, 131072)
 CLIP = 1.0
 
