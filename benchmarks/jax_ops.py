@@ -1,0 +1,150 @@
+r"""Time of the ops in JAX, beside the log-linear op of jax-linear-attention, in one process.
+
+    python benchmarks/jax_ops.py scalar_gate --peer       # B=2, T=16384, H=48, G=1, K=128, V=64, bfloat16: the paper's shape
+    python benchmarks/jax_ops.py delta_rule               # B=2, T=16384, H=G=16, K=V=128
+    python benchmarks/jax_ops.py scalar_gate --T 131072 --B 1
+    JAX_PLATFORMS=cpu python benchmarks/jax_ops.py scalar_gate --B 1 --T 4096 --H 4 --G 4 --K 64 --V 64 \
+        --dtype float32
+
+The peer is ``pip install jax-linear-attention==0.1.0`` (Python 3.12). First of all the command checks three rows of the
+output against a float64 recurrence in NumPy, and stops where the error is not rounding. A time is the median of calls that
+each wait for the device, with the 20th and 80th percentile; compilation is timed by itself. Rows are appended to
+``results/jax_ops.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loglinear.jax import log_linear_attention, log_linear_delta_rule
+
+Arrays = dict[str, jax.Array]
+SHAPES = {
+    "scalar_gate": {"B": 2, "T": 1 << 14, "H": 48, "G": 1, "K": 128, "V": 64},
+    "delta_rule": {"B": 2, "T": 1 << 14, "H": 16, "G": 16, "K": 128, "V": 128},
+}
+BARS = {"float32": 1e-4, "bfloat16": 3e-2}  # of a row's relative error; sums of T products of rounded inputs
+
+
+def make_inputs(rule: str, size: dict[str, int], dtype: str) -> Arrays:
+    """Arguments by name."""
+    B, T, H, G, K, V = (size[name] for name in "BTHGKV")
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    normal = lambda *axes: jax.random.normal(next(keys), axes, jnp.float32)  # noqa: E731
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    x = {"q": unit(normal(B, T, G, K)), "k": unit(normal(B, T, G, K)), "v": normal(B, T, H, V)}
+    x = {name: y.astype(dtype) for name, y in x.items()}
+    x |= {"g": -0.1 * jnp.exp(normal(B, T, H)), "level_scales": jnp.exp(normal(B, T, H, (T - 1).bit_length() + 1))}
+    return x | ({"beta": jax.nn.sigmoid(normal(B, T, H))} if rule == "delta_rule" else {})
+
+
+def expected_row(x: Arrays, t: int) -> np.ndarray:
+    """Output of token t of the first row's first head in float64, from the last token to the first."""
+    q, k, v = (np.asarray(x[name][0, :, 0], np.float64) for name in ("q", "k", "v"))
+    g, scales = (np.asarray(x[name][0, :, 0], np.float64) for name in ("g", "level_scales"))
+    beta = np.asarray(x["beta"][0, :, 0], np.float64) if "beta" in x else None
+    out, row = np.zeros(v.shape[1]), q[t]
+    for s in range(t, -1, -1):
+        score = (row @ k[s]) * (1.0 if beta is None else beta[s])
+        out += scales[t, (t ^ s).bit_length()] * score * v[s]
+        row = np.exp(g[s]) * (row if beta is None else row - score * k[s])
+    return out
+
+
+def verify(call: Callable[[Arrays], jax.Array], x: Arrays, dtype: str) -> float:
+    """The largest relative error of three rows. Raises SystemExit where it is not rounding."""
+    o, length = call(x), x["q"].shape[1]
+    errors = []
+    for t in (length // 3, length // 2, length - 1):
+        want = expected_row(x, t)
+        errors.append(float(np.linalg.norm(np.asarray(o[0, t, 0], np.float64) - want) / np.linalg.norm(want)))
+    if not max(errors) <= BARS[dtype]:
+        raise SystemExit(f"the output is wrong: relative errors {errors}, at most {BARS[dtype]}")
+    return max(errors)
+
+
+def peer(x: Arrays) -> jax.Array:
+    """jax-linear-attention's op, which has a query and key head for each value head."""
+    from jla.ops.log_linear import log_linear_simple_gla_chunked
+
+    heads = x["v"].shape[2]
+    q, k = (jnp.repeat(x[name], heads // x[name].shape[2], axis=2) for name in ("q", "k"))
+    return log_linear_simple_gla_chunked(q, k, x["v"], x["g"], x["level_scales"], scale=1.0)[0]
+
+
+def milliseconds(function: Callable[..., object], x: Arrays, seconds: float) -> dict[str, float]:
+    """Compilation, and the distribution of calls."""
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(x).compile()
+    compilation = time.perf_counter() - start
+    jax.block_until_ready(compiled(x))
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 5:
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(x))
+        times.append(time.perf_counter() - start)
+    low, median, high = (1e3 * float(np.quantile(times, at)) for at in (0.2, 0.5, 0.8))
+    memory = compiled.memory_analysis()
+    scratch = {} if memory is None else {"temporary_bytes": memory.temp_size_in_bytes}
+    return {"ms": median, "ms_p20": low, "ms_p80": high, "compile_s": compilation, **scratch}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rule", choices=SHAPES)
+    parser.add_argument("--peer", action="store_true", help="time jax-linear-attention too")
+    parser.add_argument("--backend", choices=["xla", "pallas"], default="xla")
+    parser.add_argument("--dtype", choices=BARS, default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions, for each time")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "jax_ops.jsonl")
+    for name in "BTHGKV":
+        parser.add_argument(f"--{name}", type=int)
+    args = parser.parse_args()
+    size = {
+        name: value if (given := getattr(args, name)) is None else given for name, value in SHAPES[args.rule].items()
+    }
+    if args.peer and args.rule != "scalar_gate":
+        parser.error("--peer: jax-linear-attention has a log-linear op of the scalar gate alone")
+    x = make_inputs(args.rule, size, args.dtype)
+    op = log_linear_delta_rule if args.rule == "delta_rule" else log_linear_attention
+    ours = lambda x: op(**x, backend=args.backend)[0]  # noqa: E731
+    calls: dict[str, Callable[[Arrays], jax.Array]] = {f"loglinear.jax, {args.backend}": ours}
+    calls |= {"jax-linear-attention": peer} if args.peer else {}
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    columns = {
+        "device": jax.devices()[0].device_kind if jax.default_backend() != "cpu" else platform.processor() or "cpu",
+        "jax": jax.__version__,
+        "commit": subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        **size,
+        "dtype": args.dtype,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for name, call in calls.items():
+        error = verify(jax.jit(call), x, args.dtype)
+        loss = lambda x, call=call: call(x).astype(jnp.float32).sum()  # noqa: E731
+        for direction, function in {"forward": call, "forward + backward": jax.value_and_grad(loss)}.items():
+            row = {
+                "op": args.rule,
+                "implementation": name,
+                "pass": direction,
+                **milliseconds(function, x, args.seconds),
+            }
+            row |= {"error": error, **columns}
+            print(f"{name}, {direction}: {row['ms']:.3f} ms, compiled in {row['compile_s']:.1f} s", flush=True)
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
