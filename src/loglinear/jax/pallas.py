@@ -81,7 +81,7 @@ def plain_chunk_outputs(q: Array, k: Array, v: Array, logs: Array, scales: Array
     """The same in XLA's form."""
     gate = Gate(logs, False, num)
     scores = num.product("pgntk,pgnsk->pgnts", q, k)[:, :, None] * gate.decays()
-    out = num.product("pgrnts,pgrnsv->pgrntv", weigh(scores, scales, gate.levels.pairs), v)
+    out = num.product("pgrnts,pgrnsv->pgrntv", weigh(scores, scales, logs.shape[-1]), v)
     return out, num.product("pgntk,pgrntv->pgrnkv", k, v * jnp.exp(gate.to_end())[..., None])
 
 

@@ -16,7 +16,7 @@ Every log here is a sum of gates over the tokens that it spans, built by additio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -116,9 +116,32 @@ def by_level(pairs: np.ndarray, each: Array) -> Array:
     return (pairs.astype(each.dtype) * each).sum(-3)
 
 
-def weigh(scores: Array, scales: Array, pairs: np.ndarray) -> Array:
-    """Scores ``[..., t, s]`` times λ ``[..., t, L]`` of the level of each pair."""
-    return scores * by_level(pairs, jnp.swapaxes(in_chunk(scales, len(pairs)), -1, -2)[..., None])
+def weigh(scores: Array, scales: Array, size: int) -> Array:
+    """Scores ``[..., t, s]`` of a chunk of ``size`` tokens times λ ``[..., t, L]`` of the level of each pair."""
+    return _weigh(size, scores, in_chunk(scales, size.bit_length()))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weigh(size: int, scores: Array, scales: Array) -> Array:
+    return scores * _of_pairs(size, scales)
+
+
+def _of_pairs(size: int, scales: Array) -> Array:
+    return by_level(levels_of(size).pairs, jnp.swapaxes(scales, -1, -2)[..., None])
+
+
+def _weigh_forward(size: int, scores: Array, scales: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _weigh(size, scores, scales), (scores, scales)
+
+
+def _weigh_backward(size: int, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """The gradient of λ is a product with the pairs of each level, and no sum over arrays of all levels."""
+    scores, scales = kept
+    by_pair = jnp.asarray(levels_of(size).pairs, scores.dtype)
+    return gradient * _of_pairs(size, scales), _exact("lts,...ts->...tl", by_pair, scores * gradient)
+
+
+_weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 def in_chunk(scales: Array, levels: int) -> Array:
@@ -160,9 +183,7 @@ class Gate:
 
     def decays(self) -> Array:
         """Decay ``[..., t, s]`` from token s to token t, of a gate for each head; 0 where t does not see s."""
-        pairs, rows, columns = self.levels
-        log = by_level(pairs, self._sums(rows)[..., None] + self._sums(columns)[..., None, :])
-        return pairs.sum(0) * jnp.exp(log)
+        return decays_of(self.gate, self.num)
 
     def scores(self, q: Array, k: Array) -> Array:
         """``Σ_k q_t exp(g_{s+1} + … + g_t) k_s`` per channel: a product for each level of the chunk. q, k
@@ -173,6 +194,31 @@ class Gate:
         return by_level(pairs, self.num.product("...ltk,...lsk->...lts", q, k))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def decays_of(gate: Array, num: Numbers) -> Array:
+    """``Gate.decays``, with the derivative of a difference of sums: a gate decays the pairs on whose two sides it stands."""
+    pairs, rows, columns = levels_of(gate.shape[-1])
+    sums = [num.exact("ltr,...r->...lt", jnp.asarray(which), gate) for which in (rows, columns)]
+    return pairs.sum(0) * jnp.exp(by_level(pairs, sums[0][..., None] + sums[1][..., None, :]))
+
+
+def _decays_forward(gate: Array, num: Numbers) -> tuple[Array, Array]:
+    decay = decays_of(gate, num)
+    return decay, decay
+
+
+def _decays_backward(num: Numbers, decay: Array, gradient: Array) -> tuple[Array]:
+    change = decay * gradient  # of the log from s to t; gate r has the sum over s < r <= t
+    to_here = jnp.asarray(np.tril(np.ones(decay.shape[-2:])), num.wide)
+    return (num.exact("...t,tr->...r", change.sum(-1) - change.sum(-2), to_here),)
+
+
+decays_of.defvjp(_decays_forward, _decays_backward)
+
+
+BASE = 16  # rows of the blocks whose inverses start the others
+
+
 @jax.custom_vjp
 def inverse_of_unit_lower(x: Array) -> Array:
     """``(I + tril(x, -1))⁻¹`` of ``[..., C, C]``, C a power of two, level by level of the tree: as stable as substitution.
@@ -180,10 +226,20 @@ def inverse_of_unit_lower(x: Array) -> Array:
     With the inverses of both halves of a node, ``-lower⁻¹ · between · upper⁻¹`` is the part between them. Products alone: XLA's
     triangular solve never returned on several simulated devices (jaxlib 0.10.2).
     """
-    inverse = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
-    for between in levels_of(x.shape[-1]).pairs[1:]:
-        inverse = inverse - _exact("...ij,...jk,...kl->...il", inverse, between.astype(x.dtype) * x, inverse)
-    return inverse
+    size = x.shape[-1]
+    half = min(size, BASE)
+    inverse = jnp.broadcast_to(jnp.eye(half, dtype=x.dtype), (*x.shape[:-2], size // half, half, half))
+    blocks = jnp.stack([x[..., i : i + half, i : i + half] for i in range(0, size, half)], -3)
+    for pairs in levels_of(half).pairs[1:]:
+        inverse = inverse - _exact("...ij,...jk,...kl->...il", inverse, pairs.astype(x.dtype) * blocks, inverse)
+    while half < size:
+        upper, lower = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
+        starts = range(0, size, 2 * half)
+        between = jnp.stack([x[..., i + half : i + 2 * half, i : i + half] for i in starts], -3)
+        corner = -_exact("...ij,...jk,...kl->...il", lower, between, upper)
+        above = jnp.concatenate([upper, jnp.zeros_like(upper)], -1)
+        inverse, half = jnp.concatenate([above, jnp.concatenate([corner, lower], -1)], -2), 2 * half
+    return inverse[..., 0, :, :]
 
 
 def _exact(axes: str, *factors: Array) -> Array:
@@ -225,7 +281,7 @@ def chunk_spans(x: Tokens, size: int, num: Numbers) -> Spans:
 
     def output(pairs: Array) -> Array:
         return num.product(
-            "pgrnts,pgrnsv->pgrntv", pairs if scales is None else weigh(pairs, scales, levels_of(size).pairs), v
+            "pgrnts,pgrnsv->pgrntv", pairs if scales is None else weigh(pairs, scales, size), v
         )
 
     if num.kernels and scales is not None:  # of the scalar gate, as the ops check
