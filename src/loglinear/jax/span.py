@@ -280,9 +280,7 @@ def chunk_spans(x: Tokens, size: int, num: Numbers) -> Spans:
     scales = None if x.scales is None else chunks(x.scales, 2).astype(num.wide)
 
     def output(pairs: Array) -> Array:
-        return num.product(
-            "pgrnts,pgrnsv->pgrntv", pairs if scales is None else weigh(pairs, scales, size), v
-        )
+        return num.product("pgrnts,pgrnsv->pgrntv", pairs if scales is None else weigh(pairs, scales, size), v)
 
     if num.kernels and scales is not None:  # of the scalar gate, as the ops check
         from loglinear.jax.pallas import chunk_outputs
