@@ -7,15 +7,17 @@ import pytest
 import torch
 from flax import nnx
 
+from loglinear.jax.generation import Choice
 from loglinear.jax.models import LogLinearConfig, LogLinearForCausalLM, weight_decay_mask
 from loglinear.models import LogLinearConfig as TorchConfig
 from loglinear.models import LogLinearForCausalLM as TorchModel
 from oracle import error
 
 pytestmark = pytest.mark.default_packages
-NAMES = ["log_linear_mamba2", "log_linear_gated_deltanet", "mamba2", "gated_deltanet"]
+NAMES = ["log_linear_mamba2", "log_linear_gated_deltanet", "gated_deltanet", "log_linear_kda", "log_linear_gla"]
+NAMES += ["log_linear_retnet", "lightning"]
 SIZES = {
-    **{"mixer": NAMES, "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 48},
+    **{"mixer": NAMES, "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": len(NAMES), "intermediate_size": 48},
     **{
         "max_position_embeddings": 128,
         "mamba_head_dim": 8,
@@ -23,6 +25,9 @@ SIZES = {
         "mamba_state_size": 8,
         "mamba_num_groups": 2,
     },
+    **{"kda_num_heads": 4, "kda_num_key_heads": 2, "kda_key_dim": 8, "kda_value_dim": 4, "kda_decay_rank": 5},
+    **{"gla_num_heads": 4, "gla_num_kv_heads": 2, "gla_key_dim": 4, "gla_value_dim": 8, "gla_decay_rank": 3},
+    **{"gla_conv_size": 3, "retnet_num_heads": 4, "retnet_key_dim": 8, "retnet_value_dim": 4, "lightning_num_heads": 4},
     **{
         "delta_num_heads": 4,
         "delta_num_key_heads": 2,
@@ -54,26 +59,80 @@ def as_torch(x):
     return torch.from_numpy(np.array(x))
 
 
-def test_logits_decoding_and_documents(pair):
+def test_logits_and_decoding(pair):
+    """A prompt whose second row has padding on the left, then a token at a time."""
     theirs, model, _ = pair
-    x = ids(72)
+    x, mask = ids(72), torch.ones(2, 72, dtype=torch.long)
+    mask[1, :3] = 0
     with torch.no_grad():
-        want = theirs(x, use_cache=False).logits
-        documents = torch.cat([theirs(x[:, :30], use_cache=False).logits, theirs(x[:, 30:], use_cache=False).logits], 1)
+        want = theirs(x, attention_mask=mask, use_cache=False).logits
     tokens = jnp.asarray(x.numpy())
-    logits, states = jax.jit(lambda x: model(x, model.empty_states(2, 128), output_states=True))(tokens[:, :62])
+    prompt = jax.jit(lambda x, m: model(x, model.empty_states(2, 128), output_states=True, attention_mask=m))
+    logits, states = prompt(tokens[:, :66], jnp.asarray(mask[:, :66].numpy()))
     assert logits.dtype == jnp.float32
-    assert error(as_torch(logits), want[:, :62]) <= 1e-5
+    assert error(as_torch(logits), want[:, :66]) <= 1e-5
+    assert not logits[1, :3].any()
+    assert [state.memory.position.tolist() for state in states] == [[66, 63]] * len(NAMES)
 
     def step(states, token):
         logits, states = model(token[:, None], states, output_states=True)
         return states, logits[:, 0]
 
-    _, stepped = jax.jit(lambda states, xs: jax.lax.scan(step, states, xs))(states, tokens[:, 62:].T)
-    assert error(as_torch(stepped), want[:, 62:].transpose(0, 1)) <= 1e-5
+    _, stepped = jax.jit(lambda states, xs: jax.lax.scan(step, states, xs))(states, tokens[:, 66:].T)
+    assert error(as_torch(stepped), want[:, 66:].transpose(0, 1)) <= 1e-5
+
+
+def test_generate_and_packed_documents_are_those_of_the_pytorch_model(tmp_path):
+    """Greedy, with padding on the left, and rows that end."""
+    torch.manual_seed(0)
+    sizes = {"mixer": ["log_linear_mamba2", "retnet"], "num_hidden_layers": 2, "eos_token_id": 7, "pad_token_id": 0}
+    theirs = TorchModel(TorchConfig(**SIZES | sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    model, x, mask = LogLinearForCausalLM.from_pretrained(tmp_path), ids(6, 3), torch.ones(3, 6, dtype=torch.long)
+    mask[1, :4] = 0
+    want = theirs.generate(x, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    ends = {"eos_token_id": want[0, 8].item()}  # the first row ends at its third token
+    want = theirs.generate(x, attention_mask=mask, max_new_tokens=12, do_sample=False, **ends)
+    have = model.generate(jnp.asarray(x.numpy()), 12, attention_mask=jnp.asarray(mask.numpy()), **ends)
+    assert have.tolist() == want.tolist()
+    assert have[0, 9:].tolist() == [0] * (have.shape[1] - 9)
+    x = ids(72)
+    with torch.no_grad():
+        documents = torch.cat([theirs(x[:, :30], use_cache=False).logits, theirs(x[:, 30:], use_cache=False).logits], 1)
     numbers = jnp.where(jnp.arange(72) < 30, 7, 3) + jnp.zeros((2, 1), jnp.int32)
-    packed, _ = jax.jit(lambda x, n: model(x, segment_ids=n, max_segments=4))(tokens, numbers)
+    packed, _ = jax.jit(lambda x, n: model(x, segment_ids=n, max_segments=4))(jnp.asarray(x.numpy()), numbers)
     assert error(as_torch(packed), documents) <= 1e-5
+
+
+def test_sampled_tokens():
+    """Frequencies of 20,000 draws are the softmax of what top_k and top_p leave."""
+    logits = jnp.log(jnp.asarray([0.4, 0.3, 0.2, 0.1]))
+    for changes, want in (
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.65}, [4 / 7, 3 / 7, 0, 0]),
+        ({"do_sample": False}, [1, 0, 0, 0]),
+    ):
+        choice = Choice(True, 1.0, None, None, (), 0)._replace(**changes)
+        drawn = choice.of(jnp.broadcast_to(logits, (20_000, 4)), jax.random.key(0))
+        assert np.abs(np.bincount(drawn, minlength=4) / 20_000 - want).max() < 0.012, changes
+
+
+def test_bad_prompts_are_refused(pair):
+    _, model, _ = pair
+    x = jnp.zeros((2, 4), jnp.int32)
+    for arguments, message in (
+        ({"do_sample": True}, "key must be given where do_sample is true: got None"),
+        ({"attention_mask": jnp.asarray([[1] * 4, [0] * 4])}, "attention_mask must have a token in every row"),
+        ({"temperature": 0.0}, "temperature must be positive: got 0.0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1: got 1.5"),
+        ({"top_k": 0}, "top_k must be at least 1: got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(x, 2, **arguments)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \[B, T\] = \[2, 4\], .*: got \[2, 3\]"):
+        model(x, attention_mask=jnp.ones((2, 3)))
 
 
 def test_what_was_loaded_is_written_back(pair, tmp_path):

@@ -19,7 +19,7 @@ from loglinear.jax.inputs import Inputs, known
 from loglinear.jax.layout import Layout, packed_layout, plain_layout, rows_layout
 from loglinear.jax.scan import Sizes, Slots, empty_slots, run
 from loglinear.jax.span import numbers_of
-from loglinear.jax.state import CHUNK_SIZE, LinearState, LogLinearState, State, slots_for
+from loglinear.jax.state import CHUNK_SIZE, LinearState, LogLinearState, State, empty_state, slots_for
 
 BLOCK_CHUNKS = 16  # chunks in a block, at most: a step of the scan is then 1,024 tokens of every row and head
 
@@ -37,10 +37,22 @@ class Plan(NamedTuple):
 
 
 def forward(
-    inputs: Inputs, scale: float, state: State | None, final: bool, cu_seqlens: Array | None, kernels: bool = False
+    inputs: Inputs,
+    scale: float,
+    state: State | None,
+    final: bool,
+    cu_seqlens: Array | None,
+    kernels: bool = False,
+    lengths: Array | None = None,
 ) -> tuple[Array, State | None]:
-    """o ``[B, T, H, V]`` and, where ``final``, the state after the last token."""
+    """o ``[B, T, H, V]`` and, where ``final``, the state after the last token, or the last of ``lengths``."""
     linear, length = inputs.level_scales is None, inputs.q.shape[1]
+    if lengths is not None:
+        there = jnp.arange(length) < lengths[:, None]
+        inputs = inputs.map(
+            lambda x: jnp.where(there.reshape(*there.shape, *(1,) * (x.ndim - 2)), x, 0).astype(x.dtype)
+        )
+        state = state if linear or state is not None else _nothing(inputs)
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = final or state is not None
     chunk, block = block_sizes(length, sequences)
@@ -53,8 +65,15 @@ def forward(
     else:
         size = state.chunk_size if isinstance(state, LogLinearState) else CHUNK_SIZE
         plan = Plan(size, size, True, _slots_after(state, length, size, cu_seqlens), kernels)
-    o, new = one_pass(inputs, scale, state, cu_seqlens, plan)
+    o, new = one_pass(inputs, scale, state, cu_seqlens, plan, lengths)
     return o, new if final else None
+
+
+def _nothing(inputs: Inputs) -> LogLinearState:
+    """The state before the first token of these rows."""
+    (rows, _, groups, width), (heads, value_width) = inputs.q.shape, inputs.v.shape[2:]
+    delta, sizes = inputs.beta is not None, (rows, groups, heads, width, value_width)
+    return empty_state(*sizes, 0, dtype=inputs.v.dtype, delta_rule=delta, per_channel=inputs.per_channel)
 
 
 def block_sizes(length: int, sequences: int) -> tuple[int, int]:
@@ -89,7 +108,12 @@ def _prefill(inputs: Inputs, scale: float, kernels: bool) -> tuple[Array, State 
 
 @partial(jax.jit, static_argnums=(1, 4))
 def one_pass(
-    inputs: Inputs, scale: float, state: State | None, cu_seqlens: Array | None, plan: Plan
+    inputs: Inputs,
+    scale: float,
+    state: State | None,
+    cu_seqlens: Array | None,
+    plan: Plan,
+    lengths: Array | None = None,
 ) -> tuple[Array, State | None]:
     """One scan over blocks of one size: o, and the state if there are states."""
     tree, (rows, length) = state if isinstance(state, LogLinearState) else None, inputs.q.shape[:2]
@@ -98,8 +122,10 @@ def one_pass(
         layout = packed_layout(cu_seqlens, position, length, plan.block, plan.states)
     elif position is None:
         layout = plain_layout(rows, length, plan.block)
+        if lengths is not None:  # of a linear model, which has one slot
+            layout = layout._replace(end=lengths.astype(jnp.int32))
     else:
-        layout = rows_layout(position, length, plan.block)
+        layout = rows_layout(position, length, plan.block, lengths)
     placed = _placed(inputs, tree, layout, layout.origin.shape[1] * plan.block)
     clean, bad = without_bad_tokens(placed)
     tokens = clean.grouped()

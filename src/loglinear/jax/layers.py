@@ -1,5 +1,5 @@
-"""LAYERS in Flax NNX: the Log-Linear Mamba-2 and Log-Linear Gated DeltaNet mixers, and with ``log_linear=False`` their
-linear twins.
+"""LAYERS in Flax NNX: what all mixers share, the Log-Linear Mamba-2 and Log-Linear Gated DeltaNet mixers, and with
+``log_linear=False`` their linear twins. ``linear_attention.py`` and ``kda.py`` have the other mixers.
 
 Parameters have the names and shapes of the PyTorch layers' (a linear weight is ``[out, in]``), so that a checkpoint is
 a dictionary of arrays in both. Decays, norms and λ are computed in float32 at least. Source of the blocks: Dao & Gu
@@ -10,6 +10,7 @@ of the levels: Guo et al. 2025, section 3.4.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,21 @@ OFFSETS = {
     "paper": 0.0,
     "one": math.log(math.e - 1),
 }  # where λ starts at a projection of 0: ln 2, or 1, the linear model
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "relu": jax.nn.relu,
+    "elu": lambda x: jax.nn.elu(x) + 1,
+    "identity": lambda x: x,
+}
+
+
+def activation(name: str, argument: str) -> Callable[[Array], Array]:
+    """The activation of this name. Raises ValueError, which names ``argument``, for an unknown one."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{argument} must be one of {list(ACTIVATIONS)}: got {name!r}")
+    return ACTIVATIONS[name]
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +58,23 @@ class Documents(NamedTuple):
 
     ids: Array
     most: int | None = None
+
+    def numbers(self) -> Array:
+        """``[B, T]``, which document of its row a token is in."""
+        return jnp.cumsum(jnp.pad(self.ids[:, 1:] != self.ids[:, :-1], ((0, 0), (1, 0))), 1)
+
+
+class Past(NamedTuple):
+    """What a call goes on from, and what it leaves.
+
+    state: of an earlier call, or None. output: whether to return the state after the last token. lengths: ``[B]``, tokens
+    of each row, with padding behind them; None is all. documents: packed documents, which have no state.
+    """
+
+    state: MixerState | None = None
+    output: bool = False
+    lengths: Array | None = None
+    documents: Documents | None = None
 
 
 def wide(x: Array) -> Array:
@@ -74,29 +107,40 @@ class RMSNorm(nnx.Module):
 
 
 class ShortConvolution(nnx.Module):
-    """``y_t = silu(bias + Σ_i weight[:, i] · x_{t-W+1+i})`` for each channel; nothing crosses the start of a document."""
+    """``y_t = act(bias + Σ_i weight[:, i] · x_{t-W+1+i})`` for each channel; nothing crosses the start of a document.
 
-    def __init__(self, channels: int, width: int, bias: bool, rngs: nnx.Rngs) -> None:
-        bound = 1 / math.sqrt(width)
-        self.weight = nnx.Param(jax.random.uniform(rngs.params(), (channels, width), jnp.float32, -bound, bound))
-        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32)) if bias else None
+    width: W, taps; 0 leaves the activation alone.
+    """
 
-    def __call__(self, x: Array, tail: Array | None, documents: Documents | None) -> tuple[Array, Array]:
-        """x ``[B, T, channels]`` convolved, and its tail."""
-        length, weight = x.shape[1], self.weight[...].astype(x.dtype)
-        keep = weight.shape[1] - 1
-        tail = jnp.zeros((x.shape[0], keep, x.shape[2]), x.dtype) if tail is None else tail.astype(x.dtype)
+    def __init__(self, channels: int, width: int, bias: bool, rngs: nnx.Rngs, act: str = "silu") -> None:
+        if width < 0:
+            raise ValueError(f"conv_width must be at least 0: got {width}")
+        bound = 1 / math.sqrt(max(width, 1))
+        shape = (channels, width)
+        start = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound) if width else None
+        self.weight = None if start is None else nnx.Param(start)
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32)) if bias and width else None
+        self.tail_shape, self.act = (max(width - 1, 0), channels), activation(act, "conv_activation")
+
+    def __call__(self, x: Array, past: Past) -> tuple[Array, Array]:
+        """x ``[B, T, channels]`` convolved, and its tail ``[B, W - 1, channels]``."""
+        (keep, _), (rows, length, _) = self.tail_shape, x.shape
+        tail = (
+            jnp.zeros((rows, *self.tail_shape), x.dtype) if past.state is None else past.state.conv_tail.astype(x.dtype)
+        )
         extended = jnp.concatenate([tail, x], 1)
+        last = jnp.full(rows, length) if past.lengths is None else past.lengths
+        tail = jnp.take_along_axis(extended, (last[:, None] + jnp.arange(keep))[..., None], 1)
+        if self.weight is None:
+            return self.act(x), tail
         taps = [extended[:, i : i + length] for i in range(keep + 1)]
-        if documents is not None:
-            new = jnp.pad(documents.ids[:, 1:] != documents.ids[:, :-1], ((0, 0), (1, 0)))
-            number = jnp.pad(jnp.cumsum(new, 1), ((0, 0), (keep, 0)), constant_values=-1)
-            taps = [
-                jnp.where((number[:, i : i + length] == number[:, keep:])[..., None], tap, 0)
-                for i, tap in enumerate(taps)
-            ]
-        y = sum(tap * weight[:, i] for i, tap in enumerate(taps))
-        return jax.nn.silu(y if self.bias is None else y + self.bias[...].astype(x.dtype)), extended[:, length:]
+        if past.documents is not None:
+            number = jnp.pad(past.documents.numbers(), ((0, 0), (keep, 0)), constant_values=-1)
+            same = [number[:, i : i + length] == number[:, keep:] for i in range(keep + 1)]
+            taps = [jnp.where(there[..., None], tap, 0) for there, tap in zip(same, taps)]
+        weight = self.weight[...].astype(x.dtype)
+        y: Array = sum(tap * weight[:, i] for i, tap in enumerate(taps))  # type: ignore[assignment]
+        return self.act(y if self.bias is None else y + self.bias[...].astype(x.dtype)), tail
 
 
 class LevelScale(nnx.Module):
@@ -132,63 +176,75 @@ class Mixer(nnx.Module):
     in_proj: Linear
     level_scale: LevelScale | None
     in_widths: tuple[int, ...]
-    conv_part: int  # which of the projections is convolved
+    conv_part = 0  # which of the projections is convolved
+    delta_rule = per_channel = False  # the op, and the kind of its gate
 
-    def inputs(self, mixed: Array, parts: list[Array]) -> tuple[Array, Array, Array, Array, Array | None]:
-        """q, k, v, g, beta from the convolved channels and the other projections."""
+    def project(self, hidden: Array) -> list[Array]:
+        """The projections of hidden ``[B, T, hidden_size]``."""
+        return list(jnp.split(self.in_proj(hidden), ends(self.in_widths), -1))
+
+    def inputs(
+        self, mixed: Array, parts: list[Array], position: Array
+    ) -> tuple[Array, Array, Array, Array, Array | None]:
+        """q, k, v, g, beta from the convolved channels and the other projections; position ``[B, T]``."""
         raise NotImplementedError
 
     def outputs(self, o: Array, mixed: Array, parts: list[Array]) -> Array:
         """``[B, T, hidden_size]``."""
         raise NotImplementedError
 
-    def __call__(
-        self,
-        hidden: Array,
-        state: MixerState | None = None,
-        output_state: bool = False,
-        documents: Documents | None = None,
-    ) -> tuple[Array, MixerState | None]:
-        """Mix hidden ``[B, T, hidden_size]`` along T. One token with a state is a step; documents have no state."""
-        parts = list(jnp.split(self.in_proj(hidden), _ends(self.in_widths), -1))
-        mixed, tail = self.conv(parts[self.conv_part], None if state is None else state.conv_tail, documents)
-        inputs = self.inputs(mixed, parts)
+    def __call__(self, hidden: Array, past: Past = Past()) -> tuple[Array, MixerState | None]:  # noqa: B008
+        """Mix hidden ``[B, T, hidden_size]`` along T. One token with a state is a step."""
+        parts = self.project(hidden)
+        mixed, tail = self.conv(parts[self.conv_part], past)
+        q, k, v, g, beta = self.inputs(mixed, parts, positions(hidden, past))
         scales = None if self.level_scale is None else self.level_scale(hidden)
-        memory = None if state is None else state.memory
-        if isinstance(memory, LogLinearState) and hidden.shape[1] == 1:
-            q, k, v, g, beta = inputs
+        memory = None if past.state is None else past.state.memory
+        if isinstance(memory, LogLinearState) and hidden.shape[1] == 1 and past.lengths is None:
             if beta is None:
                 o, memory = log_linear_attention_step(q, k, v, g, scales, memory)
             else:
                 o, memory = log_linear_delta_rule_step(q, k, v, g, beta, scales, memory)
         else:
-            ids, most = (None, None) if documents is None else documents
-            o, memory = attend(*inputs, scales, None, memory, output_state, segment_ids=ids, max_segments=most)
+            ids, most = past.documents or (None, None)
+            inputs = (q, k, v, g, beta, scales, None, memory, past.output)
+            o, memory = attend(*inputs, segment_ids=ids, max_segments=most, lengths=past.lengths)
         out = self.outputs(o, mixed, parts)
-        return out, MixerState(memory, tail) if output_state and memory is not None else None
+        return out, MixerState(memory, tail) if past.output and memory is not None else None
 
     def empty_state(self, batch: int, max_length: int, dtype: jnp.dtype) -> MixerState:
         """The state before the first token, with slots for ``max_length``."""
         groups, key_dim, heads, value_dim = self.sizes()
-        channels, width = self.conv.weight.shape
-        tail = jnp.zeros((batch, width - 1, channels), dtype)
+        tail = jnp.zeros((batch, *self.conv.tail_shape), dtype)
         if self.level_scale is None:
             state = jnp.zeros((batch, heads, key_dim, value_dim), jnp.promote_types(dtype, jnp.float32))
             return MixerState(LinearState(jnp.zeros(batch, jnp.int32), state), tail)
-        delta = isinstance(self, LogLinearGatedDeltaNet)
-        memory = empty_state(batch, groups, heads, key_dim, value_dim, max_length, dtype=dtype, delta_rule=delta)
-        return MixerState(memory, tail)
+        kind = {"delta_rule": self.delta_rule, "per_channel": self.per_channel}
+        return MixerState(empty_state(batch, groups, heads, key_dim, value_dim, max_length, dtype=dtype, **kind), tail)
 
     def sizes(self) -> tuple[int, int, int, int]:
         """G, K, H, V."""
         raise NotImplementedError
 
 
-def _ends(widths: tuple[int, ...]) -> list[int]:
+def positions(hidden: Array, past: Past) -> Array:
+    """int32 ``[B, T]``: tokens of its own sequence before each token."""
+    rows, length = hidden.shape[:2]
+    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    if past.documents is not None:
+        number = past.documents.numbers()
+        new = jnp.pad(number[:, 1:] != number[:, :-1], ((0, 0), (1, 0)))
+        return position - jax.lax.cummax(jnp.where(new, position, 0), 1)
+    return position if past.state is None else position + past.state.memory.position[:, None]
+
+
+def ends(widths: tuple[int, ...]) -> list[int]:
+    """Where each part but the last ends."""
     return [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
 
 
-def _heads(x: Array, heads: int) -> Array:
+def split_heads(x: Array, heads: int) -> Array:
+    """``[…, heads · width]`` to ``[…, heads, width]``."""
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
@@ -233,14 +289,22 @@ class LogLinearMamba2(Mixer):
         inner, keys, _ = self.conv_widths
         return self.num_groups, keys // self.num_groups, self.num_heads, inner // self.num_heads
 
-    def inputs(self, mixed: Array, parts: list[Array]) -> tuple[Array, Array, Array, Array, Array | None]:
-        x, B, C = jnp.split(mixed, _ends(self.conv_widths), -1)
+    def inputs(
+        self, mixed: Array, parts: list[Array], position: Array
+    ) -> tuple[Array, Array, Array, Array, Array | None]:
+        x, B, C = jnp.split(mixed, ends(self.conv_widths), -1)
         dt = jax.nn.softplus(wide(parts[2]) + wide(self.dt_bias[...]))
-        v = (_heads(x, self.num_heads) * dt[..., None]).astype(x.dtype)
-        return _heads(C, self.num_groups), _heads(B, self.num_groups), v, -jnp.exp(wide(self.A_log[...])) * dt, None
+        v = (split_heads(x, self.num_heads) * dt[..., None]).astype(x.dtype)
+        return (
+            split_heads(C, self.num_groups),
+            split_heads(B, self.num_groups),
+            v,
+            -jnp.exp(wide(self.A_log[...])) * dt,
+            None,
+        )
 
     def outputs(self, o: Array, mixed: Array, parts: list[Array]) -> Array:
-        x = _heads(mixed[..., : self.conv_widths[0]], self.num_heads)
+        x = split_heads(mixed[..., : self.conv_widths[0]], self.num_heads)
         y = (o + x * self.D[...].astype(x.dtype)[:, None]).reshape(*o.shape[:2], -1)
         gated = wide(y) * jax.nn.silu(wide(parts[0]))
         return self.out_proj(self.norm(gated).astype(mixed.dtype))
@@ -251,7 +315,7 @@ class LogLinearGatedDeltaNet(Mixer):
     at the start.
     """
 
-    conv_part = 0
+    delta_rule = True
 
     def __init__(
         self,
@@ -289,12 +353,14 @@ class LogLinearGatedDeltaNet(Mixer):
         keys, _, values = self.conv_widths
         return self.num_key_heads, keys // self.num_key_heads, self.num_heads, values // self.num_heads
 
-    def inputs(self, mixed: Array, parts: list[Array]) -> tuple[Array, Array, Array, Array, Array | None]:
-        q, k, v = jnp.split(mixed, _ends(self.conv_widths), -1)
-        q, k = (unit(_heads(x, self.num_key_heads), "q") for x in (q, k))
+    def inputs(
+        self, mixed: Array, parts: list[Array], position: Array
+    ) -> tuple[Array, Array, Array, Array, Array | None]:
+        q, k, v = jnp.split(mixed, ends(self.conv_widths), -1)
+        q, k = (unit(split_heads(x, self.num_key_heads), "q") for x in (q, k))
         g = -jnp.exp(wide(self.A_log[...])) * jax.nn.softplus(wide(parts[2]) + wide(self.dt_bias[...]))
-        return q, k, _heads(v, self.num_heads), g, jax.nn.sigmoid(wide(parts[3]))
+        return q, k, split_heads(v, self.num_heads), g, jax.nn.sigmoid(wide(parts[3]))
 
     def outputs(self, o: Array, mixed: Array, parts: list[Array]) -> Array:
-        opened = wide(self.norm(wide(o))) * jax.nn.silu(wide(_heads(parts[1], self.num_heads)))
+        opened = wide(self.norm(wide(o))) * jax.nn.silu(wide(split_heads(parts[1], self.num_heads)))
         return self.out_proj(opened.astype(mixed.dtype).reshape(*o.shape[:2], -1))

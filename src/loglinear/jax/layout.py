@@ -49,16 +49,17 @@ def plain_layout(rows: int, length: int, block: int) -> Layout:
     )
 
 
-def rows_layout(position: Array, length: int, block: int) -> Layout:
-    """Rows of ``length`` new tokens that go on from ``position [B]``."""
+def rows_layout(position: Array, length: int, block: int, lengths: Array | None = None) -> Layout:
+    """Rows of ``length`` new tokens that go on from ``position [B]``; of ``lengths [B]``, with padding behind them."""
     rows = position.shape[0]
     blocks = -(-(length + block - 1) // block)
     plain = plain_layout(rows, blocks * block, block)
-    used, first, end = position % block, position // block, position + length
+    number = jnp.broadcast_to(jnp.int32(length), (rows,)) if lengths is None else lengths.astype(jnp.int32)
+    used, first, end = position % block, position // block, position + number
     at = jnp.arange(blocks * block, dtype=jnp.int32) - used[:, None]
-    source = jnp.where(at < 0, at + used[:, None], jnp.where(at < length, block + at, block + length))
-    number = plain.steps.number + first
-    steps = plain.steps._replace(number=number, whole=(number + 1) * block <= end)
+    source = jnp.where(at < 0, at + used[:, None], jnp.where(at < number[:, None], block + at, block + length))
+    index = plain.steps.number + first
+    steps = plain.steps._replace(number=index, whole=(index + 1) * block <= end)
     place = used[:, None] + jnp.arange(length, dtype=jnp.int32)
     return plain._replace(
         source=source, place=place, steps=steps, first=first, open_block=end // block - first, end=end

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,117 +18,9 @@ from flax import nnx
 from jax import Array
 from safetensors.flax import load_file, save_file
 
-from loglinear.jax.layers import Documents, Linear, LogLinearGatedDeltaNet, LogLinearMamba2, Mixer, MixerState, RMSNorm
-
-MIXERS = {
-    f"{prefix}{name}": (layer, log_linear)
-    for name, layer in {"mamba2": LogLinearMamba2, "gated_deltanet": LogLinearGatedDeltaNet}.items()
-    for prefix, log_linear in {"log_linear_": True, "": False}.items()
-}
-# Fields of the PyTorch side's configuration for which there is no other code here than this value's.
-FIXED: dict[str, Any] = {
-    **{"mamba_use_bias": False, "mamba_conv_bias": True, "mamba_norm": True, "mamba_norm_groups": 1},
-    **{
-        "mamba_norm_before_gate": False,
-        "mamba_dt_limit": None,
-        "mamba_skip_per_channel": False,
-        "level_scale_bias": False,
-    },
-    **{"delta_conv_bias": False, "delta_gate_activation": "silu", "delta_decay": True, "delta_use_beta": True},
-    **{"delta_neg_eigval": False, "delta_qk_activation": "silu", "delta_qk_norm": "l2"},
-}
-
-
-@dataclass(frozen=True)
-class LogLinearConfig:
-    """The fields of the PyTorch side's ``LogLinearConfig`` that the mixers here have, under the same names; None is
-    left out there too.
-
-    others: what ``config.json`` held besides, which ``save_pretrained`` writes back.
-    """
-
-    mixer: str | list[str] = "log_linear_mamba2"
-    vocab_size: int = 32_000
-    hidden_size: int = 1536
-    num_hidden_layers: int = 21
-    intermediate_size: int | None = None
-    max_position_embeddings: int = 16_384
-    conv_size: int = 4
-    level_scale_start: str = "paper"
-    mamba_head_dim: int = 64
-    mamba_num_heads: int | None = None
-    mamba_state_size: int = 128
-    mamba_num_groups: int = 1
-    delta_num_heads: int = 6
-    delta_num_key_heads: int | None = None
-    delta_key_dim: int | None = None
-    delta_value_dim: int | None = None
-    rms_norm_eps: float = 1e-6
-    mixer_norm_eps: float | None = None
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-    others: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        hidden = self.hidden_size
-        key_dim = self.delta_key_dim or max(1, 3 * hidden // (4 * self.delta_num_heads))
-        derived: dict[str, Any] = {
-            "intermediate_size": -(-8 * hidden // (3 * 64)) * 64,
-            "mamba_num_heads": max(1, 2 * hidden // self.mamba_head_dim),
-            "delta_num_key_heads": self.delta_num_heads,
-            "delta_key_dim": key_dim,
-            "delta_value_dim": 2 * key_dim,
-            "mixer_norm_eps": self.rms_norm_eps,
-        }
-        for name, value in derived.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        for name in self.layer_mixers:
-            if name not in MIXERS:
-                raise ValueError(f"mixer must be one of {list(MIXERS)} or a list of them: got {name!r}")
-        if len(self.layer_mixers) != self.num_hidden_layers:
-            raise ValueError(
-                f"mixer must name {self.num_hidden_layers} layers (num_hidden_layers): got {len(self.layer_mixers)} names"
-            )
-        for name, value in FIXED.items():
-            if self.others.get(name, value) != value:
-                raise ValueError(f"{name} must be {value!r} in JAX: got {self.others[name]!r}")
-
-    @property
-    def layer_mixers(self) -> list[str]:
-        """Name of each layer's mixer."""
-        return [self.mixer] * self.num_hidden_layers if isinstance(self.mixer, str) else list(self.mixer)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> LogLinearConfig:
-        """From the content of ``config.json``. Raises ValueError for a field whose value has no code here."""
-        if fields.get("model_type", "loglinear") != "loglinear":
-            raise ValueError(f"config.json must be of model_type 'loglinear': got {fields['model_type']!r}")
-        own = set(cls.__dataclass_fields__) - {"others"}
-        others = {name: value for name, value in fields.items() if name not in own}
-        return cls(**{name: value for name, value in fields.items() if name in own}, others=others)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of ``config.json``."""
-        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "others"}
-        return {"model_type": "loglinear", "architectures": ["LogLinearForCausalLM"], **self.others, **own}
-
-    def build_mixer(self, name: str, rngs: nnx.Rngs) -> Mixer:
-        """The mixer of this name at these sizes."""
-        layer, log_linear = MIXERS[name]
-        shared: dict[str, Any] = {
-            "num_levels": max(self.max_position_embeddings - 1, 0).bit_length() + 1,
-            "conv_width": self.conv_size,
-            "norm_eps": self.mixer_norm_eps,
-            "log_linear": log_linear,
-            "level_scale_start": self.level_scale_start,
-            "rngs": rngs,
-            "std": self.initializer_range,
-        }
-        prefix, names = ("mamba", "num_heads head_dim state_size num_groups")
-        if layer is LogLinearGatedDeltaNet:
-            prefix, names = ("delta", "num_heads key_dim value_dim num_key_heads")
-        return layer(self.hidden_size, **{one: getattr(self, f"{prefix}_{one}") for one in names.split()}, **shared)
+from loglinear.jax.configuration import LogLinearConfig, build_mixer
+from loglinear.jax.generation import continued
+from loglinear.jax.layers import Documents, Linear, MixerState, Past, RMSNorm
 
 
 class MLP(nnx.Module):
@@ -148,16 +39,14 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: mixer and MLP, each behind its norm and beside the residual stream."""
 
-    def __init__(self, config: LogLinearConfig, name: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LogLinearConfig, layer: int, rngs: nnx.Rngs) -> None:
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = config.build_mixer(name, rngs)
+        self.mixer = build_mixer(config, layer, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
         self.mlp = MLP(config, rngs) if config.intermediate_size else None
 
-    def __call__(
-        self, hidden: Array, state: MixerState | None, output_state: bool, documents: Documents | None
-    ) -> tuple[Array, MixerState | None]:
-        mixed, state = self.mixer(self.mixer_norm(hidden), state, output_state, documents)
+    def __call__(self, hidden: Array, past: Past) -> tuple[Array, MixerState | None]:
+        mixed, state = self.mixer(self.mixer_norm(hidden), past)
         hidden = hidden + mixed
         if self.mlp is not None and self.mlp_norm is not None:
             hidden = hidden + self.mlp(self.mlp_norm(hidden))
@@ -177,7 +66,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: LogLinearConfig, rngs: nnx.Rngs) -> None:
         self.embed_tokens = Embedding(config, rngs)
-        self.layers = nnx.List([Block(config, name, rngs) for name in config.layer_mixers])
+        self.layers = nnx.List([Block(config, i, rngs) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -201,27 +90,80 @@ class LogLinearForCausalLM(nnx.Module):
         output_states: bool = False,
         segment_ids: Array | None = None,
         max_segments: int | None = None,
+        attention_mask: Array | None = None,
     ) -> tuple[Array, list[MixerState] | None]:
         """Logits ``[B, T, vocab_size]`` of ids ``[B, T]``, and the state of every layer if asked for.
 
         Args:
             states: of an earlier call, or ``empty_states``; the ids go on from there. One token a call is a step.
             segment_ids, max_segments: packed documents, as in the ops; without states.
+            attention_mask: ``[B, T]`` of these ids, 1 for tokens and 0 for padding, which may stand anywhere and changes
+                nothing that tokens compute. Its logits are 0. States have not seen it.
         """
         documents = None if segment_ids is None else Documents(segment_ids, max_segments)
-        if documents is not None and (states is not None or output_states):
-            raise ValueError("segment_ids must stand alone: packed documents have no states")
+        if documents is not None and (states is not None or output_states or attention_mask is not None):
+            raise ValueError("segment_ids must stand alone: packed documents have no states and no padding")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            want, have = list(input_ids.shape), list(attention_mask.shape)
+            raise ValueError(f"attention_mask must have shape [B, T] = {want}, that of input_ids: got {have}")
         hidden = self.model.embed_tokens.weight[...][input_ids].astype(self.dtype)
+        order = lengths = None
+        if attention_mask is not None:  # tokens first, in their order
+            padding = attention_mask == 0
+            order, lengths = jnp.argsort(padding, axis=1, stable=True), (~padding).sum(1)
+            hidden = jnp.take_along_axis(hidden, order[..., None], 1)
         new: list[MixerState] = []
         for i, layer in enumerate(self.model.layers):
-            hidden, state = layer(hidden, None if states is None else states[i], output_states, documents)
+            before = None if states is None else states[i]
+            hidden, state = layer(hidden, Past(before, output_states, lengths if output_states else None, documents))
             if state is not None:
                 new.append(state)
         hidden = self.model.norm(hidden)
+        if order is not None:
+            hidden = jnp.take_along_axis(hidden, jnp.argsort(order, axis=1)[..., None], 1)
+            hidden = jnp.where(padding[..., None], 0, hidden)
         if self.lm_head is not None:
             return self.lm_head(hidden), new if output_states else None
         weight = self.model.embed_tokens.weight[...].astype(self.dtype)
         return jnp.einsum("...i,oi->...o", hidden, weight), new if output_states else None
+
+    def generate(
+        self,
+        input_ids: Array,
+        max_new_tokens: int,
+        *,
+        attention_mask: Array | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        key: Array | None = None,
+    ) -> Array:
+        """The ids ``[B, T]`` and what follows, ``[B, T + n]``: n is ``max_new_tokens``, or less where every row has ended.
+
+        Args:
+            attention_mask: ``[B, T]``, 0 for padding, on the left as a rule.
+            do_sample: whether to draw from the softmax of the logits over ``temperature``, of the ``top_k`` largest, and of
+                the largest ones that together have ``top_p``; otherwise the largest is taken. key: of ``jax.random``.
+            eos_token_id: ends a row, whose rest is ``pad_token_id``. Both are those of the config where they are None, and
+                padding is the first of the ends where the config has none.
+
+        Raises:
+            ValueError: an argument does not fit. The message names it.
+        """
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "do_sample": do_sample,
+            "key": key,
+        }
+        ends = self.config.others.get("eos_token_id") if eos_token_id is None else eos_token_id
+        ends = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,)
+        pad = self.config.others.get("pad_token_id") if pad_token_id is None else pad_token_id
+        return continued(self, input_ids, attention_mask, max_new_tokens, ends, pad, **options)
 
     def empty_states(self, batch: int, max_length: int) -> list[MixerState]:
         """The state of every layer before the first token, with slots for ``max_length`` tokens."""

@@ -134,8 +134,12 @@ def attend(
     segment_ids: Array | None = None,
     max_segments: int | None = None,
     backend: Backend = "xla",
+    lengths: Array | None = None,
 ) -> tuple[Array, State | None]:
-    """Both public functions: the delta rule where there is a beta."""
+    """Both public functions: the delta rule where there is a beta.
+
+    lengths: int32 ``[B]``, tokens of each row. Those behind them are padding, which the final state has not seen.
+    """
     inputs = checks.check_inputs(Inputs(q, k, v, g, beta, level_scales))
     scale = checks.check_scale(scale)
     kernels = checks.check_backend(backend, inputs)
@@ -150,4 +154,4 @@ def attend(
         raise ValueError("max_segments needs segment_ids: got segment_ids=None")
     checks.check_packing(inputs.q, cu_seqlens)
     checks.check_state(state, inputs, inputs.q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-    return forward(inputs, scale, state, output_final_state, cu_seqlens, kernels)
+    return forward(inputs, scale, state, output_final_state, cu_seqlens, kernels, lengths)
