@@ -9,6 +9,7 @@ from calls import output
 from jax.sharding import Mesh
 from jax_calls import to_jax, to_torch
 
+from loglinear.jax import forward
 from loglinear.jax.mesh import attention_over_mesh, delta_rule_over_mesh, exchanged_bytes
 from oracle import error, make_inputs
 
@@ -21,18 +22,19 @@ def over_mesh(x, **axes):
 
 
 @pytest.mark.parametrize(
-    ("gate", "shape", "axes"),
+    ("gate", "T", "shape", "axes"),
     [
-        ("scalar", (1, 1, 8), {"context": "t"}),
-        ("delta", (1, 2, 4), {"heads": "h", "context": "t"}),
-        ("scalar", (2, 4, 1), {"batch": "b", "heads": "h"}),
+        ("scalar", 512, (2, 1, 4), {"batch": "b", "context": "t"}),  # two blocks on each device
+        ("diagonal", 512, (1, 1, 8), {"context": "t"}),
+        ("delta", 256, (1, 2, 4), {"heads": "h", "context": "t"}),
+        ("diagonal delta", 128, (2, 2, 2), {"batch": "b", "heads": "h", "context": "t"}),
     ],
 )
-def test_eight_devices_are_one(gate, shape, axes):
+def test_eight_devices_are_one(gate, T, shape, axes, monkeypatch):
+    monkeypatch.setattr(forward, "BLOCK_CHUNKS", 1)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(shape), ("b", "h", "t"))
-    x = make_inputs(gate=gate, B=2, T=1024 if "context" in axes and gate == "scalar" else 256, H=4, G=1, K=3, V=2, L=12)
-    if gate == "scalar":
-        x["g"][:, [0, 70, 700 % x["g"].shape[1]]] = -torch.inf
+    x = make_inputs(gate=gate, B=2, T=T, H=4, G=1, K=3, V=2, L=12)
+    x["g"][:, [0, 70, 300 % T]] = -torch.inf
     x = {name: t.requires_grad_() for name, t in x.items()}
     loss = jax.jit(jax.value_and_grad(lambda x: jnp.square(over_mesh(x, mesh=mesh, **axes)).sum()))
     have, grads = loss(to_jax(x))

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from calls import C, dense
 from jax_calls import op, to_jax, to_torch, tokens, with_gradients
+from test_conformance import LENGTHS, TRANSITIONS
 
 from loglinear.jax import log_linear_attention
 from oracle import (
@@ -48,10 +50,7 @@ def assert_close(x, got, expected, bar, y=None):
 @pytest.mark.parametrize(
     ("gate", "T"),
     [
-        ("scalar", 1),
-        ("identity", 65),
         ("scalar", 300),
-        ("diagonal", 150),
         ("delta", 150),
         ("diagonal delta", 70),
     ],
@@ -62,13 +61,14 @@ def test_the_definition(gate, T):
     assert_close(x, with_gradients(x, scale=-0.5), -0.5 * oracle(**x), TOLERANCES[torch.float64])
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
-def test_packed_sequences_are_each_alone_at_every_length(gate):
-    """One compilation for all offsets. A block is a chunk here: ten sequences in 300 tokens."""
-    x = with_resets(gate, T=300, L=9)
-    for lengths in ([0, 1, 62, 0, 63, 64, 65, 5, 40, 0], [128, 0, 0, 129, 43, 0, 0, 0, 0, 0], [300] + 9 * [0]):
-        bounds = torch.tensor([0, *lengths]).cumsum(0)
-        parts = [oracle(**tokens(x, *pair)) for pair in pairwise(bounds)]
+@pytest.mark.parametrize("gate", TRANSITIONS)
+def test_every_transition_at_every_length(gate):
+    """The cases of tests/ops/test_conformance.py as packed sequences, in two orders: one compilation serves all offsets."""
+    lengths = [T for T in LENGTHS if not gate.startswith("diagonal") or T in (0, 1, C, C + 1, 4 * C)]
+    x = with_resets(gate, T=sum(lengths), L=11)
+    for order in (lengths, lengths[::-1]):
+        bounds = torch.tensor([0, *order]).cumsum(0)
+        parts = [dense(**tokens(x, *pair)) for pair in pairwise(bounds)]
         got = with_gradients(x, {"cu_seqlens": to_jax(bounds)})
         assert_close(x, got, torch.cat(parts, 1), TOLERANCES[torch.float64])
 
@@ -87,16 +87,13 @@ def test_segment_ids_are_offsets():
     assert jnp.isnan(lost).all()
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
-def test_the_linear_model_is_lambda_one(gate):
-    x = with_resets(gate, T=150)
+def test_the_linear_model_is_lambda_one():
+    x = with_resets("delta", T=150)
     del x["level_scales"]
     assert_close(x, with_gradients(x), linear_recurrence(**x), TOLERANCES[torch.float64])
 
 
-@pytest.mark.parametrize(
-    ("gate", "dtype"), [("scalar", torch.bfloat16), ("delta", torch.bfloat16), ("delta", torch.float32)]
-)
+@pytest.mark.parametrize(("gate", "dtype"), [("scalar", torch.bfloat16), ("delta", torch.float32)])
 def test_other_dtypes(gate, dtype):
     """float32 to 1e-5; bfloat16 at most twice plain PyTorch's error, against float64 on the same rounded inputs."""
     x = make_inputs(gate=gate, T=150, **{**SMALL, "K": 16, "V": 16}, dtype=dtype, grad=True)

@@ -22,10 +22,11 @@ from loglinear.jax.state import LinearState, LogLinearState, State, slots_for
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
-def floating(x: Any, name: str, wanted: str) -> Array:
-    """x, or a TypeError that names it."""
+def floating(x: Any, name: str, wanted: str = "") -> Array:
+    """x, or a TypeError that names it, and the axes ``wanted`` if there are some."""
     if not isinstance(x, (jax.Array, np.ndarray)):
-        raise TypeError(f"{name} must be an array {wanted}: got {type(x).__name__}")
+        need = f"an array {wanted}" if wanted else "a floating-point array"
+        raise TypeError(f"{name} must be {need}: got {type(x).__name__}")
     if x.dtype.name not in FLOATS:
         raise TypeError(f"{name} must be a floating-point array ({', '.join(FLOATS)}): got {x.dtype.name}")
     return jnp.asarray(x)

@@ -115,7 +115,7 @@ def log_linear_delta_rule(
 
 def unit(x: Array, name: str) -> Array:
     """x over its length along the last axis, ``x / sqrt(Σ x² + 1e-6)``."""
-    x = checks.floating(x, name, "[B, T, G, K]")
+    x = checks.floating(x, name)
     wide = x.astype(numbers_of(x.dtype).wide)
     return (wide * jax.lax.rsqrt(jnp.square(wide).sum(-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
