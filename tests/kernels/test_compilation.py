@@ -255,13 +255,13 @@ def pointwise_resources(target: str) -> list[Resources]:
     T, wide, levels = 4096, torch.float32, 15
     with recording() as found:
         y, v, rate, D = meta(2, T, 1024), meta(2, T, 16, 64), meta(2, T, 16), meta(16, kind=wide)
-        first = y, y, meta(1024, kind=wide), 1e-6, True, y, D
+        first = y, y, meta(1024, kind=wide), y, D, 1e-6, True
         gated_norm.forward(*first)
         gated_norm.backward(y, *first)
         o = meta(2, T, 6, 128)
-        gated_norm.backward(o, o, o, meta(128, kind=wide), 1e-6, False, None, None)
+        gated_norm.backward(o, o, o, meta(128, kind=wide), None, None, 1e-6, False)
         hidden, weight = meta(2, T, 1536, kind=wide), meta(1536, kind=wide)
-        gated_norm.backward(hidden, hidden, None, weight, 1e-6, False, None, None)
+        gated_norm.backward(hidden, hidden, None, weight, None, None, 1e-6, False)
         gates.backward(meta(2, T, 16, kind=wide), v, v, None, rate, D, D, v, None)
         channels, bias = meta(2, T, 16 * 128), meta(16 * 128, kind=wide)
         for bound in (None, -5.0):

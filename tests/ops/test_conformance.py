@@ -16,7 +16,7 @@ from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from loglinear.ops import attention as module
-from loglinear.ops import dispatch
+from loglinear.ops import checks, dispatch
 from oracle import LOW_PRECISION_FACTOR, SAME_NUMBERS, TOLERANCES, error, gradients, linear_recurrence, plain_torch
 
 CUDA, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,6 +57,7 @@ def backend(request, monkeypatch):
     if made.kernels and not CUDA:
         takes = lambda x, backend="auto": backend != "torch" and x.q.dtype != torch.float64  # noqa: E731
         monkeypatch.setattr(dispatch, "attention", takes)
+        monkeypatch.setattr(checks, "_known", {})
     kernels_of = module.kernels_of
     monkeypatch.setattr(module, "kernels_of", lambda transition: made.ran.append(transition) or kernels_of(transition))
     return made
@@ -212,7 +213,7 @@ def test_opcheck(backend, gate, packed, missing):
     x = backend.inputs(gate, B=1 if packed else 2, T=C + 3)
     args = [None if name == missing else x.get(name) for name in ORDER]
     bounds = torch.tensor([0, 9, C + 3], device=backend.device) if packed else None
-    rest = 0.5, bounds, None, 0, "" if missing == "g" or backend.kernels else "maps", "auto"
+    rest = bounds, None, 0.5, 0, "" if missing == "g" or backend.kernels else "maps", "auto"
     torch.library.opcheck(torch.ops.loglinear.attention.default, (*args, *rest))
     args = [None if value is None else value.detach() for value in args]
     backward = (torch.randn_like(x["v"]), *args, *rest, [])

@@ -171,16 +171,17 @@ def checked(
         q, k = units(q, k)
     (q, k, v), _ = outside_autocast(q, k, v)
     inputs = Inputs(q, k, v, *others)
-    checks.check_inputs(inputs)
+    taken = checks.check_inputs(inputs)
     scale = checks.check_scale(scale)
     checks.check_packing(q, cu_seqlens, cu_seqlens_cpu)
-    transforms.check(inputs, cu_seqlens=cu_seqlens, initial_state=state, output_final_state=output_final_state)
-    return Call(inputs, scale, state, output_final_state, cu_seqlens, cu_seqlens_cpu, backend)
+    if checks.transforming():
+        transforms.check(inputs, cu_seqlens=cu_seqlens, initial_state=state, output_final_state=output_final_state)
+    return Call(inputs, scale, state, output_final_state, cu_seqlens, cu_seqlens_cpu, backend, taken)
 
 
 def attend(call: Call) -> tuple[Tensor, State | None]:
     """(o ``[B, T, H, V]``, the final state if asked for) of a call that is ``checked``."""
-    inputs, scale, state, output_final_state, cu_seqlens, cu_seqlens_cpu, backend = call
+    inputs, scale, state, output_final_state, cu_seqlens, cu_seqlens_cpu, backend, _ = call
     if state is not None or output_final_state:
         run = _with_states
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
@@ -190,14 +191,15 @@ def attend(call: Call) -> tuple[Tensor, State | None]:
     if not checks.values_are_known(
         inputs.q
     ):  # a graph, or tensors without values, of which the operator says the shapes
-        return attention.operator(*inputs, scale, cu_seqlens, None, 0, keep(inputs, cu_seqlens), backend)[0], None
-    kernel = dispatch.attention(inputs, backend)
+        options = scale, 0, keep(inputs, cu_seqlens), backend
+        return attention.operator(*inputs, cu_seqlens, None, *options)[0], None
+    kernel = dispatch.takes(call)
     if cu_seqlens_cpu is not None or not kernel:
         lengths = checks.sequence_lengths(inputs.q, cu_seqlens, cu_seqlens_cpu)
     if checks.transforming() and (kernel or transforms.vmapped(*inputs)):
-        return transforms.run(attention, *inputs, scale, cu_seqlens, None, 0, "", backend), None
+        return transforms.run(attention, *inputs, cu_seqlens, None, scale, 0, "", backend), None
     if kernel:
-        return attention.function.apply(*inputs, scale, cu_seqlens, None, 0, keep(inputs, None), KERNELS)[0], None
+        return attention.eager((*inputs, cu_seqlens, None), (scale, 0, keep(inputs, None), KERNELS))[0], None
     return plain(inputs, scale, lengths)[0], None
 
 
@@ -248,38 +250,40 @@ def mostly_empty(cu_seqlens: Tensor | None, tokens: int) -> bool:
     return cu_seqlens is not None and cu_seqlens.shape[0] > max(tokens, 1)
 
 
-def _for_kernels(inputs: Inputs) -> tuple[Tensor | None, ...]:
+def _for_kernels(inputs: Inputs, transition: Transition) -> tuple[Tensor | None, ...]:
     """Arguments of a kernel call. The linear model's λ is ``[B, T, H, 1]``, a single one that all levels share."""
     v, scales = inputs.v, inputs.level_scales
     scales = v.new_ones(()).expand(*v.shape[:3], 1) if scales is None else scales
-    return inputs.q, inputs.k, v, *inputs.gates(), scales
+    return inputs.q, inputs.k, v, *[getattr(inputs, name) for name in transition.gates], scales
 
 
 def _chosen(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """(kernels or None, inputs, scale, cu_seqlens, options of kernels that go on, keep) of an operator's arguments."""
-    inputs, (scale, cu_seqlens, first_chunks, reach, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
-    taken = backend == KERNELS or dispatch.attention(inputs, backend)
+    """(kernels or None, inputs, transition, scale, cu_seqlens, options of kernels that go on, keep) of a call."""
+    inputs, (cu_seqlens, first_chunks, scale, reach, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
+    transition = inputs.transition()
     if backend != KERNELS and mostly_empty(cu_seqlens, inputs.q.shape[1]):
         cu_seqlens = torch.unique_consecutive(cu_seqlens)  # empty ones cost as much as full ones; waits for the device
+    taken = backend == KERNELS or dispatch.attention(inputs, backend)
     continued = {} if first_chunks is None else {"first_chunks": first_chunks, "reach": reach}
-    return kernels_of(inputs.transition()) if taken else None, inputs, scale, cu_seqlens, continued, keep
+    return kernels_of(transition) if taken else None, inputs, transition, scale, cu_seqlens, continued, keep
 
 
 def _forward(*arguments: Any) -> Sequence[Tensor]:
-    kernels, inputs, scale, cu_seqlens, continued, keep = _chosen(arguments)
+    kernels, inputs, transition, scale, cu_seqlens, continued, keep = _chosen(arguments)
     if kernels is None:
         return [plain(inputs, scale, checks.sequence_lengths(inputs.q, cu_seqlens, None))[0].contiguous()]
-    if inputs.transition().keeps:
-        return kernels.forward_keeping(*_for_kernels(inputs), scale, cu_seqlens, keep=bool(keep))
-    return [kernels.forward(*_for_kernels(inputs), scale, cu_seqlens, **continued)]
+    given = *_for_kernels(inputs, transition), scale, cu_seqlens
+    return (
+        kernels.forward_keeping(*given, keep=bool(keep)) if transition.keeps else [kernels.forward(*given, **continued)]
+    )
 
 
 def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
     *given, kept = arguments
-    kernels, inputs, scale, cu_seqlens, continued, _ = _chosen(given)
+    kernels, inputs, transition, scale, cu_seqlens, continued, _ = _chosen(given)
     if kernels is not None:
         options = {"kept": tuple(kept)} if kept else continued
-        *grads, dscales = kernels.backward(do, *_for_kernels(inputs), scale, cu_seqlens, **options)
+        *grads, dscales = kernels.backward(do, *_for_kernels(inputs, transition), scale, cu_seqlens, **options)
         return [*grads, None if inputs.linear() else dscales]
     lengths = checks.sequence_lengths(inputs.q, cu_seqlens, None)
     # Below a custom operator autograd is switched off; torch.func.vjp would do, but not under a TorchDispatchMode.
@@ -291,11 +295,11 @@ def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
 
 
 def _fake(*arguments: Any) -> list[Tensor]:
-    inputs, (_, cu_seqlens, _, _, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
-    v, shapes = inputs.v, []
+    inputs, (cu_seqlens, *_, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
+    v, transition, shapes = inputs.v, inputs.transition(), []
     if keep and dispatch.attention(inputs, backend):
-        given, per_channel = (inputs.q, v, _for_kernels(inputs)[-1], cu_seqlens), inputs.transition().per_channel
-        shapes = kernels_of(inputs.transition()).kept_shapes(*given, channels=per_channel)
+        given = inputs.q, v, _for_kernels(inputs, transition)[-1], cu_seqlens
+        shapes = kernels_of(transition).kept_shapes(*given, channels=transition.per_channel)
     return [v.new_empty(v.shape), *(v.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
 
 
@@ -303,8 +307,8 @@ def _fake(*arguments: Any) -> list[Tensor]:
 # number depends. backend: that of the op, or KERNELS.
 attention = Operator(
     "attention",
-    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? level_scales, float scale, Tensor? cu_seqlens, "
-    "Tensor? first_chunks, int reach, str keep, str backend",
+    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? level_scales, Tensor? cu_seqlens, Tensor? first_chunks, "
+    "float scale, int reach, str keep, str backend",
     1,
     _forward,
     _backward,

@@ -6,13 +6,14 @@ Checks read shapes, dtypes and devices; values only where that costs no device s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loglinear.ops.inputs import Inputs
+from loglinear.ops.inputs import Backend, Inputs
 from loglinear.state import (
     FLOATS,
     LinearState,
@@ -23,7 +24,7 @@ from loglinear.state import (
     values_are_known,
 )
 
-_known: set[tuple[object, ...]] = set()  # kinds of calls that have passed
+_known: dict[tuple[object, ...], set[Backend]] = {}  # kinds of calls that have passed
 
 
 def _shape(name: str, tensor: Tensor, wanted: str, axes: Sequence[int | None]) -> None:
@@ -39,27 +40,38 @@ def _shape(name: str, tensor: Tensor, wanted: str, axes: Sequence[int | None]) -
         raise ValueError(f"{name} must have shape {wanted} = [{need}]: got {list(shape)}")
 
 
-def check_inputs(inputs: Inputs) -> None:
-    """Ranks, sizes, dtypes, devices and, on the CPU, the sign of g."""
-    if not all(x is None or isinstance(x, Tensor) for x in inputs) or not values_are_known(inputs.q):
-        return check_kinds(inputs)
-    once(tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs), lambda: check_kinds(inputs))
+def check_inputs(inputs: Inputs) -> set[Backend] | None:
+    """Ranks, sizes, dtypes, devices and, on the CPU, the sign of g. Returns what is known of such calls, see ``Call.taken``."""
+    if not isinstance(inputs.q, Tensor) or not values_are_known(inputs.q):
+        check_kinds(inputs)
+        return None
+    taken = once(kinds_of(inputs), lambda: check_kinds(inputs))
     check_sign(inputs.g)
+    return taken
 
 
-def once(kind: tuple[object, ...], check: Callable[[], None]) -> None:
-    """``check()``, unless it has passed for calls of this kind: a check of metadata costs more than a short kernel."""
-    if kind in _known:
-        return
-    check()
-    if len(_known) > 4096:
-        _known.clear()
-    _known.add(kind)
+def kinds_of(tensors: Iterable[Any]) -> tuple[object, ...]:
+    """All that ``check_kinds`` looks at: the shape, dtype and device of each tensor, and the types of what is none."""
+    return tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in tensors])
+
+
+def once(kind: tuple[object, ...], check: Callable[[], None]) -> set[Backend]:
+    """``check()``, unless it has passed for calls of this kind: a check of metadata costs more than a short kernel.
+
+    Returns a set that belongs to this kind, empty at first.
+    """
+    found = _known.get(kind)
+    if found is None:
+        check()
+        if len(_known) > 4096:
+            _known.clear()
+        found = _known[kind] = set()
+    return found
 
 
 def check_sign(g: Tensor | None) -> None:
     """That no gate on the CPU is a growth."""
-    if g is not None and g.device.type == "cpu" and bool((unwrapped(g).detach() > 0).any()):
+    if g is not None and g.is_cpu and bool((unwrapped(g).detach() > 0).any()):
         raise ValueError(f"g must be a log decay, at most 0: got a maximum of {unwrapped(g).max().item():g}")
 
 

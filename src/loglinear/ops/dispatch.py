@@ -16,7 +16,7 @@ from torch import Tensor
 from loglinear import kernels
 from loglinear.kernels.devices import why_unfit
 from loglinear.ops import checks
-from loglinear.ops.inputs import Backend, Inputs, State
+from loglinear.ops.inputs import Backend, Call, Inputs, State
 from loglinear.state import CHUNK_SIZE, LinearState
 from loglinear.transition import SCALAR_GATE
 
@@ -37,6 +37,15 @@ def check_backend(backend: Backend) -> None:
 def attention(inputs: Inputs, backend: Backend = "auto") -> bool:
     """Whether the kernels take a call of an op: CUDA, at most 32 bits, K up to 256, V up to 1,024, enough shared memory."""
     return _takes(inputs.transition().op, inputs.v, lambda: _why_not(inputs), backend)
+
+
+def takes(call: Call) -> bool:
+    """``attention``, whose yes is kept with the kind of call: to ask costs more than a short kernel."""
+    if call.taken is None:
+        return attention(call.inputs, call.backend)
+    if call.backend not in call.taken and attention(call.inputs, call.backend):
+        call.taken.add(call.backend)
+    return call.backend in call.taken
 
 
 def from_state(inputs: Inputs, state: State | None, backend: Backend = "auto") -> bool:

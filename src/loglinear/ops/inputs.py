@@ -62,7 +62,10 @@ class Inputs(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of either public op, with the meanings of the arguments there."""
+    """A call of either public op, with the meanings of the arguments there.
+
+    taken: the backends with which kernels have taken a call of this kind (``checks.check_inputs``); None if nobody asks.
+    """
 
     inputs: Inputs
     scale: float = 1.0
@@ -71,3 +74,4 @@ class Call(NamedTuple):
     cu_seqlens: Tensor | None = None
     cu_seqlens_cpu: Tensor | None = None
     backend: Backend = "auto"
+    taken: set[Backend] | None = None

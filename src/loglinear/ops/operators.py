@@ -22,9 +22,10 @@ def differentiable_once(backward: Callable) -> Callable:
     refusing = torch.autograd.function.once_differentiable(backward)
 
     def once(ctx: Any, *gradients: Any) -> Any:
-        if torch.is_grad_enabled():  # create_graph
-            gradients = tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in gradients)
-        return refusing(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        # With create_graph.
+        return refusing(ctx, *(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in gradients))
 
     return once
 
@@ -33,7 +34,7 @@ class Operator:
     """One computation and its gradient.
 
     Args:
-        name, arguments: of the operators, as in a schema. results: how many results have gradients.
+        name, arguments: of the operators, as in a schema, tensors first. results: how many results have gradients.
         forward: of these arguments; results that are None are left out.
         backward: of the gradients of all results and the arguments, to the gradients of the floating-point tensors among
             them. fake: as forward, for sizes and dtypes.
@@ -52,56 +53,57 @@ class Operator:
     ) -> None:
         self.results, self.keeps = results, keeps
         kinds = [x.strip().startswith("Tensor") for x in arguments.split(",")]
-        self.tensors = [i for i, tensor in enumerate(kinds) if tensor]
-        self.constants = [i for i, tensor in enumerate(kinds) if not tensor]
-        self.order = sorted(range(len(kinds)), key=[*self.tensors, *self.constants].__getitem__)
+        self.count = sum(kinds)  # of tensors
+        assert all(kinds[: self.count])
         gradients = ", ".join(f"Tensor gradient_{i}" for i in range(results))
         schema = f"{gradients}, {arguments}" + ", Tensor[] kept" * keeps
         self.operator = _define(name, arguments, forward, fake)
         self.backward = _define(f"{name}_backward", schema, backward, lambda *inputs: like(*inputs[results:]))
-        self.operator.register_autograd(self._gradients_by(self.backward), setup_context=self._save)
+        gradients_of = self._gradients_by(self.backward, len(kinds) - self.count)
+        self.operator.register_autograd(gradients_of, setup_context=self._save)
         self.function = self._function(name, forward, backward)
 
     def __call__(self, *inputs: Any) -> Sequence[Tensor]:
         """All results."""
         if torch.compiler.is_compiling():
             return self.operator(*inputs)[: self.results]
-        return self.function.apply(*inputs)
+        return self.eager(inputs[: self.count], inputs[self.count :])
+
+    def eager(self, tensors: Sequence[Tensor | None], constants: Sequence[Any]) -> Sequence[Tensor]:
+        """All results, by the ``autograd.Function``. Each of its arguments costs 1 µs: the constants are a single one."""
+        return self.function.apply(*tensors, constants)
 
     def _save(self, ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
         kept = output[self.results :]
         if kept:
             ctx.mark_non_differentiable(*kept)
             ctx.set_materialize_grads(False)  # zeros for what is kept would be as large as it
-        self._keep(ctx, inputs, kept)
+        ctx.save_for_backward(*inputs[: self.count], *kept)
+        ctx.constants = inputs[self.count :]
 
-    def _keep(self, ctx: Any, inputs: tuple, kept: Sequence[Tensor]) -> None:
-        ctx.save_for_backward(*[inputs[i] for i in self.tensors], *kept)
-        ctx.constants = [inputs[i] for i in self.constants]
+    def _gradients_by(self, backward: Callable, constants: int) -> Callable:
+        """``gradients(ctx, *given)``: of the tensors, and None for each of the constants behind them."""
+        nothing = (None,) * constants
 
-    def _gradients_by(self, backward: Callable) -> Callable:
         def gradients(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
-            saved, count = ctx.saved_tensors, len(self.tensors)  # read once: checkpointing unpacks a tensor once
-            tensors_first = *saved[:count], *ctx.constants
+            saved, count = ctx.saved_tensors, self.count  # read once: checkpointing unpacks a tensor once
             results = given[0] if isinstance(given[0], list) else given  # an operator's are in one list
             kept = [list(saved[count:])] if self.keeps else []
-            found = backward(*results[: self.results], *[tensors_first[i] for i in self.order], *kept)
+            found = backward(*results[: self.results], *saved[:count], *ctx.constants, *kept)
             rest = (y for y in found if y is not None)
-            made: list[Tensor | None] = [None] * len(self.order)
-            for i, x in zip(self.tensors, saved):
-                if x is not None and x.is_floating_point():
-                    made[i] = next(rest)
-            return tuple(made)
+            return *[next(rest) if _floating(x) else None for x in saved[:count]], *nothing
 
         return gradients
 
     def _function(self, name: str, run: Callable, backward: Callable) -> type[torch.autograd.Function]:
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-            made = [y for y in run(*inputs) if y is not None]
-            self._keep(ctx, inputs, made[self.results :])
+            *tensors, constants = inputs
+            made = [y for y in run(*tensors, *constants) if y is not None]
+            ctx.save_for_backward(*tensors, *made[self.results :])
+            ctx.constants = constants
             return tuple(made[: self.results])
 
-        differentiate = differentiable_once(self._gradients_by(backward))
+        differentiate = differentiable_once(self._gradients_by(backward, 1))
         # Profiles say ``name`` and ``nameBackward``.
         return type(
             name,

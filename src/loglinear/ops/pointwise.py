@@ -111,7 +111,7 @@ def gated_norm(
     silu: bool = True,
 ) -> Tensor:
     """The norm of ``kernels.pointwise.gated_norm``."""
-    return gated_norm_kernel(x, gate, weight, eps, gate_first, skip, skip_scale, silu)[0]
+    return gated_norm_kernel(x, gate, weight, skip, skip_scale, eps, gate_first, silu)[0]
 
 
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ level_scales_kernel = Operator(
 )
 gated_norm_kernel = Operator(
     "gated_norm",
-    "Tensor x, Tensor? gate, Tensor weight, float eps, bool gate_first, Tensor? skip, Tensor? skip_scale, bool silu",
+    "Tensor x, Tensor? gate, Tensor weight, Tensor? skip, Tensor? skip_scale, float eps, bool gate_first, bool silu",
     1,
     lambda *inputs: [_kernels().gated_norm.forward(*inputs)],
     lambda *inputs: _kernels().gated_norm.backward(*inputs),

@@ -103,8 +103,8 @@ def _at_once(
     # Kernels are compiled for a depth of the tree: a power of two is the same depth for many positions.
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
     flat = stream.each(lambda x: x.reshape(1, -1, *x.shape[2:]))
-    continued = state.position // CHUNK_SIZE, reach
-    return attention.function.apply(*flat, scale, bounds, *continued, "", KERNELS)[0].reshape(stream.v.shape)
+    tensors = *flat, bounds, state.position // CHUNK_SIZE
+    return attention.eager(tensors, (scale, reach, "", KERNELS))[0].reshape(stream.v.shape)
 
 
 def _closed(stream: Inputs) -> int:

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from loglinear.ops import dispatch
+from loglinear.ops import checks, dispatch
 
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     collect_ignore_glob = ["test_*.py"]
@@ -34,6 +34,7 @@ def on_the_kernels(monkeypatch, device):
     """The public ops run the kernels, in the interpreter too."""
     if device.type == "cpu":
         monkeypatch.setattr(dispatch, "attention", lambda inputs, backend="auto": True)
+        monkeypatch.setattr(checks, "_known", {})
 
 
 @pytest.fixture(autouse=True)

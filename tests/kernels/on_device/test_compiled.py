@@ -119,8 +119,8 @@ def test_compiled_into_cuda_graphs(device, backwards):
 
 
 def rest(keep: str) -> tuple:
-    """Arguments of the operator behind its inputs: scale, cu_seqlens, first_chunks, reach, keep, backend."""
-    return 1.0, None, None, 0, keep, "auto"
+    """Arguments of the operator behind its inputs: cu_seqlens, first_chunks, scale, reach, keep, backend."""
+    return None, None, 1.0, 0, keep, "auto"
 
 
 def test_opcheck(device):

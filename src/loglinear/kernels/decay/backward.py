@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.decay.chunk_grads import chunk_grads_kernel
-from loglinear.kernels.decay.forward import States, launch_states, state_tiles
+from loglinear.kernels.decay.forward import States, launch_states, state_tiles, tables_of, tuned
 from loglinear.kernels.decay.gate_grads import gate_grads_kernel
 from loglinear.kernels.decay.key_grads import key_grads_kernel
 from loglinear.kernels.decay.local_grads import local_grads_kernel
@@ -16,13 +16,12 @@ from loglinear.kernels.decay.node_grads import segment_sums_kernel, window_grads
 from loglinear.kernels.decay.query_grads import query_grads_kernel
 from loglinear.kernels.decay.span import choice as span
 from loglinear.kernels.decay.value_grads import value_grads_kernel
-from loglinear.kernels.devices import shared_memory
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.head_sums import sum_heads
-from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, padded
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config
+from loglinear.kernels.tuning import Launch, ScalarGateConfig
 
 
 class Gains(NamedTuple):
@@ -180,17 +179,15 @@ def backward(
 
     ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
     """
-    config = config or scalar_gate_config(v.dtype, q.shape[3], v.shape[3], shared_memory(v.device))
-    inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, level_scales)]
-    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_chunks=first_chunks)
-    return replay(run_backward, [*inputs, *tables], scale, config, reach)  # type: ignore[return-value]
+    inputs = [do, q, k, v, g, level_scales, *tables_of(q, v, cu_seqlens, config, first_chunks)]
+    return replay(run_backward, inputs, scale, config, reach, rows=6)  # type: ignore[return-value]
 
 
-def run_backward(inputs: list, scale: float, config: ScalarGateConfig, reach: int) -> tuple[Tensor | None, ...]:
+def run_backward(inputs: list, scale: float, config: ScalarGateConfig | None, reach: int) -> tuple[Tensor | None, ...]:
     """The launches of ``backward``."""
     do, q, k, v, g, level_scales, *tables = inputs
     x = gather(q, k, v, g, None, level_scales, do, scale)
-    problem = describe(q, v, level_scales, tuple(tables), config, reach)
+    problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v), reach)
     gains = allocate_gains(problem, x)
     if span.why_not_query_side(problem, x, reach) is None:
         from loglinear.kernels.decay.span import backward as of_spans  # Triton has Gluon there

@@ -14,7 +14,7 @@ from loglinear.kernels.decay.span import choice as span
 from loglinear.kernels.devices import shared_memory
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
-from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config
 
@@ -117,16 +117,28 @@ def forward(
     Returns:
         o ``[B, T, H, V]`` of v's dtype, contiguous.
     """
-    config = config or scalar_gate_config(v.dtype, q.shape[3], v.shape[3], shared_memory(v.device))
-    inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, level_scales)]
-    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False, first_chunks=first_chunks)
-    return replay(run_forward, [*inputs, *tables], scale, config, reach)[0]
+    tables = tables_of(q, v, cu_seqlens, config, first_chunks)
+    return replay(run_forward, [q, k, v, g, level_scales, *tables], scale, config, reach, rows=5)[0]
 
 
-def run_forward(inputs: list, scale: float, config: ScalarGateConfig, reach: int) -> tuple[Tensor]:
+def tuned(config: ScalarGateConfig | None, q: Tensor, v: Tensor) -> ScalarGateConfig:
+    """The configuration; None is the tuned one for such inputs."""
+    return config or scalar_gate_config(v.dtype, q.shape[3], v.shape[3], shared_memory(v.device))
+
+
+def tables_of(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, config: ScalarGateConfig | None, first_chunks: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tables of packed sequences; arguments as in ``forward``."""
+    if cu_seqlens is None:
+        return ()
+    return packed_tables(cu_seqlens, q.shape[1], tuned(config, q, v).chunk, tree=False, first_chunks=first_chunks)
+
+
+def run_forward(inputs: list, scale: float, config: ScalarGateConfig | None, reach: int) -> tuple[Tensor]:
     """The launches of ``forward``."""
     q, k, v, g, level_scales, *tables = inputs
-    problem = describe(q, v, level_scales, tuple(tables), config, reach)
+    problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v), reach)
     x = gather(q, k, v, g, None, level_scales, None, scale)
     if span.why_not(problem, x, reach) is None:
         from loglinear.kernels.decay.span import forward as of_spans  # Triton has Gluon there

@@ -22,6 +22,8 @@ from loglinear.kernels.delta.forward import (
     launch_path_queries,
     launch_path_states,
     prepare,
+    tables_of,
+    tuned,
 )
 from loglinear.kernels.delta.key_grads import key_grads_kernel
 from loglinear.kernels.delta.map_grads import map_grads_kernel
@@ -36,9 +38,9 @@ from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.head_sums import sum_heads
 from loglinear.kernels.tree.place import OCTET
-from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, padded
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tuning import DeltaRuleConfig, Launch, delta_rule_config
+from loglinear.kernels.tuning import DeltaRuleConfig, Launch
 
 
 class Gradients(NamedTuple):
@@ -298,18 +300,16 @@ def backward(
     ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``. ``kept`` is what ``forward_keeping``
     returned after o, if it was called with the same arguments: no bit depends on it.
     """
-    config = delta_rule_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
-    inputs = [None if x is None else token_rows(x) for x in (do, q, k, v, g, beta, level_scales)]
-    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=True)
-    return replay(run_backward, [*inputs, *tables, *kept], scale, config, len(kept))  # type: ignore[return-value]
+    inputs = [do, q, k, v, g, beta, level_scales, *tables_of(q, v, cu_seqlens, config), *kept]
+    return replay(run_backward, inputs, scale, config, len(kept), rows=7)  # type: ignore[return-value]
 
 
-def run_backward(inputs: list, scale: float, config: DeltaRuleConfig, kept: int) -> tuple[Tensor | None, ...]:
+def run_backward(inputs: list, scale: float, config: DeltaRuleConfig | None, kept: int) -> tuple[Tensor | None, ...]:
     """The launches of ``backward``; the last ``kept`` inputs are the forward's maps."""
     do, q, k, v, g, beta, level_scales, *tables = inputs[: len(inputs) - kept]
     maps = Maps.of(tuple(inputs[len(inputs) - kept :])) if kept else None
     x = gather(q, k, v, g, beta, level_scales, do, scale)
-    problem = describe(q, v, level_scales, tuple(tables), config)
+    problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v))
     out = allocate_gradients(problem, x)
     count, per_group = heads_at_a_time(problem, v.element_size(), kept > 0), problem.heads_per_group
     if count == problem.heads:

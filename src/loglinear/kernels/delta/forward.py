@@ -16,7 +16,7 @@ from loglinear.kernels.delta.path_queries import path_queries_kernel
 from loglinear.kernels.delta.path_states import path_states_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
-from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, sizes_of_tables, token_rows
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, sizes_of_tables
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
 from loglinear.transition import is_per_channel
@@ -155,10 +155,18 @@ def forward_keeping(
     keep: bool = True,
 ) -> tuple[Tensor, ...]:
     """(o, tensors that save ``backward`` some work: none if they take too much memory, or without ``keep``)."""
-    config = delta_rule_config(v.dtype, q.shape[3], v.shape[3]) if config is None else config
-    inputs = [None if x is None else token_rows(x) for x in (q, k, v, g, beta, level_scales)]
-    tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=True)
-    return replay(run_forward, [*inputs, *tables], scale, config, keep)  # type: ignore[return-value]
+    inputs = [q, k, v, g, beta, level_scales, *tables_of(q, v, cu_seqlens, config)]
+    return replay(run_forward, inputs, scale, config, keep, rows=6)  # type: ignore[return-value]
+
+
+def tuned(config: DeltaRuleConfig | None, q: Tensor, v: Tensor) -> DeltaRuleConfig:
+    """The configuration; None is the tuned one for such inputs."""
+    return config or delta_rule_config(v.dtype, int(q.shape[3]), int(v.shape[3]))
+
+
+def tables_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, config: DeltaRuleConfig | None) -> tuple[Tensor, ...]:
+    """The tables of packed sequences; arguments as in ``forward``."""
+    return () if cu_seqlens is None else packed_tables(cu_seqlens, q.shape[1], tuned(config, q, v).chunk, tree=True)
 
 
 def kept_shapes(
@@ -173,16 +181,15 @@ def kept_shapes(
 
     Sizes may be symbolic, except the widths of heads. The number of tensors is then a guard on these sizes.
     """
-    config = delta_rule_config(v.dtype, int(q.shape[3]), int(v.shape[3])) if config is None else config
-    problem = describe(q, v, level_scales, sizes_of_tables(cu_seqlens), config)
+    problem = describe(q, v, level_scales, sizes_of_tables(cu_seqlens), tuned(config, q, v))
     kept = keeps_maps(problem, v.element_size())
     return map_shapes(replace(problem, channels=channels), v.dtype) if kept else []
 
 
-def run_forward(inputs: list, scale: float, config: DeltaRuleConfig, keep: bool) -> tuple[Tensor, ...]:
+def run_forward(inputs: list, scale: float, config: DeltaRuleConfig | None, keep: bool) -> tuple[Tensor, ...]:
     """The launches of ``forward``."""
     q, k, v, g, beta, level_scales, *tables = inputs
-    problem = describe(q, v, level_scales, tuple(tables), config)
+    problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v))
     keep = keep and keeps_maps(problem, v.element_size())
     problem, x, prepared = prepare(problem, gather(q, k, v, g, beta, level_scales, None, scale))
     chunks = launch_chunk_maps(problem, x, prepared)

@@ -175,10 +175,10 @@ def forward(
     x: Tensor,
     gate: Tensor | None,
     weight: Tensor,
-    eps: float,
-    gate_first: bool,
     skip: Tensor | None,
     skip_scale: Tensor | None,
+    eps: float,
+    gate_first: bool,
     silu: bool = True,
 ) -> Tensor:
     """``norm(y · act(gate)) · weight`` or ``norm(y) · weight · act(gate)``, contiguous, of x's shape and dtype.
@@ -203,10 +203,10 @@ def backward(
     x: Tensor,
     gate: Tensor | None,
     weight: Tensor,
-    eps: float,
-    gate_first: bool,
     skip: Tensor | None,
     skip_scale: Tensor | None,
+    eps: float,
+    gate_first: bool,
     silu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, gate, weight, skip and skip_scale, in their dtypes; arguments as in ``forward``. The same bits on

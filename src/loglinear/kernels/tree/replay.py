@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.problem import token_rows
 
 ALIGNMENT = 256  # bytes, of every piece of scratch
 
@@ -223,23 +224,27 @@ def plans_of(*kind: Any) -> list[Plan | None]:
 
 
 def replay(
-    function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor | None], *settings: Any
+    function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor | None], *settings: Any, rows: int = 0
 ) -> tuple[Tensor | None, ...]:
     """``function(inputs, *settings)``, by its plan if there is one.
 
     Args:
         function: allocates and launches by ``launching``, and does nothing else on the device. Its results are whole scratch.
-        inputs: at least one tensor; all on one device. settings: hashable; with the inputs' dtypes, shapes, strides and
-            alignment they decide all that the function does.
+        inputs: at least one tensor; all on one device. settings: hashable; with the inputs' device, dtypes, shapes, strides
+            and alignment they decide all that the function does. rows: how many inputs, from the first on, the function gets
+            as ``token_rows`` lays them out.
     """
     device = next(x.device for x in inputs if x is not None)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return replay(function, inputs, *settings)
+            return replay(function, inputs, *settings, rows=rows)
     kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
     plans = plans_of(function, device, *settings, *kind)
     if plans:
         return function(inputs, *settings) if plans[0] is None else plans[0].play(inputs, device)
+    laid_out = [x if x is None or i >= rows else token_rows(x) for i, x in enumerate(inputs)]
+    if any(x is not y for x, y in zip(laid_out, inputs)):
+        return replay(function, laid_out, *settings)
     # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
     own = [None if x is None else x.detach() for x in inputs]
     note = Recording(own)
