@@ -5,6 +5,7 @@
     python benchmarks/ops.py scalar_gate --sweep             # every configuration, kernel by kernel, ours alone
     python benchmarks/ops.py delta_rule                      # B=2, T=16384, H=G=16, K=V=128
     python benchmarks/ops.py delta_rule --B 1 --H 8 --T 131072 --peers "fla gated"
+    python benchmarks/ops.py delta_rule --peers "" --calls 1,2,4        # and prefill that goes on from states
     python benchmarks/ops.py channel_gate                    # the same sizes; channel_delta_rule too
 
 The peer "fla 0.2.2" is looked for in --old-fla: ``pip install --no-deps --target FOLDER flash-linear-attention==0.2.2``.
@@ -32,7 +33,7 @@ from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels.tuning import channel_config, delta_rule_config, scalar_gate_config
 from measure import append, captured, environment, milliseconds, peak_bytes
 from peers import Run, Shape
-from verify import Failure, verify
+from verify import LIMITS, Failure, relative, verify
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,35 @@ def measure_ours(run: Run, budget_ms: int, each_kernel: bool) -> list[dict]:
     return rows
 
 
+def in_calls(rule: Rule, shape: Shape, calls: int, device: str = "cuda") -> Run:
+    """Our op on the same inputs in so many calls, each from the state of the call before it, to a final state."""
+    x = rule.inputs(shape, device)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        state, outputs = None, []
+        for part in zip(*(y.chunk(calls, 1) for y in x.values())):
+            o, state = rule.op(**dict(zip(x, part)), initial_state=state, output_final_state=True)
+            outputs.append(o)
+        return torch.cat(outputs, 1)
+
+    return Run(call, ())
+
+
+def measure_calls(rule: Rule, shape: Shape, budget_ms: int, counts: list[int], device: str = "cuda") -> list[dict]:
+    """Rows of the forward pass in each number of calls. Raises Failure where the output is not that of a single call."""
+    rows: list[dict] = []
+    expected = ours(rule, shape, device).call().detach()
+    for calls in counts:
+        run = in_calls(rule, shape, calls, device)
+        error = relative(run.call(), expected.double())
+        if error > 2 * LIMITS[shape.dtype]:
+            raise Failure(f"relative error of {calls} calls {error:.2e}; the limit is {2 * LIMITS[shape.dtype]:.1e}")
+        what = f"forward, states, {calls} call{'s'[: calls > 1]}"
+        rows.append(row("loglinear", what, milliseconds(run.call, budget_ms), peak_bytes(run.call)))
+    return rows
+
+
 def row(name: str, what: str, time: tuple[float, float, float], peak: int | None = None) -> dict:
     median, low, high = time
     return {"name": name, "what": what, "ms": median, "ms_p20": low, "ms_p80": high, "peak_bytes": peak}
@@ -142,6 +172,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget-ms", type=int, default=200, help="repetitions of one measurement, in milliseconds")
     parser.add_argument("--sweep", action="store_true", help="time every kernel under many configurations instead")
     parser.add_argument("--stages", action="store_true", help="time every kernel too")
+    parser.add_argument("--calls", default="", help="numbers of calls that share the tokens, as 1,2,4, by their states")
     parser.add_argument("--commit", help="hash to record where the checkout has no .git")
     parser.add_argument("--skip-check", action="store_true", help="for profiling; no rows are written")
     args = parser.parse_args()
@@ -198,6 +229,8 @@ def main() -> None:
         torch.cuda.empty_cache()
 
     keep(measure_ours(ours(rule, shape), args.budget_ms, args.stages))
+    if args.calls:
+        keep(measure_calls(rule, shape, args.budget_ms, [int(n) for n in args.calls.split(",")]))
     for name, build in peers_of(args).items():
         keep(measure_peer(name, build, shape, args.budget_ms, args.peer_forward))
 

@@ -58,6 +58,19 @@ def test_rows_of_an_op(monkeypatch):
     assert (failed["what"], failed["reason"]) == ("failed", "RuntimeError: refuses")
 
 
+def test_rows_of_several_calls(monkeypatch):
+    """Calls that lose the past between them are found before they are timed."""
+    monkeypatch.setattr(ops, "milliseconds", lambda call, budget: (call() is None, 1.0, 3.0))
+    monkeypatch.setattr(ops, "peak_bytes", lambda call: 5)
+    op = here(ops.RULES["delta_rule"])
+    rule = dataclasses.replace(ops.RULES["delta_rule"], op=op)
+    rows = ops.measure_calls(rule, TINY, 10, [1, 4], "cpu")
+    assert [row["what"] for row in rows] == ["forward, states, 1 call", "forward, states, 4 calls"]
+    forgetful = dataclasses.replace(rule, op=lambda initial_state=None, **x: op(**x))
+    with pytest.raises(Failure, match="of 4 calls"):
+        ops.measure_calls(forgetful, TINY, 10, [1, 4], "cpu")
+
+
 def test_shapes_and_peers_of_a_transition(parsed):
     args = parsed("scalar_gate", "--T", "4096")
     assert ops.shape_of(args) == Shape(2, 4096, 48, 1, 128, 64)
