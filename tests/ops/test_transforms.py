@@ -98,7 +98,7 @@ def test_what_kernels_take_under_a_gradient(gate):
     def by_operator(*values):
         y = dict(zip(names, values))
         order = [y.get(name) for name in ("q", "k", "v", "g", "beta", "level_scales")]
-        return transforms.run(attention, *order, 1.0, None, None, 0, "", "auto").square().sum()
+        return transforms.run(attention, *order, None, None, 1.0, 0, "", "auto").square().sum()
 
     numbers = tuple(range(len(names)))
     assert_same(grad(by_operator, argnums=numbers)(*x.values()), grad(loss)(x).values())

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.decays import load_log
-from loglinear.kernels.tree.levels import level_mask, scales_of
+from loglinear.kernels.tree.levels import entry_scales, level_mask
 from loglinear.kernels.tree.place import chunk_of, log2_of_power, lowbit, row_of_program
 from loglinear.kernels.tree.tiles import load_entry, load_tokens, square, store_tokens
 
@@ -15,14 +15,6 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, square, store_
 def load_square(base, site, C: tl.constexpr):
     """``[C, C]`` of a site (int64) of ``[sites, C, C]``."""
     return tl.load(square(base + site * (C * C), C))
-
-
-@triton.jit
-def entry_scale(x, here, h, e, L, S: tl.constexpr):
-    """λ ``[C]`` of the tokens of a chunk towards entry e, times the factor of o."""
-    level = tl.minimum(log2_of_power(lowbit(e)) + S.LOG_C + 1, L - 1)
-    pointers = scales_of(x, here, h, L) + (tl.arange(0, S.C) * x.stride_scales + level)
-    return tl.load(pointers, mask=here.valid, other=0.0).to(tl.float32) * x.factor
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
@@ -54,7 +46,9 @@ def output_kernel(x, states, o, table, T, N, NG, L, S: tl.constexpr):
         site = (at.chunk0 + e - 1).to(tl.int64) * S.H + h
         query = (q_tile.to(tl.float32) * tl.exp2(log)[None, :]).to(q_tile.dtype)
         state = load_entry(states.entries, site, 0, first_v, S)
-        acc += entry_scale(x, here, h, e, L, S)[:, None] * tl.dot(query, state, input_precision=S.PRECISION)
+        acc += entry_scales(x, here, h, log2_of_power(lowbit(e)), L, S)[:, None] * tl.dot(
+            query, state, input_precision=S.PRECISION
+        )
         log += load_log(states.entry_log, site, 0, S)
         e -= lowbit(e)
     store_tokens(o, S.H * S.V, h, here, acc, S.C, S.V, S.BV, first_v)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.decays import load_log, store_log
-from loglinear.kernels.channel.output import entry_scale
+from loglinear.kernels.tree.levels import entry_scales
 from loglinear.kernels.tree.place import chunk_of, log2_of_power, lowbit, row_of_program
 from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 
@@ -39,7 +39,7 @@ def query_grads_kernel(
     while e > 0:
         site = (at.chunk0 + e - 1).to(tl.int64) * S.H + h
         tree_level = log2_of_power(lowbit(e))
-        scale = entry_scale(x, here, h, e, L, S)
+        scale = entry_scales(x, here, h, log2_of_power(lowbit(e)), L, S)
         product = tl.zeros([S.C, S.BK], tl.float32)
         for first_v in range(0, S.V, S.BV):
             do_tile = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)

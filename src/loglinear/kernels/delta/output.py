@@ -14,17 +14,9 @@ from loglinear.kernels.delta.leaf import jump, leaf_scores, whole_decay
 from loglinear.kernels.delta.path_states import path_start
 from loglinear.kernels.delta.products import load_erased, times_memory, token_products
 from loglinear.kernels.tree.decays import load_sum, pairs
-from loglinear.kernels.tree.levels import level_mask, scales_of
+from loglinear.kernels.tree.levels import entry_scales, level_mask
 from loglinear.kernels.tree.place import OCTET, chunk_of, log2_of_power, lowbit, row_of_program, set_bits
 from loglinear.kernels.tree.tiles import key_head, load_part, load_tile, query_head, square, store_tokens
-
-
-@triton.jit
-def entry_scales(x, here, h, tree_level, L, S: tl.constexpr):
-    """λ ``[C]`` of each token towards an entry of 2^tree_level chunks, times the factor of o."""
-    level = tl.minimum(tree_level + (S.LOG_C + 1), L - 1)
-    pointers = scales_of(x, here, h, L) + (tl.arange(0, S.C) * x.stride_scales + level)
-    return tl.load(pointers, mask=here.valid, other=0.0).to(tl.float32) * x.factor
 
 
 @triton.jit

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.delta.leaf import leaf_scores, of_columns, whole_decay
-from loglinear.kernels.delta.output import entry_scales
 from loglinear.kernels.delta.path_queries import inner_start
 from loglinear.kernels.delta.path_states import path_start
 from loglinear.kernels.delta.products import times_tokens, times_transposed
 from loglinear.kernels.tree.decays import to_end
+from loglinear.kernels.tree.levels import entry_scales
 from loglinear.kernels.tree.place import OCTET, bit_length, chunk_of, log2_of_power, lowbit, row_of_program, set_bits
 from loglinear.kernels.tree.tiles import key_head, load_block, load_part, load_tile, load_tokens, store_part
 

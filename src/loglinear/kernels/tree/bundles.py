@@ -99,19 +99,3 @@ def constants(kind: type[Any], *values: Any) -> Any:
     in a shape, or the values themselves for the interpreter, which knows no constants.
     """
     return kind(*values) if triton.knobs.runtime.interpret else kind(*(tl.constexpr(x) for x in values))
-
-
-def sizes(
-    *letters: int,
-    BK: int = 0,
-    BV: int = 0,
-    BN: int = 0,
-    HEADS: int = 0,
-    LEVELS: int = 0,
-    EXACT: bool = False,
-    PACKED: bool = False,
-    CHANNELS: bool = False,
-    PRECISION: str = "ieee",
-) -> Sizes:
-    """Sizes of the letters H, G, K, V, C, LOG_C and of what a kernel asks for besides."""
-    return constants(Sizes, *letters, BK, BV, BN, HEADS, LEVELS, EXACT, PACKED, CHANNELS, PRECISION)

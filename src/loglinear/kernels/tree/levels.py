@@ -123,3 +123,11 @@ def path_weights(x, row_sums, entry_log, at, here, h, L, S: tl.constexpr, TREE: 
 def column(matrix, m, WIDTH: tl.constexpr):
     """Column m of ``[C, WIDTH]``."""
     return tl.sum(tl.where(tl.arange(0, WIDTH)[None, :] == m, matrix, 0.0), axis=1)
+
+
+@triton.jit
+def entry_scales(x, here, h, tree_level, L, S: tl.constexpr):
+    """λ ``[C]`` of each token towards an entry of 2^tree_level chunks, times the factor of o."""
+    level = tl.minimum(tree_level + (S.LOG_C + 1), L - 1)
+    pointers = scales_of(x, here, h, L) + (tl.arange(0, S.C) * x.stride_scales + level)
+    return tl.load(pointers, mask=here.valid, other=0.0).to(tl.float32) * x.factor

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loglinear.kernels.tree.bundles import Sizes, Table, sizes
+from loglinear.kernels.tree.bundles import Sizes, Table, constants
 from loglinear.kernels.tree.place import OCTET
 from loglinear.kernels.tuning import DeltaRuleConfig, ScalarGateConfig
 from loglinear.state import CHUNK_SIZE
@@ -132,10 +132,9 @@ class Problem:
     ) -> Sizes:
         """The sizes of a launch on inputs of this dtype, with tiles of these widths, as the compiler knows them."""
         exact, chunk = dtype == torch.float32, self.config.chunk
-        precision = "ieee" if exact else "tf32"
         letters = self.heads, self.groups, self.key_width, self.value_width, chunk, chunk.bit_length() - 1
-        tiles = {"BK": BK, "BV": BV, "BN": BN, "HEADS": HEADS, "LEVELS": LEVELS}
-        return sizes(*letters, **tiles, EXACT=exact, PACKED=self.packed, CHANNELS=self.channels, PRECISION=precision)
+        flags = exact, self.packed, self.channels, "ieee" if exact else "tf32"
+        return constants(Sizes, *letters, BK, BV, BN, HEADS, LEVELS, *flags)
 
     @property
     def tier_octets(self) -> tuple[tuple[int, int], ...]:
