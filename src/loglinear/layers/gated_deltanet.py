@@ -137,7 +137,7 @@ class LogLinearGatedDeltaNet(RecurrentMixer):
             beta = self._strength(b, (*a.shape[:2], self.num_heads))
             return torch.zeros_like(beta), beta
         if self.use_beta and pointwise.has_kernels(a, b, dt_bias, A_log):
-            g, beta = pointwise.gates(a, b, dt_bias, A_log)
+            g, beta = pointwise.gates(a, dt_bias, A_log, b)
             return g, 2 * beta if self.neg_eigval else beta
         return -torch.exp(wide(A_log)) * F.softplus(wide(a) + wide(dt_bias)), self._strength(b, a.shape)
 

@@ -117,7 +117,7 @@ class LogLinearKDA(RecurrentMixer):
     def gates(self, f: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """g ``[B, T, H, K]`` and β ``[B, T, H]`` of the projections f and b."""
         if pointwise.has_kernels(f, b, self.dt_bias, self.A_log):
-            g, beta = pointwise.channel_gates(f, b, self.dt_bias, self.A_log, self.decay_bound)
+            g, beta = pointwise.channel_gates(f, self.dt_bias, self.A_log, b, self.decay_bound)
         else:
             g, beta = self.decay(f), torch.sigmoid(wide(b))
         return g, 2 * beta if self.neg_eigval else beta

@@ -128,7 +128,8 @@ def log_linear_delta_rule(  # 13 parameters: the arguments of the field's delta 
 def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k over their lengths, by one kernel where it takes them both."""
     if isinstance(q, Tensor) and isinstance(k, Tensor) and pointwise.takes_heads(q, k):
-        return pointwise.units(q, k)
+        q, k = pointwise.units(q, k)
+        return q, k
     return unit(q, "q"), unit(k, "k")
 
 

@@ -20,11 +20,6 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
     return taps <= MAX_TAPS or dispatch.plain(what, f"{taps} taps, where the kernel takes up to {MAX_TAPS}")
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None) -> Tensor:
-    """``silu(bias + Σ_j weight[:, W-1-j] · x_{t-j})`` ``[B, T, channels]`` by ``kernels.pointwise.convolution``."""
-    return convolution(x, weight, bias, place)[0]
-
-
 def _kernels() -> Any:
     """Imported on first use: importing loglinear imports no Triton."""
     from loglinear.kernels.pointwise import convolution
@@ -32,7 +27,8 @@ def _kernels() -> Any:
     return convolution
 
 
-convolution = Operator(
+# ``silu(bias + Σ_j weight[:, W-1-j] · x_{t-j})`` ``[B, T, channels]``, as ``kernels.pointwise.convolution.forward``.
+convolve = Operator(
     "convolution",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? place",
     1,

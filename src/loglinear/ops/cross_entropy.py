@@ -49,7 +49,7 @@ def linear_cross_entropy(
     count = (targets != ignore_index).sum()
     if has_kernel(hidden):
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-        total = summed_loss(hidden, weight, targets, ignore_index, dtype, *wanted)[0]
+        total = summed_loss(hidden, weight, targets, ignore_index, dtype, *wanted)
     else:
         logits = F.linear(hidden.to(dtype), weight.to(dtype))
         wide = torch.promote_types(dtype, torch.float32)

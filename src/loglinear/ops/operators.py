@@ -63,11 +63,13 @@ class Operator:
         self.operator.register_autograd(gradients_of, setup_context=self._save)
         self.function = self._function(name, forward, backward)
 
-    def __call__(self, *inputs: Any) -> Sequence[Tensor]:
-        """All results."""
+    def __call__(self, *inputs: Any) -> Any:
+        """All results; the result itself where there is one."""
         if torch.compiler.is_compiling():
-            return self.operator(*inputs)[: self.results]
-        return self.eager(inputs[: self.count], inputs[self.count :])
+            found = self.operator(*inputs)[: self.results]
+        else:
+            found = self.eager(inputs[: self.count], inputs[self.count :])
+        return found if self.results > 1 else found[0]
 
     def eager(self, tensors: Sequence[Tensor | None], constants: Sequence[Any]) -> Sequence[Tensor]:
         """All results, by the ``autograd.Function``. Each of its arguments costs 1 µs: the constants are a single one."""

@@ -76,30 +76,6 @@ def discretise(x: Tensor, rate: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple
     return v, g, x
 
 
-def gates(rate: Tensor, strength: Tensor, dt_bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
-    """(g, beta) of ``kernels.pointwise.gates.forward``."""
-    g, beta = gates_kernel(rate, dt_bias, A_log, strength)
-    return g, beta
-
-
-def channel_gates(
-    rate: Tensor, strength: Tensor, dt_bias: Tensor, A_log: Tensor, bound: float | None
-) -> tuple[Tensor, Tensor]:
-    """(g, beta) of ``kernels.pointwise.gates.channel_forward``."""
-    g, beta = channel_gates_kernel(rate, dt_bias, A_log, strength, bound)
-    return g, beta
-
-
-def sigmoid_gates(rate: Tensor, heads: int, bound: float | None, divisor: float) -> Tensor:
-    """g of ``kernels.pointwise.gates.channel_forward`` without parameters."""
-    return sigmoid_gates_kernel(rate, heads, bound, divisor)[0]
-
-
-def level_scales(dl: Tensor, L: Tensor, offset: float = 0.0) -> Tensor:
-    """``softplus(L ∘ dl + offset)`` ``[B, T, H, levels]`` from dl ``[B, T, H · levels]``; see ``kernels.pointwise.gates``."""
-    return level_scales_kernel(dl, L, offset)[0]
-
-
 def gated_norm(
     x: Tensor,
     gate: Tensor | None,
@@ -111,13 +87,7 @@ def gated_norm(
     silu: bool = True,
 ) -> Tensor:
     """The norm of ``kernels.pointwise.gated_norm``."""
-    return gated_norm_kernel(x, gate, weight, skip, skip_scale, eps, gate_first, silu)[0]
-
-
-def units(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k over their lengths; see ``kernels.pointwise.unit_length``."""
-    q, k = unit_length_kernel(q, k)
-    return q, k
+    return gated_norm_kernel(x, gate, weight, skip, skip_scale, eps, gate_first, silu)
 
 
 def silu_product(gate: Tensor, x: Tensor) -> Tensor:
@@ -151,6 +121,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x.new_empty(*x.shape[:2], heads, x.shape[2] // heads, dtype=torch.float32)
 
 
+# Arguments and results have their meanings in ``kernels.pointwise``, in the module and function that each operator names.
 discretise_kernel = Operator(
     "discretise",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor x",
@@ -159,7 +130,7 @@ discretise_kernel = Operator(
     lambda dg, dv, *inputs: _kernels().gates.backward(dg, dv, None, None, *inputs, None),
     lambda rate, dt_bias, A_log, x: [_wide(rate), *like(x)],
 )
-gates_kernel = Operator(
+gates = Operator(
     "gates",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor strength",
     2,
@@ -167,7 +138,7 @@ gates_kernel = Operator(
     lambda dg, dbeta, *inputs: _kernels().gates.backward(dg, None, None, dbeta, *inputs[:3], None, inputs[3]),
     lambda rate, dt_bias, A_log, strength: [_wide(rate), _wide(strength)],
 )
-channel_gates_kernel = Operator(
+channel_gates = Operator(
     "channel_gates",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor strength, float? bound",
     2,
@@ -175,7 +146,7 @@ channel_gates_kernel = Operator(
     lambda dg, dbeta, *inputs: _kernels().gates.channel_backward(dg, dbeta, *inputs[:4], inputs[2].shape[0], inputs[4]),
     lambda rate, dt_bias, A_log, strength, bound: [_by_head(rate, A_log.shape[0]), _wide(strength)],
 )
-sigmoid_gates_kernel = Operator(
+sigmoid_gates = Operator(
     "sigmoid_gates",
     "Tensor rate, int heads, float? bound, float divisor",
     1,
@@ -183,7 +154,7 @@ sigmoid_gates_kernel = Operator(
     lambda dg, rate, *sizes: _kernels().gates.channel_backward(dg, None, rate, None, None, None, *sizes),
     lambda rate, heads, *sizes: [_by_head(rate, heads)],
 )
-level_scales_kernel = Operator(
+level_scales = Operator(
     "level_scales",
     "Tensor dl, Tensor L, float offset",
     1,
@@ -199,7 +170,7 @@ gated_norm_kernel = Operator(
     lambda *inputs: _kernels().gated_norm.backward(*inputs),
     lambda x, *others: like(x),
 )
-unit_length_kernel = Operator(
+units = Operator(
     "unit_length",
     "Tensor q, Tensor k",
     2,

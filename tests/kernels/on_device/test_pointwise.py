@@ -159,7 +159,11 @@ def test_discretise(device, heads, width, low):
 def test_gates(device, heads, low):
     names = ("rate", "strength") if low else ()
     inputs = gate_inputs(device, heads) | {"strength": part(normal(device, 2, T, heads, seed=4))}
-    compare(pointwise.gates, plain_gates, lower(inputs, names), names)
+
+    def kernel(rate, strength, dt_bias, A_log):
+        return pointwise.gates(rate, dt_bias, A_log, strength)
+
+    compare(kernel, plain_gates, lower(inputs, names), names)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_channel_gates(device, heads, width, low, bound):
         return g, torch.sigmoid(strength.to(wide))
 
     def kernel(rate, strength, dt_bias, A_log):
-        return pointwise.channel_gates(rate, strength, dt_bias, A_log, bound)
+        return pointwise.channel_gates(rate, dt_bias, A_log, strength, bound)
 
     inputs = {
         "rate": part(2 * normal(device, 2, T, heads * width)),
@@ -209,7 +213,7 @@ def test_channel_gates_of_any_size(device):
     bias, A_log = torch.zeros(len(size), device=device), torch.tensor([0.05], device=device)
     wide, A = size.double(), A_log.double().exp()
     for bound, want in ((None, -A * F.softplus(wide)), (-5.0, -5 * torch.sigmoid(A * wide))):
-        g, _ = pointwise.channel_gates(size[None, None], size[None, None, :1], bias, A_log, bound)
+        g, _ = pointwise.channel_gates(size[None, None], bias, A_log, size[None, None, :1], bound)
         # exp(x) on a GPU is 2^(x log2 e): x log2 e is rounded once, by at most 2^-24 of 116, here a relative error of 4.8e-6.
         torch.testing.assert_close(g.double().flatten(), want, rtol=6e-6, atol=1e-37)
         (got,), (right,) = (torch.autograd.grad(x.sum(), [size], retain_graph=True) for x in (g, want))
@@ -230,7 +234,7 @@ def test_level_scales(device, low, offset):
 def test_softplus_of_any_size(device):
     """Down to where e^x itself is lost, without the loss of a logarithm next to one."""
     dl = torch.linspace(-80, 80, 321, device=device).view(1, 1, -1)
-    got = pointwise.level_scales(dl, torch.ones(1, 321, device=device)).double()
+    got = pointwise.level_scales(dl, torch.ones(1, 321, device=device), 0.0).double()
     want = F.softplus(dl.double(), threshold=1e3).view(got.shape)
     assert ((got - want).abs() / want).max() < 1e-5  # exp itself is off by 80 · 2^-24
 

@@ -135,8 +135,8 @@ def operator_inputs(device):
     parameters = gates["dt_bias"], gates["A_log"]
     mamba, delta = (gates["rate"], *parameters, low(x)), (low(gates["rate"]), *parameters, low(g))
     scales = low(normal(device, 2, T, 10)), normal(device, 2, 5), 0.5
-    plain = norm["x"], norm["gate"], norm["weight"], 1e-3, False, None, None, True
-    skip = low(norm["x"]), norm["gate"], norm["weight"], 1e-3, True, low(norm["skip"]), norm["skip_scale"], False
+    plain = norm["x"], norm["gate"], norm["weight"], None, None, 1e-3, False, True
+    skip = low(norm["x"]), norm["gate"], norm["weight"], low(norm["skip"]), norm["skip_scale"], 1e-3, True, False
     channels = low(normal(device, 2, T, 12)), normal(device, 12), gates["A_log"], low(g)
     return {
         "discretise": [((g, low(skipped)), mamba)],
