@@ -200,7 +200,7 @@ def attend(call: Call) -> tuple[Tensor, State | None]:
     if checks.transforming() and (kernel or transforms.vmapped(*inputs)):
         return transforms.run(attention, *inputs, cu_seqlens, None, scale, 0, "", backend), None
     if kernel:
-        return attention.eager((*inputs, cu_seqlens, None), (scale, 0, keep(inputs, None), KERNELS))[0], None
+        return attention.function.apply(*inputs, cu_seqlens, None, (scale, 0, keep(inputs, None), KERNELS))[0], None
     return plain(inputs, scale, lengths)[0], None
 
 

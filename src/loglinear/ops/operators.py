@@ -68,12 +68,8 @@ class Operator:
         if torch.compiler.is_compiling():
             found = self.operator(*inputs)[: self.results]
         else:
-            found = self.eager(inputs[: self.count], inputs[self.count :])
+            found = self.function.apply(*inputs[: self.count], inputs[self.count :])
         return found if self.results > 1 else found[0]
-
-    def eager(self, tensors: Sequence[Tensor | None], constants: Sequence[Any]) -> Sequence[Tensor]:
-        """All results, by the ``autograd.Function``. Each of its arguments costs 1 µs: the constants are a single one."""
-        return self.function.apply(*tensors, constants)
 
     def _save(self, ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
         kept = output[self.results :]
@@ -98,6 +94,8 @@ class Operator:
         return gradients
 
     def _function(self, name: str, run: Callable, backward: Callable) -> type[torch.autograd.Function]:
+        """Of the tensors and one tuple of all constants: each argument costs time."""
+
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
             *tensors, constants = inputs
             made = [y for y in run(*tensors, *constants) if y is not None]

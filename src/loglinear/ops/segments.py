@@ -104,7 +104,7 @@ def _at_once(
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
     flat = stream.each(lambda x: x.reshape(1, -1, *x.shape[2:]))
     tensors = *flat, bounds, state.position // CHUNK_SIZE
-    return attention.eager(tensors, (scale, reach, "", KERNELS))[0].reshape(stream.v.shape)
+    return attention.function.apply(*tensors, (scale, reach, "", KERNELS))[0].reshape(stream.v.shape)
 
 
 def _closed(stream: Inputs) -> int:
