@@ -94,7 +94,7 @@ class Operator:
         return gradients
 
     def _function(self, name: str, run: Callable, backward: Callable) -> type[torch.autograd.Function]:
-        """Of the tensors and one tuple of all constants: each argument costs time."""
+        """The autograd function of the tensors and of one tuple with all constants: each argument costs time."""
 
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
             *tensors, constants = inputs
