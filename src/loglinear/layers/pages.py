@@ -7,19 +7,20 @@ its requests where they lie. A longer call (prefill) reads the rows of its reque
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loglinear.decoding_state import DecodingState
 from loglinear.layers.state import RecurrentMixerState
 from loglinear.state import LinearState, LogLinearState
 
+Mixer = Callable[..., Any]  # a mixer, or the method of one that is called as mixers are
 ALIGNMENT = (
     256  # bytes: every tensor of a page begins where memory does, so no row of an entry has a part of another line
 )
@@ -54,7 +55,7 @@ class PageLayout:
 
     @staticmethod
     def of(
-        mixer: nn.Module, hidden_size: int, dtype: torch.dtype, max_context: int, entry_dtype: torch.dtype
+        mixer: Mixer, hidden_size: int, dtype: torch.dtype, max_context: int, entry_dtype: torch.dtype
     ) -> PageLayout:
         """The layout for a mixer on the meta device.
 
@@ -116,7 +117,7 @@ class Batch:
 
 
 @torch.no_grad()
-def mix(mixer: nn.Module, hidden: Tensor, state: RecurrentMixerState, batch: Batch) -> Tensor:
+def mix(mixer: Mixer, hidden: Tensor, state: RecurrentMixerState, batch: Batch) -> Tensor:
     """Outputs of ``mixer`` for hidden ``[N, hidden_size]``, the tokens of ``batch``; ``state``, a ``view``, takes them in."""
     count, parts = len(batch.steps), []
     if count:

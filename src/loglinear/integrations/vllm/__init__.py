@@ -1,7 +1,8 @@
 """Log-linear models on vLLM: ``vllm serve RUN``, once ``pip install 'loglinear[vllm]'`` has run.
 
-vLLM finds ``register`` by its entry point ``vllm.general_plugins`` in each of its processes. Beside it, ``engine.py`` is all
-that touches vLLM's interfaces; ``layers/pages.py`` knows how the states of many requests lie in memory.
+vLLM finds ``register`` by its entry point ``vllm.general_plugins`` in each of its processes. This package is all that touches
+vLLM's interfaces. ``layers/pages.py`` knows how the states of many requests lie in memory, ``engine.py`` gives vLLM the
+model, and ``lifted.py`` lifted models of transformers; ``folder.py`` says which option these need.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 
     import loglinear.models  # noqa: F401 - AutoConfig knows the configuration from here on
+    from loglinear.integrations.vllm import folder  # noqa: F401 - vLLM knows the folders of lifted models
 
     if BACKEND not in MambaAttentionBackendEnum.__members__:
         register_backend(BACKEND, "loglinear.integrations.vllm.engine.LogLinearBackend", is_mamba=True)
     ModelRegistry.register_model("LogLinearForCausalLM", "loglinear.integrations.vllm.engine:LogLinearForCausalLM")
+    ModelRegistry.register_model("LiftedForCausalLM", "loglinear.integrations.vllm.lifted:LiftedForCausalLM")

@@ -1,10 +1,10 @@
-"""ENGINE: a log-linear model as vLLM wants it. Beside ``register``, this is all that touches vLLM's interfaces.
+"""ENGINE: a log-linear model as vLLM wants it.
 
 The layers are those of ``LogLinearModel``. A recurrent mixer lies in a ``PagedMixer``, whose states are pages of vLLM's, and
 runs through the operator ``loglinear::mix``, which no compiler looks into. Softmax attention is vLLM's own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,17 @@ class LogLinearBackend(AttentionBackend):
 
 
 def entry_dtype(vllm_config: VllmConfig) -> torch.dtype:
-    """Of log-linear entries: that of ``--mamba-ssm-cache-dtype``, or else the checkpoint's ``decoding_entry_dtype``."""
+    """Of log-linear entries: that of ``--mamba-ssm-cache-dtype``, or else the checkpoint's ``decoding_entry_dtype``.
+
+    Configs of transformers lack this field. Their lifted models have float32 entries.
+    """
     asked = vllm_config.cache_config.mamba_ssm_cache_dtype
     if asked not in ("auto", "float32", "bfloat16"):
         raise ValueError(
             f"--mamba-ssm-cache-dtype must be auto, float32 or bfloat16 for log-linear models: got {asked}"
         )
-    return getattr(torch, vllm_config.model_config.hf_config.decoding_entry_dtype if asked == "auto" else asked)
+    config = vllm_config.model_config.hf_config
+    return getattr(torch, getattr(config, "decoding_entry_dtype", "float32") if asked == "auto" else asked)
 
 
 def page_layouts(vllm_config: VllmConfig) -> dict[str, PageLayout]:
@@ -119,15 +123,22 @@ class Tokens:
 class PagedMixer(nn.Module, MambaBase):
     """A recurrent mixer and its pages, which vLLM binds."""
 
-    def __init__(self, mixer: nn.Module, layout: PageLayout, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self, mixer: nn.Module, layout: PageLayout, page_bytes: int, vllm_config: VllmConfig, prefix: str
+    ) -> None:
         super().__init__()
-        self.mixer, self.layout, self.prefix = mixer, layout, prefix
-        self.page_bytes = page_bytes(vllm_config)
+        self.mixer, self.layout, self.page_bytes, self.prefix = mixer, layout, page_bytes, prefix
         self.state: Any = None
         self.kv_cache = (torch.tensor([]),)
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    @property
+    def call(self) -> Callable[..., Any]:
+        """The mixer, called as the mixers of ``loglinear.layers`` are."""
+        return self.mixer
+
+    def forward(self, hidden: Tensor, *others: Any, **named: Any) -> Tensor:
+        """Outputs for hidden ``[N, hidden_size]``, the tokens of a call. Its pages know their positions and all else."""
         mixed = torch.empty_like(hidden)
         torch.ops.vllm.loglinear_mix(hidden, mixed, self.prefix)
         return mixed
@@ -152,12 +163,12 @@ def loglinear_mix(hidden: Tensor, mixed: Tensor, layer_name: str) -> None:
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
     if context.attn_metadata is None:  # vLLM measures memory, and there are no pages yet
-        out, _ = layer.mixer(hidden.unsqueeze(0))
+        out, _ = layer.call(hidden.unsqueeze(0))
         mixed.copy_(out.squeeze(0))
         return
     metadata = context.attn_metadata[layer_name]
     count = metadata.num_decode_tokens + metadata.num_prefill_tokens
-    mixed[:count] = mix(layer.mixer, hidden[:count], layer.state, metadata.batch)
+    mixed[:count] = mix(layer.call, hidden[:count], layer.state, metadata.batch)
     mixed[count:] = 0
 
 
@@ -198,12 +209,12 @@ class LogLinearModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(LogLinearBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        layouts = page_layouts(vllm_config)
+        layouts, size = page_layouts(vllm_config), page_bytes(vllm_config)
         block: Any
         for i, (name, block) in enumerate(zip(config.layer_mixers, self.layers)):
             path = f"{prefix}.layers.{i}.mixer"
             if name in layouts:
-                block.mixer = PagedMixer(block.mixer, layouts[name], vllm_config, path)
+                block.mixer = PagedMixer(block.mixer, layouts[name], size, vllm_config, path)
             else:
                 block.mixer = PagedAttention(block.mixer, config, vllm_config, path)
 
@@ -240,7 +251,28 @@ def refuse(vllm_config: VllmConfig) -> None:
     entry_dtype(vllm_config)
 
 
-class LogLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
+class Paged(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
+    """A model with pages: the answers to vLLM before the model is made, and the function that copies a page."""
+
+    @classmethod
+    def page_bytes(cls, vllm_config: VllmConfig) -> int:
+        """Bytes of a page, one size for all layers."""
+        raise NotImplementedError
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        return ((cls.page_bytes(vllm_config),),)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return (torch.int8,)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
+        return (get_temporal_copy_spec,)  # a page is copied whole
+
+
+class LogLinearForCausalLM(Paged):
     """``loglinear.models.LogLinearForCausalLM`` on vLLM, with the same names of weights in a checkpoint."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -256,16 +288,8 @@ class LogLinearForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPref
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        return ((page_bytes(vllm_config),),)
-
-    @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        return (torch.int8,)
-
-    @classmethod
-    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
-        return (get_temporal_copy_spec,)  # a page is copied whole
+    def page_bytes(cls, vllm_config: VllmConfig) -> int:
+        return page_bytes(vllm_config)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)
