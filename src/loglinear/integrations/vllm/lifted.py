@@ -22,7 +22,7 @@ from loglinear.models.lift import lift
 from loglinear.models.lifted.kinds import is_attention
 from loglinear.models.lifted.mixer import LiftedMixer
 
-ATTENTION = ("Qwen3NextAttention", "Qwen3_5Attention")  # softmax layers that have run on vLLM's attention
+ATTENTION = ("Qwen3NextAttention",)  # softmax layers that have run on vLLM's attention
 
 
 def layout_of(mixer: LiftedMixer, vllm_config: VllmConfig) -> PageLayout:
