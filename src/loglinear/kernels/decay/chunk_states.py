@@ -14,6 +14,14 @@ from loglinear.kernels.tree.place import OCTET, locate, tile_of_program
 from loglinear.kernels.tree.tiles import load_tile, store_entry
 
 
+@triton.jit
+def chunk_gates(chunk, at, x, h, S: tl.constexpr):
+    """Log-decays ``[C]`` of a chunk of the tree, 0 where no token is."""
+    position = (chunk - at.n0) * S.C + tl.arange(0, S.C)
+    valid = (position >= 0) & (position < at.length)
+    return gates_of(x, (at.start + (chunk - at.n0) * S.C).to(tl.int64), h, valid, S)
+
+
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, LEAST: tl.constexpr):
     """Grid: octets x H x tiles of [K, V], tiles fastest. float32: accumulators, logs. Fills ``states`` but for longer entries.
@@ -34,6 +42,8 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
     pair = tl.zeros([S.BK, S.BV], tl.float32)
     prefix_log = 0.0
     pair_log = 0.0
+    # The gates of the next chunk are on their way while this one is computed.
+    next_gate = chunk_gates(first_chunk, at, x, h, S)
     for c in range(OCTET):
         local = first_chunk + c - at.n0
         position = local * S.C + in_chunk
@@ -42,7 +52,8 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
         origin = (at.start + local * S.C).to(tl.int64)
         k_tile = load_tile(k_head + origin * x.stride_k, x.stride_k, valid, S.C, S.K, S.BK, first_k)
         v_tile = load_tile(v_head + origin * x.stride_v, x.stride_v, valid, S.C, S.V, S.BV, first_v)
-        gate = gates_of(x, origin, h, valid, S)
+        gate = next_gate
+        next_gate = chunk_gates(first_chunk + c + 1, at, x, h, S)
         high, low, to_end, total = gate_sums(gate)
         weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(v_tile.dtype)
         decay = tl.exp2(total)

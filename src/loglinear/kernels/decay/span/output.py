@@ -66,15 +66,15 @@ def load_tiles(q_desc, k_desc, v_desc, e_desc, ring, tile, S: gl.constexpr):
 
 
 @gluon.jit
-def unsound_heads(checks, tile, S: gl.constexpr, CHECKS: gl.constexpr):
-    """The heads of the program for which tokens of the tile's octet are not finite, as bits; see ``States``."""
+def unsound(checks, tile, S: gl.constexpr, CHECKS: gl.constexpr):
+    """Whether, for any head of the program, a token of the tile's octet is not finite; see ``States``."""
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     head = gl.arange(0, 16, layout=LINE)
     first = checks + ((tile.octet.to(gl.int64) * S.H + tile.h0) + head) * CHECKS
     total = gl.zeros([16], gl.float32, layout=LINE)
     for check in gl.static_range(CHECKS):
         total += gl.load(first + check, mask=head < S.HEADS, other=0.0)
-    return gl.sum(gl.where(gl.abs(total) < float("inf"), 0, 1 << head), axis=0)
+    return gl.sum(gl.where(gl.abs(total) < float("inf"), 0, 1), axis=0) > 0
 
 
 @gluon.jit
@@ -107,13 +107,9 @@ def attend(
     """The role of four warps: chunk P of the tile."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    ROW_A: gl.constexpr = gl.SliceLayout(1, A)
-    COLUMN_A: gl.constexpr = gl.SliceLayout(0, A)
     HALVES: gl.constexpr = S.K // 64
     FIRST: gl.constexpr = P * 64
     dtype: gl.constexpr = ring.slots.dtype
-    block = gl.arange(0, 64, layout=ROW_A)[:, None] // 16
-    zero = gl.zeros([64, 64], gl.float32, layout=ACC)
 
     for half in gl.static_range(2 * HALVES):
         filled(ring, half)
@@ -142,9 +138,29 @@ def attend(
     for half in gl.static_range(2 * HALVES):
         emptied(ring, half)
 
-    unsound = unsound_heads(checks, tile, S, CHECKS)
+    scores = d0, d1, d2, d3, other, before0, before1
+    if (tile.size < TILE) | unsound(checks, tile, S, CHECKS):
+        each_head(P, ring, it, (q0, q1), scores, factors, staged, o_desc, o, tile, S, True)
+    else:
+        each_head(P, ring, it, (q0, q1), scores, factors, staged, o_desc, o, tile, S, False)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def each_head(
+    P: gl.constexpr, ring, it, queries, scores, factors, staged, o_desc, o, tile, S: gl.constexpr, CAREFUL: gl.constexpr
+):
+    """The outputs of all heads, from queries and scores as operands. it: the next use of the ring."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    ROW_A: gl.constexpr = gl.SliceLayout(1, A)
+    COLUMN_A: gl.constexpr = gl.SliceLayout(0, A)
+    FIRST: gl.constexpr = P * 64
+    q0, q1 = queries
+    d0, d1, d2, d3, other, before0, before1 = scores
+    block = gl.arange(0, 64, layout=ROW_A)[:, None] // 16
+    zero = gl.zeros([64, 64], gl.float32, layout=ACC)
     for i in range(S.HEADS * (S.V // 64)):
-        careful = (tile.size < TILE) | ((unsound >> (i // (S.V // 64)) & 1) == 1)
         slot, phase = slot_of(i, 2)
         mbarrier.wait(factors.full.index(slot), phase)
         rows, columns = slot * ROWS, slot * COLUMNS
@@ -160,7 +176,7 @@ def attend(
         w2 = times(d2, gl.where(block == 2, near, f2[:, None] * c2[None, :]))
         w3 = times(d3, gl.where(block == 3, near, 0.0))
         values = filled(ring, it)
-        if careful:
+        if CAREFUL:
             marks = factors.columns.index(columns + 3).slice(FIRST, 64)
             clean_values(values.slice(FIRST, 64), staged.index(P), marks, tile, P)
             w0, w1 = seen(w0, marks, 0, A), seen(w1, marks, 16, A)
@@ -197,7 +213,7 @@ def attend(
             weight = factors.rows.index(row).slice(FIRST, 64).load(gl.SliceLayout(1, ACC))
             entry = filled(ring, it)
             part = warpgroup_mma(q0, entry.slice(0, 64), zero, use_acc=False, is_async=True)
-            if HALVES == 2:
+            if S.K == 128:
                 part = warpgroup_mma(q1, entry.slice(64, 64), part, is_async=True)
             part = warpgroup_mma_wait(0, deps=(part,))
             it = emptied(ring, it)
@@ -205,8 +221,7 @@ def attend(
             row += 1
             e = e & (e - 1)
         mbarrier.arrive(factors.empty.index(slot), count=1)
-        store(acc.to(dtype), staged.index(P), o_desc, o, tile, i, P, S)
-    tma.store_wait(0)
+        store(acc.to(ring.slots.dtype), staged.index(P), o_desc, o, tile, i, P, S)
 
 
 @gluon.jit
