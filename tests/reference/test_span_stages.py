@@ -64,3 +64,15 @@ def test_the_query_side_by_spans_is_that_of_chunks(lengths_and_levels, hard):
     wanted = span.QuerySide(dq, score_grads, dscales, rows, columns, by_level)
     for name, got, want in zip(wanted._fields, span.query_side(place, given, spans), wanted, strict=True):
         assert error(got, want) <= TOLERANCES[torch.float64], name
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["gates", "resets"])
+def test_the_key_side_by_tiles_is_that_of_chunks(lengths_and_levels, hard):
+    _, place, given, states, _ = make(*lengths_and_levels, hard)
+    score_grads, _, _, columns = decay.local_grads(place, given, states)
+    ends, _ = decay.chunk_grads(place, given, states, decay.node_grads(place, given, states))
+    dv, columns_then, chunks = decay.value_grads(place, given, states, ends, columns)
+    wanted = decay.key_grads(place, given, states, ends, score_grads), dv, columns_then, chunks
+    ends[place.n & 1 == 0] = torch.nan
+    for got, want in zip(span.key_side(place, given, states, ends, score_grads, columns), wanted, strict=True):
+        assert error(got, want) <= TOLERANCES[torch.float64]

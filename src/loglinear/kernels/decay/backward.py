@@ -84,8 +84,10 @@ def launch_node_grads(problem: Problem, x: Inputs, states: States) -> Tensor:
     return nodes
 
 
-def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: Tensor, gains: Gains) -> Tensor:
-    """Gradients of the states of all chunks, ``[chunks, H, K, V]``."""
+def launch_chunk_grads(
+    problem: Problem, x: Inputs, states: States, node_grads: Tensor, gains: Gains, pairs: bool
+) -> Tensor:
+    """Gradients of the states of all chunks, ``[chunks, H, K, V]``; with ``pairs`` of every second chunk of a sequence only."""
     launch = problem.config.chunk_grads
     tile_k, tile_v, tiles = state_tiles(problem, launch)
     shape = problem.all_chunks, problem.heads, problem.key_width, problem.value_width
@@ -93,7 +95,7 @@ def launch_chunk_grads(problem: Problem, x: Inputs, states: States, node_grads: 
     programs = problem.all_octets * problem.heads * tiles
     arguments = x, problem.levels, states, node_grads, chunk_grads, gains, *problem.of_octets, states.sums.stride(0)
     S = problem.sizes(x.v.dtype, BK=tile_k, BV=tile_v)
-    launching.launch(chunk_grads_kernel, programs, *arguments, S=S, **launch.options)
+    launching.launch(chunk_grads_kernel, programs, *arguments, S=S, PAIRS=pairs, **launch.options)
     return chunk_grads
 
 
@@ -189,7 +191,8 @@ def run_backward(inputs: list, scale: float, config: ScalarGateConfig | None, re
     x = gather(q, k, v, g, None, level_scales, do, scale)
     problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v), reach)
     gains = allocate_gains(problem, x)
-    if span.why_not_query_side(problem, x, reach) is None:
+    spans = span.why_not_backward(problem, x, reach) is None
+    if spans:
         from loglinear.kernels.decay.span import backward as of_spans  # Triton has Gluon there
 
         states = launch_states(problem, x, of_spans.LEAST_ENTRY)._replace(checks=None)
@@ -199,11 +202,14 @@ def run_backward(inputs: list, scale: float, config: ScalarGateConfig | None, re
         dscales, score_grads = launch_local_grads(problem, x, states, gains)
         dq = launch_query_grads(problem, x, states, score_grads, dscales, gains)
     node_grads = launch_node_grads(problem, x, states)
-    chunk_grads = launch_chunk_grads(problem, x, states, node_grads, gains)
+    chunk_grads = launch_chunk_grads(problem, x, states, node_grads, gains, pairs=spans)
     # The entries are a third of the memory. They are freed before the results of the key side are allocated.
     states = states._replace(entries=None)
     del node_grads
-    dv = launch_value_grads(problem, x, states, chunk_grads, gains)
-    dk = launch_key_grads(problem, x, states, chunk_grads, score_grads)
+    if spans:
+        dk, dv = of_spans.launch_key_side(problem, x, states, chunk_grads, score_grads, gains)
+    else:
+        dv = launch_value_grads(problem, x, states, chunk_grads, gains)
+        dk = launch_key_grads(problem, x, states, chunk_grads, score_grads)
     dg = None if g is None else launch_gate_grads(problem, x, gains)
     return dq, dk, dv, dg, dscales

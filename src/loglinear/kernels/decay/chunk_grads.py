@@ -130,8 +130,10 @@ def descend(
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "sums_stride", "L"])
-def chunk_grads_kernel(x, L, states, node_grads, chunk_grads, gains, table, T, N, NG, sums_stride, S: tl.constexpr):
-    """``chunk_grads [chunks, H, K, V]``; the gains ``beyond``, of entries of two chunks or more.
+def chunk_grads_kernel(
+    x, L, states, node_grads, chunk_grads, gains, table, T, N, NG, sums_stride, S: tl.constexpr, PAIRS: tl.constexpr
+):
+    """``chunk_grads [chunks, H, K, V]``, of every second chunk if PAIRS; the gains ``beyond``, of entries of two chunks on.
 
     Grid: octets x H x tiles, tiles fastest. float32: accumulators, weights, inner products.
     """
@@ -153,8 +155,15 @@ def chunk_grads_kernel(x, L, states, node_grads, chunk_grads, gains, table, T, N
     if GATED & complete:
         store_beyond(gains.beyond, base, states, chunk, octet, (j + 1) * OCTET, n0, part, S)
     sums = states.sums + part.h.to(tl.int64) * sums_stride
-    middle = descend(base, 0, REBASE, x, L, states, sums, chunk_grads, at, first, part, S)
+    if PAIRS:  # past the steps for the chunks between
+        descend(base, 1, 3, x, L, states, sums, chunk_grads, at, first, part, S)
+        middle = descend(base, 4, REBASE, x, L, states, sums, chunk_grads, at, first, part, S)
+    else:
+        middle = descend(base, 0, REBASE, x, L, states, sums, chunk_grads, at, first, part, S)
     local = first + OCTET // 2
     if GATED & (local > 0) & (local <= chunks):
         store_beyond(gains.beyond, middle, states, at.chunk0 + local - 1, octet, n0 + local, n0, part, S)
-    descend(middle, REBASE, STEPS, x, L, states, sums, chunk_grads, at, first, part, S)
+    if PAIRS:
+        descend(middle, REBASE + 1, STEPS - 1, x, L, states, sums, chunk_grads, at, first, part, S)
+    else:
+        descend(middle, REBASE, STEPS, x, L, states, sums, chunk_grads, at, first, part, S)

@@ -1,4 +1,4 @@
-"""SPAN: output and query side of the scalar gate with spans of four chunks, as ``kernels/decay/span`` computes them.
+"""SPAN: output, query side and key side of the scalar gate with spans of four chunks, as ``kernels/decay/span`` computes them.
 
 Queries attend to their span by products of a factor of the query and a factor of the key, one pair for each level. They
 read entries of four chunks and more. All other stages are those of ``decay.py``.
@@ -30,6 +30,18 @@ def chunk_decays(sums: Tensor) -> Tensor:
     columns = (ends[..., block] - sums).exp()
     near = (sums[..., :, None] - sums[..., None, :]).clamp(max=0.0).exp()
     return torch.where(block[:, None] == block[None, :], near, rows * columns[..., None, :]).tril()
+
+
+def turned_decays(sums: Tensor) -> Tensor:
+    """The same, but the two factors meet where the sub-block of the query begins."""
+    C = sums.shape[2]
+    size = C // BLOCKS
+    block = torch.arange(C, device=sums.device) // size
+    start = sums[..., (block * size - 1).clamp(min=0)]
+    rows = (sums - start).exp()
+    columns = (start[..., :, None] - sums[..., None, :]).clamp(max=0.0).exp()
+    near = (sums[..., :, None] - sums[..., None, :]).clamp(max=0.0).exp()
+    return torch.where(block[:, None] == block[None, :], near, rows[..., None] * columns).tril()
 
 
 def chunk_scales(x: Inputs) -> Tensor:
@@ -112,3 +124,28 @@ def query_side(place: Place, x: Inputs, states: States) -> QuerySide:
         rows = rows.index_add(0, chunk, gain * scale)
         levels[m] = levels[m].index_add(0, chunk, (gain * scale).sum(2))
     return QuerySide(dq, score_grads, dscales, rows, apart.sum(2), levels)
+
+
+def key_side(
+    place: Place, x: Inputs, states: States, ends: Tensor, score_grads: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dk ``[chunks, H, C, K]`` of each head, dv, gains of the columns, completed, and of the chunks).
+
+    ``ends`` is ``decay.chunk_grads``, read at the end of every second chunk. The queries of the second chunk of a tile attend
+    to the keys of the first directly.
+    """
+    total, log = torch.zeros_like(ends), states.chunk_log.clone()
+    second = (place.n & 1 == 1).nonzero().squeeze(1)
+    for chunk in (second, second - 1):
+        total = total.index_copy(0, chunk, ends[second])
+    log = log.index_add(0, second - 1, log[second])
+    to_end = (log.unsqueeze(2) - states.sums).exp().unsqueeze(3)
+    dk, later = score_grads.mT @ x.q + (x.v * to_end) @ total.mT, (x.k @ total) * to_end
+    rows, factors = earlier_weights(states, 0, second, second - 1, place)
+    weights = (scales_of(x, second, 0) * rows).unsqueeze(3) * factors.unsqueeze(2)
+    do, q = x.do[second], x.q[second]
+    later = later.index_add(0, second - 1, ((q @ x.k[second - 1].mT) * weights).mT @ do)
+    dk = dk.index_add(0, second - 1, ((do @ x.v[second - 1].mT) * weights).mT @ q)
+    gain = (later * x.v).sum(3)
+    own = (x.q @ x.k.mT) * turned_decays(states.sums) * chunk_scales(x)
+    return dk, later + own.mT @ x.do, columns + gain, gain.sum(2)

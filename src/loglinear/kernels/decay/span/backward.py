@@ -1,4 +1,4 @@
-"""BACKWARD with span kernels: the query side."""
+"""BACKWARD with span kernels: the query side and the key side."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from loglinear.kernels.decay.backward import Gains, head_blocks, partial_sums
 from loglinear.kernels.decay.forward import States
 from loglinear.kernels.decay.span.forward import OPTIONS, described
+from loglinear.kernels.decay.span.key_grads import span_key_grads_kernel
 from loglinear.kernels.decay.span.query_grads import span_query_grads_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs
@@ -46,3 +47,25 @@ def launch_query_side(problem: Problem, x: Inputs, states: States, gains: Gains)
     S = problem.sizes(x.v.dtype, HEADS=H // blocks, LEVELS=16 if problem.levels <= 16 else 32)
     launching.launch(span_query_grads_kernel, problem.all_octets * 4 * blocks, *arguments, S=S, **OPTIONS)
     return sum_heads(partial, x.q), dscales, score_grads
+
+
+def launch_key_side(
+    problem: Problem, x: Inputs, states: States, chunk_grads: Tensor, score_grads: Tensor, gains: Gains
+) -> tuple[Tensor, Tensor]:
+    """(dk, dv), from the gradients of the states at the ends of tiles; completes the gains ``columns``, fills ``chunks``."""
+    H, G, K, V, tokens = problem.heads, problem.groups, problem.key_width, problem.value_width, problem.tokens
+    blocks = head_blocks(problem)[1]
+    dv, partial = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device), partial_sums(problem, x.k)
+    descriptors = (
+        described(x.q, tokens, G * K, x.stride_q, 128),
+        described(x.k, tokens, G * K, x.stride_k, 128),
+        described(x.v, tokens, H * V, x.stride_v, 128),
+        described(x.do, tokens, H * V, x.stride_do, 128),
+        described(chunk_grads, problem.all_chunks * H * K, V, V, K),
+        described(dv, tokens, H * V, H * V, 64),
+    )
+    sizes = *problem.of_octets, tokens, states.sums.stride(0)
+    arguments = *descriptors, x, problem.levels, states, score_grads, partial, dv, gains, *sizes
+    S = problem.sizes(x.v.dtype, HEADS=H // blocks)
+    launching.launch(span_key_grads_kernel, problem.all_octets * 4 * blocks, *arguments, S=S, **OPTIONS)
+    return sum_heads(partial, x.k), dv

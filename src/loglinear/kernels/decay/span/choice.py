@@ -13,7 +13,7 @@ from loglinear.kernels.tree.problem import Problem
 from loglinear.state import CHUNK_SIZE
 
 TESTED = False  # whether the kernels have been compared with float64 on a GPU; until then no call takes them
-QUERY_SIDE_TESTED = False  # the same of the query side of the backward pass
+BACKWARD_TESTED = False  # the same of the kernels of the backward pass
 CAPABILITY = (9, 0)  # the products of sm_90 alone have the form that the kernels use
 TRITON = ((3, 6), (3, 7))  # from, and below: Gluon is experimental, and changes names and code between releases
 KEY_WIDTHS = (64, 128)
@@ -35,9 +35,9 @@ def why_not(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
     return why_not_here(x.v.device) or why_not_sizes(problem, x.v.dtype, reach) or why_not_strides(x)
 
 
-def why_not_query_side(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
-    """The same of the query side of the backward pass."""
-    if not QUERY_SIDE_TESTED:
+def why_not_backward(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
+    """The same of the kernels of the backward pass."""
+    if not BACKWARD_TESTED:
         return UNTESTED
     if x.v.dtype != torch.bfloat16 or (problem.key_width, problem.value_width) != (128, 64):
         return "not bfloat16, K=128 and V=64"
