@@ -64,8 +64,19 @@ def path_step(logs, scales, tile, e, h, r, present, factor, L, H: gl.constexpr):
 
 
 @gluon.jit
+def first_steps(logs, scales, tile, h, r, present, factor, L, H: gl.constexpr):
+    """The first three steps of a path, (λ, λ, λ, log, log, log, entry of the third): loads for a step take longer than it."""
+    second = tile.path & (tile.path - 1)
+    third = second & (second - 1)
+    scale0, log0 = path_step(logs, scales, tile, tile.path, h, r, present, factor, L, H)
+    scale1, log1 = path_step(logs, scales, tile, second, h, r, present, factor, L, H)
+    scale2, log2 = path_step(logs, scales, tile, third, h, r, present, factor, L, H)
+    return scale0, scale1, scale2, log0, log1, log2, third
+
+
+@gluon.jit
 def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
-    """The role: factors of all heads of the tile, one after the other."""
+    """The role: factors of all heads of the tile, one after the other. S.LEVELS: how many of levels 0 … 8 there are."""
     BY_ROW: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
     BY_LEVEL: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, BY_ROW)
@@ -98,17 +109,17 @@ def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
         before0 = gl.load(chunk_log - 2 * S.H, mask=tile.second == 1, other=0.0)
         before1 = gl.load(chunk_log - S.H, mask=tile.second == 1, other=0.0)
         before_g = gl.load(sums - 128 + r, mask=(r >= 0) & (tile.second == 1), other=0.0)
-        scale, log = path_step(logs, scales, tile, tile.path, h, r, present, factor, L, S.H)
+        steps = first_steps(logs, scales, tile, h, r, present, factor, L, S.H)
         lam = gl.convert_layout(wide, BY_ROW).to(gl.float32)
 
         slot, phase = slot_of(i, 2)
         mbarrier.wait(factors.empty.index(slot), phase ^ 1)
-        l5 = level_of(lam, c, gl.minimum(5, L - 1))
-        l6 = level_of(lam, c, gl.minimum(6, L - 1))
-        near = gl.where(apart == 0, level_of(lam, c, 0)[:, None], level_of(lam, c, gl.minimum(1, L - 1))[:, None])
-        near = gl.where(apart >= 2, level_of(lam, c, gl.minimum(2, L - 1))[:, None], near)
-        near = gl.where(apart >= 4, level_of(lam, c, gl.minimum(3, L - 1))[:, None], near)
-        near = gl.where(apart >= 8, level_of(lam, c, gl.minimum(4, L - 1))[:, None], near)
+        l5 = level_of(lam, c, min(5, S.LEVELS - 1))
+        l6 = level_of(lam, c, min(6, S.LEVELS - 1))
+        near = gl.where(apart == 0, level_of(lam, c, 0)[:, None], level_of(lam, c, min(1, S.LEVELS - 1))[:, None])
+        near = gl.where(apart >= 2, level_of(lam, c, min(2, S.LEVELS - 1))[:, None], near)
+        near = gl.where(apart >= 4, level_of(lam, c, min(3, S.LEVELS - 1))[:, None], near)
+        near = gl.where(apart >= 8, level_of(lam, c, min(4, S.LEVELS - 1))[:, None], near)
         near = gl.where(below, near * decay(g[:, None] - near_g), 0.0)
         factors.near.index(slot).store(near)
 
@@ -117,9 +128,9 @@ def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
         factors.rows.index(rows + 0).store(gl.where(block > 0, f0, 0.0))
         factors.rows.index(rows + 1).store(gl.where(block > 1, l6 * decay(g - end1), 0.0))
         factors.rows.index(rows + 2).store(gl.where(block > 2, l5 * decay(g - end2), 0.0))
-        factors.rows.index(rows + 3).store(level_of(lam, c, gl.minimum(7, L - 1)) * gl.exp2(g))
+        factors.rows.index(rows + 3).store(level_of(lam, c, min(7, S.LEVELS - 1)) * gl.exp2(g))
         since += g
-        factors.rows.index(rows + 4).store(level_of(lam, c, gl.minimum(8, L - 1)) * gl.exp2(since))
+        factors.rows.index(rows + 4).store(level_of(lam, c, min(8, S.LEVELS - 1)) * gl.exp2(since))
         columns = slot * COLUMNS
         factors.columns.index(columns + 0).store(decay(own_end - g))
         factors.columns.index(columns + 1).store(decay(own_log - g))
@@ -129,11 +140,13 @@ def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
         since += before0 + before1
         e = tile.path
         row = rows + 5
+        scale0, scale1, scale2, log0, log1, log2, ahead = steps
         while e > 0:
-            weight, passed = scale, log
-            e = e & (e - 1)
-            scale, log = path_step(logs, scales, tile, e, h, r, present, factor, L, S.H)
-            factors.rows.index(row).store(weight * gl.exp2(since))
-            since += passed
+            factors.rows.index(row).store(scale0 * gl.exp2(since))
+            since += log0
             row += 1
+            e = e & (e - 1)
+            ahead = ahead & (ahead - 1)
+            scale0, log0, scale1, log1 = scale1, log1, scale2, log2
+            scale2, log2 = path_step(logs, scales, tile, ahead, h, r, present, factor, L, S.H)
         mbarrier.arrive(factors.full.index(slot), count=1)

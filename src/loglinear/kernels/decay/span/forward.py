@@ -14,6 +14,7 @@ from loglinear.kernels.tree.bundles import Inputs
 from loglinear.kernels.tree.problem import Problem
 
 LEAST_ENTRY = 4  # chunks of the shortest entry that is read
+LOCAL_LEVELS = 9  # inside a span
 OPTIONS = {"num_warps": 4, "maxnreg": 128}
 
 
@@ -42,6 +43,6 @@ def launch_span_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     )
     arguments = *descriptors, x, problem.levels, states, o, *problem.of_octets, states.sums.stride(0)
     programs = problem.all_octets * 4 * (H // heads)
-    S = problem.sizes(x.v.dtype, HEADS=heads)
+    S = problem.sizes(x.v.dtype, HEADS=heads, LEVELS=min(problem.levels, LOCAL_LEVELS))
     launching.launch(span_output_kernel, programs, *arguments, S=S, CHECKS=states.checks.shape[2], **OPTIONS)
     return o
