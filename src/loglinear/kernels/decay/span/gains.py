@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from loglinear.kernels.decay.span.factors import COLUMNS, decay, level_of, path_step
+from loglinear.kernels.decay.span.factors import COLUMNS, decay, first_steps, level_of, path_step
 from loglinear.kernels.decay.span.tile import slot_of
 from loglinear.kernels.tree.place import log2_of_power
 
@@ -46,8 +46,8 @@ class Results(NamedTuple):
 
 
 @gluon.jit
-def make_factors(factors, logs, tile, i, factor, L, S: gl.constexpr, BY_ROW: gl.constexpr):
-    """The factors of the i-th head of a program."""
+def make_factors(factors, logs, tile, i, factor, L, S: gl.constexpr, LOCAL: gl.constexpr, BY_ROW: gl.constexpr):
+    """The factors of the i-th head of a program. LOCAL: how many of levels 0 … 8 there are."""
     BY_LEVEL: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
     r = gl.arange(0, 128, layout=gl.SliceLayout(1, BY_ROW))
     c = gl.arange(0, 16, layout=gl.SliceLayout(0, BY_ROW))[None, :]
@@ -73,7 +73,7 @@ def make_factors(factors, logs, tile, i, factor, L, S: gl.constexpr, BY_ROW: gl.
     before0 = gl.load(chunk_log - 2 * S.H, mask=tile.second == 1, other=0.0)
     before1 = gl.load(chunk_log - S.H, mask=tile.second == 1, other=0.0)
     before_g = gl.load(sums - 128 + r, mask=(r >= 0) & (tile.second == 1), other=0.0)
-    scale, log = path_step(logs, scales, tile, tile.path, h, r, present, factor, L, S.H)
+    steps = first_steps(logs, scales, tile, h, r, present, factor, L, S.H)
     lam = gl.convert_layout(wide, BY_ROW).to(gl.float32) * factor
 
     slot, phase = slot_of(i, 2)
@@ -81,15 +81,15 @@ def make_factors(factors, logs, tile, i, factor, L, S: gl.constexpr, BY_ROW: gl.
     rows = slot * ROWS
     factors.rows.index(rows).store(g)
     for level in gl.static_range(7):
-        factors.rows.index(rows + LAMBDA + level).store(level_of(lam, c, gl.minimum(level, L - 1)))
+        factors.rows.index(rows + LAMBDA + level).store(level_of(lam, c, min(level, LOCAL - 1)))
     factors.rows.index(rows + ENDS).store(gl.where(block > 0, decay(g - end0), 0.0))
     factors.rows.index(rows + ENDS + 1).store(gl.where(block > 1, decay(g - end1), 0.0))
     factors.rows.index(rows + ENDS + 2).store(gl.where(block > 2, decay(g - end2), 0.0))
     factors.rows.index(rows + STEPS).store(gl.exp2(g))
-    factors.rows.index(rows + STEPS + 1).store(level_of(lam, c, gl.minimum(7, L - 1)))
+    factors.rows.index(rows + STEPS + 1).store(level_of(lam, c, min(7, LOCAL - 1)))
     since += g
     factors.rows.index(rows + STEPS + 2).store(gl.exp2(since))
-    factors.rows.index(rows + STEPS + 3).store(level_of(lam, c, gl.minimum(8, L - 1)))
+    factors.rows.index(rows + STEPS + 3).store(level_of(lam, c, min(8, LOCAL - 1)))
     columns = slot * COLUMNS
     factors.columns.index(columns).store(decay(own_end - g))
     factors.columns.index(columns + 1).store(decay(own_log - g))
@@ -98,13 +98,16 @@ def make_factors(factors, logs, tile, i, factor, L, S: gl.constexpr, BY_ROW: gl.
     since += before0 + before1
     e = tile.path
     row = rows + STEPS + 4
+    scale0, scale1, scale2, log0, log1, log2, ahead = steps
     while e > 0:
         factors.rows.index(row).store(gl.exp2(since))
-        factors.rows.index(row + 1).store(scale)
-        since += log
-        e = e & (e - 1)
-        scale, log = path_step(logs, scales, tile, e, h, r, present, factor, L, S.H)
+        factors.rows.index(row + 1).store(scale0)
+        since += log0
         row += 2
+        e = e & (e - 1)
+        ahead = ahead & (ahead - 1)
+        scale0, log0, scale1, log1 = scale1, log1, scale2, log2
+        scale2, log2 = path_step(logs, scales, tile, ahead, h, r, present, factor, L, S.H)
     mbarrier.arrive(factors.full.index(slot), count=1)
 
 
@@ -117,15 +120,15 @@ def store_level(results, gain, r, tile, m, h, H: gl.constexpr):
 
 
 @gluon.jit
-def store_sums(sums, factors, results, tile, i, factor, L, S: gl.constexpr, LEVELS: gl.constexpr, GATED: gl.constexpr):
+def store_sums(sums, factors, results, tile, i, factor, L, S: gl.constexpr, GATED: gl.constexpr):
     """dλ of the i-th head of a program, and the gains."""
-    BY_ROW: gl.constexpr = gl.BlockedLayout([1, LEVELS], [32, 1], [4, 1], [1, 0])
+    BY_ROW: gl.constexpr = gl.BlockedLayout([1, S.LEVELS], [32, 1], [4, 1], [1, 0])
     BY_LEVEL: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, BY_ROW)
     r = gl.arange(0, 128, layout=ROW)
-    c = gl.arange(0, LEVELS, layout=gl.SliceLayout(0, BY_ROW))[None, :]
+    c = gl.arange(0, S.LEVELS, layout=gl.SliceLayout(0, BY_ROW))[None, :]
     token = gl.arange(0, 128, layout=gl.SliceLayout(1, BY_LEVEL))[:, None]
-    column = gl.arange(0, LEVELS, layout=gl.SliceLayout(0, BY_LEVEL))[None, :]
+    column = gl.arange(0, S.LEVELS, layout=gl.SliceLayout(0, BY_LEVEL))[None, :]
     present = r < tile.size
     h = tile.h0 + i
     slot, phase = slot_of(i, 2)
@@ -173,12 +176,12 @@ def store_sums(sums, factors, results, tile, i, factor, L, S: gl.constexpr, LEVE
 
 @gluon.jit
 def write_gains(
-    factors, sums, logs, results, tile, factor, L, S: gl.constexpr, LEVELS: gl.constexpr, GATED: gl.constexpr
+    factors, sums, logs, results, tile, factor, L, S: gl.constexpr, LOCAL: gl.constexpr, GATED: gl.constexpr
 ):
     """The role: the factors of each head, and the results of the head before it."""
     BY_ROW: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
     for i in range(S.HEADS + 1):
         if i < S.HEADS:
-            make_factors(factors, logs, tile, i, factor, L, S, BY_ROW)
+            make_factors(factors, logs, tile, i, factor, L, S, LOCAL, BY_ROW)
         if i > 0:
-            store_sums(sums, factors, results, tile, i - 1, factor, L, S, LEVELS, GATED)
+            store_sums(sums, factors, results, tile, i - 1, factor, L, S, GATED)

@@ -368,6 +368,7 @@ def span_query_grads_kernel(
     all_chunks,
     sums_stride,
     S: gl.constexpr,
+    LOCAL: gl.constexpr,
 ):
     """The results of ``local_grads_kernel`` and ``query_grads_kernel``. Grid: H/HEADS x octets x 4 tiles, tiles fastest.
 
@@ -399,7 +400,7 @@ def span_query_grads_kernel(
             [
                 (gradients, (0, own, loaded, ring, factors, sums, dq_tile, ds, keys, tile, all_tokens, S, GATED)),
                 (gradients, (1, own, loaded, ring, factors, sums, dq_tile, next_ds, keys, tile, all_tokens, S, GATED)),
-                (write_gains, (factors, sums, logs, results, tile, x.factor, L, S, S.LEVELS, GATED)),
+                (write_gains, (factors, sums, logs, results, tile, x.factor, L, S, LOCAL, GATED)),
                 (load_tiles, (q_desc, k_desc, v_desc, do_desc, e_desc, own, loaded, ring, tile, S)),
             ],
             [4, 4, 1],
