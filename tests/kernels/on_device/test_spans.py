@@ -12,7 +12,7 @@ from cases import DECAY
 from loglinear.kernels.decay.span import choice
 from loglinear.kernels.tree import launching, replay
 
-KERNELS = {"span_output_kernel", "span_query_grads_kernel"}
+KERNELS = {"span_output_kernel", "span_query_grads_kernel", "span_key_grads_kernel"}
 
 
 @pytest.fixture(autouse=True)

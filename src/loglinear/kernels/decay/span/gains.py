@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from loglinear.kernels.decay.span.factors import COLUMNS, decay, first_steps, level_of, path_step
+from loglinear.kernels.decay.span.factors import COLUMNS, decay, fetch_ahead, first_steps, level_of, path_step
 from loglinear.kernels.decay.span.tile import slot_of
 from loglinear.kernels.tree.place import log2_of_power
 
@@ -75,6 +75,7 @@ def make_factors(factors, logs, tile, i, factor, L, S: gl.constexpr, LOCAL: gl.c
     before_g = gl.load(sums - 128 + r, mask=(r >= 0) & (tile.second == 1), other=0.0)
     steps = first_steps(logs, scales, tile, h, r, present, factor, L, S.H)
     lam = gl.convert_layout(wide, BY_ROW).to(gl.float32) * factor
+    fetch_ahead(logs, tile, h + 1, r, L, S)
 
     slot, phase = slot_of(i, 2)
     mbarrier.wait(factors.empty.index(slot), phase ^ 1)
