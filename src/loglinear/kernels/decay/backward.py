@@ -195,12 +195,11 @@ def run_backward(inputs: list, scale: float, config: ScalarGateConfig | None, re
     if spans:
         from loglinear.kernels.decay.span import backward as of_spans  # Triton has Gluon there
 
-        states = launch_states(problem, x, of_spans.LEAST_ENTRY)._replace(checks=None)
-        dq, dscales, score_grads = of_spans.launch_query_side(problem, x, states, gains)
-    else:
-        states = launch_states(problem, x, least=1)._replace(checks=None)  # only the output reads these
-        dscales, score_grads = launch_local_grads(problem, x, states, gains)
-        dq = launch_query_grads(problem, x, states, score_grads, dscales, gains)
+    least = of_spans.LEAST_ENTRY if spans else 1
+    states = launch_states(problem, x, least)._replace(checks=None)  # only the output reads these
+    dscales, score_grads = launch_local_grads(problem, x, states, gains)
+    query_side = of_spans.launch_query_side if spans else launch_query_grads
+    dq = query_side(problem, x, states, score_grads, dscales, gains)
     node_grads = launch_node_grads(problem, x, states)
     chunk_grads = launch_chunk_grads(problem, x, states, node_grads, gains, pairs=spans)
     # The entries are a third of the memory. They are freed before the results of the key side are allocated.

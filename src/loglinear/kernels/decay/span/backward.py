@@ -17,12 +17,11 @@ from loglinear.kernels.tree.problem import Problem
 LEAST_ENTRY = 2  # chunks of the shortest entry that the key side reads; the query side reads those of a span on
 
 
-def launch_query_side(problem: Problem, x: Inputs, states: States, gains: Gains) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dλ, gradient of the scores inside a chunk); fills the gains of the rows, of the columns in a chunk, and by level."""
-    chunk, blocks, device = problem.config.chunk, head_blocks(problem)[1], x.v.device
-    dscales = launching.scratch(tuple(x.scales.shape), x.scales.dtype, device)
-    score_grads = launching.scratch((problem.all_chunks, blocks, chunk, chunk), x.v.dtype, device)
-    partial = partial_sums(problem, x.q)
+def launch_query_side(
+    problem: Problem, x: Inputs, states: States, score_grads: Tensor, dscales: Tensor, gains: Gains
+) -> Tensor:
+    """dq; completes dλ and the gains of the rows, and fills those by level."""
+    blocks, partial = head_blocks(problem)[1], partial_sums(problem, x.q)
     H, G, K, V, tokens = problem.heads, problem.groups, problem.key_width, problem.value_width, problem.tokens
     descriptors = (
         described(x.q, tokens, G * K, x.stride_q, 128),
@@ -31,23 +30,12 @@ def launch_query_side(problem: Problem, x: Inputs, states: States, gains: Gains)
         described(x.do, tokens, H * V, x.stride_do, 128),
         described(states.entries, problem.all_chunks * H * K, V, V, K),
     )
-    sizes = tokens, problem.all_chunks, states.sums.stride(0)
-    arguments = (
-        *descriptors,
-        x,
-        problem.levels,
-        states,
-        score_grads,
-        partial,
-        dscales,
-        gains,
-        *problem.of_octets,
-        *sizes,
-    )
+    sizes = *problem.of_octets, tokens, problem.all_chunks, states.sums.stride(0)
+    arguments = *descriptors, x, problem.levels, states, score_grads, partial, dscales, gains, *sizes
     S = problem.sizes(x.v.dtype, HEADS=H // blocks, LEVELS=16 if problem.levels <= 16 else 32)
     local = min(problem.levels, LOCAL_LEVELS)
     launching.launch(span_query_grads_kernel, problem.all_octets * 4 * blocks, *arguments, S=S, LOCAL=local, **OPTIONS)
-    return sum_heads(partial, x.q), dscales, score_grads
+    return sum_heads(partial, x.q)
 
 
 def launch_key_side(

@@ -21,10 +21,8 @@ MOST_HEADS, LEAST_HEADS = (
     12,
     4,
 )  # that a program handles in turn, at most 16; the fewest that are worth keeping scores for
-MOST_CHUNKS, MOST_LEVELS = (
-    4096,
-    32,
-)  # of a sequence in the backward pass, which has ten rows of shared memory for a path
+MOST_CHUNKS = 4096  # of a sequence in the backward pass, which has ten rows of shared memory for a path
+LEAST_LEVELS, MOST_LEVELS = 8, 32  # of the backward pass: one that no chunk has
 TILE_ROWS = 1 << 31  # a coordinate of a TMA copy is an int32
 
 UNTESTED = "the span kernels have not been tested on a GPU"
@@ -41,8 +39,8 @@ def why_not_backward(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
         return UNTESTED
     if x.v.dtype != torch.bfloat16 or (problem.key_width, problem.value_width) != (128, 64):
         return "not bfloat16, K=128 and V=64"
-    if problem.chunks > MOST_CHUNKS or problem.levels > MOST_LEVELS:
-        return f"more than {MOST_CHUNKS} chunks or {MOST_LEVELS} levels"
+    if problem.chunks > MOST_CHUNKS or not LEAST_LEVELS <= problem.levels <= MOST_LEVELS:
+        return f"more than {MOST_CHUNKS} chunks, or {problem.levels} levels, not {LEAST_LEVELS} to {MOST_LEVELS}"
     return why_not(problem, x, reach) or why_not_strides(x, ("do",))
 
 

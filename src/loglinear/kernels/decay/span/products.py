@@ -63,22 +63,6 @@ def times(scores, mask):
 
 
 @gluon.jit
-def unpacked_times(scores, grads):
-    """``scores * grads`` in float32, of 16-bit scores that stay two in a register over a loop."""
-    gl.static_assert(scores.dtype == gl.bfloat16)
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high;
-        shl.b32 low, $2, 16;
-        and.b32 high, $2, 0xffff0000;
-        mul.f32 $0, low, $3;
-        mul.f32 $1, high, $4;
-        }""",
-        "=r,=r,r,r,r", [scores, grads.to(gl.int32, bitcast=True)], dtype=gl.float32, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@gluon.jit
 def weighted(scores, row, column):
     """``scores`` times a factor of the query and one of the key."""
     return times(scores, row[:, None] * column[None, :])
