@@ -59,20 +59,24 @@ def test_the_output_by_spans_is_the_definition(lengths_and_levels, hard):
 def test_the_query_side_by_spans_is_that_of_chunks(lengths_and_levels, hard):
     """The stages of chunks are compared with the definition in test_stage_twins.py."""
     _, place, given, states, spans = make(*lengths_and_levels, hard)
-    score_grads, inner, rows, columns = decay.local_grads(place, given, states)
-    dq, dscales, rows, by_level = decay.query_grads(place, given, states, score_grads, inner, rows)
-    wanted = span.QuerySide(dq, score_grads, dscales, rows, columns, by_level)
-    for name, got, want in zip(wanted._fields, span.query_side(place, given, spans), wanted, strict=True):
-        assert error(got, want) <= TOLERANCES[torch.float64], name
+    inner = decay.local_grads(place, given, states)[:3]
+    wanted = decay.query_grads(place, given, states, *inner)
+    for got, want in zip(span.query_side(place, given, spans, *inner), wanted, strict=True):
+        assert error(got, want) <= TOLERANCES[torch.float64]
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["gates", "resets"])
 def test_the_key_side_by_tiles_is_that_of_chunks(lengths_and_levels, hard):
     _, place, given, states, _ = make(*lengths_and_levels, hard)
-    score_grads, _, _, columns = decay.local_grads(place, given, states)
-    ends, _ = decay.chunk_grads(place, given, states, decay.node_grads(place, given, states))
+    score_grads, inner, rows, columns = decay.local_grads(place, given, states)
+    levels = decay.query_grads(place, given, states, score_grads, inner, rows)[3]
+    ends, beyond = decay.chunk_grads(place, given, states, decay.node_grads(place, given, states))
     dv, columns_then, chunks = decay.value_grads(place, given, states, ends, columns)
     wanted = decay.key_grads(place, given, states, ends, score_grads), dv, columns_then, chunks
     ends[place.n & 1 == 0] = torch.nan
-    for got, want in zip(span.key_side(place, given, states, ends, score_grads, columns), wanted, strict=True):
+    *found, passed = span.key_side(place, given, states, ends, score_grads, columns)
+    for got, want in zip(found, wanted, strict=True):
         assert error(got, want) <= TOLERANCES[torch.float64]
+    if len(place.levels) > 1:
+        entry = place.reads[1][1]
+        assert error(span.pair_beyond(place, passed, levels)[entry], beyond[entry]) <= TOLERANCES[torch.float64]

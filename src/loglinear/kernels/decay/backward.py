@@ -155,12 +155,12 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, chunk_grads: T
     return sum_heads(partial, x.k)
 
 
-def launch_gate_grads(problem: Problem, x: Inputs, gains: Gains) -> Tensor:
+def launch_gate_grads(problem: Problem, x: Inputs, gains: Gains, pairs: bool) -> Tensor:
     """dg."""
     dg, tiles = launching.scratch(tuple(x.g.shape), x.g.dtype, x.g.device), gains.beyond.shape[2]
     arguments = x, gains, dg, *problem.of_octets, problem.tokens, problem.all_chunks, problem.high_levels
     programs, S = problem.all_octets * problem.heads, problem.sizes(x.v.dtype)
-    launching.launch(gate_grads_kernel, programs, *arguments, S=S, TILES=tiles, num_warps=4)
+    launching.launch(gate_grads_kernel, programs, *arguments, S=S, TILES=tiles, PAIRS=pairs, num_warps=4)
     return dg
 
 
@@ -195,8 +195,9 @@ def run_backward(inputs: list, scale: float, config: ScalarGateConfig | None, re
     if spans:
         from loglinear.kernels.decay.span import backward as of_spans  # Triton has Gluon there
 
-    least = of_spans.LEAST_ENTRY if spans else 1
-    states = launch_states(problem, x, least)._replace(checks=None)  # only the output reads these
+    states = launch_states(problem, x, span.LEAST_ENTRY if spans else 1)._replace(
+        checks=None
+    )  # only the output reads these
     dscales, score_grads = launch_local_grads(problem, x, states, gains)
     query_side = of_spans.launch_query_side if spans else launch_query_grads
     dq = query_side(problem, x, states, score_grads, dscales, gains)
@@ -210,5 +211,5 @@ def run_backward(inputs: list, scale: float, config: ScalarGateConfig | None, re
     else:
         dv = launch_value_grads(problem, x, states, chunk_grads, gains)
         dk = launch_key_grads(problem, x, states, chunk_grads, score_grads)
-    dg = None if g is None else launch_gate_grads(problem, x, gains)
+    dg = None if g is None else launch_gate_grads(problem, x, gains, pairs=spans)
     return dq, dk, dv, dg, dscales

@@ -70,16 +70,17 @@ def gradient_after_octet(states, node_grads, octet, j, end, part, S: tl.constexp
 
 
 @triton.jit
-def store_beyond(beyond, gradient, states, chunk, octet, b, n0, part, S: tl.constexpr):
+def store_beyond(beyond, gradient, states, chunk, octet, b, n0, part, S: tl.constexpr, FIRST: tl.constexpr):
     """Share of the gate's gradient that flows from each entry whose window ends with chunk b - 1 past that end.
 
-    ``gradient`` is D at the end of that chunk, which stands at ``chunk``; the entries are b - 2, b - 4, … while the step
-    divides b. Their inner product with D, over the decay of the window, is what all their keys pass to queries after it.
+    ``gradient`` is D at the end of that chunk, which stands at ``chunk``; the entries are b - FIRST, … in steps that double
+    while they divide b. Their inner product with D, over the decay of the window, is what all their keys pass to queries
+    after it.
     """
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * ((S.V + S.BV - 1) // S.BV)
     h = part.h
     inside = tl.arange(0, OCTET)
-    span = tl.cast(2, tl.int32)
+    span = tl.cast(FIRST, tl.int32)
     while (span < lowbit(b)) & (b - span > n0):
         if span < OCTET:
             sites = (chunk - inside).to(tl.int64) * S.H + h
@@ -133,7 +134,8 @@ def descend(
 def chunk_grads_kernel(
     x, L, states, node_grads, chunk_grads, gains, table, T, N, NG, sums_stride, S: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """``chunk_grads [chunks, H, K, V]``, of every second chunk if PAIRS; the gains ``beyond``, of entries of two chunks on.
+    """``chunk_grads [chunks, H, K, V]``; the gains ``beyond``, of entries of two chunks or more. PAIRS: of every second chunk,
+    and of entries of four chunks or more.
 
     Grid: octets x H x tiles, tiles fastest. float32: accumulators, weights, inner products.
     """
@@ -153,7 +155,7 @@ def chunk_grads_kernel(
     complete = first + OCTET <= chunks
     store_entry(chunk_grads, chunk.to(tl.int64) * S.H + part.h, base, complete, part.first_k, part.first_v, S)
     if GATED & complete:
-        store_beyond(gains.beyond, base, states, chunk, octet, (j + 1) * OCTET, n0, part, S)
+        store_beyond(gains.beyond, base, states, chunk, octet, (j + 1) * OCTET, n0, part, S, 4 if PAIRS else 2)
     sums = states.sums + part.h.to(tl.int64) * sums_stride
     if PAIRS:  # past the steps for the chunks between
         descend(base, 1, 3, x, L, states, sums, chunk_grads, at, first, part, S)
@@ -161,8 +163,8 @@ def chunk_grads_kernel(
     else:
         middle = descend(base, 0, REBASE, x, L, states, sums, chunk_grads, at, first, part, S)
     local = first + OCTET // 2
-    if GATED & (local > 0) & (local <= chunks):
-        store_beyond(gains.beyond, middle, states, at.chunk0 + local - 1, octet, n0 + local, n0, part, S)
+    if GATED & (not PAIRS) & (local > 0) & (local <= chunks):
+        store_beyond(gains.beyond, middle, states, at.chunk0 + local - 1, octet, n0 + local, n0, part, S, 2)
     if PAIRS:
         descend(middle, REBASE + 1, STEPS - 1, x, L, states, sums, chunk_grads, at, first, part, S)
     else:

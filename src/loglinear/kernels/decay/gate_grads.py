@@ -29,9 +29,13 @@ def strided_sum(base, stride, count):
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "all_chunks", "high_levels"])
 def gate_grads_kernel(
-    x, gains, dg, table, T, N, NG, all_tokens, all_chunks, high_levels, S: tl.constexpr, TILES: tl.constexpr
-):
-    """dg ``[B*T, H]`` from all ``gains``. Grid: octets x H. float32 throughout."""
+    x, gains, dg, table, T, N, NG, all_tokens, all_chunks, high_levels, S: tl.constexpr, TILES: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    """dg ``[B*T, H]`` from all ``gains``. Grid: octets x H. float32 throughout.
+
+    PAIRS: of entries of two chunks, ``beyond`` has what each chunk passes on past their end.
+    """
     pid = tl.program_id(0)
     h = pid % S.H
     octet = pid // S.H
@@ -76,6 +80,12 @@ def gate_grads_kernel(
             for t in range(TILES):
                 place = ((chunk0 + entry - 1 - n0).to(tl.int64) * S.H + h) * TILES + t
                 skips += tl.load(gains.beyond + place, mask=passes & (m > 0), other=0.0)
+                if PAIRS:
+                    skips += tl.load(gains.beyond + place - S.H * TILES, mask=passes & (m == 1), other=0.0)
+            if PAIRS:  # again minus what the readers take: this chunk, and the one before it in the window
+                before = tl.load(gains.levels + (S.H + h).to(tl.int64) * all_chunks + chunk0 + local - 1 + 0 * m,
+                                 mask=passes & (m == 1) & (n % 2 == 1), other=0.0)  # fmt: skip
+                skips -= tl.where(passes & (m == 1), own, 0.0) + before
             crossing = tl.sum(skips, axis=0) + tl.load(gains.chunks + site)
             gradient = crossing + tl.cumsum(gain - loss, axis=0, reverse=True)
             gate = tl.load(x.g + tokens.to(tl.int64) * x.stride_g + h, mask=valid, other=0.0)

@@ -6,13 +6,11 @@ read entries of four chunks and more. All other stages are those of ``decay.py``
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from loglinear.reference.stages.decay import States, path
-from loglinear.reference.stages.place import Inputs, Place, add_level, levels_of, scales_of, sums_by_level
+from loglinear.reference.stages.place import Inputs, Place, add_level, levels_of, scales_of
 
 BLOCKS = 4  # sub-blocks of a chunk, and chunks of a span
 SPAN_LEVEL = 2  # entries of 2^2 chunks are the shortest that are read
@@ -85,29 +83,13 @@ def output(place: Place, x: Inputs, states: States) -> Tensor:
     return o
 
 
-class QuerySide(NamedTuple):
-    """The results of ``local_grads`` and ``query_grads`` of ``decay.py`` together: dq ``[chunks, H, C, K]`` of each head, the
-    gradient of the scores inside a chunk, dλ, and the gains of the rows, of the columns inside a chunk, and by level.
+def query_side(
+    place: Place, x: Inputs, states: States, score_grads: Tensor, dscales: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of ``decay.query_grads``, without scores: a gradient is a factor of the query times a product, and the
+    product times q is the gradient of λ.
     """
-
-    dq: Tensor
-    score_grads: Tensor
-    dscales: Tensor
-    rows: Tensor
-    columns: Tensor
-    levels: Tensor
-
-
-def query_side(place: Place, x: Inputs, states: States) -> QuerySide:
-    """Scores are needed inside a chunk alone: elsewhere a gradient is a factor of the query times a product, and the product
-    times q is the gradient of λ.
-    """
-    outer, decays, scales = x.do @ x.v.mT, chunk_decays(states.sums), chunk_scales(x)
-    pairs = (x.q @ x.k.mT) * outer * decays
-    apart = (pairs - torch.diag_embed(pairs.diagonal(dim1=2, dim2=3))) * scales
-    score_grads = outer * decays * scales
-    dq, dscales, rows = score_grads @ x.k, sums_by_level(x, pairs), apart.sum(3)
-    levels = states.chunk_log.new_zeros(len(place.levels), *states.chunk_log.shape)
+    dq, levels = score_grads @ x.k, states.chunk_log.new_zeros(len(place.levels), *states.chunk_log.shape)
     products = []
     for level, chunk, earlier in pairs_of_spans(place):
         decay, columns = earlier_weights(states, level, chunk, earlier, place)
@@ -123,13 +105,13 @@ def query_side(place: Place, x: Inputs, states: States) -> QuerySide:
         dscales = add_level(dscales, x, chunk, m, gain)
         rows = rows.index_add(0, chunk, gain * scale)
         levels[m] = levels[m].index_add(0, chunk, (gain * scale).sum(2))
-    return QuerySide(dq, score_grads, dscales, rows, apart.sum(2), levels)
+    return dq, dscales, rows, levels
 
 
 def key_side(
     place: Place, x: Inputs, states: States, ends: Tensor, score_grads: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dk ``[chunks, H, C, K]`` of each head, dv, gains of the columns, completed, and of the chunks).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dk ``[chunks, H, C, K]`` of each head, dv, gains of the columns, completed, and of the chunks, those past their tile).
 
     ``ends`` is ``decay.chunk_grads``, read at the end of every second chunk. The queries of the second chunk of a tile attend
     to the keys of the first directly.
@@ -141,6 +123,7 @@ def key_side(
     log = log.index_add(0, second - 1, log[second])
     to_end = (log.unsqueeze(2) - states.sums).exp().unsqueeze(3)
     dk, later = score_grads.mT @ x.q + (x.v * to_end) @ total.mT, (x.k @ total) * to_end
+    passed = (later * x.v).sum((2, 3))
     rows, factors = earlier_weights(states, 0, second, second - 1, place)
     weights = (scales_of(x, second, 0) * rows).unsqueeze(3) * factors.unsqueeze(2)
     do, q = x.do[second], x.q[second]
@@ -148,4 +131,11 @@ def key_side(
     dk = dk.index_add(0, second - 1, ((do @ x.v[second - 1].mT) * weights).mT @ q)
     gain = (later * x.v).sum(3)
     own = (x.q @ x.k.mT) * turned_decays(states.sums) * chunk_scales(x)
-    return dk, later + own.mT @ x.do, columns + gain, gain.sum(2)
+    return dk, later + own.mT @ x.do, columns + gain, gain.sum(2), passed
+
+
+def pair_beyond(place: Place, passed: Tensor, levels: Tensor) -> Tensor:
+    """Gains ``[chunks, H]`` beyond the window of entries of two chunks: what passes their end, without their readers'."""
+    chunk, entry = place.reads[1]
+    total = torch.zeros_like(passed).index_copy(0, entry, passed[entry] + passed[entry - 1])
+    return total.index_add(0, entry, -levels[1][chunk])

@@ -14,8 +14,6 @@ from loglinear.kernels.tree.bundles import Inputs
 from loglinear.kernels.tree.head_sums import sum_heads
 from loglinear.kernels.tree.problem import Problem
 
-LEAST_ENTRY = 2  # chunks of the shortest entry that the key side reads; the query side reads those of a span on
-
 
 def launch_query_side(
     problem: Problem, x: Inputs, states: States, score_grads: Tensor, dscales: Tensor, gains: Gains
@@ -41,7 +39,9 @@ def launch_query_side(
 def launch_key_side(
     problem: Problem, x: Inputs, states: States, chunk_grads: Tensor, score_grads: Tensor, gains: Gains
 ) -> tuple[Tensor, Tensor]:
-    """(dk, dv), from the gradients of the states at the ends of tiles; completes the gains ``columns``, fills ``chunks``."""
+    """(dk, dv), from the gradients of the states at the ends of tiles; completes the gains ``columns``, fills ``chunks`` and,
+    for entries of two chunks, ``beyond``.
+    """
     H, G, K, V, tokens = problem.heads, problem.groups, problem.key_width, problem.value_width, problem.tokens
     blocks = head_blocks(problem)[1]
     dv, partial = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device), partial_sums(problem, x.k)

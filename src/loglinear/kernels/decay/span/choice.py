@@ -12,16 +12,16 @@ from loglinear.kernels.tree.bundles import Inputs
 from loglinear.kernels.tree.problem import Problem
 from loglinear.state import CHUNK_SIZE
 
-TESTED = False  # whether the kernels have been compared with float64 on a GPU; until then no call takes them
 BACKWARD_TESTED = False  # the same of the kernels of the backward pass
 CAPABILITY = (9, 0)  # the products of sm_90 alone have the form that the kernels use
 TRITON = ((3, 6), (3, 7))  # from, and below: Gluon is experimental, and changes names and code between releases
+LEAST_ENTRY = 4  # chunks of the shortest entry that is read
 KEY_WIDTHS = (64, 128)
 MOST_HEADS, LEAST_HEADS = (
     12,
     4,
 )  # that a program handles in turn, at most 16; the fewest that are worth keeping scores for
-MOST_CHUNKS = 4096  # of a sequence in the backward pass, which has ten rows of shared memory for a path
+MOST_CHUNKS = 1 << 14  # of a sequence in the backward pass, which has twelve rows of shared memory for a path
 LEAST_LEVELS, MOST_LEVELS = 8, 32  # of the backward pass: one that no chunk has
 TILE_ROWS = 1 << 31  # a coordinate of a TMA copy is an int32
 
@@ -47,8 +47,6 @@ def why_not_backward(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
 @lru_cache(maxsize=64)
 def why_not_here(device: torch.device) -> str | None:
     """Why no call on this device can have the span kernels."""
-    if not TESTED:
-        return UNTESTED
     if device.type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
         return "the span kernels need an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)

@@ -7,13 +7,12 @@ from triton.experimental.gluon.language._layouts import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from loglinear.kernels.decay.forward import States, launch_states
-from loglinear.kernels.decay.span.choice import heads_of_program
+from loglinear.kernels.decay.span.choice import LEAST_ENTRY, heads_of_program
 from loglinear.kernels.decay.span.output import span_output_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs
 from loglinear.kernels.tree.problem import Problem
 
-LEAST_ENTRY = 4  # chunks of the shortest entry that is read
 LOCAL_LEVELS = 9  # inside a span
 OPTIONS = {"num_warps": 4, "maxnreg": 128}
 

@@ -152,6 +152,13 @@ def own_chunk(scores, factors, slot, do, acc, P: gl.constexpr):
 
 
 @gluon.jit
+def store_total(target, gain, token, tile, P: gl.constexpr, h, H: gl.constexpr):
+    """The gains of chunk P together, to its place in ``target [chunks, H]``."""
+    total = gl.sum(gl.where(token < tile.size, gain, 0.0), axis=0)
+    gl.store(target + (tile.chunk + P).to(gl.int64) * H + h, total, mask=tile.size > P * 64)
+
+
+@gluon.jit
 def gradients(P: gl.constexpr, own, loaded, ring, factors, cleared, staged, dv_desc, dv, dk, score_grads, gains, tile, tokens,
               S: gl.constexpr, GATED: gl.constexpr):  # fmt: skip
     """The role of four warps: chunk P of the tile. dk and score_grads point at what belongs to the tile and the chunk."""
@@ -201,6 +208,9 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, cleared, staged, dv_d
             acc, left, right, a = warpgroup_mma_wait(0, deps=(acc, left, right, a))
             it = emptied(ring, it, SLOTS)
             acc = acc * to_end.load(ROW)[:, None]
+        if GATED and tile.second == 0:  # what an entry of two chunks passes on past its end
+            gain = gl.sum(acc * values.load(ACC).to(gl.float32), axis=1)
+            store_total(gains.beyond, gain, token, tile, P, h, S.H)
         do = filled(ring, it, SLOTS)
         if tile.size < TILE:
             clear_absent(do, cleared, i & 1, tile, P)
@@ -219,8 +229,7 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, cleared, staged, dv_d
         if GATED:
             gain = gl.sum(acc * values.load(ACC).to(gl.float32), axis=1)
             gl.store(place, inner + gain, mask=token < tile.size)
-            total = gl.sum(gl.where(token < tile.size, gain, 0.0), axis=0)
-            gl.store(gains.chunks + (tile.chunk + P).to(gl.int64) * S.H + h, total, mask=tile.size > FIRST)
+            store_total(gains.chunks, gain, token, tile, P, h, S.H)
         acc = own_chunk((d0, d1, d2, d3), factors, slot, do, acc, P)
         mbarrier.arrive(factors.empty.index(slot), count=1)
         fence_async_shared()
