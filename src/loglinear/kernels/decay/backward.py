@@ -90,7 +90,7 @@ def launch_chunk_grads(
     """Gradients of the states of all chunks, ``[chunks, H, K, V]``; with ``pairs`` of every second chunk of a sequence only."""
     launch = problem.config.chunk_grads
     tile_k, tile_v, tiles = state_tiles(problem, launch)
-    shape = problem.all_chunks, problem.heads, problem.key_width, problem.value_width
+    shape = max(problem.all_chunks // (2 if pairs else 1), 1), problem.heads, problem.key_width, problem.value_width
     chunk_grads = launching.scratch(shape, x.v.dtype, x.v.device)
     programs = problem.all_octets * problem.heads * tiles
     arguments = x, problem.levels, states, node_grads, chunk_grads, gains, *problem.of_octets, states.sums.stride(0)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from loglinear.fenwick import level
 from loglinear.kernels.decay.node_grads import chunk_gradient, chunk_weight
-from loglinear.kernels.tree.place import OCTET, locate, log2_of_power, lowbit, tile_of_program
+from loglinear.kernels.tree.place import OCTET, locate, log2_of_power, lowbit, row_of, tile_of_program
 from loglinear.kernels.tree.tiles import load_entry, store_entry
 
 
@@ -81,6 +81,7 @@ def store_beyond(beyond, gradient, states, chunk, octet, b, n0, part, S: tl.cons
     h = part.h
     inside = tl.arange(0, OCTET)
     span = tl.cast(FIRST, tl.int32)
+    EVERY: tl.constexpr = 4 if FIRST == 4 else 1
     while (span < lowbit(b)) & (b - span > n0):
         if span < OCTET:
             sites = (chunk - inside).to(tl.int64) * S.H + h
@@ -88,7 +89,8 @@ def store_beyond(beyond, gradient, states, chunk, octet, b, n0, part, S: tl.cons
         else:
             log = log_of_octets(states.octet_log, octet + 1 - span // OCTET, span // OCTET, h, S.H)
         site = (chunk - span).to(tl.int64) * S.H + h
-        state = load_entry(states.entries, site, part.first_k, part.first_v, S).to(tl.float32)
+        row = row_of(chunk - span, EVERY).to(tl.int64) * S.H + h
+        state = load_entry(states.entries, row, part.first_k, part.first_v, S).to(tl.float32)
         tl.store(beyond + site * TILES + part.tile, tl.sum(tl.sum(gradient * state, axis=1), axis=0) * tl.exp2(log))
         span *= 2
 
@@ -109,8 +111,9 @@ def step_weight(i, x, L, states, sums, at, first, h, S: tl.constexpr):
 
 @triton.jit
 def descend(
-    base, begin: tl.constexpr, end: tl.constexpr, x, L, states, sums, chunk_grads, at, first, part, S: tl.constexpr
-):
+    base, begin: tl.constexpr, end: tl.constexpr, x, L, states, sums, chunk_grads, at, first, part, S: tl.constexpr,
+    EVERY: tl.constexpr,
+):  # fmt: skip
     """Steps ``begin`` to ``end`` of the schedule, from the gradient ``base``: stores every D on the way, returns the last."""
     acc, h = base, part.h
     weight, log = step_weight(begin, x, L, states, sums, at, first, h, S)
@@ -124,7 +127,7 @@ def descend(
         valid = (position >= 0) & (position < at.length)
         origin = (at.start + local * S.C).to(tl.int64)
         acc = acc * decay + chunk_gradient(x, part, now, origin, valid, S)
-        site = (at.chunk0 + local - 1).to(tl.int64) * S.H + h
+        site = row_of(at.chunk0 + local - 1, EVERY).to(tl.int64) * S.H + h
         complete = (STORES >> i & 1 == 1) & (local > 0) & (local <= (at.length + S.C - 1) // S.C)
         store_entry(chunk_grads, site, acc, complete, part.first_k, part.first_v, S)
     return acc
@@ -135,7 +138,7 @@ def chunk_grads_kernel(
     x, L, states, node_grads, chunk_grads, gains, table, T, N, NG, sums_stride, S: tl.constexpr, PAIRS: tl.constexpr
 ):
     """``chunk_grads [chunks, H, K, V]``; the gains ``beyond``, of entries of two chunks or more. PAIRS: of every second chunk,
-    and of entries of four chunks or more.
+    without rows for the others, and of entries of four chunks or more.
 
     Grid: octets x H x tiles, tiles fastest. float32: accumulators, weights, inner products.
     """
@@ -153,19 +156,21 @@ def chunk_grads_kernel(
     first = j * OCTET - n0
     chunk = at.chunk0 + first + OCTET - 1
     complete = first + OCTET <= chunks
-    store_entry(chunk_grads, chunk.to(tl.int64) * S.H + part.h, base, complete, part.first_k, part.first_v, S)
+    EVERY: tl.constexpr = 2 if PAIRS else 1
+    row = row_of(chunk, EVERY).to(tl.int64) * S.H + part.h
+    store_entry(chunk_grads, row, base, complete, part.first_k, part.first_v, S)
     if GATED & complete:
         store_beyond(gains.beyond, base, states, chunk, octet, (j + 1) * OCTET, n0, part, S, 4 if PAIRS else 2)
     sums = states.sums + part.h.to(tl.int64) * sums_stride
     if PAIRS:  # past the steps for the chunks between
-        descend(base, 1, 3, x, L, states, sums, chunk_grads, at, first, part, S)
-        middle = descend(base, 4, REBASE, x, L, states, sums, chunk_grads, at, first, part, S)
+        descend(base, 1, 3, x, L, states, sums, chunk_grads, at, first, part, S, EVERY)
+        middle = descend(base, 4, REBASE, x, L, states, sums, chunk_grads, at, first, part, S, EVERY)
     else:
-        middle = descend(base, 0, REBASE, x, L, states, sums, chunk_grads, at, first, part, S)
+        middle = descend(base, 0, REBASE, x, L, states, sums, chunk_grads, at, first, part, S, EVERY)
     local = first + OCTET // 2
     if GATED & (not PAIRS) & (local > 0) & (local <= chunks):
         store_beyond(gains.beyond, middle, states, at.chunk0 + local - 1, octet, n0 + local, n0, part, S, 2)
     if PAIRS:
-        descend(middle, REBASE + 1, STEPS - 1, x, L, states, sums, chunk_grads, at, first, part, S)
+        descend(middle, REBASE + 1, STEPS - 1, x, L, states, sums, chunk_grads, at, first, part, S, EVERY)
     else:
-        descend(middle, REBASE, STEPS, x, L, states, sums, chunk_grads, at, first, part, S)
+        descend(middle, REBASE, STEPS, x, L, states, sums, chunk_grads, at, first, part, S, EVERY)

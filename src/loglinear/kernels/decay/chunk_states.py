@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.tree.decays import gate_sums, gates_of
-from loglinear.kernels.tree.place import OCTET, locate, tile_of_program
+from loglinear.kernels.tree.place import OCTET, locate, row_of, tile_of_program
 from loglinear.kernels.tree.tiles import load_tile, store_entry
 
 
@@ -26,7 +26,8 @@ def chunk_gates(chunk, at, x, h, S: tl.constexpr):
 def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, LEAST: tl.constexpr):
     """Grid: octets x H x tiles of [K, V], tiles fastest. float32: accumulators, logs. Fills ``states`` but for longer entries.
 
-    LEAST: chunks of the shortest entry that is stored, 1 to 8; the logs of all entries are.
+    LEAST: chunks of the shortest entry that is stored, 1 to 4; the logs of all entries are. Entries of 4 or more have no rows
+    for others between them.
     """
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * ((S.V + S.BV - 1) // S.BV)
     part, octet = tile_of_program(S)
@@ -72,7 +73,8 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
         closes_octet = (c + 1 == OCTET) & ((first_chunk // OCTET) % 2 == 1)
         entry = tl.where(is_prefix, prefix, pair) if LEAST < 4 else prefix
         stored = active & (not closes_octet) & ((c + 1) % LEAST == 0)
-        store_entry(states.entries, site, entry, stored, first_k, first_v, S)
+        row = row_of(at.chunk0 + local, 4 if LEAST == 4 else 1).to(tl.int64) * S.H + h
+        store_entry(states.entries, row, entry, stored, first_k, first_v, S)
         if tile == 0:
             head_sums = states.sums + h.to(tl.int64) * sums_stride + origin + in_chunk
             tl.store(head_sums, high, mask=valid)

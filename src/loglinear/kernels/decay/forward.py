@@ -27,7 +27,8 @@ class States(NamedTuple):
     The backward builds it again. This costs less than a tenth of the backward, and a model keeps no states of its layers.
 
     sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[chunks, H]`` float32.
-    octet_log: ``[octets, H]``. entries: ``[chunks, H, K, V]``, the Fenwick array. octet_states: ``[octets, H, K, V]``.
+    octet_log: ``[octets, H]``. entries: ``[chunks, H, K, V]``, the Fenwick array, or a fourth of its rows (least of 4).
+    octet_states: ``[octets, H, K, V]``.
     checks: ``[octets, H, tiles]`` float32, finite where the tokens of an octet are.
     """
 
@@ -56,7 +57,9 @@ def launch_states(problem: Problem, x: Inputs, least: int) -> States:
         launching.scratch((n, H), torch.float32, device)
         for n in (problem.all_chunks, problem.all_chunks, problem.all_octets)
     ]
-    matrices = [launching.scratch((n, H, K, V), dtype, device) for n in (problem.all_chunks, problem.all_octets)]
+    every = least if least == 4 else 1
+    rows = max(problem.all_chunks // every, 1)  # there must be one for TMA
+    matrices = [launching.scratch((n, H, K, V), dtype, device) for n in (rows, problem.all_octets)]
     tile_k, tile_v, tiles = state_tiles(problem, launch)
     states = States(sums, *logs, *matrices, launching.scratch((problem.all_octets, H, tiles), torch.float32, device))
     arguments = x, states, *problem.of_octets, problem.tokens, sums.stride(0)
@@ -64,19 +67,21 @@ def launch_states(problem: Problem, x: Inputs, least: int) -> States:
     launching.launch(
         chunk_states_kernel, problem.all_octets * H * tiles, *arguments, S=S, LEAST=least, **launch.options
     )
-    launch_node_states(problem, states, dtype)
+    launch_node_states(problem, states, dtype, every)
     return states._replace(octet_states=None)  # a kernel that is given them would keep their memory
 
 
-def launch_node_states(problem: Problem, states: States, dtype: torch.dtype) -> None:
-    """Entries of two octets or more."""
+def launch_node_states(problem: Problem, states: States, dtype: torch.dtype, every: int) -> None:
+    """Entries of two octets or more; ``every``: chunks that share a row of the entries."""
     if problem.sequence_octets < 2:
         return
     state = problem.key_width * problem.value_width
     block = min(2048, padded(state))
     programs = problem.all_octets * problem.heads * cdiv(state, block)
     sizes = problem.sizes(dtype)
-    launching.launch(node_states_kernel, programs, states, *problem.of_octets, S=sizes, BLOCK=block, num_warps=4)
+    launching.launch(
+        node_states_kernel, programs, states, *problem.of_octets, S=sizes, BLOCK=block, EVERY=every, num_warps=4
+    )
 
 
 def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:

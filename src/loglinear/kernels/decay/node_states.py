@@ -9,12 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.place import OCTET, locate, lowbit
+from loglinear.kernels.tree.place import OCTET, locate, lowbit, row_of
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
-def node_states_kernel(states, table, T, N, NG, S: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: octets x H x blocks of BLOCK elements of [K, V], blocks fastest. float32: accumulator, logs."""
+def node_states_kernel(states, table, T, N, NG, S: tl.constexpr, BLOCK: tl.constexpr, EVERY: tl.constexpr):
+    """Grid: octets x H x blocks of BLOCK elements of [K, V], blocks fastest. float32: accumulator, logs.
+
+    EVERY: chunks that share a row of the entries.
+    """
     STATE: tl.constexpr = S.K * S.V
     BLOCKS: tl.constexpr = (STATE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
@@ -42,6 +45,7 @@ def node_states_kernel(states, table, T, N, NG, S: tl.constexpr, BLOCK: tl.const
         total = total * tl.exp2(log) + state
         total_log += log
     site_of_entry = (at.chunk0 + entry - 1 - at.n0).to(tl.int64) * S.H + h
-    tl.store(states.entries + site_of_entry * STATE + elements, total.to(states.entries.dtype.element_ty), mask=inside)
+    row = row_of(at.chunk0 + entry - 1 - at.n0, EVERY).to(tl.int64) * S.H + h
+    tl.store(states.entries + row * STATE + elements, total.to(states.entries.dtype.element_ty), mask=inside)
     if block == 0:
         tl.store(states.entry_log + site_of_entry, total_log)

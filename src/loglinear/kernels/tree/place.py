@@ -67,6 +67,12 @@ def path_length(n, n0):
     return count
 
 
+@triton.jit
+def row_of(chunk, EVERY: tl.constexpr):
+    """The row of what stands at a chunk, of all chunks, where a sequence has such a row for every EVERY chunks alone."""
+    return (chunk + 1) // EVERY - 1
+
+
 class Place(NamedTuple):
     """Where the sequence of a chunk or octet lies: first token, tokens, first chunk, first octet, the tree's number of its
     first chunk, its own number. ``length`` is -1 for a unit past the last one, n0 is 0 unless it continues an earlier

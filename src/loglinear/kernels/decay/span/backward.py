@@ -26,7 +26,7 @@ def launch_query_side(
         described(x.k, tokens, G * K, x.stride_k, 128),
         described(x.v, tokens, H * V, x.stride_v, 128),
         described(x.do, tokens, H * V, x.stride_do, 128),
-        described(states.entries, problem.all_chunks * H * K, V, V, K),
+        described(states.entries, states.entries.shape[0] * H * K, V, V, K),
     )
     sizes = *problem.of_octets, tokens, problem.all_chunks, states.sums.stride(0)
     arguments = *descriptors, x, problem.levels, states, score_grads, partial, dscales, gains, *sizes
@@ -50,7 +50,7 @@ def launch_key_side(
         described(x.k, tokens, G * K, x.stride_k, 128),
         described(x.v, tokens, H * V, x.stride_v, 128),
         described(x.do, tokens, H * V, x.stride_do, 128),
-        described(chunk_grads, problem.all_chunks * H * K, V, V, K),
+        described(chunk_grads, chunk_grads.shape[0] * H * K, V, V, K),
         described(dv, tokens, H * V, H * V, 64),
     )
     sizes = *problem.of_octets, tokens, states.sums.stride(0)

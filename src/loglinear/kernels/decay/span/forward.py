@@ -37,7 +37,7 @@ def launch_span_output(problem: Problem, x: Inputs, states: States) -> Tensor:
         described(x.q, tokens, G * K, x.stride_q, 128),
         described(x.k, tokens, G * K, x.stride_k, 128),
         described(x.v, tokens, H * V, x.stride_v, 128),
-        described(states.entries, problem.all_chunks * H * K, V, V, K),
+        described(states.entries, states.entries.shape[0] * H * K, V, V, K),
         described(o, tokens, H * V, H * V, 64),
     )
     arguments = *descriptors, x, problem.levels, states, o, *problem.of_octets, states.sums.stride(0)

@@ -32,6 +32,7 @@ from loglinear.kernels.decay.span.tile import (
     slot_of,
     tile_of_program,
 )
+from loglinear.kernels.tree.place import row_of
 
 SLOTS = gl.constexpr(6)
 ROWS = gl.constexpr(
@@ -54,7 +55,7 @@ def load_tiles(q_desc, k_desc, v_desc, do_desc, d_desc, own, loaded, ring, tile,
         h = tile.h0 + head
         i = put(v_desc, tile.origin, h * S.V, ring, i, TILE, SLOTS)
         if tile.size > WIDTH:
-            i = put(d_desc, ((tile.chunk + 1) * S.H + h) * S.K, 0, ring, i, TILE, SLOTS)
+            i = put(d_desc, (row_of(tile.chunk + 1, 2) * S.H + h) * S.K, 0, ring, i, TILE, SLOTS)
         i = put(do_desc, tile.origin, h * S.V, ring, i, TILE, SLOTS)
 
 

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from loglinear.kernels.decay.span.factors import COLUMNS, ROWS, Factors, Logs, write_factors
 from loglinear.kernels.decay.span.products import key_scores, seen, times, weighted
 from loglinear.kernels.decay.span.tile import (
+    LEAST_ENTRY,
     SLOTS,
     TILE,
     Ring,
@@ -34,6 +35,7 @@ from loglinear.kernels.decay.span.tile import (
     store_part,
     tile_of_program,
 )
+from loglinear.kernels.tree.place import row_of
 
 REGISTERS = gl.constexpr(200)  # a thread, of those that multiply
 FACTOR_REGISTERS = gl.constexpr(
@@ -61,7 +63,7 @@ def load_tiles(q_desc, k_desc, v_desc, e_desc, ring, tile, S: gl.constexpr):
             i = put(v_desc, tile.origin - TILE, h * S.V + first_v, ring, i, TILE)
         e = tile.path
         while e > 0:
-            i = put(e_desc, ((tile.chunk0 + e - 1) * S.H + h) * S.K, first_v, ring, i, S.K)
+            i = put(e_desc, (row_of(tile.chunk0 + e - 1, LEAST_ENTRY) * S.H + h) * S.K, first_v, ring, i, S.K)
             e = e & (e - 1)
 
 

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from loglinear.kernels.decay.span.factors import Factors, Logs
 from loglinear.kernels.decay.span.gains import ROWS, SUMS, Results, Sums, write_gains
 from loglinear.kernels.decay.span.tile import (
+    LEAST_ENTRY,
     TILE,
     Ring,
     barriers,
@@ -29,6 +30,7 @@ from loglinear.kernels.decay.span.tile import (
     slot_of,
     tile_of_program,
 )
+from loglinear.kernels.tree.place import row_of
 
 SLOTS = gl.constexpr(5)  # of the ring; queries and keys have memory of their own
 COLUMNS = gl.constexpr(2)  # of keys: to the end of their chunk, of the tile before
@@ -55,7 +57,7 @@ def load_tiles(q_desc, k_desc, v_desc, do_desc, e_desc, own, loaded, ring, tile,
             i = put(v_desc, tile.origin - TILE, h * S.V, ring, i, TILE, SLOTS)
         e = tile.path
         while e > 0:
-            i = put(e_desc, ((tile.chunk0 + e - 1) * S.H + h) * S.K, 0, ring, i, TILE, SLOTS)
+            i = put(e_desc, (row_of(tile.chunk0 + e - 1, LEAST_ENTRY) * S.H + h) * S.K, 0, ring, i, TILE, SLOTS)
             e = e & (e - 1)
 
 

@@ -22,6 +22,7 @@ TILE = gl.constexpr(128)  # tokens
 WIDTH = gl.constexpr(64)  # columns of a slot, and tokens of a chunk
 SLOTS = gl.constexpr(8)
 TILES = gl.constexpr(4)  # of an octet
+LEAST_ENTRY = gl.constexpr(4)  # chunks of the shortest entry that is read
 
 
 class Tile(NamedTuple):
