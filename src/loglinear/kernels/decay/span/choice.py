@@ -21,7 +21,7 @@ MOST_HEADS, LEAST_HEADS = (
     12,
     4,
 )  # that a program handles in turn, at most 16; the fewest that are worth keeping scores for
-MOST_CHUNKS = 1 << 14  # of a sequence in the backward pass, which has twelve rows of shared memory for a path
+MOST_CHUNKS = 1 << 16  # of a sequence in the backward pass, which has 14 rows of shared memory for a path
 LEAST_LEVELS, MOST_LEVELS = 8, 32  # of the backward pass: one that no chunk has
 TILE_ROWS = 1 << 31  # a coordinate of a TMA copy is an int32
 

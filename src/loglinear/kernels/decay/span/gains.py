@@ -17,8 +17,8 @@ from loglinear.kernels.decay.span.factors import decay, fetch_ahead, first_steps
 from loglinear.kernels.decay.span.tile import slot_of
 from loglinear.kernels.tree.place import log2_of_power
 
-SUMS = gl.constexpr(14)  # rows of sums: the other chunk, the tile before, the path of twelve entries at most
-ROWS = gl.constexpr(28)  # (decay, λ times the factor of o) of each
+SUMS = gl.constexpr(16)  # rows of sums: the other chunk, the tile before, the path of 14 entries at most
+ROWS = gl.constexpr(32)  # (decay, λ times the factor of o) of each
 
 
 class Sums(NamedTuple):

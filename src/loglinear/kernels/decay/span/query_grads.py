@@ -32,7 +32,7 @@ from loglinear.kernels.decay.span.tile import (
 )
 from loglinear.kernels.tree.place import row_of
 
-SLOTS = gl.constexpr(5)  # of the ring; queries and keys have memory of their own
+SLOTS = gl.constexpr(4)  # of the ring; queries and keys have memory of their own
 COLUMNS = gl.constexpr(2)  # of keys: to the end of their chunk, of the tile before
 
 
