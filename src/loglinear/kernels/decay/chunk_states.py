@@ -43,7 +43,7 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
     pair = tl.zeros([S.BK, S.BV], tl.float32)
     prefix_log = 0.0
     pair_log = 0.0
-    # The gates of the next chunk are on their way while this one is computed.
+    # With one accumulator there are registers for the gates of the next chunk, on their way while this one is computed.
     next_gate = chunk_gates(first_chunk, at, x, h, S)
     for c in range(OCTET):
         local = first_chunk + c - at.n0
@@ -54,7 +54,10 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
         k_tile = load_tile(k_head + origin * x.stride_k, x.stride_k, valid, S.C, S.K, S.BK, first_k)
         v_tile = load_tile(v_head + origin * x.stride_v, x.stride_v, valid, S.C, S.V, S.BV, first_v)
         gate = next_gate
-        next_gate = chunk_gates(first_chunk + c + 1, at, x, h, S)
+        if LEAST == 4:
+            next_gate = chunk_gates(first_chunk + c + 1, at, x, h, S)
+        else:
+            gate = chunk_gates(first_chunk + c, at, x, h, S)
         high, low, to_end, total = gate_sums(gate)
         weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(v_tile.dtype)
         decay = tl.exp2(total)

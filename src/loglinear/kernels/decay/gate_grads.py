@@ -82,10 +82,10 @@ def gate_grads_kernel(
                 skips += tl.load(gains.beyond + place, mask=passes & (m > 0), other=0.0)
                 if PAIRS:
                     skips += tl.load(gains.beyond + place - S.H * TILES, mask=passes & (m == 1), other=0.0)
-            if PAIRS:  # again minus what the readers take: this chunk, and the one before it in the window
+            if PAIRS:  # again minus what the readers take: this chunk, and the one before or after it in the window
                 before = tl.load(gains.levels + (S.H + h).to(tl.int64) * all_chunks + chunk0 + local - 1 + 0 * m,
                                  mask=passes & (m == 1) & (n % 2 == 1), other=0.0)  # fmt: skip
-                skips -= tl.where(passes & (m == 1), own, 0.0) + before
+                skips -= tl.where(passes & (m == 1), own + later, 0.0) + before
             crossing = tl.sum(skips, axis=0) + tl.load(gains.chunks + site)
             gradient = crossing + tl.cumsum(gain - loss, axis=0, reverse=True)
             gate = tl.load(x.g + tokens.to(tl.int64) * x.stride_g + h, mask=valid, other=0.0)

@@ -49,21 +49,6 @@ def decay(log):
 
 
 @gluon.jit
-def fetch_ahead(logs, tile, h, r, L, S: gl.constexpr):
-    """Bring λ and the sums of tokens r of the tile, of head h, into the L1 cache; loads from memory take longer than a head."""
-    last = gl.minimum(h, tile.h0 + S.HEADS - 1)
-    token = (tile.origin + gl.minimum(r, tile.size - 1)).to(gl.int64)
-    fetch(logs.scales + (token * logs.stride + last * L))
-    fetch(logs.sums + (token + last.to(gl.int64) * logs.sums_stride))
-
-
-@gluon.jit
-def fetch(pointers):
-    gl.inline_asm_elementwise("prefetch.global.L1 [$1];\nmov.b32 $0, 0;", "=r,l", [pointers.to(gl.int64)], dtype=gl.int32,
-                              is_pure=False, pack=1)  # fmt: skip
-
-
-@gluon.jit
 def level_of(scales, levels, level):
     """Column ``level`` of λ ``[128, 16]``: a thread has a whole row, so no number moves."""
     return gl.sum(gl.where(levels == level, scales, 0.0), axis=1)
@@ -126,7 +111,6 @@ def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
         before_g = gl.load(sums - 128 + r, mask=(r >= 0) & (tile.second == 1), other=0.0)
         steps = first_steps(logs, scales, tile, h, r, present, factor, L, S.H)
         lam = gl.convert_layout(wide, BY_ROW).to(gl.float32)
-        fetch_ahead(logs, tile, tile.h0 + (i + 1) // PARTS, r, L, S)
 
         slot, phase = slot_of(i, 2)
         mbarrier.wait(factors.empty.index(slot), phase ^ 1)

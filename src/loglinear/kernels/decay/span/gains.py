@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from loglinear.kernels.decay.span.factors import decay, fetch_ahead, first_steps, path_step
+from loglinear.kernels.decay.span.factors import decay, first_steps, path_step
 from loglinear.kernels.decay.span.tile import slot_of
 from loglinear.kernels.tree.place import log2_of_power
 
@@ -58,7 +58,6 @@ def make_factors(factors, logs, tile, i, factor, L, S: gl.constexpr, LOCAL: gl.c
     before1 = gl.load(chunk_log - S.H, mask=tile.second == 1, other=0.0)
     before_g = gl.load(sums - 128 + r, mask=(r >= 0) & (tile.second == 1), other=0.0)
     scale0, scale1, scale2, log0, log1, log2, ahead = first_steps(logs, scales, tile, h, r, present, factor, L, S.H)
-    fetch_ahead(logs, tile, h + 1, r, L, S)
 
     slot, phase = slot_of(i, 2)
     mbarrier.wait(factors.empty.index(slot), phase ^ 1)

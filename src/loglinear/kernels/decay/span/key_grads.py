@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from loglinear.kernels.decay.span.factors import Factors, Logs, decay, fetch_ahead
+from loglinear.kernels.decay.span.factors import Factors, Logs, decay
 from loglinear.kernels.decay.span.output import store
 from loglinear.kernels.decay.span.products import key_scores, times, weighted
 from loglinear.kernels.decay.span.tile import (
@@ -88,7 +88,6 @@ def write_factors(factors, logs, tile, factor, L, S: gl.constexpr):
         chunk_log = logs.chunk_log + tile.chunk.to(gl.int64) * S.H + h
         own_log = gl.load(chunk_log + second * S.H, mask=chunk < tile.size, other=0.0)
         next_log = gl.load(chunk_log + S.H, mask=tile.size > WIDTH, other=0.0)
-        fetch_ahead(logs, tile, h + 1, r, L, S)
 
         slot, phase = slot_of(i, 2)
         mbarrier.wait(factors.empty.index(slot), phase ^ 1)
