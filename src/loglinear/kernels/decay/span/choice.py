@@ -12,20 +12,15 @@ from loglinear.kernels.tree.bundles import Inputs
 from loglinear.kernels.tree.problem import Problem
 from loglinear.state import CHUNK_SIZE
 
-BACKWARD_TESTED = False  # the same of the kernels of the backward pass
 CAPABILITY = (9, 0)  # the products of sm_90 alone have the form that the kernels use
 TRITON = ((3, 6), (3, 7))  # from, and below: Gluon is experimental, and changes names and code between releases
 LEAST_ENTRY = 4  # chunks of the shortest entry that is read
 KEY_WIDTHS = (64, 128)
-MOST_HEADS, LEAST_HEADS = (
-    12,
-    4,
-)  # that a program handles in turn, at most 16; the fewest that are worth keeping scores for
+MOST_HEADS = 12  # that a program handles in turn, at most 16
+LEAST_HEADS = 4  # the fewest that are worth keeping scores for
 MOST_CHUNKS = 1 << 16  # of a sequence in the backward pass, which has 14 rows of shared memory for a path
 LEAST_LEVELS, MOST_LEVELS = 8, 32  # of the backward pass: one that no chunk has
 TILE_ROWS = 1 << 31  # a coordinate of a TMA copy is an int32
-
-UNTESTED = "the span kernels have not been tested on a GPU"
 
 
 def why_not(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
@@ -35,8 +30,6 @@ def why_not(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
 
 def why_not_backward(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
     """The same of the kernels of the backward pass."""
-    if not BACKWARD_TESTED:
-        return UNTESTED
     if x.v.dtype != torch.bfloat16 or (problem.key_width, problem.value_width) != (128, 64):
         return "not bfloat16, K=128 and V=64"
     if problem.chunks > MOST_CHUNKS or not LEAST_LEVELS <= problem.levels <= MOST_LEVELS:
