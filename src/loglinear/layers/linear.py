@@ -7,16 +7,24 @@ look for. A layer that is not, or that carries hooks, is called as any module is
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loglinear.ops import pointwise
+from loglinear.layers.norm import RMSNorm
+from loglinear.ops import pointwise, products
 
 MULTIPLE = 16  # outputs: 32 bytes in 16 bits
 FEW = 256  # tokens up to which reading the weight is all that takes time, and a copy of it would double that
+
+
+class Normed(NamedTuple):
+    """``norm(x)``, x ``[B, T, width]``, for products that make the norm themselves (``ops/products.py``)."""
+
+    x: Tensor
+    norm: RMSNorm
 
 
 def project(input: Tensor, layer: nn.Module) -> Tensor:
@@ -34,12 +42,15 @@ def aligned_product(input: Tensor, weight: Tensor) -> Tensor:
     return F.linear(input, _padded(weight))[..., : weight.shape[0]]
 
 
-def projections(input: Tensor, first: nn.Module, second: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+def projections(input: Tensor | Normed, first: nn.Module, second: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     """Both layers' outputs of ``[..., in_features]``.
 
     They are one product, with both weights, where ``joins`` says so: the narrower of two products runs far from the
     speed of the other, and one product leaves nothing to add for the input's gradient.
     """
+    if isinstance(input, Normed):
+        other = None if second is None else second.get_parameter("weight")
+        return products.projected(input.x, first.get_parameter("weight"), other, input.norm.weight, input.norm.eps)
     if second is None:
         return project(input, first), None
     if joins(input, first, second):
@@ -66,10 +77,13 @@ def many(input: Tensor) -> bool:
 
 def plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Neither an adapter nor a quantised or sharded layer in its place, and nobody's code before or behind its calls."""
-    if type(layer) is not nn.Linear or layer.bias is not None or "forward" in layer.__dict__:
-        return False
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return pointwise.ordinary(layer.weight) and not any(hooks)
+    return type(layer) is nn.Linear and layer.bias is None and pointwise.ordinary(layer.weight) and bare(layer)
+
+
+def bare(module: nn.Module) -> bool:
+    """Whether a call of the module is a call of its class's ``forward``, with nobody's code before or behind it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in module.__dict__ and not any(hooks)
 
 
 def _padded(weight: Tensor) -> Tensor:

@@ -110,9 +110,7 @@ class RecurrentMixer(StatedInit):
         cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
-        streams = self.project(hidden)
-        if self.reads_positions:
-            streams = streams._replace(position=positions(hidden, state, cu_seqlens, self.context_group))
+        streams = self.placed_streams(hidden, state, cu_seqlens)
         if state is not None and step.takes(self, streams.joined, state, cu_seqlens):
             return self.out_proj(self.fused_step(streams, state)), state if output_state else None
         mixed, conv_tail = convolve(self.conv, streams.conv, state, cu_seqlens, self.context_group)
@@ -130,6 +128,15 @@ class RecurrentMixer(StatedInit):
             self.unit_length,
         )
         return self.outputs(o, streams.gate, skip), new_state
+
+    def placed_streams(
+        self, hidden: Tensor, state: RecurrentMixerState | None, cu_seqlens: Tensor | None = None
+    ) -> Streams:
+        """``project(hidden)``, with the positions for a mixer that reads them."""
+        streams = self.project(hidden)
+        if not self.reads_positions:
+            return streams
+        return streams._replace(position=positions(streams.conv, state, cu_seqlens, self.context_group))
 
     def joint(self, hidden: Tensor, scaled: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``in_proj`` of hidden (of ``scaled`` in its place), and λ's projection of hidden."""

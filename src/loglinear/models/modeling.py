@@ -23,6 +23,7 @@ from loglinear.layers import RMSNorm, SumRMSNorm
 from loglinear.layers.initialization import StatedInit
 from loglinear.layers.level_scale import LevelScale
 from loglinear.layers.table import MIXERS
+from loglinear.models import token
 from loglinear.models.cache import MixerCacheLayer, check_cache, check_past
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.foreign.loading import from_foreign
@@ -62,6 +63,8 @@ class LogLinearBlock(GradientCheckpointingLayer):
         """hidden as ``layout.pack`` leaves it; this layer's state in the cache takes the tokens in."""
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         assert cache is None or isinstance(cache, MixerCacheLayer)  # check_cache saw to it
+        if cache is not None and token.why_not(self, hidden, layout, cache) is None:
+            return token.forward(self, hidden, layout, cache)
         normed = self.mixer_norm(hidden)
         if cache is None:
             mixed, _ = layout.run(self.mixer, normed)

@@ -22,7 +22,7 @@ from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
 from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, constants
-from loglinear.kernels.tree.dependent import dependent
+from loglinear.kernels.tree.dependent import dependent, dependent_launch
 from loglinear.kernels.tree.problem import cdiv, padded
 from loglinear.kernels.tree.replay import replay
 from loglinear.transition import is_per_channel
@@ -151,6 +151,7 @@ def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
     programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v, precision)
     if o.numel():
         counts = v.shape[1], x.scales.shape[3], held.entries.shape[2]
+        options |= dependent_launch(v.device)
         launching.launch(scalar_step_kernel, programs, x, held, o, *counts, S=S, **options)
     return (o,)
 
@@ -176,7 +177,7 @@ def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) ->
     launching.launch(carried_token_kernel, programs, x, held, reach, read, T, **options)
     launch, options = chosen(CARRIED, q, held.entries)
     programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v, **kind)
-    after = dict(EARLY=early) | ({"launch_pdl": True} if early else {})
+    after = dependent_launch(v.device)
     for later in range(min(length, 2)):
         if later:  # entries are those that the launch before has written
             after = dict(EARLY=False)

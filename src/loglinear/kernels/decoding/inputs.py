@@ -22,6 +22,7 @@ from loglinear.kernels.decoding.open_chunk import held_row
 from loglinear.kernels.pointwise.functions import softplus
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import constants, hash_of
+from loglinear.kernels.tree.dependent import dependent_launch, launch_dependents, wait
 from loglinear.kernels.tree.problem import cdiv
 from loglinear.kernels.tree.replay import replay
 
@@ -121,11 +122,14 @@ def convolve(x, y, row, channels, T, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def step_inputs_kernel(x, y, T, S: tl.constexpr):
+def step_inputs_kernel(x, y, T, S: tl.constexpr, EARLY: tl.constexpr):
     """Grid: rows x (blocks of channels, then of heads, then of λ). float32: everything.
 
     Races: the state of a channel is read and written by the one program that owns the channel.
     """
+    if EARLY:
+        launch_dependents()
+        wait()
     CHANNEL_BLOCKS: tl.constexpr = (S.N + S.BLOCK - 1) // S.BLOCK
     HEAD_BLOCKS: tl.constexpr = (S.H + S.BLOCK - 1) // S.BLOCK if S.RATE >= 0 else 0
     PARTS: tl.constexpr = CHANNEL_BLOCKS + HEAD_BLOCKS + (S.H * S.L + S.BLOCK - 1) // S.BLOCK
@@ -211,5 +215,7 @@ def run_step_inputs(inputs: list, columns: tuple[int, int, int, int], offset: fl
         keep = triton.next_power_of_2(max(taps - 1, 1))
         S = constants(Columns, *columns, channels, heads, levels, taps, keep, offset, BLOCK)
         given = Projections(*inputs, width, stride_dl, tail.stride(0))
-        launching.launch(step_inputs_kernel, programs, given, made, length, S=S, num_warps=WARPS)
+        launching.launch(
+            step_inputs_kernel, programs, given, made, length, S=S, num_warps=WARPS, **dependent_launch(device)
+        )
     return tuple(made)

@@ -14,6 +14,7 @@ from loglinear.kernels.decoding.host import row_stride
 from loglinear.kernels.decoding.open_chunk import held_row
 from loglinear.kernels.pointwise.functions import gate_of
 from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.dependent import dependent_launch, launch_dependents, wait
 from loglinear.kernels.tree.replay import replay
 
 
@@ -45,8 +46,12 @@ def step_outputs_kernel(
     GATE_FIRST: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: tokens x groups of N columns that are normed together. float32: gate and norm; the skip rounds as plain code."""
+    if EARLY:
+        launch_dependents()
+        wait()
     token = (tl.program_id(0) // GROUPS).to(tl.int64)
     group = tl.program_id(0) % GROUPS
     columns = tl.arange(0, BLOCK)
@@ -114,6 +119,7 @@ def run_step_outputs(inputs: list, eps: float, gate_first: bool, silu: bool) -> 
             eps,
             **sizes,
             num_warps=warps_for(block),
+            **dependent_launch(o.device),
         )
     return (y,)
 

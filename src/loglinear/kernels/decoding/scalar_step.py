@@ -23,6 +23,7 @@ from loglinear.kernels.decoding.open_chunk import (
     store_token,
     weighted_entries,
 )
+from loglinear.kernels.tree.dependent import launch_dependents, wait
 from loglinear.kernels.tree.place import log2_of_power, lowbit
 from loglinear.kernels.tree.tiles import load_state, store_state
 
@@ -49,13 +50,16 @@ def close_chunk(held, k, stride, first, half, v_tile, after, logs, n, M, first_v
 
 
 @triton.jit(do_not_specialize=["T", "L", "M"])
-def scalar_step_kernel(x, held, o, T, L, M, S: tl.constexpr, STAGES: tl.constexpr):
+def scalar_step_kernel(x, held, o, T, L, M, S: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
     """Grid: ``program_of``. float32: scores, decays, sums; the chunk's own product takes the inputs' dtype.
 
     Races: programs of one row share ``open_k``, ``open_g`` and ``decay``. Only one program writes each, and only where no
     program of this launch reads: a token of the call is read from the inputs, and the tokens and decays of the next chunk
     go to the half that chunk n does not use. ``entries`` and ``open_v`` are written by the program that owns the columns.
     """
+    if EARLY:
+        launch_dependents()
+        wait()
     own = program_of(S)
     first_v = own.first_v
     held = at_head(held, own, M, S)

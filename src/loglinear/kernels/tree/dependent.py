@@ -33,3 +33,8 @@ def dependent(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
         return False
     return torch.cuda.get_device_capability(device)[0] >= CAPABILITY
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """The constant EARLY of a kernel, whether its programs wait, and the option of its launch."""
+    return {"EARLY": True, "launch_pdl": True} if dependent(device) else {"EARLY": False}
