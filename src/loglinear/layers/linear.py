@@ -49,8 +49,8 @@ def projections(input: Tensor | Normed, first: nn.Module, second: nn.Module | No
     speed of the other, and one product leaves nothing to add for the input's gradient.
     """
     if isinstance(input, Normed):
-        other = None if second is None else second.get_parameter("weight")
-        return products.projected(input.x, first.get_parameter("weight"), other, input.norm.weight, input.norm.eps)
+        beside = None if second is None else second.get_parameter("weight")
+        return products.projected(input.x, first.get_parameter("weight"), beside, input.norm.weight, input.norm.eps)
     if second is None:
         return project(input, first), None
     if joins(input, first, second):
