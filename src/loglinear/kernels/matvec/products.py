@@ -169,7 +169,8 @@ NARROW = 2048  # columns up to which a program has all these rows; it has half o
 
 def launch_of(rows: int, columns: int, gated: bool) -> Launch:
     """The launch for so many rows of x and columns of weights."""
-    launch = ONE if rows == 1 else FEW
+    spills = gated and columns > NARROW  # one warp with two wide weights (sm_90, Triton 3.6)
+    launch = ONE if rows == 1 and not spills else FEW
     return launch._replace(rows=max(launch.rows // (2 if gated else 1) // (1 if columns <= NARROW else 2), 1))
 
 
