@@ -65,7 +65,7 @@ class Documents(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What a call goes on from, and what it leaves.
+    """The past of a call, and the past that it leaves.
 
     state: of an earlier call, or None. output: whether to return the state after the last token. lengths: ``[B]``, tokens
     of each row, with padding behind them; None is all. documents: packed documents, which have no state.
