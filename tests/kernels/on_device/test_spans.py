@@ -18,6 +18,7 @@ KERNELS = {"span_output_kernel", "span_query_grads_kernel", "span_key_grads_kern
 @pytest.fixture(autouse=True)
 def spans(monkeypatch):
     """The span kernels take what they can, and what they take is listed."""
+    monkeypatch.setattr(choice, "FORWARD", True)
     monkeypatch.setattr(choice, "BACKWARD", True)
     replay.plans_of.cache_clear()
     if (reason := choice.why_not_here(torch.device("cuda" if torch.cuda.is_available() else "cpu"))) is not None:

@@ -30,7 +30,7 @@ from loglinear.kernels.tree.replay import replay
 
 
 class Operands(NamedTuple):
-    """What a launch reads and writes; None where absent."""
+    """The tensors of a launch, read and written; None where absent."""
 
     x: Any  # [B, K]
     first: Any  # [N, K]

@@ -248,7 +248,7 @@ class TrainingSteps:
         return self.losses[:count].clone()
 
     def state(self) -> dict:
-        """What ``load`` needs to go on after the last block."""
+        """For ``load``, which goes on after the last block."""
         return {"done": self.done, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load(self, state: dict) -> None:
