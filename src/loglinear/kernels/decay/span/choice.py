@@ -12,8 +12,8 @@ from loglinear.kernels.tree.bundles import Inputs
 from loglinear.kernels.tree.problem import Problem
 from loglinear.state import CHUNK_SIZE
 
-# Whether the passes may have them. The query side has not always given the same bits at T=16,384. The output reads a slot of the
-# ring into registers in the same way, and ten calls of its last form have not been compared (docs/lab-notes.md).
+# Whether the passes may have them. The query side has not always given the same bits at T=16,384. The output reads a slot of
+# the ring into registers in the same way, and ten calls of its last form have not been compared (docs/lab-notes.md).
 FORWARD = BACKWARD = False
 CAPABILITY = (9, 0)  # the products of sm_90 alone have the form that the kernels use
 TRITON = ((3, 6), (3, 7))  # from, and below: Gluon is experimental, and changes names and code between releases
