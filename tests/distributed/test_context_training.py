@@ -43,6 +43,7 @@ def one_process(rank: int, options: list[str]) -> int:
 
 
 def train_on_ranks(count: int, batch_size: int, options: list[str], output: Path) -> None:
+    """Pairs of processes share a sequence."""
     command = [*options, "--context-parallel", "2", "--batch-size", str(batch_size), "--output", str(output)]
     assert on_ranks(count, one_process, command) == [0] * count
 
@@ -80,9 +81,17 @@ def test_two_processes_with_one_sequence_are_one_process_and_go_on_as_it_does(op
     assert_same_outcome(run, single)
 
 
-def test_two_pairs_of_processes_take_twice_the_sequences_of_one(options, single, tmp_path):
-    train_on_ranks(4, 2, options, tmp_path / "run")
-    assert_same_losses(tmp_path / "run", single, last=3)  # then the epoch ends: sequences that fill up its last step
+@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["replicated", "sharded"])
+def test_two_pairs_of_processes_take_twice_the_sequences_of_one(more, options, single, tmp_path):
+    run = tmp_path / "run"
+    train_on_ranks(4, 2, [*options, *more], run)
+    assert_same_losses(run, single, last=3)  # then the epoch ends: sequences that fill up its last step
+    if more:  # a sharded run goes on in two processes with a whole model each
+        content = record(run)
+        shutil.rmtree(run / "checkpoint-4")
+        (run / "record.json").write_text(json.dumps(content | {"status": "running"}))
+        train_on_ranks(2, 4, options, run)
+        assert_same_losses(run, single, last=3)
 
 
 def test_processes_that_are_missing_are_named(options, tmp_path, capsys):

@@ -190,10 +190,6 @@ class TrainConfig:
             raise ValueError("lift: needs --init, the linear model to start from")
         if self.train == "levels" and self.init is None:
             raise ValueError("train: levels needs --init, the model whose other parameters stay as they are")
-        if self.fsdp and self.context_parallel > 1:
-            raise ValueError(
-                f"fsdp: must be off with context_parallel={self.context_parallel}: processes share one or the other"
-            )
         if self.save_every % self.log_every:
             # A logged loss is a mean since the last one: a checkpoint in between would change it after a restart.
             raise ValueError(f"save_every must be a multiple of log_every: got {self.save_every} and {self.log_every}")

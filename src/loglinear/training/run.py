@@ -148,8 +148,7 @@ def _trainer(
 ) -> LanguageModelTrainer:
     optimizer = config.optimizer
     tokens_per_step = optimizer.batch_size * optimizer.accumulate * config.data.context * arguments.world_size
-    kind: Callable[..., LanguageModelTrainer] = ShardedTrainer if config.fsdp else LanguageModelTrainer
-    trainer = (kind if group is None else partial(ContextTrainer, context_group=group))(
+    trainer = trainer_kind(config.fsdp, group)(
         model,
         arguments,
         train_dataset=data.train,
@@ -161,6 +160,20 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def trainer_kind(fsdp: bool, group: ProcessGroup | None) -> Callable[..., LanguageModelTrainer]:
+    """The trainer of sharded parameters or of spans of sequences, of both or of neither.
+
+    All processes share the parameters, those of one sequence among them: a shard is 1/processes of the model.
+    """
+    if group is None:
+        return ShardedTrainer if fsdp else LanguageModelTrainer
+    return partial(ShardedContextTrainer if fsdp else ContextTrainer, context_group=group)
+
+
+class ShardedContextTrainer(ContextTrainer, ShardedTrainer):
+    """Trains on spans of sequences under FSDP2."""
 
 
 def _train_from(trainer: LanguageModelTrainer, start: Start) -> None:
