@@ -5,13 +5,14 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/context_parallel.py --device cpu --T 256 --layers 2 --hidden-size 64 \\
         --vocab-size 64 --steps 2 --results out/rows                                    # a rehearsal
 
-The checks compare outputs and all gradients of both ops, float32 and bfloat16, with the op on one GPU in float64 (plain
-PyTorch), at decays that let a rank's past last. An error may be twice that of the kernels on one GPU, or the limit of
+The checks compare outputs and all gradients of the ops, with either gate, float32 and bfloat16, with the op on one GPU in float64
+(plain PyTorch), at decays that let a rank's past last. An error may be twice that of the kernels on one GPU, or the limit of
 `benchmarks/verify.py` where that is more. The loss of the first training step must be that of one GPU within 1e-3.
 
-Only then are rows written: both ops, forward and backward, and a training step (autocast, checkpointed activations, clipping,
-AdamW; DistributedDataParallel on several). A time is that of the slowest process, the median over --steps, its spread the
-20th and 80th percentile; `speedup` is against one GPU with the same tokens. While one GPU works the others wait.
+Only then are rows written: the ops, forward and backward, what the ranks exchange in them, alone, and a training step (autocast,
+checkpointed activations, clipping, AdamW; DistributedDataParallel on several). A time is that of the slowest process, the median
+over --steps, its spread the 20th and 80th percentile; `speedup` is against one GPU with the same tokens. While one GPU works the
+others wait.
 """
 
 from __future__ import annotations
@@ -32,19 +33,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from loglinear import log_linear_attention, log_linear_delta_rule
-from loglinear.distributed import context_parallel_attention, context_parallel_delta_rule, context_span
+from loglinear.distributed import context, context_parallel_attention, context_parallel_delta_rule, context_span
 from loglinear.layers import set_context_group
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.training.model import compile_blocks
 from measure import RESULTS, append, environment
 from ops_cpu import machine
-from peers import Shape, delta_inputs, inputs
+from peers import Shape, channel_delta_inputs, channel_inputs, delta_inputs, inputs
 from training_models import update
 from verify import LIMITS, relative
 
-OPS = {"scalar gate": (log_linear_attention, context_parallel_attention, inputs)}
-OPS["delta rule"] = (log_linear_delta_rule, context_parallel_delta_rule, delta_inputs)
-SHAPES = {"scalar gate": (48, 1, 128, 64), "delta rule": (16, 16, 128, 128)}  # H, G, K, V, as in the other benchmarks
+OPS = {
+    "scalar gate": (log_linear_attention, context_parallel_attention, inputs),
+    "delta rule": (log_linear_delta_rule, context_parallel_delta_rule, delta_inputs),
+    "gate per channel": (log_linear_attention, context_parallel_attention, channel_inputs),
+    "delta rule, gate per channel": (log_linear_delta_rule, context_parallel_delta_rule, channel_delta_inputs),
+}
+SHAPES = dict.fromkeys(OPS, (16, 16, 128, 128)) | {
+    "scalar gate": (48, 1, 128, 64)
+}  # H, G, K, V, as in the other benchmarks
 WARMUP = 2
 
 
@@ -144,6 +151,32 @@ def time_op(name: str, args: argparse.Namespace) -> dict[int, dict]:
     return found
 
 
+def time_exchange(name: str, args: argparse.Namespace) -> dict:
+    """The op's exchange alone: the all-gather of the forward pass and the all-to-all of the backward pass."""
+    _, over_ranks, make = OPS[name]
+    group, given, exchange = dist.group.WORLD, [], context.exchange
+
+    def kept(through: Tensor, sent: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        given.append(sent.detach().requires_grad_())
+        return exchange(through, sent, group)
+
+    sizes = SHAPES[name] if args.device == "cuda" else (2, 1, 8, 8)
+    context.exchange = kept
+    with torch.no_grad():  # of one chunk a rank: the size does not depend on the length where a span is one block
+        x = make(Shape(1, 64 * group.size(), *sizes), args.device)
+        over_ranks(**{key: value[:, context_span(64 * group.size(), group)] for key, value in x.items()}, group=group)
+    context.exchange = exchange
+    (sent,) = given
+    through = torch.zeros((), device=args.device, requires_grad=True)
+
+    def call() -> None:
+        out, received = exchange(through, sent, group)
+        torch.autograd.grad((out, received), (sent,), (out, received))
+
+    bytes_sent = 2 * (group.size() - 1) * sent.numel() * sent.element_size()  # by a rank, to all others, both ways
+    return summary(step_times(call, args.steps, args.device, False), args.device) | {"bytes_sent": bytes_sent}
+
+
 def summary(times: list[float], device: str) -> dict:
     """The median and its spread, and the largest memory of any process since it was last asked for."""
     low, *_, high = statistics.quantiles(times, n=5)
@@ -241,7 +274,12 @@ def main() -> None:
     common = {**common, "commit": args.commit or common["commit"], "steps": args.steps}
     for name in args.ops:
         H, G, K, V = SHAPES[name]
-        keep(name, time_op(name, args), common | {"H": H, "G": G, "K": K, "V": V, "dtype": "bfloat16"}, args)
+        sizes = common | {"H": H, "G": G, "K": K, "V": V, "dtype": "bfloat16"}
+        keep(name, time_op(name, args), sizes, args)
+        row = time_exchange(name, args) | {"op": f"{name}: exchange alone", "gpus": dist.get_world_size(), "T": args.T}
+        say(f"{row['op']}: {row['ms']:.2f} ms for {row['bytes_sent'] / 1e6:.1f} MB sent by a rank")
+        if dist.get_rank() == 0:
+            append("context_parallel", [sizes | row], args.results)
     if args.mixer != "none":
         sizes = {key: getattr(args, key) for key in ("mixer", "layers", "hidden_size", "vocab_size", "compile")}
         sizes |= {"dtype": "bfloat16 autocast", "checkpointing": True}

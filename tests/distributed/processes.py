@@ -7,6 +7,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
@@ -31,17 +32,20 @@ def on_ranks(count: int, function: Callable, *args) -> list:
         pipes.append(receiving)
         processes.append(process)
     try:
-        results = []
-        for rank, pipe in enumerate(pipes):
-            assert pipe.poll(WAIT), f"rank {rank} did not end"
-            results.append(pipe.recv())
+        results: list = [None] * count
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+        while waiting:
+            ended = wait(waiting, WAIT)
+            assert ended, f"ranks {sorted(waiting.values())} did not end"
+            for pipe in ended:
+                done, result = pipe.recv()
+                assert done, result  # the others may wait for this rank for ever
+                results[waiting.pop(pipe)] = result
     finally:
         for process in processes:
             process.kill()
             process.join()
-    errors = [result for done, result in results if not done]
-    assert not errors, "\n".join(errors)
-    return [result for _, result in results]
+    return results
 
 
 def _run(sending, rank: int, count: int, port: int, function: Callable, args: tuple) -> None:

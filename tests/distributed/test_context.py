@@ -11,7 +11,7 @@ import torch.distributed as dist
 from processes import on_ranks
 
 import loglinear
-from loglinear.distributed import context_parallel_attention, context_parallel_delta_rule, context_span
+from loglinear.distributed import context, context_parallel_attention, context_parallel_delta_rule, context_span
 from oracle import error, make_inputs
 
 SMALL = dict(B=2, H=4, G=2, K=3, V=5, L=11)
@@ -21,6 +21,8 @@ CASES = {  # ranks, tokens of all together, inputs, options of the op
     "channels": (3, 576, dict(gate="diagonal", **SMALL), {"scale": 0.7}),
     "channels, delta rule": (2, 256, dict(gate="diagonal delta", **SMALL), {}),
     "two ranks": (2, 256, dict(gate="delta", **SMALL), {}),
+    "eight ranks": (8, 1024, dict(gate="scalar", **SMALL), {}),
+    "eight ranks, channels, delta rule": (8, 512, dict(gate="diagonal delta", **SMALL), {}),
     "no gate, few levels": (3, 192, dict(gate="identity", **SMALL | {"L": 8}), {}),
     "linear": (3, 192, dict(gate="scalar", **SMALL), {}),
     "linear delta rule": (2, 128, dict(gate="delta", **SMALL), {}),
@@ -28,6 +30,7 @@ CASES = {  # ranks, tokens of all together, inputs, options of the op
     "float32": (2, 256, dict(gate="delta", dtype=torch.float32, **SMALL), {}),
     "bfloat16": (3, 192, dict(gate="scalar", dtype=torch.bfloat16, **SMALL), {}),
 }
+BLOCKS = {1: 1, 2: 1, 3: 2}  # blocks of spans of so many chunks: those of 3 are 2 + 1, or 1 + 2
 # Above the dtype's rounding by what sums in another order lose; bfloat16 as one process with the same dtype, twice.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -58,38 +61,47 @@ def weight(o: torch.Tensor) -> torch.Tensor:
 
 def one_rank(rank: int) -> dict:
     dist.init_process_group("gloo")
-    pair = dist.new_group([0, 1], use_local_synchronization=True) if rank < 2 else None
-    groups = {2: pair, 3: dist.group.WORLD}
+    groups = {8: dist.group.WORLD, **{count: dist.new_group(range(count)) for count in (2, 3)}}
     found = {name: case(name, groups[ranks]) for name, (ranks, *_) in CASES.items() if ranks > rank}
-    return found | {"errors": [error_of(64 * (rank + 1)), error_of(65), span_error(400)]}
+    if rank < 3:
+        found["errors"] = [error_of(64 * (rank + 1), groups[3]), error_of(65, groups[3]), span_error(400, groups[3])]
+    return found
 
 
-def error_of(length: int) -> str:
+def error_of(length: int, group) -> str:
     x = make_inputs(T=length, **SMALL)
     with pytest.raises(ValueError) as caught:
-        call(x, (context_parallel_attention,), group=dist.group.WORLD)
+        call(x, (context_parallel_attention,), group=group)
     return str(caught.value)
 
 
-def span_error(length: int) -> str:
+def span_error(length: int, group) -> str:
     with pytest.raises(ValueError) as caught:
-        context_span(length, dist.group.WORLD)
+        context_span(length, group)
     return str(caught.value)
 
 
-def case(name: str, group) -> list[torch.Tensor]:
-    """o of this rank, and the gradients of its inputs."""
+def case(name: str, group) -> list:
+    """o of this rank, the gradients of its inputs, and how many numbers it sent."""
     whole, (_, length, _, options) = made(name), CASES[name]
     own = context_span(length, group)
     x = {key: value[:, own].detach().requires_grad_() for key, value in whole.items()}
+    sent, exchange = [], context.exchange
+
+    def counted(through, given, group):
+        sent.append(given.numel())
+        return exchange(through, given, group)
+
+    context.exchange = counted
     o = call(x, (context_parallel_attention, context_parallel_delta_rule), **options, group=group)
+    context.exchange = exchange
     full = torch.zeros(whole["v"].shape, dtype=o.dtype)
-    return [o, *torch.autograd.grad(o, list(x.values()), weight(full)[:, own])]
+    return [o, *torch.autograd.grad(o, list(x.values()), weight(full)[:, own]), sum(sent)]
 
 
 @pytest.fixture(scope="module")
 def found():
-    return on_ranks(3, one_rank)
+    return on_ranks(8, one_rank)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,8 +115,18 @@ def test_outputs_and_gradients_are_those_of_one_process(found, name):
         assert error(have, want) < TOLERANCE[want.dtype], ["o", *x][i]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_rank_sends_a_map_for_each_block(found, name):
+    """docs/context_parallel.md: H (K V + 1) numbers a block; with channels H (K V + K), with a delta rule H (K V + K²)."""
+    ranks, length, kind, _ = CASES[name]
+    span = {"delta": kind["K"] ** 2, "diagonal delta": kind["K"] ** 2, "diagonal": kind["K"]}.get(kind["gate"], 1)
+    blocks = 1 if "linear" in name else BLOCKS[length // ranks // 64]
+    expected = kind["B"] * kind["H"] * (kind["K"] * kind["V"] + span) * blocks
+    assert {result[name][-1] for result in found[:ranks]} == {expected}
+
+
 def test_spans_that_do_not_fit_are_named(found):
-    for result in found:
+    for result in found[:3]:
         unequal, ragged, whole = result["errors"]
         assert unequal == "q must hold as many tokens on every rank of the group: got T=[64, 128, 192]"
         assert ragged == "q must hold a multiple of 64 tokens on every rank: got T=65"
