@@ -5,14 +5,14 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/context_parallel.py --device cpu --T 256 --layers 2 --hidden-size 64 \\
         --vocab-size 64 --steps 2 --results out/rows                                    # a rehearsal
 
-The checks compare outputs and all gradients of the ops, with either gate, float32 and bfloat16, with the op on one GPU in float64
-(plain PyTorch), at decays that let a rank's past last. An error may be twice that of the kernels on one GPU, or the limit of
-`benchmarks/verify.py` where that is more. The loss of the first training step must be that of one GPU within 1e-3.
+The checks compare outputs and all gradients of the ops, with either gate, float32 and bfloat16, with the op on one GPU in
+float64 (plain PyTorch), at decays that let a rank's past last. An error may be twice that of the kernels on one GPU, or the
+limit of `benchmarks/verify.py` where that is more. The loss of the first training step must be that of one GPU within 1e-3.
 
-Only then are rows written: the ops, forward and backward, what the ranks exchange in them, alone, and a training step (autocast,
-checkpointed activations, clipping, AdamW; DistributedDataParallel on several). A time is that of the slowest process, the median
-over --steps, its spread the 20th and 80th percentile; `speedup` is against one GPU with the same tokens. While one GPU works the
-others wait.
+Only then are rows written: the ops, forward and backward, what the ranks exchange in them, alone, and a training step
+(autocast, checkpointed activations, clipping, AdamW; DistributedDataParallel on several). A time is that of the slowest
+process, the median over --steps, its spread the 20th and 80th percentile; `speedup` is against one GPU with the same tokens.
+While one GPU works the others wait.
 """
 
 from __future__ import annotations

@@ -30,8 +30,11 @@ def _command(options: list[str], printed: Path | None) -> None:
     raise SystemExit(main(options))
 
 
-def run_ranks(function: Callable[..., None], processes: int, *arguments) -> None:
-    """Call ``function(*arguments)`` in that many processes, each with the environment that torchrun would give it."""
+def run_ranks(function: Callable[..., None], processes: int, *arguments, killed: int | None = None) -> None:
+    """Call ``function(*arguments)`` in that many processes, each with the environment that torchrun would give it.
+
+    All must end well, but for ``killed``, which must die of SIGKILL.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     group = [
@@ -44,7 +47,7 @@ def run_ranks(function: Callable[..., None], processes: int, *arguments) -> None
     codes = [process.exitcode for process in group]
     for process in group:
         process.kill()
-    assert codes == [0] * processes
+    assert codes == [0 if rank != killed else -9 for rank in range(processes)]
 
 
 def _as_rank(rank: int, processes: int, port: int, function: Callable[..., None], arguments: tuple) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -394,6 +396,33 @@ def test_sigterm_to_one_process_ends_all(more, train_options, tmp_path):
     run = tmp_path / "run"
     run_ranks(terminated_rank, 2, [*train_options, *more, "--steps", "9", "--output", str(run)])
     assert [checkpoint_step(path) for path in complete_checkpoints(run)] == [1]
+
+
+def killed_rank(options: list[str]) -> None:
+    """A process of four, of which the third is killed in the second step."""
+    own, train = Trainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        train.append(1)
+        if os.environ["RANK"] == "2" and len(train) == 2:
+            signal.raise_signal(signal.SIGKILL)
+        return own(self, *args, **kwargs)
+
+    Trainer.training_step = training_step  # type: ignore[method-assign]
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        assert main(options) == 1
+    line = printed.getvalue().splitlines()[-1]
+    assert line.startswith("loglinear train: another process of this run has ended")
+    assert "goes on from checkpoint-1 in" in line
+
+
+@pytest.mark.default_packages
+def test_a_killed_process_ends_all_with_a_line_and_fewer_go_on(train_options, tmp_path):
+    run = tmp_path / "run"
+    options = [*train_options, "--context", "128", "--steps", "3", "--save-every", "1", "--output", str(run)]
+    run_ranks(killed_rank, 4, [*options, "--batch-size", "1", "--fsdp", "--context-parallel", "2"], killed=2)
+    assert [checkpoint_step(path) for path in complete_checkpoints(run)] == [1]
+    assert main([*options, "--batch-size", "2"]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- full disk

@@ -39,6 +39,7 @@ def train(args: TrainArgs) -> None:
     from accelerate import PartialState
     from rich.console import Console
 
+    from loglinear.training.checkpoints import complete_checkpoints
     from loglinear.training.run import train as run
 
     config = TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)})
@@ -47,12 +48,28 @@ def train(args: TrainArgs) -> None:
         run(config, Console(soft_wrap=True))
     except SystemExit as stop:  # of all processes together, after SIGTERM
         status = stop.code
+    except RuntimeError as error:
+        if not lost_a_process(error):
+            raise
+        done = complete_checkpoints(config.output)
+        place = f"from {done[-1].name} in {config.output}" if done else "from the start: no checkpoint is saved"
+        raise OSError(
+            "another process of this run has ended, and its own message or that of the system says why (a signal, no memory "
+            f"left); the same command goes on {place}"
+        ) from error
     # DistributedDataParallel must go first: holding the last reference to its process group, it would wait for a thread of
     # that group, and the thread for Python's lock.
     gc.collect()
     PartialState().destroy_process_group()
     if status is not None:
         raise SystemExit(status)
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process it needs is gone. Of gloo this is a plain RuntimeError."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo/transport" in str(error)
 
 
 def parse(argv: Sequence[str], prog: str) -> TrainArgs:
