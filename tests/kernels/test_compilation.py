@@ -6,9 +6,7 @@ as the table of docs/kernels.md.
 
 from __future__ import annotations
 
-import importlib
 import os
-from contextlib import ExitStack
 from unittest import mock
 
 import pytest
@@ -84,10 +82,7 @@ def launches(delta: bool, T: int = 16384, H: int = 16, G: int = 1, K: int = 128,
 
 def resources(target: str, delta: bool, names: tuple[str, ...] = (), **sizes) -> list[Resources]:
     """The kernels of these names, as the host launches them on a GPU of the target's memory."""
-    with ExitStack() as patches:
-        for file in ("forward", "backward"):
-            module = importlib.import_module(f"loglinear.kernels.decay.{file}")
-            patches.enter_context(mock.patch.object(module, "shared_memory", return_value=SHARED_MEMORY[target]))
+    with mock.patch("loglinear.kernels.decay.forward.shared_memory", return_value=SHARED_MEMORY[target]):
         found = launches(delta, **sizes)
     chosen = [launch for launch in found if not names or launch.kernel.fn.__name__ in names]
     return built(chosen, TARGETS[target])

@@ -11,7 +11,7 @@ from loglinear.models import MIXERS, LogLinearConfig
 DOCS = Path(__file__).parents[2] / "docs"
 DECODER = {  # fields that no mixer reads
     *("mixer", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
-    *("residual_in_fp32", "rms_norm_eps", "initializer_range", "decoding_entry_dtype", "use_cache"),
+    *("residual_in_fp32", "rms_norm_eps", "initializer_range", "level_scale_std", "decoding_entry_dtype", "use_cache"),
     *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "keys_to_ignore_at_inference"),
 }
 

@@ -12,7 +12,7 @@ from loglinear.tasks import style
 from loglinear.tasks.lm.figure import draw_losses
 from loglinear.tasks.lm.levels import draw_levels
 from loglinear.tasks.lm.retrieval import draw_retrieval
-from loglinear.tasks.mqar.config import MODELS
+from loglinear.tasks.mqar.config import FIRST_FIVE
 from loglinear.tasks.niah.figure import draw_heatmaps
 
 PAGES = {"white": "#ffffff", "dark": "#0d1117"}
@@ -49,7 +49,7 @@ def test_text_and_lines_can_be_read_on_both_pages(page):
 
 @pytest.mark.parametrize("kind", BLINDNESS)
 def test_models_have_different_colours_for_every_eye(kind):
-    assert set(style.COLORS) == set(MODELS)
+    assert set(style.COLORS) == set(FIRST_FIVE)
     seen = [lab(np.array(BLINDNESS[kind]) @ linear(color)) for color in style.COLORS.values()]
     assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 12
 
