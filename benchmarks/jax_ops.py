@@ -19,8 +19,10 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 # Before JAX is imported: docs/jax.md has the crash.
@@ -115,19 +117,22 @@ def append(args: argparse.Namespace, row: dict[str, object]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def torch_rows(rule: str, x: Arrays, seconds: float) -> Iterator[dict[str, object]]:
-    """Our PyTorch ops on the same inputs, with as many threads as XLA has."""
+def torch_rows(rule: str, x: dict[str, np.ndarray], seconds: float) -> list[dict[str, object]]:
+    """Our PyTorch ops on the same inputs, with as many threads as XLA has; in a process without XLA's."""
     import torch
 
     import loglinear
 
     torch.set_num_threads(os.cpu_count() or 1)
-    y = {name: torch.from_numpy(np.array(z)).requires_grad_() for name, z in x.items()}
+    y = {name: torch.from_numpy(z).requires_grad_() for name, z in x.items()}
     op = loglinear.log_linear_delta_rule if rule == "delta_rule" else loglinear.log_linear_attention
-    calls = {"forward": lambda: op(**y)[0], "forward + backward": lambda: op(**y)[0].sum().backward()}
-    for direction, call in calls.items():
+    both = lambda: torch.autograd.grad(op(**y)[0].sum(), list(y.values()))  # noqa: E731
+    rows: list[dict[str, object]] = []
+    for direction, call in {"forward": lambda: op(**y)[0], "forward + backward": both}.items():
         call()
-        yield {"implementation": f"loglinear, PyTorch {torch.__version__}", "pass": direction, **spread(call, seconds)}
+        implementation = f"loglinear, PyTorch {torch.__version__}"
+        rows.append({"implementation": implementation, "pass": direction, **spread(call, seconds)})
+    return rows
 
 
 def spread(call: Callable[[], object], seconds: float) -> dict[str, float]:
@@ -181,8 +186,11 @@ def main() -> None:
             time_of = spread(lambda executable=executable: jax.block_until_ready(executable(x)), args.seconds)
             label = {"op": args.rule, "implementation": name, "pass": direction}
             append(args, label | time_of | row | {"error": error, **columns})
-    for row in torch_rows(args.rule, x, args.seconds) if args.cpu else ():
-        append(args, {"op": args.rule, **row, **columns})
+    if args.cpu:
+        arrays = {name: np.array(y) for name, y in x.items()}
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own_process:
+            for row in own_process.submit(torch_rows, args.rule, arrays, args.seconds).result():
+                append(args, {"op": args.rule, **row, **columns})
 
 
 if __name__ == "__main__":
