@@ -21,9 +21,7 @@ from loglinear.layers.state import RecurrentMixerState
 from loglinear.state import LinearState, LogLinearState
 
 Mixer = Callable[..., Any]  # a mixer, or the method of one that is called as mixers are
-ALIGNMENT = (
-    256  # bytes: every tensor of a page begins where memory does, so no row of an entry has a part of another line
-)
+ALIGNMENT = 256  # bytes: tensors of a page begin where memory does, so no row of an entry has a part of another line
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,7 @@ from loglinear.kernels.decay.span.tile import (
 from loglinear.kernels.tree.place import row_of
 
 REGISTERS = gl.constexpr(200)  # a thread, of those that multiply
-FACTOR_REGISTERS = gl.constexpr(
-    88
-)  # of those that make factors; all together 512, for four threads that run side by side
+FACTOR_REGISTERS = gl.constexpr(88)  # of those that make factors; all together 512, for four threads side by side
 
 
 @gluon.jit
