@@ -110,7 +110,7 @@ def step_weight(i, x, L, states, sums, at, first, h, S: tl.constexpr):
 
 
 @triton.jit
-def descend(
+def descend(  # 13 parameters: what the kernel has, and which steps of its walk
     base, begin: tl.constexpr, end: tl.constexpr, x, L, states, sums, chunk_grads, at, first, part, S: tl.constexpr,
     EVERY: tl.constexpr,
 ):  # fmt: skip
