@@ -158,7 +158,8 @@ def check(name: str, args: argparse.Namespace, length: int = 320) -> float:
     """
     column = COLUMNS[name]
     size = Size(args.hidden_size, 2, 2, args.vocab_size, length)
-    config = size.config(column.mixer, layers=2, initializer_range=args.hidden_size**-0.5, rms_norm_eps=0.1)
+    options = {"initializer_range": args.hidden_size**-0.5, "rms_norm_eps": 0.1}
+    config = size.config(column.mixer, layers=2, residual_in_fp32=args.residual == "float32", **options)
     model, exact = build(config, column, args.device), build(config, Column(column.mixer), args.device)
     exact.load_state_dict(model.state_dict())
     exact.double()
