@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale, Start
+from loglinear.layers.linear import Normed
 from loglinear.layers.mixer import RecurrentMixer, Streams
 from loglinear.layers.norm import GatedRMSNorm, OutputGate
 from loglinear.layers.state import RecurrentMixerState
@@ -167,11 +169,24 @@ class LogLinearMamba2(RecurrentMixer):
         return (x * dt.unsqueeze(-1)).to(x.dtype), -torch.exp(wide(self.A_log)) * dt, x
 
     def fused_step(self, streams: Streams, state: RecurrentMixerState) -> Tensor:
+        inputs, x = self._step_inputs(streams, state)
+        return step.gate_and_norm(self, step.recur(*inputs, state), streams.gate, state, skip=(x, self.D))
+
+    def token_step(self, streams: Streams, state: RecurrentMixerState) -> Tensor | Normed:
+        if not step.gates_too(self, state):
+            return self.fused_step(streams, state)
+        assert isinstance(self.norm, GatedRMSNorm)
+        inputs, x = self._step_inputs(streams, state)
+        return Normed(step.recur_and_gate(*inputs, state, (x, self.D, streams.gate)), self.norm)
+
+    def _step_inputs(
+        self, streams: Streams, state: RecurrentMixerState
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]:
+        """q, k, v and the gates of a step; and x ``[B, T, H·V]``."""
         inner, channels, _ = self.in_widths
         columns = Columns(conv=inner, rate=inner + channels, scaled=inner)
         mixed, v, gates = step.convolve_and_gate(self, streams, state, columns)
         assert v is not None
         x, B, C = mixed.split(self.conv_widths, dim=-1)
         q, k = (y.unflatten(-1, (self.num_groups, -1)) for y in (C, B))
-        y = step.recur(q, k, v.unflatten(-1, (self.num_heads, -1)), gates, state)
-        return step.gate_and_norm(self, y, streams.gate, state, skip=(x, self.D))
+        return (q, k, v.unflatten(-1, (self.num_heads, -1)), gates), x

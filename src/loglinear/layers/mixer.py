@@ -19,7 +19,7 @@ from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import StatedInit
 from loglinear.layers.level_scale import LevelScale
-from loglinear.layers.linear import project, projections
+from loglinear.layers.linear import Normed, project, projections
 from loglinear.layers.norm import OutputGate, RMSNorm
 from loglinear.layers.recurrence import convolve, mix, positions
 from loglinear.layers.state import RecurrentMixerState
@@ -96,6 +96,10 @@ class RecurrentMixer(StatedInit):
         assert skip is None, "a mixer with a skip has a fused_step of its own"
         q, k, v, gates["g"], gates["beta"] = (inputs.get(name) for name in ("q", "k", "v", "g", "beta"))
         return step.gate_and_norm(self, step.recur(q, k, v, gates, state), streams.gate, state)  # type: ignore[arg-type]
+
+    def token_step(self, streams: Streams, state: RecurrentMixerState) -> Tensor | Normed:
+        """``fused_step``, or what its norm is yet to be made of; the product with the norm then moves the positions on."""
+        return self.fused_step(streams, state)
 
     def unfused(self) -> str | None:
         """The field that the kernels of a step do not know; None if they know all."""

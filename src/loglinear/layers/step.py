@@ -80,6 +80,28 @@ def recur(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], state: Recurre
     return log_linear_delta_rule_step(q, k, v, **gates, use_qk_l2norm_in_kernel=True, **places)
 
 
+def gates_too(mixer: RecurrentMixer, state: RecurrentMixerState) -> bool:
+    """Whether a step that ``takes`` has accepted may go by ``recur_and_gate``: rows side by side, a gate before the norm."""
+    norm, memory = mixer.norm, state.memory
+    known = isinstance(norm, GatedRMSNorm) and norm.gate_first and norm.activation == "silu"
+    return known and isinstance(memory, DecodingState) and state.rows is None and memory.position.is_contiguous()
+
+
+def recur_and_gate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: dict[str, Any],
+    state: RecurrentMixerState,
+    gate: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """``(o + D · skip) · silu(z)`` ``[B, T, H·V]`` by the launch of ``recur``, of a scalar gate; the positions stay.
+
+    gate: skip ``[B, T, H·V]``, D ``[H]`` and z ``[B, T, H·V]``.
+    """
+    return fused.gated_step(q, k, v, gates["g"], gates["level_scales"], state.memory, gate=gate).flatten(-2)
+
+
 def gate_and_norm(
     mixer: RecurrentMixer,
     o: Tensor,

@@ -51,9 +51,13 @@ def forward(block: LogLinearBlock, hidden: Tensor, layout: TokenLayout, cache: M
     state, out = cache.state, mixer.out_proj.get_parameter("weight")
     assert isinstance(state, RecurrentMixerState)
     normed: Any = Normed(hidden, block.mixer_norm)  # of which a mixer asks its projections alone
-    mixed = mixer.fused_step(mixer.placed_streams(normed, state), state)
+    mixed = mixer.token_step(mixer.placed_streams(normed, state), state)
     cache.store(state, layout.length)
-    hidden = products.summed(mixed, out, hidden)
+    if isinstance(mixed, Normed):
+        after = mixed.norm.weight, mixed.norm.eps, state.memory.position
+        hidden = products.summed(mixed.x, out, hidden, *after)
+    else:
+        hidden = products.summed(mixed, out, hidden)
     if mlp is None or norm is None:
         return hidden
     inner = products.swiglu(hidden, mlp.gate_proj.weight, mlp.up_proj.weight, norm.weight, norm.eps)

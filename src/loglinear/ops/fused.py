@@ -79,6 +79,11 @@ def step_outputs(*args) -> Tensor:
     return _kernels().outputs.step_outputs(*args)
 
 
+def gated_step(*args, gate: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """See ``gate_step`` of ``kernels.decoding``. The layers' own inputs are not checked once more."""
+    return _kernels().gate_step(*args, gate=gate)
+
+
 def linear_step(*args) -> Tensor:
     """See ``kernels.decoding.linear_step``."""
     return _kernels().linear_step.linear_step(*args)

@@ -55,9 +55,19 @@ def projected(
     return _kernels().products(x, first, second, norm, None, eps)
 
 
-def summed(x: Tensor, weight: Tensor, added: Tensor) -> Tensor:
-    """``added + x @ weightᵀ``."""
-    return _kernels().products(x, weight, None, None, added)[0]
+def summed(
+    x: Tensor,
+    weight: Tensor,
+    added: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    position: Tensor | None = None,
+) -> Tensor:
+    """``added + x @ weightᵀ``, x ``[B, T, K]``; with ``norm [K]`` of its RMS norm.
+
+    T is added to ``position``, int64 ``[B]``, which the launches before this one may read.
+    """
+    return _kernels().products(x, weight, None, norm, added, eps, position=position)[0]
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, norm: Tensor, eps: float) -> Tensor:

@@ -41,11 +41,20 @@ def test_products_of_a_norm(device, dtype, B, K):
 
 
 @DTYPES
-def test_a_product_on_the_residual_stream(device, dtype):
-    x, weight, _, _, added = make(device, dtype, 2, 70, 19, 1)
-    got, none = products(x, weight, added=added)
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_product_on_the_residual_stream(device, dtype, normed):
+    """With a norm before it, it also counts the tokens: here two of each of two rows."""
+    x, weight, _, scale, added = make(device, dtype, 4, 70, 19, 1)
+    position = torch.tensor([5, 70], device=device) if normed else None
+    got, none = products(x.view(2, 2, 70), weight, None, scale if normed else None, added, EPS, position=position)
     assert none is None
-    check(got, F.linear(x.double(), weight.double()) + added.double(), F.linear(x, weight) + added)
+    assert position is None or position.tolist() == [7, 72]
+
+    def summed(x, weight, scale, added):
+        return F.linear(F.rms_norm(x, (70,), scale, EPS) if normed else x, weight) + added
+
+    want, plain = (summed(*(t.to(kind) for t in (x, weight, scale, added))) for kind in (torch.double, dtype))
+    check(got.view_as(added), want, plain)
 
 
 @DTYPES

@@ -18,7 +18,7 @@ from loglinear.kernels.decoding.carried_close import carried_close_kernel
 from loglinear.kernels.decoding.carried_step import carried_step_kernel
 from loglinear.kernels.decoding.carried_token import carried_token_kernel
 from loglinear.kernels.decoding.open_chunk import Sizes, held_of
-from loglinear.kernels.decoding.scalar_step import scalar_step_kernel
+from loglinear.kernels.decoding.scalar_step import Gate, scalar_step_kernel
 from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, constants
@@ -112,13 +112,16 @@ def gate_step(
     state,
     scale: float = 1.0,
     rows: Tensor | None = None,
+    gate: tuple[Tensor | None, ...] = (None, None, None),
 ) -> Tensor:
     """o ``[B, T, H, V]`` of T <= C tokens; they are added to ``state`` (``loglinear.DecodingState``), except to its position.
 
     q, k ``[B, T, G, K]`` and v ``[B, T, H, V]`` of the dtype of ``state.open_k``, 32 or 16 bits; g, level_scales any float.
     rows: int64 ``[B]``, the row of the state for each row of q; None: they are the same. Each one lies in one piece.
+    gate: skip ``[B, T, H·V]``, D ``[H]`` and z ``[B, T, H·V]`` of ``(o + D · skip) · silu(z)`` in the place of o, where g is of
+    a head. The rows of skip, and the rows of z, may be any one distance apart.
     """
-    return delta_step(q, k, v, g, None, level_scales, state, scale, rows)
+    return delta_step(q, k, v, g, None, level_scales, state, scale, rows, gate=gate)
 
 
 def delta_step(
@@ -132,18 +135,20 @@ def delta_step(
     scale: float = 1.0,
     rows: Tensor | None = None,
     normalize: bool = False,
+    gate: tuple[Tensor | None, ...] = (None, None, None),
 ) -> Tensor:
     """The same with the delta rule; ``normalize`` divides q and k by their lengths first."""
     shared = state.position, state.entries, state.open_k, state.open_v, state.open_g
     inputs = [q, k, v, g, beta, level_scales, *shared, state.decay, state.open_solve, rows]
     if state.decay is not None:
-        return replay(run_scalar_step, inputs, state.chunk_size, scale)[0]  # type: ignore[return-value]
+        return replay(run_scalar_step, [*inputs, *gate], state.chunk_size, scale)[0]  # type: ignore[return-value]
     return replay(run_carried_step, inputs, state.chunk_size, scale, normalize)[0]  # type: ignore[return-value]
 
 
 def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
     """The launch of the scalar gate."""
-    x, held = gather(*inputs[:6], scale), held_of(inputs[6:])
+    x, held, (skip, D, z) = gather(*inputs[:6], scale), held_of(inputs[6:14]), inputs[14:]
+    gate = None if z is None else Gate(skip, D, z, *(row_stride(y.shape, y.stride()) for y in (skip, z)))
     q, v = x.q, x.v
     o = scratch_like(v)
     launch, options = chosen(SCALAR_GATE, q, held.entries)
@@ -152,7 +157,7 @@ def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
     if o.numel():
         counts = v.shape[1], x.scales.shape[3], held.entries.shape[2]
         options |= dependent_launch(v.device)
-        launching.launch(scalar_step_kernel, programs, x, held, o, *counts, S=S, **options)
+        launching.launch(scalar_step_kernel, programs, x, held, gate, o, *counts, S=S, **options)
     return (o,)
 
 

@@ -5,6 +5,8 @@ A step writes an entry only when a chunk closes. For all other entries it update
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -49,9 +51,30 @@ def close_chunk(held, k, stride, first, half, v_tile, after, logs, n, M, first_v
     return slot
 
 
+class Gate(NamedTuple):
+    """The tensors of ``(o + D · skip) · silu(gate)``, and the distances of their rows."""
+
+    skip: Any  # [B, T, H * V]
+    D: Any  # [H]
+    gate: Any  # [B, T, H * V]
+    stride_skip: Any
+    stride_gate: Any
+
+
+@triton.jit
+def gated(out, gate, token, h, columns, S: tl.constexpr):
+    """The output of a head behind its skip and its gate."""
+    place, inside = h * S.V + columns, columns < S.V
+    skip = tl.load(gate.skip + token * gate.stride_skip + place, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(gate.gate + token * gate.stride_gate + place, mask=inside, other=0.0).to(tl.float32)
+    return (out + tl.load(gate.D + h).to(tl.float32) * skip) * (z * tl.sigmoid(z))
+
+
 @triton.jit(do_not_specialize=["T", "L", "M"])
-def scalar_step_kernel(x, held, o, T, L, M, S: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
+def scalar_step_kernel(x, held, gate, o, T, L, M, S: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr):
     """Grid: ``program_of``. float32: scores, decays, sums; the chunk's own product takes the inputs' dtype.
+
+    gate: a ``Gate``, or None for o itself.
 
     Races: programs of one row share ``open_k``, ``open_g`` and ``decay``. Only one program writes each, and only where no
     program of this launch reads: a token of the call is read from the inputs, and the tokens and decays of the next chunk
@@ -88,6 +111,8 @@ def scalar_step_kernel(x, held, o, T, L, M, S: tl.constexpr, STAGES: tl.constexp
         weights = entry_scales(scales, n, L, S.LOG_C) * tl.exp(whole + logs)
         past = weighted_entries(held.entries, weights, held_slots(n, M), first_v, S, STAGES)
         out += tl.sum(query[:, None] * past, axis=0)
+        if gate is not None:
+            out = gated(out, gate, own.row * T + t, own.h, columns, S)
         tl.store(o + t * (S.H * S.V) + columns, out.to(o.dtype.element_ty), mask=columns < S.V)
 
         value = tl.load(v + t * x.stride_v + columns, mask=columns < S.V, other=0.0)

@@ -3,7 +3,8 @@
 ``y = x @ weightᵀ`` for a few rows of x, with the operations between a decoder's products inside:
 
 * before it, the root-mean-square norm of x. Its factor is one number a row, which multiplies the sums;
-* behind it, a sum with the residual stream, or the gate of SwiGLU between two products.
+* behind it, a sum with the residual stream, or the gate of SwiGLU between two products;
+* beside it, the count of the tokens that a step has taken in.
 
 A program owns some rows of the weight. It asks for all of them before it asks for x, and keeps them in registers. On Hopper
 GPUs the launches are dependent ones (``tree/dependent.py``): a program starts while the launch before it still runs, and waits
@@ -37,6 +38,7 @@ class Operands(NamedTuple):
     second: Any  # [M, K]
     norm: Any  # [K], the weight of the norm
     added: Any  # [B, N]
+    position: Any  # [B / T], counts the tokens of T rows of x each
     y: Any  # [B, N]
     z: Any  # [B, M]
 
@@ -104,8 +106,16 @@ def three_sums(a, b, c):
     return a, b, tl.split(c)[0]
 
 
-@triton.jit(do_not_specialize=["eps"])
-def products_kernel(x, B, eps, S: tl.constexpr, EARLY: tl.constexpr):
+@triton.jit
+def move_on(position, count, T):
+    """Add T to the positions, in one program."""
+    if tl.program_id(0) == 0:
+        for row in range(count):
+            tl.store(position + row, tl.load(position + row) + T)
+
+
+@triton.jit(do_not_specialize=["T", "eps"])
+def products_kernel(x, B, T, eps, S: tl.constexpr, EARLY: tl.constexpr):
     """y, and z if there are two products. Grid: blocks of rows of the first weight, and then of the second.
 
     GATED: z is absent, and ``y = silu(x @ firstᵀ) · (x @ secondᵀ)``.
@@ -125,6 +135,8 @@ def products_kernel(x, B, eps, S: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
         launch_dependents()
         wait()
+    if x.position is not None:
+        move_on(x.position, B // T, T)
     places = first + tl.arange(0, S.ROWS)
     for b in range(B):
         given = load_row(x.x + b * S.K, S)
@@ -182,6 +194,7 @@ def products(
     added: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
+    position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``x @ firstᵀ`` and ``x @ secondᵀ``, or None without a second; all contiguous, at most 32 bits, of one dtype.
 
@@ -189,20 +202,22 @@ def products(
         x: ``[..., K]``. first, second: ``[N, K]`` and ``[M, K]``. norm: ``[K]``; x is then divided by its root mean square,
             with eps below the root, and multiplied by ``norm``. added: ``[..., N]``, to be added to the first product.
         gated: the results are ``silu(x @ firstᵀ) · (x @ secondᵀ)`` and None; M is N.
+        position: int64 ``[B]``, contiguous, for x ``[B, T, K]``; T is added to it.
     """
-    return replay(run_products, [x, first, second, norm, added], eps, gated)  # type: ignore[return-value]
+    return replay(run_products, [x, first, second, norm, added, position], eps, gated)  # type: ignore[return-value]
 
 
 def run_products(inputs: list, eps: float, gated: bool) -> tuple[Tensor, Tensor | None]:
     """The launch of ``products``."""
-    x, first, second, _, _ = inputs
+    x, first, second, _, _, position = inputs
     (*leading, K), N, M = x.shape, first.shape[0], 0 if second is None else second.shape[0]
     y = launching.scratch((*leading, N), x.dtype, x.device)
     z = None if second is None or gated else launching.scratch((*leading, M), x.dtype, x.device)
     rows = x.numel() // K
+    length = 1 if position is None else rows // position.shape[0]
     launch = launch_of(rows, K, gated)
     S = constants(Sizes, K, N, M, launch.rows, launch.columns, cdiv(K, launch.columns), gated)
     programs = cdiv(N, launch.rows) + (0 if z is None else cdiv(M, launch.rows))
     options = dict(S=S, num_warps=launch.warps, num_stages=1, **dependent_launch(x.device))
-    launching.launch(products_kernel, programs, Operands(*inputs, y, z), rows, eps, **options)
+    launching.launch(products_kernel, programs, Operands(*inputs, y, z), rows, length, eps, **options)
     return y, z
