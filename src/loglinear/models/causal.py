@@ -20,6 +20,7 @@ from loglinear.models.decoding import GraphedCall
 from loglinear.models.layout import TokenLayout
 from loglinear.models.modeling import LogLinearModel, LogLinearPreTrainedModel, take_offsets
 from loglinear.models.outputs import FIELD, OTHER, CausalOutput, LossOutput, one_cache
+from loglinear.ops import products
 from loglinear.ops.cross_entropy import linear_cross_entropy
 
 
@@ -40,7 +41,8 @@ class OutputLayer(nn.Linear):
     def forward(self, input: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
         """Logits of ``input``, hidden states; with ``targets`` their ``linear_cross_entropy`` with these options."""
         if targets is None:
-            return super().forward(input)
+            few = products.why_not(input, self.weight) is None
+            return products.projected(input, self.weight)[0] if few else super().forward(input)
         return linear_cross_entropy(input, self.weight, targets, **options)
 
 
