@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+from math import prod
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ from cases import (
     INTERPRETED,
     assert_same_bits,
     config_for,
-    config_of,
     cotangent,
     rule_of,
 )
@@ -80,12 +81,11 @@ def test_same_bits_of_packed_sequences_without_gate(device):
     compare(x, torch.tensor((0, *PACKED), device=device).cumsum(0).int())
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_same_bits_in_slices_of_heads(device, monkeypatch, count):
+@pytest.mark.parametrize(("rule", "count"), [(DELTA, 1), (DELTA, 2), (CHANNEL_DELTA, 1)])
+def test_same_bits_in_slices_of_heads(device, monkeypatch, rule, count):
     """A slice reads its heads where they lie among all."""
-    x = make(
-        device, T=(3 if INTERPRETED else 10) * CHUNK - 3 if count == 1 else CHUNK, H=2 * count, G=2, dtype=BFLOAT16
-    )
+    long = (3 if INTERPRETED else 10) * CHUNK - 3
+    x = make(device, rule, T=CHUNK if INTERPRETED and count == 2 else long, H=2 * count, G=2, dtype=BFLOAT16)
     want = both(x, False)
     module = importlib.import_module("loglinear.kernels.delta.backward")
     monkeypatch.setattr(module, "heads_at_a_time", lambda *sizes: count)
@@ -105,15 +105,16 @@ def test_kept_maps_are_bounded():
     assert not keeps_maps(problem_of(2, 16384, 16, 16, 256, 256), 2)
     assert not keeps_maps(problem_of(1, 1, 2, 2, 64, 64), 2)
     assert not keeps_maps(problem_of(0, 64, 2, 2, 64, 64), 2)
+    assert keeps_maps(dataclasses.replace(problem_of(2, 16384, 16, 16, 128, 128), channels=True), 2)
 
 
-def test_elements_of_maps_are_those_that_are_kept(device):
+@pytest.mark.parametrize("channels", [False, True])
+def test_elements_of_maps_are_those_that_are_kept(channels):
     """Were the rule to count less than is kept, the bound would not hold."""
-    x = make(device, B=2, T=CHUNK * 9, H=2)
-    problem = describe(x["q"], x["v"], x["level_scales"], (), config_of(DELTA, torch.float32, 16, 16))
-    kept = delta_rule.forward_keeping(**x, config=problem.config)[1:]
-    logs = sum(y.numel() for y in kept[:2])
-    assert sum(y.numel() for y in kept) - logs == 2 * map_elements(problem)
+    problem = dataclasses.replace(problem_of(2, CHUNK * 9, 2, 2, 16, 16), channels=channels)
+    x = (torch.empty(2, CHUNK * 9, *y, device="meta", dtype=BFLOAT16) for y in ((2, 16), (2, 16), (2, 16)))
+    kept = delta_rule.kept_shapes(*x, config=problem.config, channels=channels)
+    assert sum(prod(shape) * dtype.itemsize for shape, dtype in kept[2:]) == 2 * 2 * map_elements(problem)
 
 
 def test_slices_share_the_memory_that_is_left():
@@ -121,6 +122,7 @@ def test_slices_share_the_memory_that_is_left():
     problem = problem_of(2, 16384, 16, 16, 128, 128)
     assert heads_at_a_time(problem, 2, kept=True) == 8
     assert heads_at_a_time(problem, 2, kept=False) == 8
+    assert heads_at_a_time(dataclasses.replace(problem, channels=True), 2, kept=True) == 8
     assert heads_at_a_time(problem_of(2, 131072, 16, 16, 128, 128), 2, kept=True) == 4
     assert heads_at_a_time(problem_of(1, 4096, 16, 16, 128, 128), 2, kept=True) == 16
     assert KEPT_SHARE * 4 * problem.tokens * 16 * 256 >= map_elements(problem) * 16

@@ -13,12 +13,24 @@ import math
 import cases
 import pytest
 import torch
-from cases import DECAY, DELTA, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, config_of, cotangent, relative, wide
+from cases import (
+    CHANNEL,
+    DECAY,
+    DELTA,
+    FLOAT32,
+    INTERPRETED,
+    LOW_PRECISION_FACTOR,
+    config_of,
+    cotangent,
+    relative,
+    wide,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loglinear.kernels import decay, delta
+from loglinear.kernels import channel, decay, delta
 from loglinear.kernels.tree import launching
+from loglinear.reference.stages import channel as channel_stages
 from loglinear.reference.stages import decay as decay_stages
 from loglinear.reference.stages import delta_grads as delta_stages
 from loglinear.reference.stages.delta import PREFIXES
@@ -65,7 +77,8 @@ def make(rule, device, chunks, dtype=torch.float32):
     """(inputs, cotangent, lengths, config) of packed sequences of so many chunks, the last chunk of each cut short."""
     V = 16 if INTERPRETED else 24
     config = config_of(rule, dtype, 16, V)
-    config = dataclasses.replace(config, segment=min(config.segment, 1 if INTERPRETED else 8))
+    if rule is not CHANNEL:
+        config = dataclasses.replace(config, segment=min(config.segment, 1 if INTERPRETED else 8))
     lengths = tuple(max(n * config.chunk - 3, 0) for n in chunks)
     sizes = {"H": 2} if rule is DECAY or not INTERPRETED else {}
     # A span's matrix shrinks even without a gate. With the usual one those of whole octets are below the least float32.
@@ -237,6 +250,45 @@ def test_delta(device, launched, dtype):
     compare("map.solve", found["scores"][:rows, :, 3])
     compare("map.ends", of_tokens(place, found["end_gains"]))
     compare("map.chunks", found["chunk_gains"][:rows])
+    check_results(compare, x, results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16])
+def test_channel(device, launched, dtype):
+    chunks = (1, 0, 5) if INTERPRETED else CHUNKS[0]
+    x, do, lengths, config = make(CHANNEL, device, chunks, dtype)
+    o, results, (place, _, made), plain = both(channel_stages, channel, launched, x, do, lengths, config)
+    compare, rows, C = Compare(made, plain), place.all_chunks, config.chunk
+    last = {name: calls[-1] for name, calls in launched.items()}
+    prepared, inner = last["scores_kernel"], slice(0, C.bit_length())
+    sums = last["sums_kernel"]["sums"].sum(0) * math.log(2)
+    assert relative(sums, place.tokens(made["prepared.sums"], sums.unsqueeze(0))[0]) <= FLOAT32
+    assert relative(prepared["made.chunk_log"][:rows] * math.log(2), made["prepared.chunk_log"]) <= FLOAT32
+    for name in ("q", "k"):
+        compare(f"prepared.{name}", prepared[f"made.{name}"], lambda y: place.tokens(y, do)[0])
+    compare("prepared.scores", prepared["made.scores"][:rows])
+    carried = place.n + 1 < place.chunks
+    compare("entries", last["entries_kernel"]["states.entries"][:rows], only=carried)
+    compare("o", o)
+
+    compare("score_grads", last["local_grads_kernel"]["score_grads"][:rows])
+    local = last["local_grads_kernel"]["dscales"][..., inner]
+    compare("local_scales", local, lambda y: place.tokens(y, do)[..., inner])
+    query = last["query_grads_kernel"]
+    compare("grads.q", query["grads.q"], lambda y: place.tokens(y, do)[0])
+    windows = last["window_sums_kernel"]["grads.levels"]
+    for m in place.levels:
+        if len(place.reads[m][0]):
+            read = place.reads[m][0]
+            compare("levels", query["grads.levels"][m][:rows], lambda y, m=m: y[m], only=read)
+            if m < len(windows) and made["windows"][m][read].norm() > 0:
+                compare("windows", windows[m][:rows], lambda y, m=m: y[m], only=read)
+    compare("entry_grads", last["entry_grads_kernel"]["grads.entries"][:rows], only=carried)
+    compare("chunk_grads", last["chunk_grads_kernel"]["grads.chunks"][:rows], only=carried)
+    compare("beyond", last["chunk_grads_kernel"]["grads.beyond"].sum(0)[:rows], only=carried)
+    keys = last["key_grads_kernel"]
+    compare("grads.k", keys["grads.k"], lambda y: place.tokens(y, do)[0])
+    compare("around", keys["grads.around"][:rows])
     check_results(compare, x, results)
 
 

@@ -8,14 +8,23 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.channel.entries import chunk_grads_kernel, entry_grads_kernel
-from loglinear.kernels.channel.forward import States, launch_entries, launch_scores, tile_sizes
-from loglinear.kernels.channel.gate_grads import gate_grads_kernel, window_sums_kernel
+from loglinear.kernels.channel.forward import (
+    States,
+    decayed,
+    launch_entries,
+    launch_scores,
+    launch_sums,
+    tile_sizes,
+)
+from loglinear.kernels.channel.gains import window_sums_kernel
+from loglinear.kernels.channel.gate_grads import gate_grads_kernel
 from loglinear.kernels.channel.key_grads import key_grads_kernel
 from loglinear.kernels.channel.local_grads import local_grads_kernel
 from loglinear.kernels.channel.query_grads import query_grads_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.head_sums import sum_heads
+from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import ChannelConfig, channel_config
@@ -26,7 +35,8 @@ class Gradients(NamedTuple):
 
     q, k: of the decayed queries and keys ``[B*T, H, K]``. entries, chunks: of the Fenwick array and of the state at the end
     of each chunk ``[chunks, H, K, V]``. window_log: log-decay of an entry's window ``[chunks, H, K]``. levels, beyond:
-    gains of gates, see query_grads and chunk_grads.
+    gains of gates, see query_grads and chunk_grads. around: gains ``[chunks, H, C / 16, K]`` of the pairs of two chunks around
+    each block of 16 tokens, or around its chunk.
     """
 
     q: Tensor | None = None
@@ -36,6 +46,12 @@ class Gradients(NamedTuple):
     window_log: Tensor | None = None
     levels: Tensor | None = None
     beyond: Tensor | None = None
+    around: Tensor | None = None
+
+
+def around_shape(problem: Problem) -> tuple[int, ...]:
+    """The shape of ``Gradients.around``."""
+    return problem.all_chunks, problem.heads, problem.config.chunk // SUB.value, problem.key_width
 
 
 def launch_local_grads(problem: Problem, x: Inputs, states: States) -> tuple[Tensor, Tensor]:
@@ -64,7 +80,8 @@ def launch_query_grads(problem: Problem, x: Inputs, states: States, dscales: Ten
     H, K, device, launch = problem.heads, problem.key_width, x.v.device, problem.config.query_grads
     dq = launching.scratch((problem.tokens, H, K), x.v.dtype, device)
     levels = launching.scratch((problem.tree_levels, problem.all_chunks, H, K), torch.float32, device)
-    grads = Gradients(q=dq, levels=levels)
+    around = launching.scratch(around_shape(problem), torch.float32, device)
+    grads = Gradients(q=dq, levels=levels, around=around)
     launching.launch(
         query_grads_kernel,
         problem.all_chunks * H,
@@ -121,14 +138,15 @@ def launch_key_grads(problem: Problem, x: Inputs, states: States, grads: Gradien
         problem.all_chunks * problem.heads,
         x._replace(q=None),
         states._replace(entries=None),
-        Gradients(k=dk, chunks=grads.chunks),
+        grads._replace(q=None, k=dk),
         dv,
         *problem.of_chunks,
         problem.levels,
+        grads.beyond.shape[0],  # type: ignore[union-attr]
         S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
         **launch.options,
     )
-    return dv, grads._replace(k=dk, chunks=None)
+    return dv, Gradients(q=grads.q, k=dk, around=grads.around)
 
 
 class Results(NamedTuple):
@@ -151,9 +169,10 @@ def launch_gate_grads(
     """dq, dk and dg of the inputs."""
     launch = problem.config.gate_grads
     tiles = tile_sizes(problem, launch, whole_key=False)
+    blocks = problem.config.chunk // SUB.value
     launching.launch(
         gate_grads_kernel,
-        problem.all_chunks * problem.heads * cdiv(problem.key_width, tiles["BK"]),
+        problem.all_chunks * problem.heads * cdiv(problem.key_width, tiles["BK"]) * blocks,
         x._replace(v=None, do=None, scales=None),
         sums,
         score_grads,
@@ -162,7 +181,6 @@ def launch_gate_grads(
         out.dq.stride(0),
         sums.stride(0),
         *problem.of_chunks,
-        0 if grads.beyond is None else grads.beyond.shape[0],
         S=problem.sizes(x.v.dtype, **tiles),
         PLANES=planes,
         **launch.options,
@@ -195,7 +213,9 @@ def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Ten
     do, q, k, v, g, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config)
     given = gather(q, k, v, g, None, level_scales, do, scale)
-    made, x = launch_scores(problem, given)
+    sums = launch_sums(problem, given)
+    made = launch_scores(problem, given, sums)
+    x = decayed(given, made)
     states = launch_entries(problem, x, made)
     score_grads, dscales = launch_local_grads(problem, x, states)
     grads = launch_query_grads(problem, x, states, dscales)
@@ -207,5 +227,5 @@ def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Ten
     dq, dk = (launching.scratch(shape, y.dtype if parts == 1 else torch.float32, y.device) for y in (q, k))
     dg = launching.scratch(tuple(g.shape), g.dtype, g.device)
     out = Results(dq, dk, dg, dq.stride(1), dk.stride(1), dg.stride(1))
-    launch_gate_grads(problem, given, made.sums, score_grads, grads, out)
+    launch_gate_grads(problem, given, sums, score_grads, grads, out)
     return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dscales

@@ -11,8 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E, at_most_zero
-from loglinear.kernels.tree.levels import SUB
+from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E
 from loglinear.kernels.tree.place import chunk_of, locate
 from loglinear.kernels.tree.tiles import load_tile, store_tile
 
@@ -30,58 +29,76 @@ def store_columns(base, stride, here, tile, first, S: tl.constexpr):
 
 
 @triton.jit
-def tokens_in(SIDE: tl.constexpr, C: tl.constexpr):
-    """The places of a chunk's tokens: in blocks of SIDE, ``[C / SIDE, SIDE]``, if this is SUB, else ``[C]``.
+def settled(x, S: tl.constexpr):
+    """x ``[M, N]`` in float32, in the registers in which a product leaves its result and expects its left operand.
 
-    The pairs of the lower levels lie in small blocks. Their products and masks are the smaller for it, and a warp can have a
-    block to itself.
+    The compiler knows no other way to ask for this than a product with zero. It would keep x where a load has put it, and move
+    all that is made of x through memory, level by level.
     """
-    if SIDE == SUB:
-        t = tl.arange(0, C // SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
-    else:
-        t = tl.arange(0, C)
-    return t
+    x = x.to(tl.float32)
+    if not S.EXACT:
+        x = tl.dot(tl.zeros([x.shape[0], 16], tl.bfloat16), tl.zeros([16, x.shape[1]], tl.bfloat16), acc=x)
+    return x
+
+
+@triton.jit
+def between(early_high, early_low, late_high, late_low, S: tl.constexpr):
+    """Decay from a running sum of a chunk to a later one."""
+    log = late_high - early_high
+    if S.EXACT:
+        log += late_low - early_low
+    return tl.exp2(log)
+
+
+@triton.jit
+def either_way(one_high, one_low, other_high, other_low, S: tl.constexpr):
+    """Decay between two running sums of a chunk, whichever is the later."""
+    log = other_high - one_high
+    if S.EXACT:
+        log += other_low - one_low
+    return tl.exp2(-tl.abs(log))
+
+
+@triton.jit
+def level_ends(level, t):
+    """The last place before the boundary at which each token at ``t`` meets its partners of a level."""
+    return (((t >> level) | 1) << level) - 1
 
 
 @triton.jit
 def load_rows(base, stride, here, t, first, S: tl.constexpr):
-    """Columns ``[..., BK]`` from ``first`` on of the tokens at places ``t [...]`` of a chunk, of K; 0 past the end."""
-    rows, columns = tl.expand_dims(t, -1), first + tl.arange(0, S.BK)
+    """Columns ``[n, BK]`` from ``first`` on of the tokens at places ``t [n]`` of a chunk, of K; 0 past the end."""
+    rows, columns = t[:, None], first + tl.arange(0, S.BK)[None, :]
     pointers = base + here.origin * stride + (rows * stride + columns)
     return tl.load(pointers, mask=(rows < here.size) & (columns < S.K), other=0.0)
 
 
 @triton.jit
-def turned(x):
-    """The transpose of a matrix or of each of several."""
-    return tl.trans(x) if len(x.shape) == 2 else tl.permute(x, (0, 2, 1))
+def store_rows(base, stride, here, t, value, first, S: tl.constexpr):
+    """Write what ``load_rows`` reads."""
+    rows, columns = t[:, None], first + tl.arange(0, S.BK)[None, :]
+    pointers = base + here.origin * stride + (rows * stride + columns)
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=(rows < here.size) & (columns < S.K))
 
 
 @triton.jit
 def in_odd_block(level, t):
-    """Which tokens ``[..., 1]`` are in an odd block of 2^level tokens: the queries of the level. The others are its keys."""
-    return tl.expand_dims((t >> level) & 1 == 1, -1)
-
-
-@triton.jit
-def rows_and_columns(t):
-    """The places of both tokens of all pairs: ``[..., SIDE, 1]`` and ``[..., 1, SIDE]``."""
-    return tl.expand_dims(t, -1), tl.expand_dims(t, -2)
+    """Which tokens are in an odd block of 2^level tokens: the queries of the level. The others are its keys."""
+    return (t >> level) & 1 == 1
 
 
 @triton.jit
 def meet(level, t):
-    """Pairs ``[..., SIDE, SIDE]`` of tokens in two neighbouring blocks of 2^level tokens, in either order: level is their
-    highest differing bit."""
-    row, column = rows_and_columns(t)
-    return (row ^ column) >> level == 1
+    """Pairs ``[n, n]`` of tokens in two neighbouring blocks of 2^level tokens, in either order: level is their highest
+    differing bit."""
+    return (t[:, None] ^ t[None, :]) >> level == 1
 
 
 @triton.jit
 def load_sums(sums, here, h, t, plane, first, S: tl.constexpr):
-    """Running sums ``[..., BK]`` at places ``t [...]`` of a chunk, or at its last token: (value, its rounding error or 0)."""
-    columns = first + tl.arange(0, S.BK)
-    rows = tl.expand_dims(tl.minimum(t, tl.minimum(here.size, S.C) - 1), -1)
+    """Running sums ``[n, BK]`` at places ``t [n]`` of a chunk, or at its last token: (value, its rounding error or 0)."""
+    columns = first + tl.arange(0, S.BK)[None, :]
+    rows = tl.minimum(t, tl.minimum(here.size, S.C) - 1)[:, None]
     pointers = sums + (here.origin * S.H + h) * S.K + (rows * (S.H * S.K) + columns)
     inside = (columns < S.K) & (rows >= 0)
     high = tl.load(pointers, mask=inside, other=0.0)
@@ -90,27 +107,6 @@ def load_sums(sums, here, h, t, plane, first, S: tl.constexpr):
     else:
         low = tl.zeros_like(high)
     return high, low
-
-
-@triton.jit
-def to_boundary(sums, here, h, t, high, low, plane, first, level, S: tl.constexpr):
-    """Decay ``[..., BK]`` between each token at ``t [...]`` and the boundary at which it meets its partners of a level."""
-    end_high, end_low = load_sums(sums, here, h, (((t >> level) | 1) << level) - 1, plane, first, S)
-    odd = in_odd_block(level, t)
-    log = tl.where(odd, high - end_high, end_high - high)
-    if S.EXACT:
-        log += tl.where(odd, low - end_low, end_low - low)
-    return tl.exp2(at_most_zero(log))
-
-
-@triton.jit
-def chunk_decays(sums, here, h, high, low, plane, first, S: tl.constexpr):
-    """Decays ``[C, BK]`` of each token from the start of its chunk, and to the end; the log-decay of the chunk ``[1, BK]``."""
-    end_high, end_low = load_sums(sums, here, h, tl.arange(0, 1) + S.C, plane, first, S)
-    log = end_high - high
-    if S.EXACT:
-        log += end_low - low
-    return tl.exp2(high), tl.exp2(at_most_zero(log)), end_high
 
 
 @triton.jit

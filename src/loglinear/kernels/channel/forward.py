@@ -13,6 +13,7 @@ from loglinear.kernels.channel.output import output_kernel
 from loglinear.kernels.channel.scores import scores_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
+from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, token_rows
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config
@@ -21,19 +22,17 @@ from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config
 class Prepared(NamedTuple):
     """The facts about the chunks that depend on no λ and no value. A *chunk* is a chunk of a sequence; logs in base 2.
 
-    sums: ``[planes, B*T, H, K]`` float32, running sums of the gates inside each chunk; two planes, value and rounding error,
-        for float32 inputs. chunk_log: ``[chunks, H, K]`` float32.
+    chunk_log: ``[chunks, H, K]`` float32.
     q, k: ``[B*T, H, K]`` of v's dtype, queries as seen from the start of their chunk, keys as seen from its end.
     scores: ``[chunks, H, C, C]`` of v's dtype, under their decays, zero above the diagonal.
     starts, overlaps: for the delta rule, keys as seen from the start of their chunk, as k, and the scores of keys with keys
         ``[chunks, H, C, C]`` float32, the diagonal not finite for a token that is not.
     """
 
-    sums: Tensor | None
-    q: Tensor
-    k: Tensor
-    scores: Tensor
     chunk_log: Tensor
+    q: Tensor | None
+    k: Tensor | None
+    scores: Tensor | None
     starts: Tensor | None = None
     overlaps: Tensor | None = None
 
@@ -57,36 +56,51 @@ def tile_sizes(problem: Problem, launch: Launch, whole_key: bool = True) -> dict
     return {"BK": tile_k, "BV": min(launch.block_v, wide_v)}
 
 
-def launch_scores(problem: Problem, x: Inputs) -> tuple[Prepared, Inputs]:
-    """The prepared chunks, and the inputs of the stages between: decayed queries and keys, a pair for each value head."""
-    H, K, C, dtype, device = problem.heads, problem.key_width, problem.config.chunk, x.v.dtype, x.v.device
-    q, k = (launching.scratch((problem.tokens, 1, H, K), dtype, device) for _ in range(2))
-    scores = launching.scratch((problem.all_chunks, H, C, C), dtype, device)
-    sums = launching.scratch((2 if dtype == torch.float32 else 1, problem.tokens, H, K), torch.float32, device)
-    launch, plane = problem.config.scores, sums.stride(0)
-    tiles = tile_sizes(problem, launch, whole_key=False)
-    sizes = problem.sizes(dtype, **tiles)
+def prepared_shapes(problem: Problem, dtype: torch.dtype, delta: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of the tensors of ``Prepared``."""
+    H, K, C = problem.heads, problem.key_width, problem.config.chunk
+    tokens, squares = (problem.tokens, H, K), (problem.all_chunks, H, C, C)
+    shapes = [((problem.all_chunks, H, K), torch.float32), (tokens, dtype), (tokens, dtype), (squares, dtype)]
+    return shapes + [(tokens, dtype), (squares, torch.float32)] * delta
+
+
+def launch_sums(problem: Problem, x: Inputs) -> Tensor:
+    """Running sums ``[planes, B*T, H, K]`` float32 of the gates inside each chunk.
+
+    Two planes, value and rounding error, for float32 inputs.
+    """
+    H, K, dtype = problem.heads, problem.key_width, x.v.dtype
+    sums = launching.scratch((2 if dtype == torch.float32 else 1, problem.tokens, H, K), torch.float32, x.v.device)
     gates = x._replace(q=None, k=None, v=None, beta=None, scales=None, do=None)
-    narrow = tiles | {"BK": min(64, tiles["BK"])}  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
-    programs, given = problem.all_chunks * H * cdiv(K, narrow["BK"]), problem.sizes(dtype, **narrow)
-    launching.launch(sums_kernel, programs, gates, sums, plane, *problem.of_chunks, S=given, num_warps=4)
-    made = Prepared(sums, q, k, scores, launching.scratch((problem.all_chunks, H, K), torch.float32, device))
-    if x.beta is not None:
-        overlaps = launching.scratch((problem.all_chunks, H, C, C), torch.float32, device)
-        made = made._replace(starts=launching.scratch(tuple(k.shape), dtype, device), overlaps=overlaps)
-    inputs = x._replace(g=None, v=None, scales=None, do=None)
+    tiles = {"BK": min(64, problem.tile(K))}  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
+    programs, sizes = problem.all_chunks * H * cdiv(K, tiles["BK"]), problem.sizes(dtype, **tiles)
+    launching.launch(sums_kernel, programs, gates, sums, sums.stride(0), *problem.of_chunks, S=sizes, num_warps=4)
+    return sums
+
+
+def launch_scores(problem: Problem, x: Inputs, sums: Tensor) -> Prepared:
+    """The prepared chunks."""
+    launch, dtype = problem.config.scores, x.v.dtype
+    shapes = prepared_shapes(problem, dtype, x.beta is not None)
+    made = Prepared(*(launching.scratch(*y, x.v.device) for y in shapes))
     launching.launch(
         scores_kernel,
-        problem.all_chunks * H,
-        inputs,
+        problem.all_chunks * problem.heads * (problem.config.chunk // SUB.value),
+        x._replace(g=None, v=None, scales=None, do=None),
         sums,
-        made._replace(sums=None),
-        plane,
+        made,
+        sums.stride(0),
         *problem.of_chunks,
-        S=sizes,
+        S=problem.sizes(dtype, **tile_sizes(problem, launch, whole_key=False)),
         **launch.options,
     )
-    return made, x._replace(q=q, k=k, g=None, stride_q=H * K, stride_k=H * K, stride_g=None)
+    return made
+
+
+def decayed(x: Inputs, made: Prepared) -> Inputs:
+    """The inputs of the stages between: decayed queries and keys, a pair for each value head, and no gate."""
+    q, k = made.q.unsqueeze(1), made.k.unsqueeze(1)  # type: ignore[union-attr]
+    return x._replace(q=q, k=k, g=None, stride_q=made.q.stride(0), stride_k=made.k.stride(0), stride_g=None)
 
 
 def launch_entries(problem: Problem, x: Inputs, made: Prepared) -> States:
@@ -151,5 +165,7 @@ def run_forward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tens
     """The launches of ``forward``."""
     q, k, v, g, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config)
-    made, x = launch_scores(problem, gather(q, k, v, g, None, level_scales, None, scale))
+    x = gather(q, k, v, g, None, level_scales, None, scale)
+    made = launch_scores(problem, x, launch_sums(problem, x))
+    x = decayed(x, made)
     return (launch_output(problem, x, launch_entries(problem, x, made)),)

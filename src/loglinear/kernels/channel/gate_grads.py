@@ -1,8 +1,9 @@
 """GATE GRADIENTS: dq, dk and dg, from the gradients of scores, of decayed queries and of decayed keys.
 
-A gate lies between the keys before its token and the queries from its token on. Per channel, dg is the sum over these pairs:
-pairs inside a chunk, level by level as the scores were made, queries of the chunk with keys before it, keys of the chunk with
-queries after it, and pairs that skip the chunk. All are sums; no difference is taken.
+A gate lies between the keys before its token and the queries from its token on. Per channel, dg is the sum over these pairs.
+They are pairs of one block of 16 tokens, level by level as the scores were made, of two blocks of a chunk, and of two chunks.
+For those with one token in this block, the gains of queries and of keys are added up, from the farthest pairs to the nearest.
+All are sums; no difference is taken.
 """
 
 from __future__ import annotations
@@ -11,123 +12,154 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.decays import (
-    chunk_decays,
+    between,
+    either_way,
     in_odd_block,
-    load_columns,
+    level_ends,
     load_log,
     load_rows,
     load_sums,
     meet,
-    rows_and_columns,
-    store_columns,
-    store_log,
-    to_boundary,
-    tokens_in,
-    turned,
+    settled,
+    store_rows,
 )
 from loglinear.kernels.tree.decays import GATE_FLOOR
 from loglinear.kernels.tree.levels import LOG_SUB, SUB
-from loglinear.kernels.tree.place import chunk_of, locate, log2_of_power, lowbit, row_of_program
-from loglinear.kernels.tree.tiles import load_part
-
-
-@triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks"])
-def window_sums_kernel(grads, table, T, N, NG, all_chunks, S: tl.constexpr):
-    """``levels`` of a chunk, in place: the gains of the queries after it in the same window. Grid: tiles of K x H x chunks."""
-    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK
-    first = tl.program_id(0) % TILES * S.BK
-    h = tl.program_id(0) // TILES % S.H
-    chunk = tl.program_id(0) // (TILES * S.H)
-    at = locate(chunk, table, T, N, NG, N, S.PACKED)
-    e = chunk - at.chunk0 + 1
-    if (at.length < 0) | (e * S.C >= at.length):
-        return
-    span = lowbit(e)
-    end = tl.minimum(e + span, (at.length + S.C - 1) // S.C)
-    later = tl.zeros([S.BK], tl.float32)
-    for i in range(end - e):
-        place = (log2_of_power(span) * all_chunks + at.chunk0 + end - 1 - i).to(tl.int64) * S.H + h
-        own = load_log(grads.levels, place, first, S)
-        store_log(grads.levels, place, later, first, S)
-        later += own
+from loglinear.kernels.tree.place import chunk_of, locate
 
 
 @triton.jit
-def skipping(grads, at, chunk, n, h, all_chunks, tiles, first, S: tl.constexpr):
-    """``[BK]`` gains of the pairs that skip a chunk, by the entry of the key: queries in its window, and queries after it."""
-    total = tl.zeros([S.BK], tl.float32)
-    e = n
-    while e > 0:
-        place = (log2_of_power(lowbit(e)) * all_chunks + chunk).to(tl.int64) * S.H + h
-        total += load_log(grads.levels, place, first, S)
-        site = (at.chunk0 + e - 1).to(tl.int64) * S.H + h
-        for tile in range(tiles):
-            total += load_log(grads.beyond, tile * all_chunks.to(tl.int64) * S.H + site, first, S)
-        e -= lowbit(e)
-    return total
+def load_turned(base, stride, here, t, first, S: tl.constexpr):
+    """``decays.load_rows`` ``[BK, SUB]``, float32: with channels as rows, a product's result is another one's left operand."""
+    return settled(tl.trans(load_rows(base, stride, here, t, first, S)), S)
 
 
 @triton.jit
-def passed(level, t):
-    """``[..., SIDE, SIDE]``: whether the gate of a token (row) lies between another one (column) and the boundary at which that
-    one meets its partners: the start of its block of 2^level tokens for a query, in odd blocks, the end for a key.
-    """
-    row, column = rows_and_columns(t)
-    return ((row ^ column) >> level == 0) & ((column >= row) == ((column >> level) & 1 == 1))
+def load_own(base, place, first, S: tl.constexpr):
+    """The same of the tokens from ``place`` on of one chunk's ``[C, K]``."""
+    rows, columns = place + tl.arange(0, SUB)[:, None], first + tl.arange(0, S.BK)[None, :]
+    return settled(tl.trans(tl.load(base + (rows * S.K + columns), mask=columns < S.K, other=0.0)), S)
 
 
 @triton.jit
-def both_ways(matrix, t, C: tl.constexpr):
-    """The gradient of a pair for both of its tokens, at places ``t``; what is stored is zero above the diagonal."""
-    row, column = rows_and_columns(t)
-    stored = tl.load(matrix + (row * C + column))
-    return stored + turned(stored)
-
-
-@triton.jit
-def pair_grads(
-    query_sum, key_sum, gain, x, sums, matrix, here, h, plane, first,
-    SIDE: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """Add to (dq, dk, gains) ``[..., BK]`` the pairs of levels FROM to TO - 1 inside blocks of SIDE tokens."""
-    DELTA: tl.constexpr = x.beta is not None
-    head, t = h // (S.H // S.G) * S.K, tokens_in(SIDE, S.C)
-    q_tile = load_rows(x.q + head, x.stride_q, here, t, first, S)
-    q, k = q_tile.to(tl.float32), load_rows(x.k + head, x.stride_k, here, t, first, S).to(tl.float32)
+def turned_sums(sums, here, h, t, plane, first, S: tl.constexpr):
+    """``decays.load_sums`` ``[BK, SUB]``."""
     high, low = load_sums(sums, here, h, t, plane, first, S)
-    pairs = both_ways(matrix, t, S.C)
-    if DELTA:
-        overlaps = both_ways(matrix + S.C * S.C, t, S.C)
-    if FROM == 0:
-        itself = tl.expand_dims(tl.load(matrix + t * (S.C + 1)).to(tl.float32), -1)
-        query_sum += itself * k
-        key_sum += itself * q
-    for level in tl.range(FROM, TO, num_stages=1):  # not unrolled: the loads of all levels at once would spill
-        odd, partners = in_odd_block(level, t), meet(level, t)
-        decay = to_boundary(sums, here, h, t, high, low, plane, first, level, S)
-        mixed = tl.where(odd, q, k) * decay
-        own = tl.where(partners, pairs, 0.0).to(q_tile.dtype)
-        gradient = tl.dot(own, mixed.to(q_tile.dtype), input_precision=S.PRECISION) * decay
-        shares = gradient * tl.where(odd, q, k)
-        query_sum += tl.where(odd, gradient, 0.0)
-        key_sum += tl.where(odd, 0.0, gradient)
+    return settled(tl.trans(high), S), tl.trans(low)
+
+
+@triton.jit
+def sums_at(sums, here, h, place, plane, first, S: tl.constexpr):
+    """The same ``[BK, 1]`` of one place."""
+    high, low = load_sums(sums, here, h, tl.arange(0, 1) + place, plane, first, S)
+    return tl.trans(high), tl.trans(low)
+
+
+@triton.jit
+def load_pairs(matrix, later, earlier, C: tl.constexpr):
+    """The pairs ``[SUB, SUB]`` of two blocks of a matrix ``[C, C]``, from their first places."""
+    rows, columns = later + tl.arange(0, SUB)[:, None], earlier + tl.arange(0, SUB)[None, :]
+    return tl.load(matrix + (rows * C + columns))
+
+
+@triton.jit
+def earlier_keys(x, sums, here, h, place, high, low, plane, first, S: tl.constexpr):
+    """The keys of a block as seen from a later token, whose sums are given, in their own dtype."""
+    t = place + tl.arange(0, SUB)
+    k = load_turned(x.k + h // (S.H // S.G) * S.K, x.stride_k, here, t, first, S)
+    own_high, own_low = turned_sums(sums, here, h, t, plane, first, S)
+    return (k * between(own_high, own_low, high, low, S)).to(x.k.dtype.element_ty)
+
+
+@triton.jit
+def block_pairs(
+    query_sum,
+    key_sum,
+    own_queries,
+    own_keys,
+    q,
+    k,
+    high,
+    low,
+    x,
+    sums,
+    matrix,
+    here,
+    h,
+    b,
+    plane,
+    first,
+    S: tl.constexpr,
+):
+    """Add to (dq, dk, gains of queries, of keys, gains of pairs around the block ``[BK]``) the pairs of two blocks of a chunk.
+
+    A query meets the keys of earlier blocks at the start of its block, a key its later queries at the end of its own.
+    """
+    DELTA: tl.constexpr = x.beta is not None
+    place, overlaps = b * SUB, matrix + S.C * S.C
+    low_type = x.q.dtype.element_ty
+    head = h // (S.H // S.G) * S.K
+    start_high, start_low = sums_at(sums, here, h, place - 1, plane, first, S)
+    end_high, end_low = sums_at(sums, here, h, place + SUB - 1, plane, first, S)
+    from_queries = tl.zeros([S.BK, SUB], tl.float32)
+    from_keys = from_queries
+    for j in tl.range(0, b, num_stages=1):
+        keys = earlier_keys(x, sums, here, h, j * SUB, start_high, start_low, plane, first, S)
+        pairs = tl.trans(load_pairs(matrix, place, j * SUB, S.C))
+        from_queries = tl.dot(keys, pairs, from_queries, input_precision=S.PRECISION)
         if DELTA:
-            keys = k * decay
-            own = tl.where(partners, overlaps, 0.0).to(q_tile.dtype)
-            gradient = tl.dot(own, keys.to(q_tile.dtype), input_precision=S.PRECISION) * decay
-            shares += gradient * k
-            key_sum += gradient
-        between = tl.where(passed(level, t), 1.0, 0.0).to(q_tile.dtype)
-        gain = tl.dot(between, shares.to(q_tile.dtype), acc=gain, input_precision=S.PRECISION)
-    return query_sum, key_sum, gain
+            pairs = tl.trans(load_pairs(overlaps, place, j * SUB, S.C))
+            from_keys = tl.dot(keys, pairs, from_keys, input_precision=S.PRECISION)
+    decay = between(start_high, start_low, high, low, S)
+    query_sum += from_queries * decay
+    gains = from_queries * q
+    if DELTA:
+        key_sum += from_keys * decay
+        gains += from_keys * k
+    own_queries += gains * decay
+
+    around = tl.zeros([S.BK], tl.float32)
+    to_keys = tl.zeros([S.BK, SUB], tl.float32)
+    blocks = (tl.minimum(here.size, S.C) + SUB - 1) // SUB
+    for i in tl.range(b + 1, blocks, num_stages=1):
+        t = i * SUB + tl.arange(0, SUB)
+        later_high, later_low = turned_sums(sums, here, h, t, plane, first, S)
+        decay = between(end_high, end_low, later_high, later_low, S)
+        later_q = load_turned(x.q + head, x.stride_q, here, t, first, S) * decay
+        pairs = load_pairs(matrix, i * SUB, place, S.C)
+        to_keys = tl.dot(later_q.to(low_type), pairs, to_keys, input_precision=S.PRECISION)
+        if DELTA:
+            later_k = load_turned(x.k + head, x.stride_k, here, t, first, S) * decay
+            pairs = load_pairs(overlaps, i * SUB, place, S.C)
+            to_keys = tl.dot(later_k.to(low_type), pairs, to_keys, input_precision=S.PRECISION)
+        for j in tl.range(0, b, num_stages=1):
+            keys = earlier_keys(x, sums, here, h, j * SUB, start_high, start_low, plane, first, S)
+            pairs = tl.trans(load_pairs(matrix, i * SUB, j * SUB, S.C))
+            gains = tl.dot(keys, pairs, input_precision=S.PRECISION) * later_q
+            if DELTA:
+                pairs = tl.trans(load_pairs(overlaps, i * SUB, j * SUB, S.C))
+                gains += tl.dot(keys, pairs, input_precision=S.PRECISION) * later_k
+            around += tl.sum(gains, axis=1)
+    to_keys *= between(high, low, end_high, end_low, S)
+    key_sum += to_keys
+    own_keys += to_keys * k
+    around *= tl.reshape(between(start_high, start_low, end_high, end_low, S), [S.BK])
+    return query_sum, key_sum, own_queries, own_keys, around
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "tiles", "part_stride"])
+@triton.jit
+def both_ways(matrix, place, C: tl.constexpr):
+    """The gradient of a pair of a block for both of its tokens; what is stored is zero above the diagonal."""
+    stored = load_pairs(matrix, place, place, C)
+    return stored + tl.trans(stored)
+
+
+@triton.jit(do_not_specialize=["T", "N", "NG", "part_stride"])
 def gate_grads_kernel(
     x,  # the inputs of the call, not the decayed ones
     sums,
     score_grads,  # [chunks, H, PLANES, C, C], with the delta rule those of overlaps behind those of scores
-    grads,  # with the delta rule q and k in the layout of the delta rule's kernels, and the gains of chunks as ``chunks``
+    grads,  # with the delta rule q and k in the layout of the delta rule's kernels
     out,  # writes dq, dk, dg
     part_stride,  # of dq and of dk
     plane,
@@ -135,57 +167,91 @@ def gate_grads_kernel(
     T,
     N,
     NG,
-    tiles,  # of V, of ``beyond``
     S: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Grid: tiles of K x H x chunks, chunks fastest. float32: accumulators, logs, gains."""
+    """Grid: blocks of SUB tokens of a chunk x tiles of K x H x chunks, blocks fastest. float32: accumulators, logs, gains.
+
+    A program has one warp and waits for no other: 16 tokens and few channels fit into its registers.
+    """
     PARTS: tl.constexpr = S.H // S.G
     DELTA: tl.constexpr = x.beta is not None
-    BLOCKS: tl.constexpr = S.H * ((S.K + S.BK - 1) // S.BK)
-    at, chunk, block, all_chunks = row_of_program(table, T, N, NG, BLOCKS, S)
-    h = block % S.H
-    first = block // S.H * S.BK
-    if at.length < 0:
-        return
+    BLOCKS: tl.constexpr = S.C // SUB
+    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK
+    pid = tl.program_id(0)
+    b = pid % BLOCKS
+    first = pid // BLOCKS % TILES * S.BK
+    h = pid // (BLOCKS * TILES) % S.H
+    chunk = pid // (BLOCKS * TILES * S.H)
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
     here = chunk_of(at, chunk, S.C)
-    t = tl.arange(0, S.C)
+    if (at.length < 0) | (b * SUB >= here.size):
+        return
+    t = b * SUB + tl.arange(0, SUB)
     head = h // PARTS * S.K
     site = chunk.to(tl.int64) * S.H + h
     matrix = score_grads + site * (PLANES * S.C * S.C)
-    none = tl.zeros([S.C // SUB, SUB, S.BK], tl.float32)
-    query_sum, key_sum, gain = pair_grads(none, none, none, x, sums, matrix, here, h, plane, first, SUB, 0, LOG_SUB, S)
-    query_sum, key_sum = tl.reshape(query_sum, [S.C, S.BK]), tl.reshape(key_sum, [S.C, S.BK])
-    gain = tl.reshape(gain, [S.C, S.BK])
-    if S.C > SUB:
-        query_sum, key_sum, gain = pair_grads(
-            query_sum, key_sum, gain, x, sums, matrix, here, h, plane, first, S.C, LOG_SUB, S.LOG_C, S
-        )
+    q = load_turned(x.q + head, x.stride_q, here, t, first, S)
+    k = load_turned(x.k + head, x.stride_k, here, t, first, S)
+    high, low = turned_sums(sums, here, h, t, plane, first, S)
 
     # Pairs of two chunks: a query meets its keys at the start of the chunk, a key its queries at the end.
-    q = load_columns(x.q + head, x.stride_q, here, first, S).to(tl.float32)
-    k = load_columns(x.k + head, x.stride_k, here, first, S).to(tl.float32)
-    high, low = load_sums(sums, here, h, t, plane, first, S)
-    late, early, _ = chunk_decays(sums, here, h, high, low, plane, first, S)
-    from_here = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
+    end_high, end_low = sums_at(sums, here, h, S.C, plane, first, S)
+    late, early = tl.exp2(high), between(high, low, end_high, end_low, S)
     if DELTA:
         SIZE: tl.constexpr = S.C * S.K
-        own_query = load_part(grads.q + site * SIZE, S.K, 0, first, S.C, S.K, S.C, S.BK).to(tl.float32) * late
-        own_start = load_part(grads.k + 2 * site * SIZE, S.K, 0, first, S.C, S.K, S.C, S.BK).to(tl.float32) * late
-        own_key = load_part(grads.k + (2 * site + 1) * SIZE, S.K, 0, first, S.C, S.K, S.C, S.BK).to(tl.float32) * early
-        seen = own_query * q + own_start * k
-        key_sum += own_start
-        gain += load_log(grads.chunks, site, first, S)[None, :]
+        starts = load_own(grads.k + 2 * site * SIZE, b * SUB, first, S) * late
+        query_sum = load_own(grads.q + site * SIZE, b * SUB, first, S) * late
+        key_sum = load_own(grads.k + (2 * site + 1) * SIZE, b * SUB, first, S) * early
+        own_keys = key_sum * k
+        own_queries = query_sum * q + starts * k
+        key_sum += starts
     else:
-        own_query = load_columns(grads.q + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * late
-        own_key = load_columns(grads.k + h * S.K, S.H * S.K, here, first, S).to(tl.float32) * early
-        seen = own_query * q
-        gain += skipping(grads, at, chunk, here.n, h, all_chunks, tiles, first, S)[None, :]
-    gain = tl.dot(from_here, seen, acc=gain, input_precision=S.PRECISION)
-    gain = tl.dot(1.0 - from_here, own_key * k, acc=gain, input_precision=S.PRECISION)
+        query_sum = load_turned(grads.q + h * S.K, S.H * S.K, here, t, first, S) * late
+        key_sum = load_turned(grads.k + h * S.K, S.H * S.K, here, t, first, S) * early
+        own_keys = key_sum * k
+        own_queries = query_sum * q
+    query_sum, key_sum, own_queries, own_keys, around = block_pairs(
+        query_sum, key_sum, own_queries, own_keys, q, k, high, low, x, sums, matrix, here, h, b, plane, first, S
+    )
+    around += load_log(grads.around, site * BLOCKS + b, first, S)
+    gain = tl.zeros([S.BK, SUB], tl.float32) + around[:, None]
+
+    # Pairs of a block: from the longest to the shortest, after which no gate lies between a token and its own place.
+    pairs = both_ways(matrix, b * SUB, S.C)
+    itself = tl.load(matrix + t * (S.C + 1)).to(tl.float32)[None, :]
+    query_sum += itself * k
+    key_sum += itself * q
+    if DELTA:
+        overlaps = both_ways(matrix + S.C * S.C, b * SUB, S.C)
+    low_type = x.q.dtype.element_ty
+    for i in tl.range(0, LOG_SUB, num_stages=1):  # not unrolled: the loads of all levels at once would spill
+        level = LOG_SUB - 1 - i
+        odd, partners = in_odd_block(level, t)[None, :], meet(level, t)
+        passing = tl.where(odd, own_queries, own_keys).to(low_type)
+        gain = tl.dot(passing, tl.where(partners, 1.0, 0.0).to(low_type), acc=gain, input_precision=S.PRECISION)
+        edge_high, edge_low = turned_sums(sums, here, h, level_ends(level, t), plane, first, S)
+        decay = either_way(high, low, edge_high, edge_low, S)
+        of_query = tl.where(odd, decay, 0.0)
+        of_key = decay - of_query
+        mixed = tl.where(odd, q, k)
+        own = tl.where(partners, pairs, 0.0).to(low_type)
+        gradient = tl.dot((mixed * decay).to(low_type), own, input_precision=S.PRECISION)
+        query_sum += gradient * of_query
+        key_sum += gradient * of_key
+        shares = gradient * mixed
+        if DELTA:
+            own = tl.where(partners, overlaps, 0.0).to(low_type)
+            gradient = tl.dot((k * decay).to(low_type), own, input_precision=S.PRECISION)
+            key_sum += gradient * decay
+            shares += gradient * k
+        own_queries += shares * of_query
+        own_keys += shares * of_key
+    gain += own_queries
 
     part = (h % PARTS).to(tl.int64) * part_stride + head
-    store_columns(out.dq + part, out.stride_dq, here, query_sum + own_query, first, S)
-    store_columns(out.dk + part, out.stride_dk, here, key_sum + own_key, first, S)
-    raw = load_columns(x.g + h * S.K, x.stride_g, here, first, S).to(tl.float32)
-    store_columns(out.dg + h * S.K, out.stride_dg, here, tl.where(raw > GATE_FLOOR, gain, 0.0), first, S)
+    store_rows(out.dq + part, out.stride_dq, here, t, tl.trans(query_sum), first, S)
+    store_rows(out.dk + part, out.stride_dk, here, t, tl.trans(key_sum), first, S)
+    raw = load_rows(x.g + h * S.K, x.stride_g, here, t, first, S).to(tl.float32)
+    gain = tl.where(raw > GATE_FLOOR, tl.trans(gain), 0.0)
+    store_rows(out.dg + h * S.K, out.stride_dg, here, t, gain, first, S)

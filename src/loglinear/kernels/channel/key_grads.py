@@ -5,27 +5,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from loglinear.kernels.channel.gains import blocks_of, of_other_blocks, skipping
 from loglinear.kernels.channel.output import load_square
 from loglinear.kernels.tree.levels import level_mask
 from loglinear.kernels.tree.place import chunk_of, row_of_program
 from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 
 
-@triton.jit(do_not_specialize=["T", "N", "NG", "L"])
+@triton.jit(do_not_specialize=["T", "N", "NG", "L", "tiles"])
 def key_grads_kernel(
     x,
     states,
-    grads,  # reads ``chunks``, writes ``k``
+    grads,  # reads ``chunks``, ``levels``, ``beyond``, writes ``k``, completes ``around``
     dv,
     table,
     T,
     N,
     NG,
     L,
+    tiles,  # of V, of ``beyond``
     S: tl.constexpr,
 ):
     """Grid: H x chunks, chunks fastest. float32: mask, accumulators."""
-    at, chunk, h, _ = row_of_program(table, T, N, NG, S.H, S)
+    at, chunk, h, all_chunks = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)
@@ -43,3 +45,7 @@ def key_grads_kernel(
         own = tl.dot(tl.trans(weights), do_tile, acc=own, input_precision=S.PRECISION)
         store_tokens(dv, S.H * S.V, h, here, own, S.C, S.V, S.BV, first_v)
     store_tokens(grads.k, S.H * S.K, h, here, total, S.C, S.K, S.BK, 0)
+    gains = of_other_blocks(k_tile.to(tl.float32) * total, False, S)
+    gains += skipping(grads, at, chunk, here.n, h, all_chunks, tiles, 0, S)[None, :]
+    pointers, inside = blocks_of(grads.around, site, 0, S)
+    tl.store(pointers, gains + tl.load(pointers, mask=inside, other=0.0), mask=inside)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.decays import load_log, store_log
+from loglinear.kernels.channel.gains import blocks_of, of_other_blocks
 from loglinear.kernels.tree.levels import entry_scales
 from loglinear.kernels.tree.place import chunk_of, log2_of_power, lowbit, row_of_program
 from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
@@ -15,7 +16,7 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 def query_grads_kernel(
     x,
     states,
-    grads,  # writes ``q``, and ``levels [tree levels, chunks, H, K]``: q·dq of a chunk through its entry of each level
+    grads,  # writes ``q``, ``around``, and ``levels [tree levels, chunks, H, K]``: q·dq of a chunk by the level of its entry
     dscales,
     table,
     T,
@@ -55,6 +56,8 @@ def query_grads_kernel(
         log += load_log(states.entry_log, site, 0, S)
         e -= lowbit(e)
     store_tokens(grads.q, S.H * S.K, h, here, total, S.C, S.K, S.BK, 0)
+    pointers, inside = blocks_of(grads.around, chunk.to(tl.int64) * S.H + h, 0, S)
+    tl.store(pointers, of_other_blocks(q * total, True, S), mask=inside)
     t = tl.arange(0, S.C)
     place = dscales + here.origin * (S.H * L) + h * L + (t[:, None] * (S.H * L) + levels[None, :])
     # Where levels are few, the last level inside a chunk is that of entries too; local_grads has written its part.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.channel.backward import Gradients as ChannelGradients
-from loglinear.kernels.channel.backward import Results, launch_gate_grads
+from loglinear.kernels.channel.backward import Results, around_shape, launch_gate_grads
 from loglinear.kernels.delta.entry_grads import entry_grads_kernel
 from loglinear.kernels.delta.forward import (
     FIRST_OF_TWO,
@@ -41,6 +41,7 @@ from loglinear.kernels.tree.place import OCTET
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, padded
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch
+from loglinear.transition import is_per_channel
 
 
 class Gradients(NamedTuple):
@@ -228,12 +229,15 @@ def launch_key_grads(
     query_grads: Tensor,
     scores: Tensor,
     shares: tuple[Tensor, ...],
+    around: Tensor | None,
 ) -> None:
-    """dq, dk, dβ and dg. ``shares``: of dk, and the gains of queries, of the chunks' ends and of the chunks."""
+    """dq, dk, dβ and dg, or for gates per channel dβ and ``around``. ``shares``: of dk, and the gains of queries, of the
+    chunks' ends and of the chunks.
+    """
     launch = problem.config.key_grads
     chunks = maps.chunks._replace(writes=None, entries=None)  # a kernel that is given them would keep their memory
     strides = maps.sums.stride(0), out.dq.stride(0), out.dk.stride(0)
-    arguments = x, chunks, query_grads, scores, *shares, out, *problem.of_chunks, problem.tokens, *strides
+    arguments = x, chunks, query_grads, scores, *shares, around, out, *problem.of_chunks, problem.tokens, *strides
     S = problem.sizes(x.v.dtype, BK=tiles(problem, launch, problem.key_width)[0], HEADS=maps.heads)
     launching.launch(key_grads_kernel, problem.all_chunks * problem.heads, *arguments, S=S, **launch.options)
 
@@ -241,10 +245,9 @@ def launch_key_grads(
 def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | None) -> None:
     """The whole backward of the heads that x and out hold; their maps are made again if they were not kept."""
     K, V, given = problem.key_width, problem.value_width, (problem, x)
-    problem, x, prepared = prepare(problem, x)
+    problem, x, prepared, sums = prepare(problem, x, maps)
     if maps is None:
         maps = launch_octet_maps(problem, x, launch_chunk_maps(problem, x, prepared), prepared, prefixes=True)
-    maps = maps._replace(prepared=prepared)
     states = launch_path_states(problem, maps.entries, maps=True)
     queries = launch_path_queries(problem, x, maps)
     inner_grads, query_grads = launch_path_grads(problem, x, out, maps, states, queries)
@@ -261,13 +264,14 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | 
     launch_tree_grads(problem, x, maps, grads)
     scores, gains = launch_score_grads(problem, x, out, maps, query_grads)
     key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, query_grads, scores)
+    around = None if sums is None else launching.scratch(around_shape(problem), torch.float32, grads.device)
     del grads
-    launch_key_grads(problem, x, out, maps, query_grads, scores, (key_grads, gains, ends, chunk_gains))
-    if prepared is not None:
-        found = ChannelGradients(q=query_grads, k=key_grads, chunks=chunk_gains)
+    launch_key_grads(problem, x, out, maps, query_grads, scores, (key_grads, gains, ends, chunk_gains), around)
+    if sums is not None:
+        found = ChannelGradients(q=query_grads, k=key_grads, around=around)
         results = Results(out.dq, out.dk, out.dg, out.stride_dq, out.stride_dk, out.stride_dg)
         scores = scores[:, :, PRODUCT_GRADS.value :]
-        launch_gate_grads(*given, prepared.sums, scores, found, results, PLANES.value)
+        launch_gate_grads(*given, sums, scores, found, results, PLANES.value)
 
 
 def allocate_gradients(problem: Problem, x: Inputs) -> Gradients:
@@ -307,9 +311,11 @@ def backward(
 def run_backward(inputs: list, scale: float, config: DeltaRuleConfig | None, kept: int) -> tuple[Tensor | None, ...]:
     """The launches of ``backward``; the last ``kept`` inputs are the forward's maps."""
     do, q, k, v, g, beta, level_scales, *tables = inputs[: len(inputs) - kept]
-    maps = Maps.of(tuple(inputs[len(inputs) - kept :])) if kept else None
     x = gather(q, k, v, g, beta, level_scales, do, scale)
+    channels = is_per_channel(g)
+    maps = Maps.of(tuple(inputs[len(inputs) - kept :]), channels) if kept else None
     problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v))
+    problem = dataclasses.replace(problem, channels=channels)
     out = allocate_gradients(problem, x)
     count, per_group = heads_at_a_time(problem, v.element_size(), kept > 0), problem.heads_per_group
     if count == problem.heads:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loglinear.kernels.channel.forward import Prepared, launch_scores
+from loglinear.kernels.channel.forward import Prepared, decayed, launch_scores, launch_sums
 from loglinear.kernels.delta.chunk_maps import chunk_maps_kernel
 from loglinear.kernels.delta.memory import Maps, keeps_maps, map_shapes
 from loglinear.kernels.delta.octet_maps import octet_maps_kernel
@@ -24,12 +24,19 @@ from loglinear.transition import is_per_channel
 FIRST_OF_TWO = 3  # the first octet, from 0, with two entries before it
 
 
-def prepare(problem: Problem, x: Inputs) -> tuple[Problem, Inputs, Prepared | None]:
-    """The problem and inputs of the kernels that know no gate per channel: with one, decayed queries and keys for each head."""
-    if not is_per_channel(x.g):
-        return problem, x, None
-    made, inputs = launch_scores(problem, x)
-    return replace(problem, groups=problem.heads, channels=True), inputs, made._replace(q=None, k=None)
+def prepare(
+    problem: Problem, x: Inputs, maps: Maps | None = None
+) -> tuple[Problem, Inputs, Prepared | None, Tensor | None]:
+    """The problem and inputs of the kernels that know no gate per channel: with one, decayed queries and keys for each head.
+
+    And what they are made of, which ``maps`` may have kept, and the running sums of the gates.
+    """
+    if not problem.channels:
+        return problem, x, None, None
+    sums = launch_sums(problem, x)
+    made = launch_scores(problem, x, sums) if maps is None else maps.prepared
+    assert made is not None
+    return replace(problem, groups=problem.heads), decayed(x, made), made, sums
 
 
 def launch_chunk_maps(problem: Problem, x: Inputs, prepared: Prepared | None) -> tuple[Tensor, ...]:
@@ -41,7 +48,7 @@ def launch_chunk_maps(problem: Problem, x: Inputs, prepared: Prepared | None) ->
     tile_k, tile_v = (min(launch.block_v, problem.tile(width)) for width in (problem.key_width, problem.value_width))
     solve = "tf32x3" if torch.version.hip is None and dtype != torch.float32 else "ieee"
     programs, S = problem.all_chunks * problem.heads, problem.sizes(dtype, BK=tile_k, BV=tile_v)
-    given = None if prepared is None else prepared._replace(sums=None, scores=None)
+    given = None if prepared is None else prepared._replace(q=None, k=None, scores=None)
     arguments = x, given, *made, *problem.of_chunks, problem.tokens, made[0].stride(0)
     launching.launch(chunk_maps_kernel, programs, *arguments, S=S, SOLVE=solve, **launch.options)
     return made
@@ -54,8 +61,8 @@ def launch_octet_maps(
     H, K, V = problem.heads, problem.key_width, problem.value_width
     sums, chunk_log, solve, writes = chunks
     tiers = problem.tiers
-    shapes = map_shapes(problem, x.v.dtype)[4:]
-    maps = [launching.scratch(*y, x.v.device) for y in (shapes if prefixes else shapes[: len(tiers)])]
+    shapes = map_shapes(problem, x.v.dtype)[4 : 4 + len(tiers) * (2 if prefixes else 1)]
+    maps = [launching.scratch(*y, x.v.device) for y in shapes]
     entries, octets, before = maps[0], tuple(maps[1 : len(tiers)]), tuple(maps[len(tiers) :])
     launch = problem.config.octet_maps
     block = min(launch.block_v, problem.tile(K + V))
@@ -182,16 +189,17 @@ def kept_shapes(
     Sizes may be symbolic, except the widths of heads. The number of tensors is then a guard on these sizes.
     """
     problem = describe(q, v, level_scales, sizes_of_tables(cu_seqlens), tuned(config, q, v))
-    kept = keeps_maps(problem, v.element_size())
-    return map_shapes(replace(problem, channels=channels), v.dtype) if kept else []
+    problem = replace(problem, channels=channels)
+    return map_shapes(problem, v.dtype) if keeps_maps(problem, v.element_size()) else []
 
 
 def run_forward(inputs: list, scale: float, config: DeltaRuleConfig | None, keep: bool) -> tuple[Tensor, ...]:
     """The launches of ``forward``."""
     q, k, v, g, beta, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v))
+    problem = replace(problem, channels=is_per_channel(g))
     keep = keep and keeps_maps(problem, v.element_size())
-    problem, x, prepared = prepare(problem, gather(q, k, v, g, beta, level_scales, None, scale))
+    problem, x, prepared, _ = prepare(problem, gather(q, k, v, g, beta, level_scales, None, scale))
     chunks = launch_chunk_maps(problem, x, prepared)
     maps = launch_octet_maps(problem, x, chunks, prepared, prefixes=keep)
     o = launch_output(problem, x, maps, launch_path_states(problem, maps.entries))

@@ -13,10 +13,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from loglinear.kernels.channel.decays import load_log
+from loglinear.kernels.channel.gains import blocks_of, of_other_blocks
 from loglinear.kernels.delta.score_grads import PRODUCT_GRADS, SOLVE_GRADS, plane, product
 from loglinear.kernels.tree.decays import GATE_FLOOR, load_sum, pairs, strengths_of
 from loglinear.kernels.tree.place import chunk_of, row_of_program
-from loglinear.kernels.tree.tiles import key_head, load_part, load_tile, query_head, square, store_part, store_tile
+from loglinear.kernels.tree.tiles import (
+    key_head,
+    load_part,
+    load_tile,
+    load_tokens,
+    query_head,
+    square,
+    store_part,
+    store_tile,
+)
 
 
 @triton.jit
@@ -47,6 +58,7 @@ def key_grads_kernel(
     gains,
     end_gains,
     chunk_gains,
+    around,  # with a gate per channel, see channel/gains.py
     out,
     table,
     T,
@@ -65,6 +77,7 @@ def key_grads_kernel(
     here = chunk_of(at, chunk, S.C)
     in_chunk, valid, origin = tl.arange(0, S.C), here.valid, here.origin
     site = chunk.to(tl.int64) * S.H + h
+    kept = chunk.to(tl.int64) * S.HEADS + h
     dtype = scores.dtype.element_ty
     q_head, k_head = query_head(x, here, h, S), key_head(x, here, h, S)
     high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S)
@@ -72,10 +85,10 @@ def key_grads_kernel(
     from_start = tl.exp2(high)
     strength = strengths_of(x, here, h, in_chunk)
     if S.CHANNELS:
-        products = tl.load(square(maps.overlaps + site * (S.C * S.C), S.C))
+        products = tl.load(square(maps.overlaps + kept * (S.C * S.C), S.C))
     else:
         products = product(k_head, k_head, x.stride_k, x.stride_k, valid, S.K, S.BK, S)
-    solved = tl.load(square(maps.solve + (chunk.to(tl.int64) * S.HEADS + h) * (S.C * S.C), S.C))
+    solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))
     solve_grads = tl.load(plane(scores, site, SOLVE_GRADS, S))
     doverlap, overlap, dstrength = inverse_grads(products, decays, strength, solved, solve_grads, S)
     dbeta = out.dbeta + origin * out.stride_dbeta + h + in_chunk * out.stride_dbeta
@@ -87,6 +100,15 @@ def key_grads_kernel(
             dw = load_part(sources, S.K, 0, first, S.C, S.K, S.C, S.BK)
             acc = tl.dot(tl.trans(solved), dw, input_precision=S.PRECISION)
             store_part(sources, S.K, acc, 0, first, S.C, S.K, S.C, S.BK)
+            starts = load_tokens(maps.starts, S.HEADS * S.K, h, here, S.C, S.K, S.BK, first).to(tl.float32)
+            seen = load_part(query_grads + site * (S.C * S.K), S.K, 0, first, S.C, S.K, S.C, S.BK).to(tl.float32)
+            seen *= load_tile(q_head, x.stride_q, valid, S.C, S.K, S.BK, first).to(tl.float32)
+            beside = of_other_blocks(seen + acc * starts, True, S)
+            ends = load_part(sources + S.C * S.K, S.K, 0, first, S.C, S.K, S.C, S.BK).to(tl.float32)
+            ends *= load_tile(k_head, x.stride_k, valid, S.C, S.K, S.BK, first).to(tl.float32)
+            beside += of_other_blocks(ends, False, S) + load_log(chunk_gains, site, first, S)[None, :]
+            pointers, inside = blocks_of(around, site, first, S)
+            tl.store(pointers, beside, mask=inside)
         return
     gain = tl.zeros([S.C], tl.float32)
     if x.g is not None:

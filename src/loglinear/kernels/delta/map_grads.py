@@ -193,8 +193,8 @@ def map_grads_kernel(
     dw_low = (-dw).to(dtype)
     store_part(targets, S.K, dw_low, 0, 0, S.C, S.K, S.C, S.BK)
     if S.CHANNELS:
-        starts = maps.starts + (here.origin * S.H + h) * S.K
-        solve_grads = times_tokens(dw_low, starts, S.H * S.K, valid, S)
+        starts = maps.starts + (here.origin * S.HEADS + h) * S.K
+        solve_grads = times_tokens(dw_low, starts, S.HEADS * S.K, valid, S)
     elif S.PRECISION == "ieee":
         solve_grads = times_tokens(dw_low, keys, x.stride_k, valid, S)
     else:

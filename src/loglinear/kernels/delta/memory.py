@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.kernels.channel.forward import Prepared
+from loglinear.kernels.channel.forward import Prepared, prepared_shapes
 from loglinear.kernels.delta.octet_maps import PREFIXES
 from loglinear.kernels.delta.score_grads import PLANES
 from loglinear.kernels.tree.problem import Problem, cdiv
 
 SHARE = 2.0  # most bytes of maps and intermediates together, per byte of inputs, output and their gradients
 KEPT_SHARE = 1.25  # the same of maps that are kept from the forward pass
+PREPARED = len(Prepared._fields) - 1  # tensors of a gate per channel among the maps, beside the logs of chunks
 UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
 
 
@@ -67,14 +68,17 @@ class Maps(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors in one tuple. ``Maps.of`` undoes this."""
-        return *self[:5], *self.octets, *self.prefixes
+        made = () if self.prepared is None else self.prepared[1:]
+        return *self[:5], *self.octets, *self.prefixes, *made  # type: ignore[return-value]
 
     @staticmethod
-    def of(tensors: tuple[Tensor, ...]) -> Maps:
-        """Maps with prefixes, from their ``tensors``."""
-        tiers = (len(tensors) - 4) // 2
-        first, rest = tensors[:5], tensors[5:]
-        return Maps(*first, rest[: tiers - 1], rest[tiers - 1 :])  # type: ignore[call-arg]
+    def of(tensors: tuple[Tensor, ...], channels: bool) -> Maps:
+        """Maps with prefixes, from their ``tensors``; ``channels``: those of a gate per channel."""
+        made = PREPARED if channels else 0
+        tiers = (len(tensors) - made - 4) // 2
+        first, rest, last = tensors[:5], tensors[5 : len(tensors) - made], tensors[len(tensors) - made :]
+        prepared = Prepared(tensors[1], *last) if channels else None
+        return Maps(*first, rest[: tiers - 1], rest[tiers - 1 :], prepared)  # type: ignore[call-arg]
 
     @property
     def chunks(self) -> ChunkMaps:
@@ -91,7 +95,9 @@ class Maps(NamedTuple):
         heads = slice(first, first + count)
         own = (x[:, heads] for x in self[1:5])
         rest = (tuple(x[:, heads] for x in maps) for maps in (self.octets, self.prefixes))
-        return Maps(self.sums[heads], *own, *rest)  # type: ignore[arg-type, misc]
+        made = self.prepared
+        prepared = None if made is None else Prepared(*(x[:, heads] for x in made))  # type: ignore[index]
+        return Maps(self.sums[heads], *own, *rest, prepared)  # type: ignore[arg-type, misc]
 
 
 def map_shapes(problem: Problem, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -107,20 +113,24 @@ def map_shapes(problem: Problem, dtype: torch.dtype) -> list[tuple[tuple[int, ..
     maps = all_chunks, *octets[:-1], *(PREFIXES.value * count for count in octets)
     shapes = [(all_chunks, H, C, C), (all_chunks, H, C, K + V), *((count, H, K, K + V) for count in maps)]
     logs = [(H, 2 if dtype == torch.float32 else 1, problem.tokens), (all_chunks, H)]
+    prepared = []
     if problem.channels:
         logs = [(H, 0, problem.tokens), (all_chunks, H, K)]
-    return [*((shape, torch.float32) for shape in logs), *((shape, dtype) for shape in shapes)]
+        prepared = prepared_shapes(problem, dtype, delta=True)[1:]
+    return [*((shape, torch.float32) for shape in logs), *((shape, dtype) for shape in shapes), *prepared]
 
 
 def map_elements(problem: Problem) -> int:
-    """Elements of all ``Maps`` of one head, with prefixes. The logs, two numbers a token, are left out."""
-    return sum(shape[0] * prod(shape[2:]) for shape, _ in map_shapes(problem, torch.bfloat16)[2:])
+    """Elements of 16 bits of all ``Maps`` of one head, with prefixes. The logs, two numbers a token, are left out."""
+    shapes = map_shapes(problem, torch.bfloat16)[2:]
+    return sum(shape[0] * prod(shape[2:]) * (dtype.itemsize // 2) for shape, dtype in shapes)
 
 
 def given_bytes(problem: Problem, size: int) -> int:
-    """Bytes of q, k, v, o and their gradients, of ``size`` bytes an element."""
+    """Bytes of q, k, v, o and their gradients, of ``size`` bytes an element, and of a gate per channel and its, in float32."""
     widths = problem.groups * problem.key_width + problem.heads * problem.value_width
-    return 4 * problem.tokens * widths * size
+    gates = problem.heads * problem.key_width * 2 * 4 if problem.channels else 0
+    return problem.tokens * (4 * widths * size + gates)
 
 
 def keeps_maps(problem: Problem, size: int) -> bool:
@@ -141,6 +151,8 @@ def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
     paths = problem.all_chunks * 3 * C * K + 2 * problem.path_slots * K * (K + V)
     later = problem.all_chunks * C * (2 * K + PLANES.value * C)
     elements = cdiv(problem.all_chunks * 3, 2) * K * (K + V) + problem.all_chunks * C * K + max(paths, later)
+    if problem.channels:
+        elements += 2 * problem.tokens * K  # running sums of the gates
     left = SHARE * given_bytes(problem, size) - (maps * H * size if kept else 0)
     allowed = max(left, UNSLICED) // max((elements + (0 if kept else maps)) * size, 1)
     per_group = problem.heads_per_group

@@ -51,7 +51,7 @@ def path_queries_kernel(
     kept = chunk.to(tl.int64) * S.HEADS + h
     head_sums = maps.sums + h.to(tl.int64) * sums_stride + here.origin
     high, low = load_sum(head_sums, tl.arange(0, S.C), here.valid, all_tokens, S)
-    products = gate_scores(x, maps, chunk.to(tl.int64) * S.H + h, here, h, high, low, S)
+    products = gate_scores(x, maps, kept, here, h, high, low, S)
     q_tile = load_tile(query_head(x, here, h, S), x.stride_q, here.valid, S.C, S.K, S.BK, 0)
     written = maps.writes + kept * (S.C * (S.K + S.V))
     queries = start_queries(q_tile, products, load_erased(written, S), high, S.PRECISION)

@@ -93,7 +93,7 @@ def score_grads_kernel(
     high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S)
     decays = tl.where(earlier, pairs(high, low, S), 0.0)
     if S.CHANNELS:
-        products = tl.load(square(maps.scores + site * (S.C * S.C), S.C)).to(tl.float32)
+        products = tl.load(square(maps.scores + kept * (S.C * S.C), S.C)).to(tl.float32)
     else:
         products = product(q_head, k_head, x.stride_q, x.stride_k, valid, S.K, S.BK, S) * decays
     products_low = products.to(dtype)

@@ -7,8 +7,9 @@ these files. Each function has the name, the inputs and the outputs of a kernel 
     decay.py         the family whose span is a log for each head (``kernels/decay``)
     delta.py         the family whose span is a matrix, forward (``kernels/delta``)
     delta_grads.py   the same, backward
+    channel.py       a gate per key channel without the delta rule (``kernels/channel``)
 
-The stages of a gate per key channel will stand in a file of their own beside them, as their kernels will.
+The stages of the delta rule under a gate per channel have no twins of their own yet.
 
 Logs are natural (the kernels' have base 2). A gate below ``GATE_FLOOR`` counts as this floor, as in the kernels. Loops run
 over levels, path lengths and the units of an octet, never over tokens. ``decay.trace`` and ``delta_grads.trace`` compose the
