@@ -13,7 +13,6 @@ from loglinear.kernels.channel.forward import (
     decayed,
     launch_entries,
     launch_scores,
-    launch_sums,
     tile_sizes,
 )
 from loglinear.kernels.channel.gains import window_sums_kernel
@@ -179,9 +178,8 @@ def launch_gate_grads(
         grads,
         out,
         out.dq.stride(0),
-        sums.stride(0),
         *problem.of_chunks,
-        S=problem.sizes(x.v.dtype, **tiles),
+        S=problem.sizes(x.v.dtype, **tiles, HEADS=sums.stride(0) // sums.stride(1)),
         PLANES=planes,
         **launch.options,
     )
@@ -213,8 +211,7 @@ def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Ten
     do, q, k, v, g, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config)
     given = gather(q, k, v, g, None, level_scales, do, scale)
-    sums = launch_sums(problem, given)
-    made = launch_scores(problem, given, sums)
+    made = launch_scores(problem, given)
     x = decayed(given, made)
     states = launch_entries(problem, x, made)
     score_grads, dscales = launch_local_grads(problem, x, states)
@@ -227,5 +224,5 @@ def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Ten
     dq, dk = (launching.scratch(shape, y.dtype if parts == 1 else torch.float32, y.device) for y in (q, k))
     dg = launching.scratch(tuple(g.shape), g.dtype, g.device)
     out = Results(dq, dk, dg, dq.stride(1), dk.stride(1), dg.stride(1))
-    launch_gate_grads(problem, given, sums, score_grads, grads, out)
+    launch_gate_grads(problem, given, made.sums, score_grads, grads, out)
     return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dscales

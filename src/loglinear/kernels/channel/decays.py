@@ -95,15 +95,16 @@ def meet(level, t):
 
 
 @triton.jit
-def load_sums(sums, here, h, t, plane, first, S: tl.constexpr):
+def load_sums(sums, here, h, t, first, S: tl.constexpr):
     """Running sums ``[n, BK]`` at places ``t [n]`` of a chunk, or at its last token: (value, its rounding error or 0)."""
+    WIDTH: tl.constexpr = 2 * S.K if S.EXACT else S.K
     columns = first + tl.arange(0, S.BK)[None, :]
     rows = tl.minimum(t, tl.minimum(here.size, S.C) - 1)[:, None]
-    pointers = sums + (here.origin * S.H + h) * S.K + (rows * (S.H * S.K) + columns)
+    pointers = sums + (here.origin * S.HEADS + h) * WIDTH + (rows * (S.HEADS * WIDTH) + columns)
     inside = (columns < S.K) & (rows >= 0)
     high = tl.load(pointers, mask=inside, other=0.0)
     if S.EXACT:
-        low = tl.load(pointers + plane, mask=inside, other=0.0)
+        low = tl.load(pointers + S.K, mask=inside, other=0.0)
     else:
         low = tl.zeros_like(high)
     return high, low
@@ -124,12 +125,13 @@ def store_log(logs, site, value, first, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
-def sums_kernel(x, sums, plane, table, T, N, NG, S: tl.constexpr):
-    """Running sums ``[planes, B*T, H, K]`` of the gates of every chunk, clamped; NaN from a gate of NaN or infinite growth on.
+def sums_kernel(x, sums, table, T, N, NG, S: tl.constexpr):
+    """Running sums ``[B*T, H, 1 or 2, K]`` of the gates of every chunk, clamped; NaN from a gate of NaN or infinite growth on.
 
     Grid: tiles of K x H x chunks, tiles fastest.
     """
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK
+    WIDTH: tl.constexpr = 2 * S.K if S.EXACT else S.K
     first = tl.program_id(0) % TILES * S.BK
     h = tl.program_id(0) // TILES % S.H
     chunk = tl.program_id(0) // (TILES * S.H)
@@ -142,6 +144,6 @@ def sums_kernel(x, sums, plane, table, T, N, NG, S: tl.constexpr):
     gates = tl.where(gates < float("inf"), tl.maximum(gates, GATE_FLOOR), float("nan")) * LOG2_E
     total = tl.cumsum(gates, axis=0)
     high = total.to(tl.float32)
-    store_columns(sums + h * S.K, S.H * S.K, here, high, first, S)
+    store_columns(sums + h * WIDTH, S.H * WIDTH, here, high, first, S)
     if S.EXACT:
-        store_columns(sums + plane + h * S.K, S.H * S.K, here, total - high.to(tl.float64), first, S)
+        store_columns(sums + h * WIDTH + S.K, S.H * WIDTH, here, total - high.to(tl.float64), first, S)

@@ -23,6 +23,8 @@ class Prepared(NamedTuple):
     """The facts about the chunks that depend on no λ and no value. A *chunk* is a chunk of a sequence; logs in base 2.
 
     chunk_log: ``[chunks, H, K]`` float32.
+    sums: ``[B*T, H, 1 or 2, K]`` float32, running sums of the gates inside each chunk; for float32 inputs with their rounding
+        errors; None once nothing more reads them.
     q, k: ``[B*T, H, K]`` of v's dtype, queries as seen from the start of their chunk, keys as seen from its end.
     scores: ``[chunks, H, C, C]`` of v's dtype, under their decays, zero above the diagonal.
     starts, overlaps: for the delta rule, keys as seen from the start of their chunk, as k, and the scores of keys with keys
@@ -30,6 +32,7 @@ class Prepared(NamedTuple):
     """
 
     chunk_log: Tensor
+    sums: Tensor | None
     q: Tensor | None
     k: Tensor | None
     scores: Tensor | None
@@ -60,38 +63,33 @@ def prepared_shapes(problem: Problem, dtype: torch.dtype, delta: bool) -> list[t
     """(shape, dtype) of the tensors of ``Prepared``."""
     H, K, C = problem.heads, problem.key_width, problem.config.chunk
     tokens, squares = (problem.tokens, H, K), (problem.all_chunks, H, C, C)
-    shapes = [((problem.all_chunks, H, K), torch.float32), (tokens, dtype), (tokens, dtype), (squares, dtype)]
+    logs = (problem.all_chunks, H, K), (problem.tokens, H, 2 if dtype == torch.float32 else 1, K)
+    shapes = [*((log, torch.float32) for log in logs), (tokens, dtype), (tokens, dtype), (squares, dtype)]
     return shapes + [(tokens, dtype), (squares, torch.float32)] * delta
 
 
-def launch_sums(problem: Problem, x: Inputs) -> Tensor:
-    """Running sums ``[planes, B*T, H, K]`` float32 of the gates inside each chunk.
-
-    Two planes, value and rounding error, for float32 inputs.
-    """
-    H, K, dtype = problem.heads, problem.key_width, x.v.dtype
-    sums = launching.scratch((2 if dtype == torch.float32 else 1, problem.tokens, H, K), torch.float32, x.v.device)
+def launch_sums(problem: Problem, x: Inputs, sums: Tensor) -> None:
+    """Write ``Prepared.sums``."""
+    H, K = problem.heads, problem.key_width
     gates = x._replace(q=None, k=None, v=None, beta=None, scales=None, do=None)
-    tiles = {"BK": min(64, problem.tile(K))}  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
-    programs, sizes = problem.all_chunks * H * cdiv(K, tiles["BK"]), problem.sizes(dtype, **tiles)
-    launching.launch(sums_kernel, programs, gates, sums, sums.stride(0), *problem.of_chunks, S=sizes, num_warps=4)
-    return sums
+    tile = min(64, problem.tile(K))  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
+    programs, sizes = problem.all_chunks * H * cdiv(K, tile), problem.sizes(x.v.dtype, BK=tile)
+    launching.launch(sums_kernel, programs, gates, sums, *problem.of_chunks, S=sizes, num_warps=4)
 
 
-def launch_scores(problem: Problem, x: Inputs, sums: Tensor) -> Prepared:
-    """The prepared chunks."""
+def launch_scores(problem: Problem, x: Inputs) -> Prepared:
+    """The prepared chunks, with the running sums of their gates."""
     launch, dtype = problem.config.scores, x.v.dtype
     shapes = prepared_shapes(problem, dtype, x.beta is not None)
     made = Prepared(*(launching.scratch(*y, x.v.device) for y in shapes))
+    launch_sums(problem, x, made.sums)
     launching.launch(
         scores_kernel,
         problem.all_chunks * problem.heads * (problem.config.chunk // SUB.value),
         x._replace(g=None, v=None, scales=None, do=None),
-        sums,
         made,
-        sums.stride(0),
         *problem.of_chunks,
-        S=problem.sizes(dtype, **tile_sizes(problem, launch, whole_key=False)),
+        S=problem.sizes(dtype, **tile_sizes(problem, launch, whole_key=False), HEADS=problem.heads),
         **launch.options,
     )
     return made
@@ -166,6 +164,6 @@ def run_forward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tens
     q, k, v, g, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config)
     x = gather(q, k, v, g, None, level_scales, None, scale)
-    made = launch_scores(problem, x, launch_sums(problem, x))
+    made = launch_scores(problem, x)._replace(sums=None)
     x = decayed(x, made)
     return (launch_output(problem, x, launch_entries(problem, x, made)),)

@@ -8,6 +8,8 @@ All are sums; no difference is taken.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -28,6 +30,31 @@ from loglinear.kernels.tree.levels import LOG_SUB, SUB
 from loglinear.kernels.tree.place import chunk_of, locate
 
 
+class Block(NamedTuple):
+    """Block b of 16 tokens of a chunk, of head h, and a tile of channels from ``first`` on. Tensors are ``[BK, SUB]``, float32.
+
+    q, k, high, low: queries, keys, running sums of gates and their rounding errors. matrix: the gradient of the chunk's scores.
+    """
+
+    h: Any
+    b: Any
+    first: Any
+    matrix: Any
+    q: Any
+    k: Any
+    high: Any
+    low: Any
+
+
+class Found(NamedTuple):
+    """What is added up for a block, ``[BK, SUB]`` float32: dq, dk, and the gains of its queries and of its keys."""
+
+    dq: Any
+    dk: Any
+    queries: Any
+    keys: Any
+
+
 @triton.jit
 def load_turned(base, stride, here, t, first, S: tl.constexpr):
     """``decays.load_rows`` ``[BK, SUB]``, float32: with channels as rows, a product's result is another one's left operand."""
@@ -42,16 +69,16 @@ def load_own(base, place, first, S: tl.constexpr):
 
 
 @triton.jit
-def turned_sums(sums, here, h, t, plane, first, S: tl.constexpr):
+def turned_sums(sums, here, h, t, first, S: tl.constexpr):
     """``decays.load_sums`` ``[BK, SUB]``."""
-    high, low = load_sums(sums, here, h, t, plane, first, S)
+    high, low = load_sums(sums, here, h, t, first, S)
     return settled(tl.trans(high), S), tl.trans(low)
 
 
 @triton.jit
-def sums_at(sums, here, h, place, plane, first, S: tl.constexpr):
+def sums_at(sums, here, h, place, first, S: tl.constexpr):
     """The same ``[BK, 1]`` of one place."""
-    high, low = load_sums(sums, here, h, tl.arange(0, 1) + place, plane, first, S)
+    high, low = load_sums(sums, here, h, tl.arange(0, 1) + place, first, S)
     return tl.trans(high), tl.trans(low)
 
 
@@ -63,58 +90,42 @@ def load_pairs(matrix, later, earlier, C: tl.constexpr):
 
 
 @triton.jit
-def earlier_keys(x, sums, here, h, place, high, low, plane, first, S: tl.constexpr):
+def earlier_keys(x, sums, here, h, place, high, low, first, S: tl.constexpr):
     """The keys of a block as seen from a later token, whose sums are given, in their own dtype."""
     t = place + tl.arange(0, SUB)
     k = load_turned(x.k + h // (S.H // S.G) * S.K, x.stride_k, here, t, first, S)
-    own_high, own_low = turned_sums(sums, here, h, t, plane, first, S)
+    own_high, own_low = turned_sums(sums, here, h, t, first, S)
     return (k * between(own_high, own_low, high, low, S)).to(x.k.dtype.element_ty)
 
 
 @triton.jit
-def block_pairs(
-    query_sum,
-    key_sum,
-    own_queries,
-    own_keys,
-    q,
-    k,
-    high,
-    low,
-    x,
-    sums,
-    matrix,
-    here,
-    h,
-    b,
-    plane,
-    first,
-    S: tl.constexpr,
-):
-    """Add to (dq, dk, gains of queries, of keys, gains of pairs around the block ``[BK]``) the pairs of two blocks of a chunk.
+def block_pairs(found, block, x, sums, here, S: tl.constexpr):
+    """(``Found`` with the pairs of two blocks of a chunk, gains ``[BK]`` of those around the block).
 
     A query meets the keys of earlier blocks at the start of its block, a key its later queries at the end of its own.
     """
+    dq, dk, own_queries, own_keys = found
+    h, b, first, matrix, q, k, high, low = block
     DELTA: tl.constexpr = x.beta is not None
     place, overlaps = b * SUB, matrix + S.C * S.C
     low_type = x.q.dtype.element_ty
     head = h // (S.H // S.G) * S.K
-    start_high, start_low = sums_at(sums, here, h, place - 1, plane, first, S)
-    end_high, end_low = sums_at(sums, here, h, place + SUB - 1, plane, first, S)
+    start_high, start_low = sums_at(sums, here, h, place - 1, first, S)
+    end_high, end_low = sums_at(sums, here, h, place + SUB - 1, first, S)
     from_queries = tl.zeros([S.BK, SUB], tl.float32)
     from_keys = from_queries
     for j in tl.range(0, b, num_stages=1):
-        keys = earlier_keys(x, sums, here, h, j * SUB, start_high, start_low, plane, first, S)
+        keys = earlier_keys(x, sums, here, h, j * SUB, start_high, start_low, first, S)
         pairs = tl.trans(load_pairs(matrix, place, j * SUB, S.C))
         from_queries = tl.dot(keys, pairs, from_queries, input_precision=S.PRECISION)
         if DELTA:
             pairs = tl.trans(load_pairs(overlaps, place, j * SUB, S.C))
             from_keys = tl.dot(keys, pairs, from_keys, input_precision=S.PRECISION)
     decay = between(start_high, start_low, high, low, S)
-    query_sum += from_queries * decay
+    dq += from_queries * decay
     gains = from_queries * q
     if DELTA:
-        key_sum += from_keys * decay
+        dk += from_keys * decay
         gains += from_keys * k
     own_queries += gains * decay
 
@@ -123,7 +134,7 @@ def block_pairs(
     blocks = (tl.minimum(here.size, S.C) + SUB - 1) // SUB
     for i in tl.range(b + 1, blocks, num_stages=1):
         t = i * SUB + tl.arange(0, SUB)
-        later_high, later_low = turned_sums(sums, here, h, t, plane, first, S)
+        later_high, later_low = turned_sums(sums, here, h, t, first, S)
         decay = between(end_high, end_low, later_high, later_low, S)
         later_q = load_turned(x.q + head, x.stride_q, here, t, first, S) * decay
         pairs = load_pairs(matrix, i * SUB, place, S.C)
@@ -133,7 +144,7 @@ def block_pairs(
             pairs = load_pairs(overlaps, i * SUB, place, S.C)
             to_keys = tl.dot(later_k.to(low_type), pairs, to_keys, input_precision=S.PRECISION)
         for j in tl.range(0, b, num_stages=1):
-            keys = earlier_keys(x, sums, here, h, j * SUB, start_high, start_low, plane, first, S)
+            keys = earlier_keys(x, sums, here, h, j * SUB, start_high, start_low, first, S)
             pairs = tl.trans(load_pairs(matrix, i * SUB, j * SUB, S.C))
             gains = tl.dot(keys, pairs, input_precision=S.PRECISION) * later_q
             if DELTA:
@@ -141,10 +152,10 @@ def block_pairs(
                 gains += tl.dot(keys, pairs, input_precision=S.PRECISION) * later_k
             around += tl.sum(gains, axis=1)
     to_keys *= between(high, low, end_high, end_low, S)
-    key_sum += to_keys
+    dk += to_keys
     own_keys += to_keys * k
     around *= tl.reshape(between(start_high, start_low, end_high, end_low, S), [S.BK])
-    return query_sum, key_sum, own_queries, own_keys, around
+    return Found(dq, dk, own_queries, own_keys), around
 
 
 @triton.jit
@@ -162,7 +173,6 @@ def gate_grads_kernel(
     grads,  # with the delta rule q and k in the layout of the delta rule's kernels
     out,  # writes dq, dk, dg
     part_stride,  # of dq and of dk
-    plane,
     table,
     T,
     N,
@@ -193,35 +203,35 @@ def gate_grads_kernel(
     matrix = score_grads + site * (PLANES * S.C * S.C)
     q = load_turned(x.q + head, x.stride_q, here, t, first, S)
     k = load_turned(x.k + head, x.stride_k, here, t, first, S)
-    high, low = turned_sums(sums, here, h, t, plane, first, S)
+    high, low = turned_sums(sums, here, h, t, first, S)
 
     # Pairs of two chunks: a query meets its keys at the start of the chunk, a key its queries at the end.
-    end_high, end_low = sums_at(sums, here, h, S.C, plane, first, S)
+    end_high, end_low = sums_at(sums, here, h, S.C, first, S)
     late, early = tl.exp2(high), between(high, low, end_high, end_low, S)
     if DELTA:
         SIZE: tl.constexpr = S.C * S.K
         starts = load_own(grads.k + 2 * site * SIZE, b * SUB, first, S) * late
-        query_sum = load_own(grads.q + site * SIZE, b * SUB, first, S) * late
-        key_sum = load_own(grads.k + (2 * site + 1) * SIZE, b * SUB, first, S) * early
-        own_keys = key_sum * k
-        own_queries = query_sum * q + starts * k
-        key_sum += starts
+        dq = load_own(grads.q + site * SIZE, b * SUB, first, S) * late
+        dk = load_own(grads.k + (2 * site + 1) * SIZE, b * SUB, first, S) * early
+        own_keys = dk * k
+        own_queries = dq * q + starts * k
+        dk += starts
     else:
-        query_sum = load_turned(grads.q + h * S.K, S.H * S.K, here, t, first, S) * late
-        key_sum = load_turned(grads.k + h * S.K, S.H * S.K, here, t, first, S) * early
-        own_keys = key_sum * k
-        own_queries = query_sum * q
-    query_sum, key_sum, own_queries, own_keys, around = block_pairs(
-        query_sum, key_sum, own_queries, own_keys, q, k, high, low, x, sums, matrix, here, h, b, plane, first, S
-    )
+        dq = load_turned(grads.q + h * S.K, S.H * S.K, here, t, first, S) * late
+        dk = load_turned(grads.k + h * S.K, S.H * S.K, here, t, first, S) * early
+        own_keys = dk * k
+        own_queries = dq * q
+    block = Block(h, b, first, matrix, q, k, high, low)
+    found, around = block_pairs(Found(dq, dk, own_queries, own_keys), block, x, sums, here, S)
+    dq, dk, own_queries, own_keys = found
     around += load_log(grads.around, site * BLOCKS + b, first, S)
     gain = tl.zeros([S.BK, SUB], tl.float32) + around[:, None]
 
     # Pairs of a block: from the longest to the shortest, after which no gate lies between a token and its own place.
     pairs = both_ways(matrix, b * SUB, S.C)
     itself = tl.load(matrix + t * (S.C + 1)).to(tl.float32)[None, :]
-    query_sum += itself * k
-    key_sum += itself * q
+    dq += itself * k
+    dk += itself * q
     if DELTA:
         overlaps = both_ways(matrix + S.C * S.C, b * SUB, S.C)
     low_type = x.q.dtype.element_ty
@@ -230,28 +240,28 @@ def gate_grads_kernel(
         odd, partners = in_odd_block(level, t)[None, :], meet(level, t)
         passing = tl.where(odd, own_queries, own_keys).to(low_type)
         gain = tl.dot(passing, tl.where(partners, 1.0, 0.0).to(low_type), acc=gain, input_precision=S.PRECISION)
-        edge_high, edge_low = turned_sums(sums, here, h, level_ends(level, t), plane, first, S)
+        edge_high, edge_low = turned_sums(sums, here, h, level_ends(level, t), first, S)
         decay = either_way(high, low, edge_high, edge_low, S)
         of_query = tl.where(odd, decay, 0.0)
         of_key = decay - of_query
         mixed = tl.where(odd, q, k)
         own = tl.where(partners, pairs, 0.0).to(low_type)
         gradient = tl.dot((mixed * decay).to(low_type), own, input_precision=S.PRECISION)
-        query_sum += gradient * of_query
-        key_sum += gradient * of_key
+        dq += gradient * of_query
+        dk += gradient * of_key
         shares = gradient * mixed
         if DELTA:
             own = tl.where(partners, overlaps, 0.0).to(low_type)
             gradient = tl.dot((k * decay).to(low_type), own, input_precision=S.PRECISION)
-            key_sum += gradient * decay
+            dk += gradient * decay
             shares += gradient * k
         own_queries += shares * of_query
         own_keys += shares * of_key
     gain += own_queries
 
     part = (h % PARTS).to(tl.int64) * part_stride + head
-    store_rows(out.dq + part, out.stride_dq, here, t, tl.trans(query_sum), first, S)
-    store_rows(out.dk + part, out.stride_dk, here, t, tl.trans(key_sum), first, S)
+    store_rows(out.dq + part, out.stride_dq, here, t, tl.trans(dq), first, S)
+    store_rows(out.dk + part, out.stride_dk, here, t, tl.trans(dk), first, S)
     raw = load_rows(x.g + h * S.K, x.stride_g, here, t, first, S).to(tl.float32)
     gain = tl.where(raw > GATE_FLOOR, tl.trans(gain), 0.0)
     store_rows(out.dg + h * S.K, out.stride_dg, here, t, gain, first, S)

@@ -33,20 +33,20 @@ def spoilt(x, here, h, t):
 
 
 @triton.jit
-def load_block(x, sums, here, h, t, plane, first, S: tl.constexpr):
+def load_block(x, sums, here, h, t, first, S: tl.constexpr):
     """(q, k, their running sums of the gate: value, rounding error) ``[SUB, BK]`` of the tokens at t, float32."""
     head = h // (S.H // S.G) * S.K
     q = settled(load_rows(x.q + head, x.stride_q, here, t, first, S), S)
     k = settled(load_rows(x.k + head, x.stride_k, here, t, first, S), S)
-    high, low = load_sums(sums, here, h, t, plane, first, S)
+    high, low = load_sums(sums, here, h, t, first, S)
     return q, k, settled(high, S), low
 
 
 @triton.jit
-def earlier_keys(x, sums, here, h, t, high, low, plane, first, S: tl.constexpr):
+def earlier_keys(x, sums, here, h, t, high, low, first, S: tl.constexpr):
     """The keys ``[SUB, BK]`` at ``t`` as seen from a later token, whose sums are given, in their own dtype."""
     k = load_rows(x.k + h // (S.H // S.G) * S.K, x.stride_k, here, t, first, S)
-    own_high, own_low = load_sums(sums, here, h, t, plane, first, S)
+    own_high, own_low = load_sums(sums, here, h, t, first, S)
     return (k.to(tl.float32) * between(own_high, own_low, high, low, S)).to(k.dtype)
 
 
@@ -63,9 +63,7 @@ def store_pairs(x, made, site, later, earlier, scores, overlaps, C: tl.constexpr
 @triton.jit(do_not_specialize=["T", "N", "NG"])
 def scores_kernel(
     x,
-    sums,
-    made,  # see forward.Prepared
-    plane,
+    made,  # see forward.Prepared; reads ``sums``
     table,
     T,
     N,
@@ -91,10 +89,10 @@ def scores_kernel(
         scores = none
         overlaps = none
         for first in tl.range(0, S.K, S.BK, num_stages=1):
-            q, k, high, low = load_block(x, sums, here, h, t, plane, first, S)
-            start_high, start_low = load_sums(sums, here, h, edge + (b * SUB - 1), plane, first, S)
+            q, k, high, low = load_block(x, made.sums, here, h, t, first, S)
+            start_high, start_low = load_sums(made.sums, here, h, edge + (b * SUB - 1), first, S)
             decay = between(start_high, start_low, high, low, S)
-            earlier = earlier_keys(x, sums, here, h, inner + j * SUB, start_high, start_low, plane, first, S)
+            earlier = earlier_keys(x, made.sums, here, h, inner + j * SUB, start_high, start_low, first, S)
             earlier = tl.trans(earlier)
             scores = tl.dot((q * decay).to(low_type), earlier, scores, input_precision=S.PRECISION)
             if DELTA:
@@ -110,8 +108,8 @@ def scores_kernel(
     overlaps = none
     row, column = inner[:, None], inner[None, :]
     for first in tl.range(0, S.K, S.BK, num_stages=1):
-        q, k, high, low = load_block(x, sums, here, h, t, plane, first, S)
-        end_high, end_low = load_sums(sums, here, h, edge + S.C, plane, first, S)
+        q, k, high, low = load_block(x, made.sums, here, h, t, first, S)
+        end_high, end_low = load_sums(made.sums, here, h, edge + S.C, first, S)
         late, early = tl.exp2(high), between(high, low, end_high, end_low, S)
         store_rows(made.q + h * S.K, S.H * S.K, here, t, q * late, first, S)
         bad = spoilt(x, here, h, t) if DELTA else 0.0
@@ -119,7 +117,7 @@ def scores_kernel(
         if DELTA:
             store_rows(made.starts + h * S.K, S.H * S.K, here, t, k * late + bad, first, S)
         for level in tl.range(0, LOG_SUB, num_stages=1):  # not unrolled: the loads of all levels at once would spill
-            edge_high, edge_low = load_sums(sums, here, h, level_ends(level, t), plane, first, S)
+            edge_high, edge_low = load_sums(made.sums, here, h, level_ends(level, t), first, S)
             decay = either_way(high, low, settled(edge_high, S), edge_low, S)
             mixed = (tl.where(in_odd_block(level, t)[:, None], q, k) * decay).to(low_type)
             later = meet(level, t) & (row > column)

@@ -245,7 +245,7 @@ def launch_key_grads(
 def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | None) -> None:
     """The whole backward of the heads that x and out hold; their maps are made again if they were not kept."""
     K, V, given = problem.key_width, problem.value_width, (problem, x)
-    problem, x, prepared, sums = prepare(problem, x, maps)
+    problem, x, prepared = prepare(problem, x, maps)
     if maps is None:
         maps = launch_octet_maps(problem, x, launch_chunk_maps(problem, x, prepared), prepared, prefixes=True)
     states = launch_path_states(problem, maps.entries, maps=True)
@@ -264,14 +264,14 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | 
     launch_tree_grads(problem, x, maps, grads)
     scores, gains = launch_score_grads(problem, x, out, maps, query_grads)
     key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, query_grads, scores)
-    around = None if sums is None else launching.scratch(around_shape(problem), torch.float32, grads.device)
+    around = None if prepared is None else launching.scratch(around_shape(problem), torch.float32, grads.device)
     del grads
     launch_key_grads(problem, x, out, maps, query_grads, scores, (key_grads, gains, ends, chunk_gains), around)
-    if sums is not None:
+    if prepared is not None:
         found = ChannelGradients(q=query_grads, k=key_grads, around=around)
         results = Results(out.dq, out.dk, out.dg, out.stride_dq, out.stride_dk, out.stride_dg)
         scores = scores[:, :, PRODUCT_GRADS.value :]
-        launch_gate_grads(*given, sums, scores, found, results, PLANES.value)
+        launch_gate_grads(*given, prepared.sums, scores, found, results, PLANES.value)
 
 
 def allocate_gradients(problem: Problem, x: Inputs) -> Gradients:

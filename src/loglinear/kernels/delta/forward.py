@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loglinear.kernels.channel.forward import Prepared, decayed, launch_scores, launch_sums
+from loglinear.kernels.channel.forward import Prepared, decayed, launch_scores
 from loglinear.kernels.delta.chunk_maps import chunk_maps_kernel
 from loglinear.kernels.delta.memory import Maps, keeps_maps, map_shapes
 from loglinear.kernels.delta.octet_maps import octet_maps_kernel
@@ -24,19 +24,16 @@ from loglinear.transition import is_per_channel
 FIRST_OF_TWO = 3  # the first octet, from 0, with two entries before it
 
 
-def prepare(
-    problem: Problem, x: Inputs, maps: Maps | None = None
-) -> tuple[Problem, Inputs, Prepared | None, Tensor | None]:
+def prepare(problem: Problem, x: Inputs, maps: Maps | None = None) -> tuple[Problem, Inputs, Prepared | None]:
     """The problem and inputs of the kernels that know no gate per channel: with one, decayed queries and keys for each head.
 
-    And what they are made of, which ``maps`` may have kept, and the running sums of the gates.
+    And the prepared chunks, which ``maps`` may have kept.
     """
     if not problem.channels:
-        return problem, x, None, None
-    sums = launch_sums(problem, x)
-    made = launch_scores(problem, x, sums) if maps is None else maps.prepared
+        return problem, x, None
+    made = launch_scores(problem, x) if maps is None else maps.prepared
     assert made is not None
-    return replace(problem, groups=problem.heads), decayed(x, made), made, sums
+    return replace(problem, groups=problem.heads), decayed(x, made), made
 
 
 def launch_chunk_maps(problem: Problem, x: Inputs, prepared: Prepared | None) -> tuple[Tensor, ...]:
@@ -48,7 +45,7 @@ def launch_chunk_maps(problem: Problem, x: Inputs, prepared: Prepared | None) ->
     tile_k, tile_v = (min(launch.block_v, problem.tile(width)) for width in (problem.key_width, problem.value_width))
     solve = "tf32x3" if torch.version.hip is None and dtype != torch.float32 else "ieee"
     programs, S = problem.all_chunks * problem.heads, problem.sizes(dtype, BK=tile_k, BV=tile_v)
-    given = None if prepared is None else prepared._replace(q=None, k=None, scores=None)
+    given = None if prepared is None else prepared._replace(sums=None, q=None, k=None, scores=None)
     arguments = x, given, *made, *problem.of_chunks, problem.tokens, made[0].stride(0)
     launching.launch(chunk_maps_kernel, programs, *arguments, S=S, SOLVE=solve, **launch.options)
     return made
@@ -199,7 +196,9 @@ def run_forward(inputs: list, scale: float, config: DeltaRuleConfig | None, keep
     problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v))
     problem = replace(problem, channels=is_per_channel(g))
     keep = keep and keeps_maps(problem, v.element_size())
-    problem, x, prepared, _ = prepare(problem, gather(q, k, v, g, beta, level_scales, None, scale))
+    problem, x, prepared = prepare(problem, gather(q, k, v, g, beta, level_scales, None, scale))
+    if prepared is not None and not keep:
+        prepared = prepared._replace(sums=None)
     chunks = launch_chunk_maps(problem, x, prepared)
     maps = launch_octet_maps(problem, x, chunks, prepared, prefixes=keep)
     o = launch_output(problem, x, maps, launch_path_states(problem, maps.entries))

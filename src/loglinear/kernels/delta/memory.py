@@ -18,7 +18,7 @@ from loglinear.kernels.delta.score_grads import PLANES
 from loglinear.kernels.tree.problem import Problem, cdiv
 
 SHARE = 2.0  # most bytes of maps and intermediates together, per byte of inputs, output and their gradients
-KEPT_SHARE = 1.25  # the same of maps that are kept from the forward pass
+KEPT_SHARE = 1.4  # the same of maps that are kept from the forward pass
 PREPARED = len(Prepared._fields) - 1  # tensors of a gate per channel among the maps, beside the logs of chunks
 UNSLICED = 512 << 20  # bytes of intermediates that are always allowed
 
@@ -121,7 +121,7 @@ def map_shapes(problem: Problem, dtype: torch.dtype) -> list[tuple[tuple[int, ..
 
 
 def map_elements(problem: Problem) -> int:
-    """Elements of 16 bits of all ``Maps`` of one head, with prefixes. The logs, two numbers a token, are left out."""
+    """Elements of 16 bits of all ``Maps`` of one head, with prefixes. The first two logs are left out."""
     shapes = map_shapes(problem, torch.bfloat16)[2:]
     return sum(shape[0] * prod(shape[2:]) * (dtype.itemsize // 2) for shape, dtype in shapes)
 
@@ -151,8 +151,6 @@ def heads_at_a_time(problem: Problem, size: int, kept: bool) -> int:
     paths = problem.all_chunks * 3 * C * K + 2 * problem.path_slots * K * (K + V)
     later = problem.all_chunks * C * (2 * K + PLANES.value * C)
     elements = cdiv(problem.all_chunks * 3, 2) * K * (K + V) + problem.all_chunks * C * K + max(paths, later)
-    if problem.channels:
-        elements += 2 * problem.tokens * K  # running sums of the gates
     left = SHARE * given_bytes(problem, size) - (maps * H * size if kept else 0)
     allowed = max(left, UNSLICED) // max((elements + (0 if kept else maps)) * size, 1)
     per_group = problem.heads_per_group
