@@ -7,10 +7,10 @@ import pytest
 import torch
 from forms import FORMS
 
-from loglinear.reference.stages import decay, delta_grads
+from loglinear.reference.stages import channel, decay, delta_grads
 from oracle import TOLERANCES, error, make_inputs
 
-STAGES = {"identity": decay, "scalar": decay, "delta": delta_grads}
+STAGES = {"identity": decay, "scalar": decay, "delta": delta_grads, "diagonal": channel, "diagonal delta": delta_grads}
 CASES = {  # tokens of each row, packed or not, and the chunk size: up to three tiers, and paths of three entries of groups
     "empty": ((0, 0), 4),
     "one token": ((1, 1), 4),
@@ -37,7 +37,7 @@ def test_the_stages_are_the_definition(gate, case, hard):
     o = torch.cat([FORMS["dense"](**part, scale=0.7) for part in parts], 1)
     do = torch.randn_like(o)
     wanted = torch.autograd.grad(o, list(x.values()), do, allow_unused=True, materialize_grads=True)
-    names = ("q", "k", "v", "g", *(["beta"] if gate == "delta" else []), "level_scales")
+    names = ("q", "k", "v", "g", *(["beta"] if "beta" in x else []), "level_scales")
     given = [x[name].detach() if name in x else None for name in names]
     options = {"lengths": lengths if packed else None, "chunk_size": chunk}
     made = STAGES[gate].trace(*given, do, scale=0.7, **options)[2]

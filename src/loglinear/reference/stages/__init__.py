@@ -7,9 +7,10 @@ these files. Each function has the name, the inputs and the outputs of a kernel 
     decay.py         the family whose span is a log for each head (``kernels/decay``)
     delta.py         the family whose span is a matrix, forward (``kernels/delta``)
     delta_grads.py   the same, backward
-    channel.py       a gate per key channel without the delta rule (``kernels/channel``)
+    channel.py       a gate per key channel (``kernels/channel``)
 
-The stages of the delta rule under a gate per channel have no twins of their own yet.
+With the delta rule and a gate per channel, the first and the last stage are those of ``channel.py``; between them stand the
+stages of ``delta.py`` and ``delta_grads.py``, on decayed queries and keys.
 
 Logs are natural (the kernels' have base 2). A gate below ``GATE_FLOOR`` counts as this floor, as in the kernels. Loops run
 over levels, path lengths and the units of an octet, never over tokens. ``decay.trace`` and ``delta_grads.trace`` compose the

@@ -1,4 +1,4 @@
-"""CHANNEL: the stages of a gate per key channel without the delta rule. Twins of ``kernels/channel``."""
+"""CHANNEL: the stages of a gate per key channel. Twins of ``kernels/channel``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch import Tensor
 from loglinear.reference.dense import level_mask
 from loglinear.reference.stages.place import GATE_FLOOR, Inputs, Place, add_level, cut, scales_of, sums_by_level
 
-SUB = 16  # tokens of a block
+SUB = 16  # most tokens of a block
 
 
 class Prepared(NamedTuple):
     """sums: ``[chunks, H, C, K]``, cumulative log-decay inside each chunk. chunk_log: ``[chunks, H, K]``. q, k: ``[chunks, H,
     C, K]``, queries as seen from the start of their chunk, keys from its end. scores: ``[chunks, H, C, C]`` with their decays.
+
+    starts, overlaps: with the delta rule, keys as seen from the start of their chunk, and scores of keys with keys.
     """
 
     sums: Tensor
@@ -24,6 +26,8 @@ class Prepared(NamedTuple):
     q: Tensor
     k: Tensor
     scores: Tensor
+    starts: Tensor = None  # type: ignore[assignment]
+    overlaps: Tensor = None  # type: ignore[assignment]
 
 
 def _pair_decays(sums: Tensor) -> Tensor:
@@ -35,9 +39,13 @@ def _pair_decays(sums: Tensor) -> Tensor:
 
 def scores(x: Inputs) -> Prepared:
     """The prepared chunks."""
-    sums = x.g.cumsum(2)
-    pairs = torch.einsum("nhtk,nhsk,nhtsk->nhts", x.q, x.k, _pair_decays(sums))
-    return Prepared(sums, sums[:, :, -1], x.q * sums.exp(), x.k * (sums[:, :, -1:] - sums).exp(), pairs)
+    sums, product = x.g.cumsum(2), "nhtk,nhsk,nhtsk->nhts"
+    late, decays = sums.exp(), _pair_decays(sums)
+    pairs = torch.einsum(product, x.q, x.k, decays)
+    made = Prepared(sums, sums[:, :, -1], x.q * late, x.k * (sums[:, :, -1:] - sums).exp(), pairs)
+    if x.beta is None:
+        return made
+    return made._replace(starts=x.k * late, overlaps=torch.einsum(product, x.k, x.k, decays))
 
 
 def entries(place: Place, x: Inputs, made: Prepared) -> tuple[Tensor, Tensor]:
@@ -84,7 +92,7 @@ def query_grads(
         dscales = add_level(dscales, x, chunk, m, (product * made.q[chunk]).sum(3))
         levels.append(torch.zeros_like(since).index_add(0, chunk, (share * made.q[chunk]).sum(2)))
         since = since.index_add(0, chunk, entry_log[entry])
-    return dq, dscales, torch.stack(levels)
+    return dq, dscales, torch.stack(levels) if levels else made.chunk_log.new_zeros(0, *made.chunk_log.shape)
 
 
 def entry_grads(place: Place, x: Inputs, made: Prepared, entry_log: Tensor) -> Tensor:
@@ -116,34 +124,59 @@ def window_sums(place: Place, levels: Tensor) -> Tensor:
     n, first = place.n, place.sequence
     later = (first[:, None] == first[None, :]) & (n[:, None] < n[None, :])
     same = [(later & (n[:, None] >> m == n[None, :] >> m)).to(levels.dtype) for m in place.levels]
-    return torch.einsum("mij,mjhk->mihk", torch.stack(same), levels)
+    return torch.einsum("mij,mjhk->mihk", torch.stack(same), levels) if same else levels
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    """``[chunks, H, C, K]`` as ``[chunks, H, blocks, tokens of a block, K]``."""
+    return x.unflatten(2, (-1, min(SUB, x.shape[2])))
+
+
+def other_blocks(seen: Tensor, met: Tensor) -> Tensor:
+    """``[chunks, H, blocks, K]``: for each block of a chunk, ``seen`` of the later tokens and ``met`` of the earlier ones."""
+    seen, met = in_blocks(seen).sum(3), in_blocks(met).sum(3)
+    return seen.flip(2).cumsum(2).flip(2) - seen + met.cumsum(2) - met
 
 
 def around(place: Place, made: Prepared, dq: Tensor, dk: Tensor, windows: Tensor, beyond: Tensor) -> Tensor:
     """``[chunks, H, C / 16, K]``: gains of pairs of two chunks that lie around a block of 16 tokens, or around its chunk."""
-    seen, met = ((y * dy).unflatten(2, (-1, SUB)).sum(3) for y, dy in ((made.q, dq), (made.k, dk)))
     skipped = torch.zeros_like(beyond)
     for m in place.levels:
         chunk, entry = place.reads[m]
         skipped = skipped.index_add(0, chunk, windows[m][chunk] + beyond[entry])
-    return seen.flip(2).cumsum(2).flip(2) - seen + met.cumsum(2) - met + skipped.unsqueeze(2)
+    return other_blocks(made.q * dq, made.k * dk) + skipped.unsqueeze(2)
 
 
 def gate_grads(
-    x: Inputs, made: Prepared, score_grads: Tensor, dq: Tensor, dk: Tensor, around: Tensor
+    x: Inputs,
+    made: Prepared,
+    score_grads: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    around: Tensor,
+    overlap_grads: Tensor | None = None,
+    dstarts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dg) ``[chunks, H, C, K]`` of each head; for each gate the pairs of a query from it on and a key before it."""
-    late, early = made.sums.exp(), (made.sums[:, :, -1:] - made.sums).exp()
-    dq, dk, pairs = dq * late, dk * early, score_grads.unsqueeze(4) * _pair_decays(made.sums)
+    """(dq, dk, dg) ``[chunks, H, C, K]`` of each head; for each gate the pairs of a query from it on and a key before it.
+
+    ``overlap_grads`` and ``dstarts``: of the keys in the place of queries, with the delta rule.
+    """
+    late, early, decays = made.sums.exp(), (made.sums[:, :, -1:] - made.sums).exp(), _pair_decays(made.sums)
+    dq, dk, pairs = dq * late, dk * early, score_grads.unsqueeze(4) * decays
+    of_queries, of_keys = dq * x.q, dk * x.k
     shares = pairs * x.q.unsqueeze(3) * x.k.unsqueeze(2)
-    before = shares.cumsum(3) - shares  # of a query with the keys before a gate
-    inside = torch.einsum("nhtrk,tr->nhrk", before, torch.ones_like(score_grads[0, 0]).tril())
-    of_block = [(y.unflatten(2, (-1, SUB))) for y in (dq * x.q, dk * x.k)]
-    seen = of_block[0].flip(3).cumsum(3).flip(3)
-    met = of_block[1].cumsum(3) - of_block[1]
-    gain = inside + (seen + met + around.unsqueeze(3)).flatten(2, 3)
     dq = dq + (pairs * x.k.unsqueeze(2)).sum(3)
     dk = dk + (pairs * x.q.unsqueeze(3)).sum(2)
+    if overlap_grads is not None and dstarts is not None:
+        pairs = overlap_grads.unsqueeze(4) * decays
+        shares = shares + pairs * x.k.unsqueeze(3) * x.k.unsqueeze(2)
+        of_queries = of_queries + dstarts * late * x.k
+        dk = dk + dstarts * late + (pairs * x.k.unsqueeze(2)).sum(3) + (pairs * x.k.unsqueeze(3)).sum(2)
+    before = shares.cumsum(3) - shares  # of a query with the keys before a gate
+    inside = torch.einsum("nhtrk,tr->nhrk", before, score_grads.new_ones(score_grads.shape[2:]).tril())
+    seen, met = in_blocks(of_queries), in_blocks(of_keys)
+    beside = seen.flip(3).cumsum(3).flip(3) + met.cumsum(3) - met
+    gain = inside + (beside + around.unsqueeze(3)).flatten(2, 3)
     return dq, dk, torch.where(x.g > GATE_FLOOR, gain, 0.0)
 
 

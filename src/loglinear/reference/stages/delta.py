@@ -1,5 +1,6 @@
 """DELTA, forward: the stages of the family whose span is a matrix ``[K, K]``. Twins of ``kernels/delta``.
 
+With a gate per channel, queries and keys come decayed from ``channel.scores``, and no gate is left beside them.
 A *map* of a span is one matrix ``[A | S]`` ``[K, K+V]``: a state X before the span leaves it as ``A X + S``.
 """
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loglinear.reference.dense import level_mask
+from loglinear.reference.stages.channel import Prepared
 from loglinear.reference.stages.place import OCTET, Inputs, Place, Tier, pair_decays, scales_of
 
 PREFIXES = (3, 5, 6, 7)  # the prefix before these units is neither ``[I | 0]`` nor an entry
@@ -23,6 +25,8 @@ class Maps(NamedTuple):
     solve: ``[chunks, H, C, C]``, ``(I + diag(β) Z)⁻¹ diag(β)``, Z the strictly earlier ``k·k`` with their decay. writes:
     ``[chunks, H, C, K+V]``, ``[W | U]``. entries: ``[chunks, H, K, K+V]``, the Fenwick array. units: for each tier the maps of
     its units. before: for each tier ``[octets, 8, H, K, K+V]``, the map of the units of an octet before each of them.
+
+    With a gate per channel sums are zero, chunk_log is ``[chunks, H, K]``, and ``prepared`` is there.
     """
 
     sums: Tensor
@@ -32,6 +36,12 @@ class Maps(NamedTuple):
     entries: Tensor
     units: tuple[Tensor, ...]
     before: tuple[Tensor, ...]
+    prepared: Prepared | None = None
+
+
+def decayed(x: Inputs, prepared: Prepared) -> Inputs:
+    """The inputs of the stages under a gate per channel."""
+    return x._replace(q=prepared.q, k=prepared.k, g=torch.zeros_like(x.beta))
 
 
 def end_keys(x: Inputs, sums: Tensor) -> Tensor:
@@ -39,9 +49,15 @@ def end_keys(x: Inputs, sums: Tensor) -> Tensor:
     return x.k * (sums[..., -1:] - sums).exp().unsqueeze(3)
 
 
-def overlaps(x: Inputs, sums: Tensor) -> Tensor:
+def start_keys(x: Inputs, sums: Tensor, prepared: Prepared | None) -> Tensor:
+    """The keys ``[chunks, H, C, K]``, decayed from the start of their chunk."""
+    return x.k * sums.exp().unsqueeze(3) if prepared is None else prepared.starts
+
+
+def overlaps(x: Inputs, sums: Tensor, prepared: Prepared | None) -> Tensor:
     """Z ``[chunks, H, C, C]``: the products of each key with the strictly earlier ones of its chunk, decayed."""
-    return ((x.k @ x.k.mT) * pair_decays(sums)).tril(-1)
+    products = (x.k @ x.k.mT) * pair_decays(sums) if prepared is None else prepared.overlaps
+    return products.tril(-1)
 
 
 def compose(later: Tensor, earlier: Tensor) -> Tensor:
@@ -56,21 +72,22 @@ def identity_like(maps: Tensor) -> Tensor:
     return torch.eye(*maps.shape[-2:], dtype=maps.dtype, device=maps.device).expand_as(maps)
 
 
-def chunk_maps(place: Place, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def chunk_maps(place: Place, x: Inputs, prepared: Prepared | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sums, chunk_log, solve and writes of ``Maps``."""
     sums, beta = x.g.cumsum(2), x.beta
-    lower = beta.unsqueeze(3) * overlaps(x, sums)
+    lower = beta.unsqueeze(3) * overlaps(x, sums, prepared)
     unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     solve = torch.linalg.solve_triangular(unit + lower, torch.diag_embed(beta), upper=False, unitriangular=True)
-    writes = solve @ torch.cat([x.k * sums.exp().unsqueeze(3), x.v], 3)
-    return sums, x.g.sum(2), solve, writes
+    writes = solve @ torch.cat([start_keys(x, sums, prepared), x.v], 3)
+    return sums, x.g.sum(2) if prepared is None else prepared.chunk_log, solve, writes
 
 
 def leaf_maps(x: Inputs, sums: Tensor, chunk_log: Tensor, writes: Tensor) -> Tensor:
     """``[chunks, H, K, K+V]``, the map of each chunk: ``[γ I - K_endᵀ W | K_endᵀ U]``. The kernels never form it."""
     width = x.k.shape[3]
     added = end_keys(x, sums).mT @ torch.cat([-writes[..., :width], writes[..., width:]], 3)
-    return chunk_log.exp()[..., None, None] * identity_like(added) + added
+    decay = chunk_log.exp() if chunk_log.dim() == 3 else chunk_log.exp().unsqueeze(2)
+    return decay.unsqueeze(3) * identity_like(added) + added
 
 
 def octet_maps(tier: Tier, units: Tensor, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,9 +115,9 @@ def is_prefix(c: int) -> bool:
     return c & (c + 1) == 0
 
 
-def all_maps(place: Place, x: Inputs) -> Maps:
+def all_maps(place: Place, x: Inputs, prepared: Prepared | None = None) -> Maps:
     """``chunk_maps``, then ``octet_maps`` of each tier, from the chunks up."""
-    sums, chunk_log, solve, writes = chunk_maps(place, x)
+    sums, chunk_log, solve, writes = chunk_maps(place, x, prepared)
     octets = leaf_maps(x, sums, chunk_log, writes)
     entries = octets
     units: list[Tensor] = []
@@ -109,7 +126,7 @@ def all_maps(place: Place, x: Inputs) -> Maps:
         units.append(octets)
         prefixes, octets, entries = octet_maps(tier, octets, entries)
         before.append(prefixes)
-    return Maps(sums, chunk_log, solve, writes, entries, tuple(units), tuple(before))
+    return Maps(sums, chunk_log, solve, writes, entries, tuple(units), tuple(before), prepared)
 
 
 def path_states(place: Place, entries: Tensor) -> Tensor:
@@ -131,7 +148,7 @@ def path_states(place: Place, entries: Tensor) -> Tensor:
 
 def within(x: Inputs, maps: Maps) -> Tensor:
     """P ``[chunks, H, C, C]``: ``tril(Q Kᵀ)`` of a chunk, decayed."""
-    return (x.q @ x.k.mT) * pair_decays(maps.sums)
+    return (x.q @ x.k.mT) * pair_decays(maps.sums) if maps.prepared is None else maps.prepared.scores
 
 
 def start_queries(x: Inputs, maps: Maps) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from loglinear.reference.dense import level_mask
+from loglinear.reference.stages import channel
 from loglinear.reference.stages.delta import (
     Maps,
     all_maps,
+    decayed,
     end_keys,
     identity_like,
     is_prefix,
@@ -19,6 +21,7 @@ from loglinear.reference.stages.delta import (
     path_queries,
     path_reads,
     path_states,
+    start_keys,
     within,
 )
 from loglinear.reference.stages.place import (
@@ -33,6 +36,7 @@ from loglinear.reference.stages.place import (
     scales_of,
     sums_by_level,
 )
+from loglinear.transition import is_per_channel
 
 
 def path_grads(
@@ -172,7 +176,7 @@ class MapGrads(NamedTuple):
     """writes: dW ``[chunks, H, C, K]``. keys: dk through K_end, likewise. dv ``[chunks, H, C, V]``. solve: dT, complete.
 
     ends ``[chunks, H, C]``, chunks ``[chunks, H]``: shares of dg of the decay to the end of the chunk, and of the whole
-    chunk's.
+    chunk's; with a gate per channel chunks is ``[chunks, H, K]``.
     """
 
     writes: Tensor
@@ -199,24 +203,30 @@ def map_grads(
     dadded = dchanges[..., width:].sum(0)
     dkeys = (changes @ after.mT).sum(0) * to_end
     dv = scores.masked.mT @ x.do + maps.solve.mT @ dadded
-    dsolve = scores.solve_grads + dwrites @ (x.k * maps.sums.exp().unsqueeze(3)).mT + dadded @ x.v.mT
-    trace = (after * before).sum((0, 3, 4)) * maps.chunk_log.exp()
+    dsolve = scores.solve_grads + dwrites @ start_keys(x, maps.sums, maps.prepared).mT + dadded @ x.v.mT
+    trace = (after * before).sum((0, 3, 4) if maps.prepared is None else (0, 4)) * maps.chunk_log.exp()
     return MapGrads(dwrites, dkeys, dv, dsolve, (dkeys * x.k).sum(3), trace)
+
+
+def inverse_grads(x: Inputs, maps: Maps, solve_grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Z, dZ ``[chunks, H, C, C]``, dβ ``[chunks, H, C]``), through the inverse ``X = (I + diag(β) Z)⁻¹``.
+
+    With T = X diag(β) and ``E = Xᵀ dT``: ``d(diag(β) Z) = -tril(E Tᵀ, -1)``, and dβ is E's diagonal and the share through Z.
+    """
+    overlap = overlaps(x, maps.sums, maps.prepared)
+    unit = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device)
+    e = (unit - maps.solve @ overlap).mT @ solve_grads
+    dlower = -(e @ maps.solve.mT).tril(-1)
+    dbeta = e.diagonal(dim1=2, dim2=3) + (dlower * overlap).sum(3)
+    return overlap, dlower * x.beta.unsqueeze(3), dbeta
 
 
 def key_grads(
     place: Place, x: Inputs, maps: Maps, query_grads: Tensor, scores: ScoreGrads, found: MapGrads
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk ``[chunks, H, C, K]`` of each head, dβ, dg ``[chunks, H, C]``), through the inverse ``X = (I + diag(β) Z)⁻¹``.
-
-    With T = X diag(β) and ``E = Xᵀ dT``: ``d(diag(β) Z) = -tril(E Tᵀ, -1)``, and dβ is E's diagonal and the share through Z.
-    """
-    overlap, from_start = overlaps(x, maps.sums), maps.sums.exp().unsqueeze(3)
-    unit = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device)
-    e = (unit - maps.solve @ overlap).mT @ found.solve
-    dlower = -(e @ maps.solve.mT).tril(-1)
-    dbeta = e.diagonal(dim1=2, dim2=3) + (dlower * overlap).sum(3)
-    doverlap = dlower * x.beta.unsqueeze(3)
+    """(dq, dk ``[chunks, H, C, K]`` of each head, dβ, dg ``[chunks, H, C]``)."""
+    from_start = maps.sums.exp().unsqueeze(3)
+    overlap, doverlap, dbeta = inverse_grads(x, maps, found.solve)
     decayed = doverlap * pair_decays(maps.sums)
     dq = query_grads * from_start + scores.product_grads @ x.k
     erased = maps.solve.mT @ found.writes * from_start
@@ -226,6 +236,18 @@ def key_grads(
     earlier_ends = found.ends.cumsum(2) - found.ends
     dg = gain.flip(2).cumsum(2).flip(2) + earlier_ends + found.chunks.unsqueeze(2)
     return dq, dk, dbeta, torch.where(x.g > GATE_FLOOR, dg, 0.0)
+
+
+def channel_key_grads(
+    x: Inputs, maps: Maps, prepared: channel.Prepared, query_grads: Tensor, found: MapGrads
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dβ with a gate per channel, and what ``channel.gate_grads`` needs: dZ, the gradient of ``Prepared.starts``, and the gains
+    ``[chunks, H, blocks, K]`` of the pairs of two chunks around each block, or around its chunk."""
+    _, doverlap, dbeta = inverse_grads(x, maps, found.solve)
+    dstarts = maps.solve.mT @ found.writes
+    seen = query_grads * prepared.q + dstarts * prepared.starts
+    around = channel.other_blocks(seen, found.keys * prepared.k) + found.chunks.unsqueeze(2)
+    return dbeta, doverlap, dstarts, around
 
 
 def tree_grads(place: Place, maps: Maps, grads: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -259,8 +281,11 @@ def trace(
     lengths: tokens of packed sequences, in a batch of one. The last names are o, dq, dk, dv, dg, dbeta and dlevel_scales.
     """
     place = Place(lengths or (q.shape[1],) * q.shape[0], chunk_size, q.device)
-    x = cut(place, q, k, v, g, level_scales, beta, do, scale)
-    maps = all_maps(place, x)
+    given = x = cut(place, q, k, v, g, level_scales, beta, do, scale)
+    prepared = channel.scores(x) if g is not None and is_per_channel(g) else None
+    if prepared is not None:
+        x = decayed(x, prepared)
+    maps = all_maps(place, x, prepared)
     states = path_states(place, maps.entries)
     made: dict[str, Any] = {**maps._asdict(), "path_states": states, "output": output(place, x, maps, states)}
     inner_queries, octet_queries = path_queries(place, x, maps)
@@ -272,7 +297,14 @@ def trace(
     prefix_grads, units, grads = tree_grads(place, maps, own)
     scores = score_grads(place, x, maps, query_grads, dscales)
     found = map_grads(place, x, maps, prefix_grads[0], grads, query_grads, scores)
-    dq, dk, dbeta, dg = key_grads(place, x, maps, query_grads, scores, found)
+    if prepared is None:
+        dq, dk, dbeta, dg = key_grads(place, x, maps, query_grads, scores, found)
+    else:
+        made |= {f"prepared.{name}": y for name, y in prepared._asdict().items()}
+        dbeta, *rest = channel_key_grads(x, maps, prepared, query_grads, found)
+        made |= dict(zip(("overlap_grads", "dstarts", "around"), rest))
+        pairs = scores.product_grads, query_grads, found.keys, rest[2], *rest[:2]
+        dq, dk, dg = channel.gate_grads(given, prepared, *pairs)
     made |= {"inner_queries": inner_queries, "octet_queries": octet_queries, "inner_grads": inner_grads}
     made |= {"query_grads": query_grads, "path_grads": carried, "entry_grads": own, "unit_grads": units}
     made |= {"prefix_grads": prefix_grads, "upper_scales": dscales * scale}
