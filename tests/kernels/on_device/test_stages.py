@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import (
     CHANNEL,
+    CHANNEL_DELTA,
     DECAY,
     DELTA,
     FLOAT32,
@@ -82,7 +83,7 @@ def make(rule, device, chunks, dtype=torch.float32):
     lengths = tuple(max(n * config.chunk - 3, 0) for n in chunks)
     sizes = {"H": 2} if rule is DECAY or not INTERPRETED else {}
     # A span's matrix shrinks even without a gate. With the usual one those of whole octets are below the least float32.
-    gate = "weak" if rule is DELTA else "usual"
+    gate = "usual" if rule in (DECAY, CHANNEL) else "weak"
     x = cases.make(device, rule, T=sum(lengths), K=16, V=V, L=9, dtype=dtype, gate=gate, **sizes)
     return x, cotangent(x), lengths, config
 
@@ -189,16 +190,11 @@ def test_decay(device, launched, dtype):
     check_results(compare, x, results)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16])
-def test_delta(device, launched, dtype):
-    x, do, lengths, config = make(DELTA, device, CHUNKS[1], dtype)
-    o, results, (place, _, made), plain = both(delta_stages, delta, launched, x, do, lengths, config)
-    compare, rows, C, K = Compare(made, plain), place.all_chunks, config.chunk, x["k"].shape[3]
-    last = {name: calls[-1] for name, calls in launched.items()}
+def check_maps(compare, place, launched, last, K) -> None:
+    """The delta rule's maps, and its paths of whole groups."""
     maps = last["chunk_maps_kernel"]
-    check_sums(place, compare, maps["sums"], maps["chunk_log"])
-    compare("solve", maps["solve"][:rows])
-    compare("writes", maps["writes"][:rows])
+    compare("solve", maps["solve"][: place.all_chunks])
+    compare("writes", maps["writes"][: place.all_chunks])
     tiers = len(place.tiers)
     upward = launched["octet_maps_kernel"][len(launched["octet_maps_kernel"]) // 2 :]  # the forward makes as many
     for t in range(tiers):
@@ -208,49 +204,90 @@ def test_delta(device, launched, dtype):
         compare("before", prefixes, lambda y, t=t: y[t][:, PREFIXES], only=there)
         if t + 1 < tiers:
             compare("units", upward[t]["whole_maps"][: len(tier.unit)], lambda y, t=t: y[t + 1], only=tier.whole)
-    compare("entries", upward[-1]["entries"][:rows], only=spans(place) > 1)
-    states, first = last["path_states_kernel"]["states"], place.outer[0][2]
-    stored = torch.ones(place.path_slots, dtype=torch.bool, device=device).index_fill(0, first, False)
-    compare("path_states", states[: place.path_slots, ..., K:], lambda y: y[..., K:], only=stored)
+    compare("entries", upward[-1]["entries"][: place.all_chunks], only=spans(place) > 1)
+    if len(place.outer) > 1:
+        states, first = last["path_states_kernel"]["states"], place.outer[0][2]
+        stored = torch.ones(place.path_slots, dtype=torch.bool, device=first.device).index_fill(0, first, False)
+        compare("path_states", states[: place.path_slots, ..., K:], lambda y: y[..., K:], only=stored)
     if len(place.outer) > 2:
         further = torch.cat([slot for _, _, slot in place.outer[2:]])
         compare("path_states", states[: place.path_slots], only=further)
-    compare("o", o)
 
+
+def check_tree_grads(compare, place, launched, last, K) -> None:
+    """The delta rule's gradients from the queries of paths to the maps of chunks."""
     queries, path = last["path_queries_kernel"], last["path_grads_kernel"]
     slots = torch.cat([slot for _, _, slot in place.inner])
     compare("inner_queries", queries["inner_queries"][: place.inner_slots], only=slots)
-    compare("octet_queries", queries["octet_queries"][:rows], only=place.n >= 8)
+    compare("octet_queries", queries["octet_queries"][: place.all_chunks], only=place.n >= 8)
     size = spans(place)
     earlier = torch.cat([slot[place.n[entry] + 1 > size[entry]] for _, entry, slot in place.inner])
     compare("inner_grads", path["inner_grads"][: place.inner_slots], only=earlier)
-    compare("query_grads", path["query_grads"][:rows])
-    outer = slice(C.bit_length(), None)
-    compare("upper_scales", path["out.dscales"][..., outer], lambda y: place.tokens(y, do)[..., outer])
+    compare("query_grads", path["query_grads"][: place.all_chunks])
     state_grads = last["path_state_grads_kernel"]["path_grads"][: place.path_slots, ..., K:]
     compare("path_grads", state_grads, lambda y: y[..., K:])
-    carried = last["transport_grads_kernel"]["path_grads"][: place.path_slots]
-    compare("path_grads", carried, only=torch.cat([slot for _, _, slot in place.outer[1:]]) - 1)
-    compare("entry_grads", last["entry_grads_kernel"]["grads"][:rows], only=size < 8)
-    wide = last.get("segment_sums_kernel", last["wide_entry_grads_kernel"])["grads"][:rows]
+    if len(place.outer) > 1:
+        carried = last["transport_grads_kernel"]["path_grads"][: place.path_slots]
+        compare("path_grads", carried, only=torch.cat([slot for _, _, slot in place.outer[1:]]) - 1)
+    compare("entry_grads", last["entry_grads_kernel"]["grads"][: place.all_chunks], only=size < 8)
+    wide = last.get("segment_sums_kernel", last["wide_entry_grads_kernel"])["grads"][: place.all_chunks]
     compare("entry_grads", wide, only=size >= 8)
-    for t, call in zip(range(tiers), reversed(launched["octet_grads_kernel"])):
-        compare("prefix_grads", prefix_rows(place.tiers[t], call), lambda y, t=t: y[t], only=place.tiers[t].unit >= 0)
-    for t, call in zip(range(1, tiers), reversed(launched.get("unit_grads_kernel", []))):
+    for tier, t, call in zip(place.tiers, range(9), reversed(launched["octet_grads_kernel"])):
+        compare("prefix_grads", prefix_rows(tier, call), lambda y, t=t: y[t], only=tier.unit >= 0)
+    for t, call in zip(range(1, len(place.tiers)), reversed(launched.get("unit_grads_kernel", []))):
         whole = place.tiers[t].unit[place.tiers[t].unit >= 0]
         compare("unit_grads", call["map_grads"], lambda y, t=t: y[t - 1], only=whole)
 
-    scores = last["score_grads_kernel"]
+
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", [DELTA, CHANNEL_DELTA], ids=["scalar", "channel"])
+def test_delta(device, launched, rule, dtype):
+    chunks = (1, 0, 9) if INTERPRETED and rule is CHANNEL_DELTA else CHUNKS[1]
+    x, do, lengths, config = make(rule, device, chunks, dtype)
+    o, results, (place, _, made), plain = both(delta_stages, delta, launched, x, do, lengths, config)
+    compare, rows, C, K = Compare(made, plain), place.all_chunks, config.chunk, x["k"].shape[3]
+    last = {name: calls[-1] for name, calls in launched.items()}
+    if rule is CHANNEL_DELTA:
+        check_prepared(compare, place, last, do)
+    else:
+        check_sums(place, compare, last["chunk_maps_kernel"]["sums"], last["chunk_maps_kernel"]["chunk_log"])
+    check_maps(compare, place, launched, last, K)
+    compare("o", o)
+
+    check_tree_grads(compare, place, launched, last, K)
+    outer = slice(C.bit_length(), None)
+    scales = last["path_grads_kernel"]["out.dscales"]
+    compare("upper_scales", scales[..., outer], lambda y: place.tokens(y, do)[..., outer])
+    scores, found = last["score_grads_kernel"], last["map_grads_kernel"]
     for i, name in enumerate(("products", "masked", "product_grads", "solve_grads")):
         compare(name, scores["scores"][:rows, :, i])
-    compare("gains", of_tokens(place, scores["gains"]))
-    found = last["map_grads_kernel"]
     compare("map.writes", found["key_grads"][:rows, :, 0])
     compare("map.keys", found["key_grads"][:rows, :, 1])
     compare("map.solve", found["scores"][:rows, :, 3])
-    compare("map.ends", of_tokens(place, found["end_gains"]))
     compare("map.chunks", found["chunk_gains"][:rows])
+    if rule is CHANNEL_DELTA:
+        keys = last["key_grads_kernel"]
+        compare("overlap_grads", keys["scores"][:rows, :, 3])
+        compare("dstarts", keys["key_grads"][:rows, :, 0])
+        compare("around", keys["around"][:rows])
+    else:
+        compare("gains", of_tokens(place, scores["gains"]))
+        compare("map.ends", of_tokens(place, found["end_gains"]))
     check_results(compare, x, results)
+
+
+def check_prepared(compare, place, last, do) -> None:
+    """The stages before the tree under a gate per channel."""
+    rows, made, prepared = place.all_chunks, compare.made, last["scores_kernel"]
+    sums = last["sums_kernel"]["sums"].sum(2) * math.log(2)
+    assert relative(sums, place.tokens(made["prepared.sums"], sums.unsqueeze(0))[0]) <= FLOAT32
+    assert relative(prepared["made.chunk_log"][:rows] * math.log(2), made["prepared.chunk_log"]) <= FLOAT32
+    for name in ("q", "k", "starts"):
+        if made[f"prepared.{name}"] is not None:
+            compare(f"prepared.{name}", prepared[f"made.{name}"], lambda y: place.tokens(y, do)[0])
+    for name in ("scores", "overlaps"):
+        if made[f"prepared.{name}"] is not None:
+            compare(f"prepared.{name}", prepared[f"made.{name}"][:rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16])
@@ -260,18 +297,13 @@ def test_channel(device, launched, dtype):
     o, results, (place, _, made), plain = both(channel_stages, channel, launched, x, do, lengths, config)
     compare, rows, C = Compare(made, plain), place.all_chunks, config.chunk
     last = {name: calls[-1] for name, calls in launched.items()}
-    prepared, inner = last["scores_kernel"], slice(0, C.bit_length())
-    sums = last["sums_kernel"]["sums"].sum(2) * math.log(2)
-    assert relative(sums, place.tokens(made["prepared.sums"], sums.unsqueeze(0))[0]) <= FLOAT32
-    assert relative(prepared["made.chunk_log"][:rows] * math.log(2), made["prepared.chunk_log"]) <= FLOAT32
-    for name in ("q", "k"):
-        compare(f"prepared.{name}", prepared[f"made.{name}"], lambda y: place.tokens(y, do)[0])
-    compare("prepared.scores", prepared["made.scores"][:rows])
+    check_prepared(compare, place, last, do)
     carried = place.n + 1 < place.chunks
     compare("entries", last["entries_kernel"]["states.entries"][:rows], only=carried)
     compare("o", o)
 
     compare("score_grads", last["local_grads_kernel"]["score_grads"][:rows])
+    inner = slice(0, C.bit_length())
     local = last["local_grads_kernel"]["dscales"][..., inner]
     compare("local_scales", local, lambda y: place.tokens(y, do)[..., inner])
     query = last["query_grads_kernel"]
