@@ -12,13 +12,15 @@ from loglinear.ops import dispatch
 from loglinear.ops.inputs import Call, Inputs
 from loglinear.transition import DELTA_RULE
 
-# The layout by its name: sizes of what is kept of 70 chunks of one sequence in bfloat16, of 20 of three packed ones, and of a
-# float32 sequence. A new layout gets a new KEPT, and its sizes stand here.
+# The layout by its name: sizes of what is kept of 70 chunks of one sequence in bfloat16, of 20 of three packed ones, of a
+# float32 sequence, and of 20 chunks with a gate per channel. A new layout gets a new KEPT, and its sizes stand here.
 LAYOUTS = {
-    "kept as of 0.2.0": [
+    "kept as of 2026-11-30": [
         "4x1x4480 70x4 70x4x64x64 70x4x64x128 70x4x64x128 9x4x64x128 2x4x64x128 36x4x64x128 8x4x64x128 4x4x64x128",
         "4x1x1280 23x4 23x4x64x64 23x4x64x128 23x4x64x128 5x4x64x128 20x4x64x128 12x4x64x128",
         "4x2x4480 140x4 140x4x32x32 140x4x32x128 140x4x64x128 18x4x64x128 3x4x64x128 72x4x64x128 12x4x64x128 4x4x64x128",
+        "4x0x1280 20x4x64 20x4x64x64 20x4x64x128 20x4x64x128 3x4x64x128 12x4x64x128 4x4x64x128 "
+        "1280x4x1x64 1280x4x64 1280x4x64 20x4x64x64 1280x4x64 20x4x64x64",
     ]
 }
 
@@ -27,11 +29,18 @@ def test_another_layout_has_another_name():
     """Graphs on disk know the sizes of what is kept by ``KEPT`` alone. Logs are float32, maps have the dtype of v."""
     kernels = op.kernels_of(DELTA_RULE)
     found = []
-    for T, dtype, sequences in ((4480, torch.bfloat16, 0), (1280, torch.bfloat16, 3), (4480, torch.float32, 0)):
+    low = torch.bfloat16
+    for T, dtype, sequences, channels in (
+        (4480, low, 0, 0),
+        (1280, low, 3, 0),
+        (4480, torch.float32, 0, 0),
+        (1280, low, 0, 1),
+    ):
         q, scales = (torch.empty(1, T, 4, width, device="meta", dtype=dtype) for width in (64, 16))
         bounds = torch.empty(sequences + 1, device="meta", dtype=torch.int32) if sequences else None
-        kept = kernels.kept_shapes(q, q, scales, bounds)
-        assert [kind for _, kind in kept] == [torch.float32] * 2 + [dtype] * (len(kept) - 2)
+        kept = kernels.kept_shapes(q, q, scales, bounds, channels=bool(channels))
+        others = [kind for _, kind in kept[2:]]
+        assert others == [torch.float32 if channels and i in (6, 11) else dtype for i in range(len(others))]
         found.append(" ".join("x".join(map(str, shape)) for shape, _ in kept))
     assert found == LAYOUTS[op.KEPT], "kept_shapes changed: raise KEPT in ops/attention.py, and its layout here"
 
