@@ -1,5 +1,6 @@
-"""The two public ops called alike, by argument name: the delta rule when there is a beta."""
+"""The two public ops called alike, by argument name: the delta rule when there is a beta. Kinds of calls, by name."""
 
+import pytest
 import torch
 
 import loglinear
@@ -7,6 +8,26 @@ from loglinear import reference
 from oracle import error, gradients, make_inputs, per_value_head
 
 C = 64  # the ops' chunk size: where their bits change
+KINDS = {
+    "scalar": {"gate": "scalar"},
+    "delta": {"gate": "delta"},
+    "channels": {"gate": "diagonal"},
+    "channels, delta, resets": {"gate": "diagonal delta", "hard": True},
+    "no gate": {"gate": "identity"},
+    "scalar, resets": {"gate": "scalar", "hard": True},
+    "delta, resets": {"gate": "delta", "hard": True},
+    "too few levels": {"gate": "delta", "L": 3},
+    "linear scalar": {"gate": "scalar", "linear": True},
+    "linear delta": {"gate": "delta", "linear": True},
+    "linear, resets": {"gate": "scalar", "linear": True, "hard": True},
+}
+both_rules = pytest.mark.parametrize("gate", ["scalar", "delta"])
+both_forms = pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
+
+
+def kinds(*names):
+    """A test of each of these kinds; of all, if none is named."""
+    return pytest.mark.parametrize("kind", [KINDS[name] for name in names or KINDS], ids=names or KINDS)
 
 
 def inputs(gate, *, linear=False, hard=False, L=9, **kwargs):

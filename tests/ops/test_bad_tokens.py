@@ -4,19 +4,12 @@ import itertools
 
 import pytest
 import torch
-from calls import C, fields, inputs, run, tokens
+from calls import C, both_rules, fields, inputs, kinds, run, tokens
 
 from loglinear import DecodingState, log_linear_attention_step, log_linear_delta_rule_step
 from oracle import gradients, oracle
 
-KINDS = {
-    "scalar": {"gate": "scalar"},
-    "delta": {"gate": "delta"},
-    "no gate": {"gate": "identity"},
-    "linear scalar": {"gate": "scalar", "linear": True},
-    "linear delta": {"gate": "delta", "linear": True},
-}
-kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+five_kinds = kinds("scalar", "delta", "no gate", "linear scalar", "linear delta")
 T = 3 * C + 10
 POSITIONS = (0, 1, 30, C - 1, C, C + 17, 2 * C - 1, 2 * C, 3 * C, T - 1)
 BAD = (torch.nan, torch.inf, -torch.inf)
@@ -37,7 +30,7 @@ def spoilt(x, name, value, s, row=0):
     return x, [0, 1] if name == "k" else [0, 1, 3]
 
 
-@kinds
+@five_kinds
 def test_nothing_before_or_beside_a_bad_token_changes(kind):
     x = inputs(**kind, T=T, K=4, V=3)
     clean, _ = run(x)
@@ -50,7 +43,7 @@ def test_nothing_before_or_beside_a_bad_token_changes(kind):
         assert o[0, s:, HEAD].isnan().all(), (name, value, s)
 
 
-@kinds
+@five_kinds
 def test_what_the_definition_says_is_not_finite_is_not(kind):
     x = inputs(**kind, B=1, T=C + 5, K=4, V=3)
     for name, value, s in faults(x):
@@ -62,7 +55,7 @@ def test_what_the_definition_says_is_not_finite_is_not(kind):
         assert not run(bad)[0][undefined].isfinite().any(), (name, value, s)
 
 
-@kinds
+@five_kinds
 def test_packed_sequences_do_not_notice(kind):
     x = inputs(**kind, B=1, T=T, K=4, V=3)
     bounds = [0, 50, 50, C + 50, T]
@@ -81,7 +74,7 @@ def test_packed_sequences_do_not_notice(kind):
             assert torch.equal(fields(spoilt_state)[field][others], before[others]), (name, value, s, field)
 
 
-@kinds
+@five_kinds
 @pytest.mark.parametrize("s", [10, C + 3, 2 * C, 3 * C + 4])
 def test_a_state_says_it_and_spares_the_rest(kind, s):
     """The call goes on from a state: NaN in that head for good, whether the bad token was in a closed or the open chunk."""
@@ -102,7 +95,7 @@ def test_a_state_says_it_and_spares_the_rest(kind, s):
         assert o[:, :, others].isfinite().all(), (name, value, s)
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 def test_a_closed_slot_is_spoilt_by_its_own_tokens_and_by_later_ones(gate):
     x = inputs(gate, B=1, T=3 * C + 7, K=4, V=3)  # slot 1 holds chunks 0 and 1, slot 0 chunk 2
     for s, spoilt_slots in ((5, [1]), (C + 5, [1]), (2 * C, [0, 1]), (3 * C + 1, [])):
@@ -110,7 +103,7 @@ def test_a_closed_slot_is_spoilt_by_its_own_tokens_and_by_later_ones(gate):
         assert [m for m in (0, 1) if entries[m].isnan().any()] == spoilt_slots, s
 
 
-@kinds
+@five_kinds
 @pytest.mark.parametrize("s", [C // 2, C + 9, 3 * C])
 def test_gradients_before_a_bad_token_are_those_without_it(kind, s):
     x = inputs(**kind, B=1, T=T, K=4, V=3)
@@ -122,7 +115,7 @@ def test_gradients_before_a_bad_token_are_those_without_it(kind, s):
             torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-10, msg=f"{argument} beside a bad {name}")
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 def test_steps_of_several_tokens(gate):
     """A call of many tokens sees none of them early, and what it leaves in the buffers reaches no row but its own."""
     x = inputs(gate, T=2 * C + 30, K=4, V=3)

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from calls import C, assert_close, dense, fields, inputs, meaning, output, run, tokens
+from calls import C, assert_close, both_forms, dense, fields, inputs, meaning, output, run, tokens
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +24,6 @@ TRANSITIONS = ("identity", "scalar", "diagonal", "delta", "diagonal delta")
 ORDER = ("q", "k", "v", "g", "beta", "level_scales")
 transitions = pytest.mark.parametrize("gate", TRANSITIONS)
 TWO_PARTS = 8e-3  # of a pass in 16 bits with a state between
-both_forms = pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
 
 
 class Backend:

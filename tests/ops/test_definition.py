@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from calls import C, assert_close, dense, fields, inputs, output, run, tokens
+from calls import C, assert_close, both_forms, both_rules, dense, fields, inputs, output, run, tokens
 
 import loglinear
 from oracle import SAME_NUMBERS, TOLERANCES, error, gradients, oracle, oracle_row
@@ -82,7 +82,7 @@ def test_gradcheck(gate):
     assert torch.autograd.gradcheck(lambda *y: output(dict(zip(x, y))), tuple(x.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 @pytest.mark.parametrize("value", [-torch.inf, -3e38, -1e30, -1e4, -0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_constant_gates(gate, value, dtype):
@@ -117,7 +117,7 @@ def test_low_precision_rounds_only_the_output(gate, dtype):
 
 
 @gates
-@pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
+@both_forms
 def test_an_empty_batch_and_no_tokens(gate, linear):
     for B, T in ((0, 70), (2, 0), (0, 0)):
         x = inputs(gate, B=B, T=T, linear=linear, grad=True)
@@ -128,7 +128,7 @@ def test_an_empty_batch_and_no_tokens(gate, linear):
         assert [tuple(x.shape) for x in gradients(o, x.values())] == [tuple(x.shape) for x in x.values()]
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 def test_a_long_sequence_row_by_row(gate):
     """T = 20,000 in float32: rows sampled at and around powers of two, each against its own O(T) sum."""
     T = 20_000

@@ -4,16 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from calls import C, fields, inputs, meaning, output, run
+from calls import C, both_forms, both_rules, fields, inputs, meaning, output, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loglinear
 from loglinear.ops.operators import differentiable_once
 from loglinear.reference.layout import build_layout
 from oracle import SAME_NUMBERS, error, gradients
-
-gates = pytest.mark.parametrize("gate", ["scalar", "delta"])
-both_forms = pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's own, where the graph breaks
@@ -31,7 +28,7 @@ def test_compiled_with_states():
     assert max(map(error, meaning(state), meaning(eager))) <= SAME_NUMBERS
 
 
-@gates
+@both_rules
 @both_forms
 def test_gradients_of_gradients(gate, linear):
     """Two chunks, hence the tree and its in-place sums."""
@@ -63,7 +60,7 @@ def test_what_kernels_differentiate_refuses_a_second_derivative():
             (x + once).sum().backward()
 
 
-@gates
+@both_rules
 @both_forms
 def test_training_after_inference_mode(gate, linear):
     """Tables kept from a call in inference mode must serve a later one that is differentiated."""
@@ -76,7 +73,7 @@ def test_training_after_inference_mode(gate, linear):
     assert sum(gradient.norm() for gradient in gradients([o, *fields(state).values()], x.values())) > 0
 
 
-@gates
+@both_rules
 @both_forms
 def test_strides_do_not_matter(gate, linear):
     """Heads-first storage, reversed storage, and one key for all rows and one gate for all heads (stride 0)."""
@@ -99,7 +96,7 @@ def test_strides_do_not_matter(gate, linear):
             assert error(*pair) <= SAME_NUMBERS, (how, name)
 
 
-@gates
+@both_rules
 def test_inputs_are_not_written_to(gate):
     x = inputs(gate, T=4 * C, grad=True)
     before = {name: t.detach().clone() for name, t in x.items()}
@@ -117,7 +114,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@gates
+@both_rules
 def test_loops_run_over_levels_only(gate):
     """Doubling T adds the operators of one level, always as many; a loop over chunks or tokens would double them."""
 
@@ -135,7 +132,7 @@ def test_loops_run_over_levels_only(gate):
     assert steps.pop() < 300
 
 
-@gates
+@both_rules
 def test_the_work_of_packed_sequences_does_not_grow_with_their_number(gate):
     def operators(sequences):
         build_layout.cache_clear()

@@ -2,20 +2,13 @@
 
 import pytest
 import torch
-from calls import C, fields, inputs, output, run, tokens
+from calls import C, fields, inputs, kinds, output, run, tokens
 
 from oracle import gradients
 
 LENGTHS = [0, 1, 5, C, C + 1, 0, 2 * C - 1, 1, 3 * C, 130, 0]
 BOUNDS = torch.tensor([0, *LENGTHS]).cumsum(0)
-KINDS = {
-    "scalar": {"gate": "scalar"},
-    "delta": {"gate": "delta"},
-    "scalar, resets": {"gate": "scalar", "hard": True},
-    "linear scalar": {"gate": "scalar", "linear": True},
-    "linear delta": {"gate": "delta", "linear": True},
-}
-kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+five_kinds = kinds("scalar", "delta", "scalar, resets", "linear scalar", "linear delta")
 
 
 def assert_row(state, row, alone):
@@ -33,7 +26,7 @@ def assert_same_gradients(x, have, y, want, cut):
         assert torch.equal(cut(pair[0]), pair[1]), name
 
 
-@kinds
+@five_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_sequences_are_each_alone(kind, dtype):
     """Empty and one-token sequences among them; outputs, final states and gradients, bit for bit."""
@@ -52,7 +45,7 @@ def test_packed_sequences_are_each_alone(kind, dtype):
             assert all(g[:, :left].eq(0).all() and g[:, right:].eq(0).all() for g in inside)
 
 
-@kinds
+@five_kinds
 def test_packed_sequences_continue_packed(kind):
     """Each sequence goes on from its own row of the state; an empty one keeps its row, bit for bit."""
     more = [3, 0, C, 1, 0, 0, 1, 2 * C + 9, 7, 0, 2]
@@ -69,7 +62,7 @@ def test_packed_sequences_continue_packed(kind):
             assert_row(second, row, first.reorder(torch.tensor([row])))
 
 
-@kinds
+@five_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("T", [1, C - 1, 2 * C, 5 * C + 3])
 def test_a_row_alone_is_the_row_in_the_batch(kind, dtype, T):
@@ -94,7 +87,7 @@ def test_every_way_to_give_the_bounds():
     assert not torch.equal(output(x), expected)
 
 
-@pytest.mark.parametrize("kind", [KINDS["delta"], KINDS["linear scalar"]], ids=["log-linear", "linear"])
+@kinds("delta", "linear scalar")
 def test_no_sequences_and_only_empty_ones(kind):
     for bounds in ([0], [0, 0, 0]):
         o, state = run(inputs(**kind, B=1, T=0), cu_seqlens=torch.tensor(bounds))

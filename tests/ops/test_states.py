@@ -5,29 +5,14 @@ import dataclasses
 
 import pytest
 import torch
-from calls import C, fields, inputs, meaning, output, rows, run, tokens
+from calls import KINDS, C, both_rules, fields, inputs, kinds, meaning, output, rows, run, tokens
 
 from loglinear import LogLinearState, fenwick
 from oracle import SAME_NUMBERS, error, gradients, oracle
 
-KINDS = {
-    "scalar": {"gate": "scalar"},
-    "delta": {"gate": "delta"},
-    "channels": {"gate": "diagonal"},
-    "channels, delta, resets": {"gate": "diagonal delta", "hard": True},
-    "no gate": {"gate": "identity"},
-    "scalar, resets": {"gate": "scalar", "hard": True},
-    "delta, resets": {"gate": "delta", "hard": True},
-    "too few levels": {"gate": "delta", "L": 3},
-    "linear scalar": {"gate": "scalar", "linear": True},
-    "linear delta": {"gate": "delta", "linear": True},
-    "linear, resets": {"gate": "scalar", "linear": True, "hard": True},
-}
-kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-tree_kinds = pytest.mark.parametrize("kind", [KINDS["scalar"], KINDS["delta"]], ids=["scalar", "delta"])
-both_states = pytest.mark.parametrize(
-    "kind", [KINDS["scalar"], KINDS["delta"], KINDS["linear delta"]], ids=["scalar", "delta", "linear"]
-)
+all_kinds = kinds()
+tree_kinds = kinds("scalar", "delta")
+both_states = kinds("scalar", "delta", "linear delta")
 
 T = 5 * C + 10
 SPLITS = {
@@ -50,7 +35,7 @@ def in_pieces(x, splits, **kwargs):
     return torch.cat(parts, 1), state
 
 
-@kinds
+@all_kinds
 @pytest.mark.parametrize("splits", SPLITS.values(), ids=SPLITS.keys())
 def test_any_split_is_the_single_pass(kind, splits):
     """Outputs, final state, and the gradients through both with respect to every input, across all states between."""
@@ -68,7 +53,7 @@ def test_any_split_is_the_single_pass(kind, splits):
         assert error(have, want) <= SAME_NUMBERS, name
 
 
-@kinds
+@all_kinds
 def test_every_token_alone_is_the_definition(kind):
     """Decoding from nothing, one token at a time, against the oracle, with gradients back through every state."""
     x = inputs(**kind, B=1, T=2 * C + 6, H=2, G=1, K=2, V=3, grad=True)
@@ -79,7 +64,7 @@ def test_every_token_alone_is_the_definition(kind):
         assert error(have, want) <= SAME_NUMBERS, name
 
 
-@kinds
+@all_kinds
 def test_rows_at_different_positions(kind):
     """A state whose rows stand at 0, 5, C, … tokens goes on as each row would alone; gradients reach every row's past."""
     past, more = [0, 5, C, C + 3, 2 * C - 1, 3 * C], 70
@@ -271,7 +256,7 @@ def test_dtypes_of_a_new_state(dtype):
 # -------------------------------------------------------------------------------------------------- size of a state
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 def test_bytes_grow_with_the_logarithm_to_a_million_tokens(gate):
     """From 1 to 2^20 tokens by repeated continuing. With q·k = v = λ = 1 a live slot m counts its 2^m·C tokens exactly.
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from calls import C, inputs, rows, tokens
+from calls import C, both_rules, inputs, rows, tokens
 from calls import run as full
 
 import loglinear
@@ -72,7 +72,7 @@ def test_prefill_then_steps_is_one_pass(gate, dtype, length):
         assert_states_equal(state.to_state(), final, TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("L", [1, 3, 9])
 def test_from_the_first_token_with_groups_and_too_few_levels(gate, groups, L):
@@ -82,7 +82,7 @@ def test_from_the_first_token_with_groups_and_too_few_levels(gate, groups, L):
     assert relative(steps(x, state, MIXED, scale=0.3), full(x, scale=0.3)[0]) < TOLERANCES[WIDE]
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_resets_and_very_negative_gates(gate, dtype):
     x = inputs(gate, T=3 * C + 7, hard=True, dtype=WIDE)
@@ -98,7 +98,7 @@ def test_resets_and_very_negative_gates(gate, dtype):
                         dataclasses.replace(final, open_g=final.open_g.exp()), TOLERANCES[dtype])  # fmt: skip
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 def test_no_gate_is_a_gate_of_zero(gate):
     x = inputs(gate, T=C + 9, dtype=WIDE)
     x["g"].zero_()
@@ -106,7 +106,7 @@ def test_no_gate_is_a_gate_of_zero(gate):
     assert torch.equal(steps(x, empty(x)), steps(without, empty(x)))
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 @pytest.mark.parametrize("entry_dtype", [torch.float32, torch.bfloat16])
 def test_bfloat16_has_at_most_twice_the_error_of_plain_torch(gate, entry_dtype):
     """Plain torch: the dense form with every matrix of scores rounded, and the last product in bfloat16."""
@@ -119,7 +119,7 @@ def test_bfloat16_has_at_most_twice_the_error_of_plain_torch(gate, entry_dtype):
     assert relative(got, want) < LOW_PRECISION_FACTOR * relative(plain_torch(**low), want)
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 def test_a_row_does_not_see_its_batch(gate):
     """Rows at different positions, one of which closes its chunk while another opens one: equal to each alone, to the bit."""
     lengths = (0, 3, C - 2, 3 * C - 1, 4 * C)
@@ -164,7 +164,7 @@ def test_an_index_that_does_not_fit(index, message):
         step(x, empty(x), state_indices=index)
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta"])
+@both_rules
 @pytest.mark.parametrize("length", [0, 5, 64, 200, 448])
 def test_what_is_dead_is_never_read(gate, length):
     x = inputs(gate, T=length + 70, dtype=torch.float32)

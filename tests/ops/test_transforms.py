@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from calls import C, fields, inputs, output, run
+from calls import C, both_forms, both_rules, fields, inputs, output, run
 from test_step import empty, step, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
@@ -15,8 +15,6 @@ from loglinear.ops import transforms
 from loglinear.ops.attention import attention
 from oracle import SAME_NUMBERS, error
 
-gates = pytest.mark.parametrize("gate", ["scalar", "delta"])
-both_forms = pytest.mark.parametrize("linear", [False, True], ids=["log-linear", "linear"])
 N = 3
 
 
@@ -34,7 +32,7 @@ def assert_same(got, want):
     assert max(error(*pair) for pair in zip(got, want, strict=True)) <= SAME_NUMBERS
 
 
-@gates
+@both_rules
 @both_forms
 def test_vmap_over_one_argument(gate, linear):
     """The others are the same for all."""
@@ -45,7 +43,7 @@ def test_vmap_over_one_argument(gate, linear):
         assert_same(got, [output({**each[0], name: x[name]}) for x in each])
 
 
-@gates
+@both_rules
 @both_forms
 def test_gradients_through_a_vmap(gate, linear):
     many, each = several(gate, linear)
@@ -58,7 +56,7 @@ def test_gradients_through_a_vmap(gate, linear):
         assert_same(by_func[name], [x[name] for x in want])
 
 
-@gates
+@both_rules
 def test_nested_vmaps(gate):
     many, each = several(gate, linear=False)
     twice = {name: torch.stack([x, 2 * x if name == "v" else x], 1) for name, x in many.items()}
@@ -81,7 +79,7 @@ def test_vmap_with_unit_length_and_scale():
     assert_same(vmap(call)(many), map(call, each))
 
 
-@gates
+@both_rules
 def test_compiled_vmap(gate):
     many, each = several(gate, linear=False)
     torch._dynamo.reset()
@@ -89,7 +87,7 @@ def test_compiled_vmap(gate):
     assert_same(compiled(many), map(output, each))
 
 
-@gates
+@both_rules
 def test_what_kernels_take_under_a_gradient(gate):
     """Without a vmap the CPU does not come this way: it differentiates plain PyTorch, and twice. Kernels are one function."""
     x = inputs(gate, T=C + 9)
@@ -121,7 +119,7 @@ def test_what_has_no_meaning_under_vmap(given):
     assert o.isfinite().all()
 
 
-@gates
+@both_rules
 def test_no_step_under_vmap(gate):
     many, each = several(gate, linear=False, T=1)
     with pytest.raises(ValueError, match=r"q must not come from torch\.vmap"):
@@ -165,7 +163,7 @@ def assert_alike(got, want):
         assert kinds[0] == kinds[1]
 
 
-@gates
+@both_rules
 @both_forms
 @pytest.mark.parametrize("T", [0, 1, C, 3 * C + 5])
 @pytest.mark.parametrize("with_state", [False, True], ids=["o", "state"])
@@ -228,7 +226,7 @@ def module(gate, x, **options):
     )
 
 
-@gates
+@both_rules
 @both_forms
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported(gate, linear, strict):
@@ -242,7 +240,7 @@ def test_exported(gate, linear, strict):
         assert_same([program.module()(*new.values())], [model(*new.values())])
 
 
-@gates
+@both_rules
 @both_forms
 def test_exported_with_a_state(gate, linear):
     """For the length it was exported with: the state's slots are a part of the graph."""
@@ -264,7 +262,7 @@ def test_exported_with_a_state(gate, linear):
 # ------------------------------------------------------------------------------------------------------ heads before time
 
 
-@gates
+@both_rules
 def test_heads_before_time_are_noticed_once(gate):
     x = {name: y.transpose(1, 2) for name, y in inputs(gate, T=20, H=4, G=4).items()}
     loglinear.ops.dispatch.said.clear()
