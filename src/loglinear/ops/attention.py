@@ -251,40 +251,39 @@ def mostly_empty(cu_seqlens: Tensor | None, tokens: int) -> bool:
     return cu_seqlens is not None and cu_seqlens.shape[0] > max(tokens, 1)
 
 
-def _for_kernels(inputs: Inputs, transition: Transition) -> tuple[Tensor | None, ...]:
+def _for_kernels(inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Arguments of a kernel call. The linear model's λ is ``[B, T, H, 1]``, a single one that all levels share."""
     v, scales = inputs.v, inputs.level_scales
     scales = v.new_ones(()).expand(*v.shape[:3], 1) if scales is None else scales
-    return inputs.q, inputs.k, v, *[getattr(inputs, name) for name in transition.gates], scales
+    return inputs.q, inputs.k, v, *inputs.gates(), scales
 
 
 def _chosen(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """(kernels or None, inputs, transition, scale, cu_seqlens, options of kernels that go on, keep) of a call."""
+    """(kernels or None, inputs, scale, cu_seqlens, options of kernels that go on, keep) of a call."""
     inputs, (cu_seqlens, first_chunks, scale, reach, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
-    transition = inputs.transition()
     if backend != KERNELS and mostly_empty(cu_seqlens, inputs.q.shape[1]):
         cu_seqlens = torch.unique_consecutive(cu_seqlens)  # empty ones cost as much as full ones; waits for the device
     taken = backend == KERNELS or dispatch.attention(inputs, backend)
     continued = {} if first_chunks is None else {"first_chunks": first_chunks, "reach": reach}
-    return kernels_of(transition) if taken else None, inputs, transition, scale, cu_seqlens, continued, keep
+    return kernels_of(inputs.transition()) if taken else None, inputs, scale, cu_seqlens, continued, keep
 
 
 def _forward(*arguments: Any) -> Sequence[Tensor]:
-    kernels, inputs, transition, scale, cu_seqlens, continued, keep = _chosen(arguments)
+    kernels, inputs, scale, cu_seqlens, continued, keep = _chosen(arguments)
     if kernels is None:
         return [plain(inputs, scale, checks.sequence_lengths(inputs.q, cu_seqlens, None))[0].contiguous()]
-    given = *_for_kernels(inputs, transition), scale, cu_seqlens
-    return (
-        kernels.forward_keeping(*given, keep=bool(keep)) if transition.keeps else [kernels.forward(*given, **continued)]
-    )
+    given = *_for_kernels(inputs), scale, cu_seqlens
+    if inputs.transition().keeps:
+        return kernels.forward_keeping(*given, keep=bool(keep))
+    return [kernels.forward(*given, **continued)]
 
 
 def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
     *given, kept = arguments
-    kernels, inputs, transition, scale, cu_seqlens, continued, _ = _chosen(given)
+    kernels, inputs, scale, cu_seqlens, continued, _ = _chosen(given)
     if kernels is not None:
         options = {"kept": tuple(kept)} if kept else continued
-        *grads, dscales = kernels.backward(do, *_for_kernels(inputs, transition), scale, cu_seqlens, **options)
+        *grads, dscales = kernels.backward(do, *_for_kernels(inputs), scale, cu_seqlens, **options)
         return [*grads, None if inputs.linear() else dscales]
     lengths = checks.sequence_lengths(inputs.q, cu_seqlens, None)
     # Below a custom operator autograd is switched off; torch.func.vjp would do, but not under a TorchDispatchMode.
@@ -299,7 +298,7 @@ def _fake(*arguments: Any) -> list[Tensor]:
     inputs, (cu_seqlens, *_, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
     v, transition, shapes = inputs.v, inputs.transition(), []
     if keep and dispatch.attention(inputs, backend):
-        given = inputs.q, v, _for_kernels(inputs, transition)[-1], cu_seqlens
+        given = inputs.q, v, _for_kernels(inputs)[-1], cu_seqlens
         shapes = kernels_of(transition).kept_shapes(*given, channels=transition.per_channel)
     return [v.new_empty(v.shape), *(v.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
 

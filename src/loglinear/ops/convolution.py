@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from loglinear import kernels
 from loglinear.ops import checks, dispatch
 from loglinear.ops.operators import Operator, like
 
@@ -20,19 +19,12 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
     return taps <= MAX_TAPS or dispatch.plain(what, f"{taps} taps, where the kernel takes up to {MAX_TAPS}")
 
 
-def _kernels() -> Any:
-    """Imported on first use: importing loglinear imports no Triton."""
-    from loglinear.kernels.pointwise import convolution
-
-    return convolution
-
-
 # ``silu(bias + Σ_j weight[:, W-1-j] · x_{t-j})`` ``[B, T, channels]``, as ``kernels.pointwise.convolution.forward``.
 convolve = Operator(
     "convolution",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? place",
     1,
-    lambda *inputs: [_kernels().forward(*inputs)],
-    lambda *inputs: _kernels().backward(*inputs),
+    lambda *inputs: [kernels.pointwise.convolution.forward(*inputs)],
+    lambda *inputs: kernels.pointwise.convolution.backward(*inputs),
     lambda x, *others: like(x),
 )

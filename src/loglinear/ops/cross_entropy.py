@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loglinear import kernels
 from loglinear.ops import checks, dispatch
 from loglinear.ops.operators import Operator
 from loglinear.state import FLOATS, check_dtype
@@ -87,10 +88,9 @@ def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype, *wanted: bool
 ) -> list[Tensor]:
     """The sum of the losses, and its gradients for hidden, in ``dtype``, and weight, in float32; empty where not wanted."""
-    from loglinear.kernels.pointwise import cross_entropy  # here: importing loglinear imports no Triton
-
     low, matrix = hidden.to(dtype).contiguous(), weight.to(dtype).contiguous()
-    total, *grads = cross_entropy.loss_and_gradients(low, matrix, targets.contiguous(), ignore_index, *wanted)
+    made = kernels.pointwise.cross_entropy.loss_and_gradients
+    total, *grads = made(low, matrix, targets.contiguous(), ignore_index, *wanted)
     return [total, *(low.new_empty(0) if x is None else x for x in grads)]
 
 

@@ -6,8 +6,7 @@ which is the definition. Both round at the same places, except in sums of the co
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +33,9 @@ class Columns(NamedTuple):
 
 def fits(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernels take x: contiguous on CUDA beside ``others``, at most 32 bits, no gradients, no compiler."""
-    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not kernels.installed():
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    given = (x, *others)
-    usable = x.dtype != torch.float64 and all(pointwise.ordinary(y) for y in given)
-    return usable and all(y.device == x.device and y.is_contiguous() for y in given)
+    return pointwise.has_kernels(x, *others) and all(y.is_contiguous() for y in (x, *others))
 
 
 def fits_linear(state: Tensor) -> bool:
@@ -59,39 +56,31 @@ def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tens
             "a sum and its norm", f"rows of {weight.shape[0]:,} numbers, where the kernel takes {MAX_WIDTH:,}"
         )
         return None
-    return _kernels().residual.add_norm(x, added, weight, eps)
+    return kernels.decoding.residual.add_norm(x, added, weight, eps)
 
 
 def silu_times(gate: Tensor, x: Tensor) -> Tensor:
     """``silu(gate) · x``."""
     if gate.shape == x.shape and gate.dtype == x.dtype and fits(gate, x):
-        return _kernels().silu_times(gate, x)
+        return kernels.decoding.silu_times(gate, x)
     return pointwise.silu_product(gate, x)
 
 
 def step_inputs(*args) -> tuple[Tensor | None, ...]:
     """See ``kernels.decoding.inputs``."""
-    return _kernels().inputs.step_inputs(*args)
+    return kernels.decoding.inputs.step_inputs(*args)
 
 
 def step_outputs(*args) -> Tensor:
     """See ``kernels.decoding.outputs``."""
-    return _kernels().outputs.step_outputs(*args)
+    return kernels.decoding.outputs.step_outputs(*args)
 
 
 def gated_step(*args, gate: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """See ``gate_step`` of ``kernels.decoding``. The layers' own inputs are not checked once more."""
-    return _kernels().gate_step(*args, gate=gate)
+    return kernels.decoding.gate_step(*args, gate=gate)
 
 
 def linear_step(*args) -> Tensor:
     """See ``kernels.decoding.linear_step``."""
-    return _kernels().linear_step.linear_step(*args)
-
-
-@cache
-def _kernels() -> Any:
-    """Imported on first use: importing loglinear imports no Triton."""
-    from loglinear.kernels import decoding
-
-    return decoding
+    return kernels.decoding.linear_step.linear_step(*args)

@@ -7,8 +7,6 @@ under ``torch.compile``, and the compiler fuses them with their neighbours. The 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,13 +104,6 @@ def twice(x: Tensor) -> tuple[Tensor, Tensor]:
     return x, x
 
 
-def _kernels() -> Any:
-    """Imported on first use: importing loglinear imports no Triton."""
-    from loglinear.kernels import pointwise
-
-    return pointwise
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
@@ -126,56 +117,58 @@ discretise_kernel = Operator(
     "discretise",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor x",
     2,
-    lambda *inputs: _kernels().gates.forward(*inputs, None),
-    lambda dg, dv, *inputs: _kernels().gates.backward(dg, dv, None, None, *inputs, None),
+    lambda *inputs: kernels.pointwise.gates.forward(*inputs, None),
+    lambda dg, dv, *inputs: kernels.pointwise.gates.backward(dg, dv, None, None, *inputs, None),
     lambda rate, dt_bias, A_log, x: [_wide(rate), *like(x)],
 )
 gates = Operator(
     "gates",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor strength",
     2,
-    lambda *inputs: _kernels().gates.forward(*inputs[:3], None, inputs[3]),
-    lambda dg, dbeta, *inputs: _kernels().gates.backward(dg, None, None, dbeta, *inputs[:3], None, inputs[3]),
+    lambda *inputs: kernels.pointwise.gates.forward(*inputs[:3], None, inputs[3]),
+    lambda dg, dbeta, *inputs: kernels.pointwise.gates.backward(dg, None, None, dbeta, *inputs[:3], None, inputs[3]),
     lambda rate, dt_bias, A_log, strength: [_wide(rate), _wide(strength)],
 )
 channel_gates = Operator(
     "channel_gates",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor strength, float? bound",
     2,
-    lambda *inputs: _kernels().gates.channel_forward(*inputs[:4], inputs[2].shape[0], inputs[4]),
-    lambda dg, dbeta, *inputs: _kernels().gates.channel_backward(dg, dbeta, *inputs[:4], inputs[2].shape[0], inputs[4]),
+    lambda *inputs: kernels.pointwise.gates.channel_forward(*inputs[:4], inputs[2].shape[0], inputs[4]),
+    lambda dg, dbeta, *inputs: kernels.pointwise.gates.channel_backward(
+        dg, dbeta, *inputs[:4], inputs[2].shape[0], inputs[4]
+    ),
     lambda rate, dt_bias, A_log, strength, bound: [_by_head(rate, A_log.shape[0]), _wide(strength)],
 )
 sigmoid_gates = Operator(
     "sigmoid_gates",
     "Tensor rate, int heads, float? bound, float divisor",
     1,
-    lambda rate, *sizes: [_kernels().gates.channel_forward(rate, None, None, None, *sizes)[0]],
-    lambda dg, rate, *sizes: _kernels().gates.channel_backward(dg, None, rate, None, None, None, *sizes),
+    lambda rate, *sizes: [kernels.pointwise.gates.channel_forward(rate, None, None, None, *sizes)[0]],
+    lambda dg, rate, *sizes: kernels.pointwise.gates.channel_backward(dg, None, rate, None, None, None, *sizes),
     lambda rate, heads, *sizes: [_by_head(rate, heads)],
 )
 level_scales = Operator(
     "level_scales",
     "Tensor dl, Tensor L, float offset",
     1,
-    lambda *inputs: [_kernels().gates.level_scales(*inputs)],
-    lambda *inputs: _kernels().gates.level_scales_backward(*inputs),
+    lambda *inputs: [kernels.pointwise.gates.level_scales(*inputs)],
+    lambda *inputs: kernels.pointwise.gates.level_scales_backward(*inputs),
     lambda dl, L, offset: [dl.new_empty(*dl.shape[:2], *L.shape)],
 )
 gated_norm_kernel = Operator(
     "gated_norm",
     "Tensor x, Tensor? gate, Tensor weight, Tensor? skip, Tensor? skip_scale, float eps, bool gate_first, bool silu",
     1,
-    lambda *inputs: [_kernels().gated_norm.forward(*inputs)],
-    lambda *inputs: _kernels().gated_norm.backward(*inputs),
+    lambda *inputs: [kernels.pointwise.gated_norm.forward(*inputs)],
+    lambda *inputs: kernels.pointwise.gated_norm.backward(*inputs),
     lambda x, *others: like(x),
 )
 units = Operator(
     "unit_length",
     "Tensor q, Tensor k",
     2,
-    lambda *inputs: _kernels().unit_length.forward(*inputs),
-    lambda *inputs: _kernels().unit_length.backward(*inputs),
+    lambda *inputs: kernels.pointwise.unit_length.forward(*inputs),
+    lambda *inputs: kernels.pointwise.unit_length.backward(*inputs),
     like,
 )
 
@@ -186,13 +179,13 @@ class Discretise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rate, dt_bias, A_log, x):
         ctx.save_for_backward(rate, dt_bias, A_log, x)
-        g, v, _ = _kernels().gates.forward(rate, dt_bias, A_log, x, None)
+        g, v, _ = kernels.pointwise.gates.forward(rate, dt_bias, A_log, x, None)
         return g, v, x
 
     @staticmethod
     @differentiable_once
     def backward(ctx, dg, dv, dskip):
-        return _kernels().gates.backward(dg, dv, dskip, None, *ctx.saved_tensors, None)[:4]
+        return kernels.pointwise.gates.backward(dg, dv, dskip, None, *ctx.saved_tensors, None)[:4]
 
 
 class SiluProduct(torch.autograd.Function):
@@ -201,12 +194,12 @@ class SiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, x):
         ctx.save_for_backward(gate, x)
-        return _kernels().elementwise.silu_product(gate, x)
+        return kernels.pointwise.elementwise.silu_product(gate, x)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, dout):
-        return _kernels().elementwise.silu_product_backward(dout, *ctx.saved_tensors)
+        return kernels.pointwise.elementwise.silu_product_backward(dout, *ctx.saved_tensors)
 
 
 class Twice(torch.autograd.Function):
@@ -220,4 +213,4 @@ class Twice(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, da, db):
-        return _kernels().elementwise.wide_sum(da, db), None
+        return kernels.pointwise.elementwise.wide_sum(da, db), None

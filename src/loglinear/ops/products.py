@@ -7,12 +7,10 @@ norms are made in the product behind them, sums with the residual stream and the
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from loglinear import kernels
 from loglinear.ops import fused
 
 ENABLED = True  # the switch
@@ -52,7 +50,7 @@ def projected(
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """``x @ firstᵀ`` and ``x @ secondᵀ``, x ``[..., K]``; with ``norm [K]`` of its RMS norm."""
-    return _kernels().products(x, first, second, norm, None, eps)
+    return kernels.matvec.products(x, first, second, norm, None, eps)
 
 
 def summed(
@@ -67,17 +65,9 @@ def summed(
 
     T is added to ``position``, int64 ``[B]``, which the launches before this one may read.
     """
-    return _kernels().products(x, weight, None, norm, added, eps, position=position)[0]
+    return kernels.matvec.products(x, weight, None, norm, added, eps, position=position)[0]
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, norm: Tensor, eps: float) -> Tensor:
     """``silu(y @ gateᵀ) · (y @ upᵀ)`` of y, the RMS norm of x with the weight ``norm``."""
-    return _kernels().products(x, gate, up, norm, None, eps, gated=True)[0]
-
-
-@cache
-def _kernels() -> Any:
-    """Imported on first use: importing loglinear imports no Triton."""
-    from loglinear.kernels import matvec
-
-    return matvec
+    return kernels.matvec.products(x, gate, up, norm, None, eps, gated=True)[0]

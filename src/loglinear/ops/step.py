@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from loglinear import kernels
 from loglinear.decoding_state import DecodingState, tensor_kinds
 from loglinear.ops import checks, dispatch
 from loglinear.ops.attention import outside_autocast, unit
@@ -106,11 +107,8 @@ def _step(
     scale, transition, level_scales = checks.check_scale(scale), inputs.transition(), inputs.level_scales
     with without_autocast, torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # entering takes 3 µs
         if dispatch.step(q, v, state.chunk_size, backend):
-            # Imported here: importing loglinear imports no Triton.
-            from loglinear.kernels import decoding
-
             options = {"normalize": normalize} if normalize else {}
-            o = decoding.STEPS[transition](
+            o = kernels.decoding.STEPS[transition](
                 q, k, v, *inputs.gates(), level_scales, state, scale, state_indices, **options
             )
         else:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.ops.checks import transforming
 from loglinear.ops.operators import Operator
 
 
@@ -30,7 +29,7 @@ def vmapped(*tensors: Any) -> bool:
 def check(tensors: tuple, **absent: Any) -> None:
     """Raise if one of the tensors is vmapped and an argument is given that has no meaning under vmap."""
     given = [name for name, value in absent.items() if value is not None and value is not False]
-    if given and transforming() and vmapped(*tensors):
+    if given and vmapped(*tensors):
         raise ValueError(
             f"{given[0]} must not be given under torch.vmap, whose axis becomes rows of the batch, from their start"
         )
