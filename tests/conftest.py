@@ -1,5 +1,6 @@
 """Every test starts from the same seed, on one thread, and hypothesis draws the same examples each time."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -38,6 +39,49 @@ def seed():
 
 def pytest_addoption(parser):
     parser.addoption("--pins", default="default", help="the set of constraints/ that a fresh environment gets")
+
+
+# Forks a process for each code. What loglinear and transformers import takes seconds, and no code asks about it.
+FORKS = """
+import json, os, sys, warnings
+import accelerate, scipy.optimize, sympy, tokenizers, torch, torch._dynamo, torch.onnx
+import torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
+
+assert not {"loglinear", "transformers"} & set(sys.modules)
+warnings.simplefilter("error", UserWarning)
+for line in sys.stdin:
+    code, sys.argv, out = json.loads(line)
+    if not (child := os.fork()):
+        for stream in (1, 2):
+            os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        exec(code, {"__name__": "__main__"})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def forks():
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def python(forks, tmp_path) -> Callable[..., str]:
+    """``python(code, *arguments)``: what ``code`` prints in a process of its own, where warnings of ours are errors."""
+
+    def run(code: str, *arguments: object) -> str:
+        out = tmp_path / "out"
+        print(json.dumps([code, ["-c", *map(str, arguments)], str(out)]), file=forks.stdin, flush=True)
+        status = forks.stdout.readline()
+        printed = out.read_text(encoding="utf-8")
+        assert status == "0\n", printed
+        return printed.strip()
+
+    return run
 
 
 @pytest.fixture(scope="session")

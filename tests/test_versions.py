@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import warnings
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -80,12 +78,11 @@ def test_other_releases_warn_once_and_together(installed):
 
 
 @pytest.mark.parametrize("module", ["loglinear.models", "loglinear.kernels.installation"])
-def test_the_check_runs_where_models_or_kernels_are_first_used(module, tmp_path):
+def test_the_check_runs_where_models_or_kernels_are_first_used(module, tmp_path, python):
     """A package is what its metadata says: here, first in the path, a transformers of the future."""
     (tmp_path / "transformers-5.99.0.dist-info").mkdir()
     (tmp_path / "transformers-5.99.0.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 5.99.0\n")
-    code = f"import sys; sys.path.insert(0, sys.argv[1]); import loglinear; print('light', file=sys.stderr); import {module}"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    before, after = done.stderr.split("light")
+    code = "import sys, warnings; warnings.simplefilter('default'); sys.path.insert(0, sys.argv[1]); import loglinear\n"
+    before, after = python(f"{code}print('light', flush=True); import {module}", tmp_path).split("light")
     assert "5.99.0" not in before
     assert after.count("transformers 5.99.0 is installed, and 5.17 to 5.24 are tested") == 1

@@ -1,4 +1,4 @@
-"""Peak memory of a forward over T = 131,072 tokens, each in a process of its own (required: 24 GiB)."""
+"""Peak memory of a forward over T = 131,072 tokens, in a process of its own (required: 24 GiB)."""
 
 import subprocess
 import sys
@@ -8,23 +8,21 @@ import pytest
 FORWARD = """
 import resource, torch, loglinear
 torch.set_num_threads(1)
-T, H, K, delta = 131_072, 2, 64, {delta}
+T, H, K = 131_072, 1, 32
 q, k, v = (torch.nn.functional.normalize(torch.randn(1, T, H, K), dim=-1) for _ in range(3))
-gates = [-torch.rand(1, T, H)] + delta * [torch.rand(1, T, H)]
-op = loglinear.log_linear_delta_rule if delta else loglinear.log_linear_attention
-with torch.no_grad():
-    o, _ = op(q, k, v, *gates, torch.rand(1, T, H, 18))
-assert o.shape == v.shape and o.isfinite().all()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+for op, gates in ((loglinear.log_linear_attention, 1), (loglinear.log_linear_delta_rule, 2)):
+    with torch.no_grad():
+        o, _ = op(q, k, v, -torch.rand(1, T, H), *(torch.rand(1, T, H) for _ in range(gates - 1)), torch.rand(1, T, H, 18))
+    assert o.shape == v.shape and o.isfinite().all()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delta", [0, 1], ids=["scalar", "delta"])
-def test_forward_of_131072_tokens(delta):
-    """Measured 0.8 and 1.1 GiB (x86-64 CPU, torch 2.13, one thread), inputs of 0.2 GiB included; T² scores would take 128."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FORWARD.format(delta=delta)], capture_output=True, text=True, timeout=120
-    )
+def test_forwards_of_131072_tokens():
+    """Measured 0.50 and 0.58 GiB (x86-64 CPU, torch 2.13, one thread), PyTorch itself included; T² scores would take 64."""
+    command = [sys.executable, "-W", "error", "-c", FORWARD]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) <= 2
+    scalar, delta = map(float, done.stdout.split())
+    assert scalar <= delta <= 1
