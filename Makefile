@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What the packages around us decide most: tested with the newest and with the oldest of them too.
-PINNED := tests/models tests/layers/test_mixers.py tests/layers/test_linear.py tests/cli tests/test_installed.py \
-	tests/test_readme.py::test_readme_code_runs_as_it_stands
+PINNED := tests/models tests/layers/test_mixers.py::test_equals_the_definition tests/layers/test_linear.py tests/cli \
+	tests/test_installed.py tests/test_readme.py::test_readme_code_runs_as_it_stands
 # uv takes a fifth of pip's time. It knows nothing of pip's settings: it gets pip's folder of wheels, and where it fails pip is asked.
 UV := $(BIN)/uv pip install -q --python $(VENV) $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) -c constraints/default.txt
 PIP := $(BIN)/pip install -q -c constraints/default.txt
@@ -49,17 +49,16 @@ docs-serve: setup
 lint: setup
 	$(BIN)/ruff check src tests benchmarks experiments examples docs/*.py
 	$(BIN)/ruff format --check src tests benchmarks experiments examples docs/*.py
-	$(BIN)/mypy
-	$(BIN)/python docs/prose.py
+	$(BIN)/python docs/prose.py & prose=$$!; $(BIN)/mypy; types=$$?; wait $$prose && exit $$types
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=25
 
 test-newest: .venv-newest/.installed
-	OMP_NUM_THREADS=1 .venv-newest/bin/pytest --pins newest -n 2 --dist worksteal --durations=15 -m 'not slow and not default_packages' $(PINNED)
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest --pins newest -n 2 --dist worksteal --durations=25 -m 'not slow and not default_packages' $(PINNED)
 
 test-oldest: .venv-oldest/.installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest --pins oldest -n 2 --dist worksteal --durations=15 -m 'not slow and not default_packages' $(PINNED)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest --pins oldest -n 2 --dist worksteal --durations=25 -m 'not slow and not default_packages' $(PINNED)
 
 test-vllm: .venv-vllm/.installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -n 2 --dist worksteal --durations=5 tests/integrations/test_vllm.py

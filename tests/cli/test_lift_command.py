@@ -95,6 +95,7 @@ def test_a_run_of_ours(linear_run, cache, tmp_path, capsys):
     assert "model must have a linear mixer" in capsys.readouterr().err
 
 
+@pytest.mark.default_packages
 def test_levels_alone_go_from_a_run_to_its_base(linear_run, text, tmp_path, capsys):
     """Trained alone, taken out of the run, and put on the base again: the model of the run, to the bit."""
     run, levels, again = (tmp_path / name for name in ("run", "levels", "again"))

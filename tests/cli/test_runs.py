@@ -175,6 +175,7 @@ def test_lift_needs_a_linear_model(data_options, finished_run, tmp_path, capsys)
 # ----------------------------------------------------------------------------------------- the same run: --steps, --resume
 
 
+@pytest.mark.default_packages
 def test_a_finished_run_takes_more_steps(run_of_twelve, finished_options, tmp_path, capsys):
     """They are those of a run that was planned as long, from the step on at which it was given them."""
     planned = tmp_path / "planned"
@@ -256,6 +257,7 @@ def test_the_optimizer_of_another_model_is_refused(run_of_twelve, finished_optio
     assert "checkpoint-8: exp_avg of its optimizer is of another model: needs shape" in capsys.readouterr().err
 
 
+@pytest.mark.default_packages
 def test_a_run_that_never_saved_a_checkpoint_does_not_block_its_folder(train_options, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     options = [*train_options, "--steps", "2", "--output", str(run)]
@@ -388,10 +390,8 @@ def terminated_rank(options: list[str]) -> None:
     assert main(options) == 143
 
 
-@pytest.mark.parametrize(
-    "more",
-    [pytest.param([], id="replicated", marks=pytest.mark.default_packages), pytest.param(["--fsdp"], id="sharded")],
-)
+@pytest.mark.default_packages
+@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["replicated", "sharded"])
 def test_sigterm_to_one_process_ends_all(more, train_options, tmp_path):
     run = tmp_path / "run"
     run_ranks(terminated_rank, 2, [*train_options, *more, "--steps", "9", "--output", str(run)])
@@ -499,6 +499,7 @@ def test_damaged_weights_are_named(run_of_twelve, data_options, tmp_path, capsys
         assert f"{run_of_twelve} holds weights that cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("what", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_a_full_disk_is_one_line(what, run_of_twelve, finished_options, finished_run, monkeypatch, capsys):
     """Real writes that fail: the kernel refuses to let the file grow, as a full disk does."""

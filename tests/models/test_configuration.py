@@ -175,6 +175,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.default_packages
 @pytest.mark.parametrize("field", VARIANTS)
 @torch.no_grad()
 def test_variants_of_mixers_reach_the_model_and_are_saved(field, make_model, tokens, tmp_path):
