@@ -89,6 +89,19 @@ def operand_of(dp, column, dtype: gl.constexpr):
 
 
 @gluon.jit
+def clear_absent(keys, tile, FIRST: gl.constexpr):
+    """Zeros for the rows of ``keys [64, 64]``, a half of chunk FIRST / 64, where the sequence has no token.
+
+    Other warps may read them meanwhile: for queries behind these keys, which are absent too.
+    """
+    BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    token = FIRST + gl.arange(0, 64, layout=gl.SliceLayout(1, BY_ROW))
+    k = keys.load(BY_ROW)
+    keys.store(gl.where((token < tile.size)[:, None], k, 0.0).to(k.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
 def gradients(P: gl.constexpr, own, loaded, ring, factors, sums, dq, score_grads, tile, S: gl.constexpr):
     """The role of four warps: chunk P of the tile. dq and score_grads point at what belongs to the tile and to the chunk."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -98,10 +111,18 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, sums, dq, score_grads
     FIRST: gl.constexpr = P * 64
     dtype: gl.constexpr = ring.slots.dtype
     zero = gl.zeros([64, 64], gl.float32, layout=ACC)
+    s = gl.arange(0, 64, layout=gl.SliceLayout(0, A))[None, :]
+    t = gl.arange(0, 64, layout=gl.SliceLayout(1, A))[:, None]
+    a = gl.load(score_grads + t * 64 + s, mask=(t >= 0) & (s >= 0) & (tile.size > FIRST), other=0.0)
     mbarrier.wait(loaded.index(0), 0)
     if tile.second == 1:
         mbarrier.wait(loaded.index(1), 0)
-    left, right = zero, zero
+    if tile.size < TILE:
+        clear_absent(own.index(2).slice(FIRST, 64), tile, FIRST)
+        clear_absent(own.index(3).slice(FIRST, 64), tile, FIRST)
+    left = warpgroup_mma(a, own.index(2).slice(FIRST, 64), zero, use_acc=False, is_async=True)
+    right = warpgroup_mma(a, own.index(3).slice(FIRST, 64), zero, use_acc=False, is_async=True)
+    left, right, a = warpgroup_mma_wait(0, deps=(left, right, a))
     it = gl.to_tensor(0)
     for i in range(S.HEADS):
         slot, phase = slot_of(i, 2)
@@ -165,31 +186,10 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, sums, dq, score_grads
         mbarrier.arrive(factors.empty.index(slot), count=1)
         mbarrier.arrive(sums.full.index(slot), count=1)
 
-    t = gl.arange(0, 64, layout=gl.SliceLayout(1, A))[:, None]
-    s = gl.arange(0, 64, layout=gl.SliceLayout(0, A))[None, :]
-    a = gl.load(score_grads + t * 64 + s, mask=(t >= 0) & (s >= 0) & (tile.size > FIRST), other=0.0)
-    left = own_product(own, 0, a, left, tile, P)
-    right = own_product(own, 1, a, right, tile, P)
     t = FIRST + gl.arange(0, 64, layout=ROW)[:, None]
     target = dq + t * (S.G * S.K) + gl.arange(0, 64, layout=COLUMN)[None, :]
     gl.store(target, left.to(dq.dtype.element_ty), mask=(t < tile.size) & (t >= 0))
     gl.store(target + 64, right.to(dq.dtype.element_ty), mask=t < tile.size)
-
-
-@gluon.jit
-def own_product(own, HALF: gl.constexpr, a, acc, tile, P: gl.constexpr):
-    """acc plus the gradient of the scores of chunk P times its keys, half of their columns. Absent keys count as zero.
-
-    The keys are copied to where the queries were, which no other warps read.
-    """
-    BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    token = P * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, BY_ROW))
-    k = own.index(2 + HALF).slice(P * 64, 64).load(BY_ROW)
-    keys = own.index(HALF).slice(P * 64, 64)
-    keys.store(gl.where((token < tile.size)[:, None], k, 0.0).to(k.dtype))
-    fence_async_shared()
-    acc = warpgroup_mma(a, keys, acc, is_async=True)
-    return warpgroup_mma_wait(0, deps=(acc,))
 
 
 @gluon.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "all_chunks", "sums_stride", "L"])
@@ -249,5 +249,5 @@ def span_query_grads_kernel(
                 (load_tiles, (q_desc, k_desc, v_desc, do_desc, e_desc, own, loaded, ring, tile, S)),
             ],
             [4, 4, 1],
-            [200, 88, 24],
+            [208, 72, 24],
         )
