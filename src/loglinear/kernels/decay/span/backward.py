@@ -6,7 +6,7 @@ from torch import Tensor
 
 from loglinear.kernels.decay.backward import Gains, head_blocks, partial_sums
 from loglinear.kernels.decay.forward import States
-from loglinear.kernels.decay.span.forward import LOCAL_LEVELS, OPTIONS, described
+from loglinear.kernels.decay.span.forward import OPTIONS, described
 from loglinear.kernels.decay.span.key_grads import span_key_grads_kernel
 from loglinear.kernels.decay.span.query_grads import span_query_grads_kernel
 from loglinear.kernels.tree import launching
@@ -31,8 +31,7 @@ def launch_query_side(
     sizes = *problem.of_octets, tokens, problem.all_chunks, states.sums.stride(0)
     arguments = *descriptors, x, problem.levels, states, score_grads, partial, dscales, gains, *sizes
     S = problem.sizes(x.v.dtype, HEADS=H // blocks, LEVELS=16 if problem.levels <= 16 else 32)
-    local = min(problem.levels, LOCAL_LEVELS)
-    launching.launch(span_query_grads_kernel, problem.all_octets * 4 * blocks, *arguments, S=S, LOCAL=local, **OPTIONS)
+    launching.launch(span_query_grads_kernel, problem.all_octets * 4 * blocks, *arguments, S=S, **OPTIONS)
     return sum_heads(partial, x.q)
 
 

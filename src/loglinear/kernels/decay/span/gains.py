@@ -40,15 +40,15 @@ class Results(NamedTuple):
 
 
 @gluon.jit
-def make_factors(factors, logs, tile, i, factor, L, S: gl.constexpr, LOCAL: gl.constexpr, ROW: gl.constexpr):
-    """The factors of the i-th head of a program. LOCAL: how many of levels 0 … 8 there are."""
+def make_factors(factors, logs, tile, i, factor, L, S: gl.constexpr, ROW: gl.constexpr):
+    """The factors of the i-th head of a program."""
     r = gl.arange(0, 128, layout=ROW)
     second = r // 64
     present = r < tile.size
     h = tile.h0 + i
     scales = logs.scales + tile.origin.to(gl.int64) * logs.stride + h * L
     l7 = gl.load(scales + (r * logs.stride + 7), mask=present, other=0.0)
-    l8 = gl.load(scales + (r * logs.stride + min(8, LOCAL - 1)), mask=present, other=0.0)
+    l8 = gl.load(scales + (r * logs.stride + gl.minimum(8, L - 1)), mask=present, other=0.0)
     sums = logs.sums + h.to(gl.int64) * logs.sums_stride + tile.origin
     g = gl.load(sums + r, mask=present, other=0.0)
     chunk_log = logs.chunk_log + tile.chunk.to(gl.int64) * S.H + h
@@ -95,14 +95,17 @@ def store_level(results, gain, tile, m, h, H: gl.constexpr):
 
 
 @gluon.jit
-def add_level(
-    gradient, gains, sums, factors, results, tile, h, slot, step, m, present, L, H: gl.constexpr, GATED: gl.constexpr
-):
-    """(dλ ``[128, LEVELS]``, gains of the rows) with those of a step of the walk, through an entry of 2^m chunks."""
-    ROW: gl.constexpr = gains.type.layout
-    c = gl.arange(0, gradient.shape[1], layout=gl.SliceLayout(0, gradient.type.layout))[None, :]
+def sum_of_step(sums, factors, slot, step, present, ROW: gl.constexpr):
+    """(sum, λ times the factor of o) of a step of the walk; zero where no sum was left."""
     found = gl.where(present, sums.rows.index(slot * SUMS + step).load(ROW), 0.0)
-    gain = found * factors.rows.index(slot * ROWS + 2 * step + 1).load(ROW)
+    return found, factors.rows.index(slot * ROWS + 2 * step + 1).load(ROW)
+
+
+@gluon.jit
+def add_level(gradient, gains, found, scale, results, tile, h, m, L, H: gl.constexpr, GATED: gl.constexpr):
+    """(dλ ``[128, LEVELS]``, gains of the rows) with those of a step of the walk, through an entry of 2^m chunks."""
+    c = gl.arange(0, gradient.shape[1], layout=gl.SliceLayout(0, gradient.type.layout))[None, :]
+    gain = found * scale
     if GATED:
         store_level(results, gain, tile, m, h, H)
     return gradient + gl.where(c == gl.minimum(m + 7, L - 1), found[:, None], 0.0), gains + gain
@@ -127,20 +130,17 @@ def store_sums(sums, factors, results, tile, i, factor, L, S: gl.constexpr, GATE
     slot, phase = slot_of(i, 2)
     mbarrier.wait(sums.full.index(slot), phase)
     zero = gl.to_tensor(0)
-    gradient, gains = add_level(
-        gradient, gains, sums, factors, results, tile, h, slot, zero, zero, present & (r >= 64), L, S.H, GATED
-    )
+    found, scale = sum_of_step(sums, factors, slot, zero, present & (r >= 64), ROW)
+    gradient, gains = add_level(gradient, gains, found, scale, results, tile, h, zero, L, S.H, GATED)
     if tile.second == 1:
-        gradient, gains = add_level(
-            gradient, gains, sums, factors, results, tile, h, slot, zero + 1, zero + 1, present, L, S.H, GATED
-        )
+        found, scale = sum_of_step(sums, factors, slot, zero + 1, present, ROW)
+        gradient, gains = add_level(gradient, gains, found, scale, results, tile, h, zero + 1, L, S.H, GATED)
     e = tile.path
     step = zero + 2
     while e > 0:
         m = log2_of_power(e & -e)
-        gradient, gains = add_level(
-            gradient, gains, sums, factors, results, tile, h, slot, step, m, present, L, S.H, GATED
-        )
+        found, scale = sum_of_step(sums, factors, slot, step, present, ROW)
+        gradient, gains = add_level(gradient, gains, found, scale, results, tile, h, m, L, S.H, GATED)
         step += 1
         e = e & (e - 1)
     mbarrier.arrive(sums.empty.index(slot), count=1)
@@ -153,13 +153,11 @@ def store_sums(sums, factors, results, tile, i, factor, L, S: gl.constexpr, GATE
 
 
 @gluon.jit
-def write_gains(
-    factors, sums, logs, results, tile, factor, L, S: gl.constexpr, LOCAL: gl.constexpr, GATED: gl.constexpr
-):
+def write_gains(factors, sums, logs, results, tile, factor, L, S: gl.constexpr, GATED: gl.constexpr):
     """The role: the factors of each head, and the results of the head before it."""
     ROW: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0]))
     for i in range(S.HEADS + 1):
         if i < S.HEADS:
-            make_factors(factors, logs, tile, i, factor, L, S, LOCAL, ROW)
+            make_factors(factors, logs, tile, i, factor, L, S, ROW)
         if i > 0:
             store_sums(sums, factors, results, tile, i - 1, factor, L, S, GATED)

@@ -134,7 +134,7 @@ def attend(
     q1 = q0
     if HALVES == 2:
         q1 = ring.slots.index(1).slice(FIRST, 64).load(A)
-    fence_async_shared()
+    fence_async_shared()  # else the next copies overtake these loads
     for half in gl.static_range(2 * HALVES):
         emptied(ring, half)
 

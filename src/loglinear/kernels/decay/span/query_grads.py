@@ -127,6 +127,7 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, sums, dq, score_grads
     for i in range(S.HEADS):
         slot, phase = slot_of(i, 2)
         do = filled(ring, it, SLOTS).slice(FIRST, 64).load(A)
+        fence_async_shared()  # else the next copy overtakes these loads
         it = emptied(ring, it, SLOTS)
         values = filled(ring, it, SLOTS)
         mbarrier.wait(factors.full.index(slot), phase)
@@ -214,9 +215,8 @@ def span_query_grads_kernel(
     all_chunks,
     sums_stride,
     S: gl.constexpr,
-    LOCAL: gl.constexpr,
 ):
-    """The results of ``query_grads_kernel``, where λ has a level above those of a chunk. LOCAL: levels inside a span.
+    """The results of ``query_grads_kernel``, where λ has a level above those of a chunk.
 
     Grid: H/HEADS x octets x 4 tiles, tiles fastest. float32: accumulators, factors, sums; dP times decays is of v's dtype.
     """
@@ -245,7 +245,7 @@ def span_query_grads_kernel(
             [
                 (gradients, (0, own, loaded, ring, factors, sums, dq_tile, ds, tile, S)),
                 (gradients, (1, own, loaded, ring, factors, sums, dq_tile, next_ds, tile, S)),
-                (write_gains, (factors, sums, logs, results, tile, x.factor, L, S, LOCAL, GATED)),
+                (write_gains, (factors, sums, logs, results, tile, x.factor, L, S, GATED)),
                 (load_tiles, (q_desc, k_desc, v_desc, do_desc, e_desc, own, loaded, ring, tile, S)),
             ],
             [4, 4, 1],

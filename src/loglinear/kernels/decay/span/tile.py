@@ -98,7 +98,7 @@ def filled(ring, i, COUNT: gl.constexpr = SLOTS):
 
 @gluon.jit
 def emptied(ring, i, COUNT: gl.constexpr = SLOTS):
-    """Give the slot of use i back; the next use."""
+    """Give the slot of use i back; the next use. ``fence_async_shared`` comes first if the slot was loaded into registers."""
     mbarrier.arrive(ring.empty.index(i % COUNT), count=1)
     return i + 1
 
