@@ -1,7 +1,8 @@
 """CHUNK STATES: the leaf of every chunk and the entries inside an octet of chunks, without a round trip through memory.
 
 A program owns ``OCTET`` chunks of one head and keeps two accumulators: the *prefix* of the octet, which is the entry after
-1, 2, 4 and 8 chunks, and the *pair*, the last one or two chunks, which is the entry after 3, 5, 6 and 7.
+1, 2, 4 and 8 chunks, and the *pair*, the last one or two chunks, which is the entry after 3, 5, 6 and 7. For span kernels, which
+read no pair, the sums of the gates come from a kernel of their own: a sum over 64 tokens costs a program six barriers a chunk.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.decays import gate_sums, gates_of
-from loglinear.kernels.tree.place import OCTET, locate, row_of, tile_of_program
+from loglinear.kernels.tree.decays import at_most_zero, gate_sums, gates_of, log2_of_gate
+from loglinear.kernels.tree.place import OCTET, chunk_of, locate, row_of, row_of_program, tile_of_program
 from loglinear.kernels.tree.tiles import load_tile, store_entry
 
 
@@ -22,12 +23,42 @@ def chunk_gates(chunk, at, x, h, S: tl.constexpr):
     return gates_of(x, (at.start + (chunk - at.n0) * S.C).to(tl.int64), h, valid, S)
 
 
+@triton.jit(do_not_specialize=["T", "N", "NG", "sums_stride"])
+def chunk_sums_kernel(x, states, table, T, N, NG, sums_stride, S: tl.constexpr, HEADS: tl.constexpr):
+    """``sums`` and ``chunk_log`` for 16-bit inputs, of HEADS heads at once. Grid: blocks of heads x chunks, chunks fastest."""
+    at, chunk, block, _ = row_of_program(table, T, N, NG, (S.H + HEADS - 1) // HEADS, S)
+    if at.length < 0:
+        return
+    here = chunk_of(at, chunk, S.C)
+    t, h = tl.arange(0, S.C)[:, None], block * HEADS + tl.arange(0, HEADS)[None, :]
+    present = here.valid[:, None] & (h < S.H)
+    gate = tl.zeros([S.C, HEADS], tl.float32)
+    if x.g is not None:
+        raw = tl.load(x.g + here.origin * x.stride_g + (t * x.stride_g + h), mask=present, other=0.0)
+        gate = log2_of_gate(raw.to(tl.float32))
+    sums = states.sums + here.origin + h.to(tl.int64) * sums_stride
+    tl.store(sums + t, tl.cumsum(gate, axis=0), mask=present)
+    tl.store(states.chunk_log + chunk.to(tl.int64) * S.H + h, tl.sum(gate, axis=0)[None, :], mask=h < S.H)
+
+
+@triton.jit
+def sums_of_chunk(chunk, at, states, sums, h, S: tl.constexpr):
+    """(decay ``[C]`` of the tokens of a chunk of the tree to its end, its log-decay), from what ``chunk_sums_kernel`` wrote."""
+    local = chunk - at.n0
+    position = local * S.C + tl.arange(0, S.C)
+    valid = (position >= 0) & (position < at.length)
+    inside = (local >= 0) & (local * S.C < at.length)
+    total = tl.load(states.chunk_log + (at.chunk0 + local).to(tl.int64) * S.H + h, mask=inside, other=0.0)
+    high = tl.load(sums + (at.start + local * S.C) + tl.arange(0, S.C), mask=valid, other=0.0)
+    return tl.exp2(at_most_zero(total - high)), total
+
+
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "sums_stride"])
 def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: tl.constexpr, LEAST: tl.constexpr):
     """Grid: octets x H x tiles of [K, V], tiles fastest. float32: accumulators, logs. Fills ``states`` but for longer entries.
 
     LEAST: chunks of the shortest entry that is stored, 1 to 4; the logs of all entries are. Entries of 4 or more have no rows
-    for others between them.
+    for others between them, and ``sums`` and ``chunk_log`` are there before.
     """
     TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK * ((S.V + S.BV - 1) // S.BV)
     part, octet = tile_of_program(S)
@@ -43,8 +74,9 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
     pair = tl.zeros([S.BK, S.BV], tl.float32)
     prefix_log = 0.0
     pair_log = 0.0
-    # With one accumulator there are registers for the gates of the next chunk, on their way while this one is computed.
-    next_gate = chunk_gates(first_chunk, at, x, h, S)
+    sums = states.sums + h.to(tl.int64) * sums_stride
+    if LEAST == 4:  # those of the next chunk are on their way while one is computed
+        next_to_end, next_total = sums_of_chunk(first_chunk, at, states, sums, h, S)
     for c in range(OCTET):
         local = first_chunk + c - at.n0
         position = local * S.C + in_chunk
@@ -53,12 +85,11 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
         origin = (at.start + local * S.C).to(tl.int64)
         k_tile = load_tile(k_head + origin * x.stride_k, x.stride_k, valid, S.C, S.K, S.BK, first_k)
         v_tile = load_tile(v_head + origin * x.stride_v, x.stride_v, valid, S.C, S.V, S.BV, first_v)
-        gate = next_gate
         if LEAST == 4:
-            next_gate = chunk_gates(first_chunk + c + 1, at, x, h, S)
+            to_end, total = next_to_end, next_total
+            next_to_end, next_total = sums_of_chunk(first_chunk + c + 1, at, states, sums, h, S)
         else:
-            gate = chunk_gates(first_chunk + c, at, x, h, S)
-        high, low, to_end, total = gate_sums(gate)
+            high, low, to_end, total = gate_sums(chunk_gates(first_chunk + c, at, x, h, S))
         weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(v_tile.dtype)
         decay = tl.exp2(total)
         keep = c % 2  # a new pair starts at every even chunk
@@ -79,11 +110,11 @@ def chunk_states_kernel(x, states, table, T, N, NG, all_tokens, sums_stride, S: 
         row = row_of(at.chunk0 + local, 4 if LEAST == 4 else 1).to(tl.int64) * S.H + h
         store_entry(states.entries, row, entry, stored, first_k, first_v, S)
         if tile == 0:
-            head_sums = states.sums + h.to(tl.int64) * sums_stride + origin + in_chunk
-            tl.store(head_sums, high, mask=valid)
-            if S.EXACT:
-                tl.store(head_sums + all_tokens, low, mask=valid)
-            tl.store(states.chunk_log + site, total, mask=active)
+            if LEAST < 4:
+                tl.store(sums + origin + in_chunk, high, mask=valid)
+                if S.EXACT:
+                    tl.store(sums + origin + in_chunk + all_tokens, low, mask=valid)
+                tl.store(states.chunk_log + site, total, mask=active)
             tl.store(
                 states.entry_log + site, tl.where(is_prefix, prefix_log, pair_log), mask=active & (not closes_octet)
             )

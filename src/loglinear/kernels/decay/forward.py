@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.kernels.decay.chunk_states import chunk_states_kernel
+from loglinear.kernels.decay.chunk_states import chunk_states_kernel, chunk_sums_kernel
 from loglinear.kernels.decay.node_states import node_states_kernel
 from loglinear.kernels.decay.output import output_kernel
 from loglinear.kernels.decay.span import choice as span
@@ -64,11 +64,21 @@ def launch_states(problem: Problem, x: Inputs, least: int) -> States:
     states = States(sums, *logs, *matrices, launching.scratch((problem.all_octets, H, tiles), torch.float32, device))
     arguments = x, states, *problem.of_octets, problem.tokens, sums.stride(0)
     S = problem.sizes(dtype, BK=tile_k, BV=tile_v)
+    if least == 4:
+        launch_chunk_sums(problem, x, states)
     launching.launch(
         chunk_states_kernel, problem.all_octets * H * tiles, *arguments, S=S, LEAST=least, **launch.options
     )
     launch_node_states(problem, states, dtype, every)
     return states._replace(octet_states=None)  # a kernel that is given them would keep their memory
+
+
+def launch_chunk_sums(problem: Problem, x: Inputs, states: States) -> None:
+    """``sums`` and ``chunk_log``."""
+    heads = min(padded(problem.heads), 16)
+    programs, S = problem.all_chunks * cdiv(problem.heads, heads), problem.sizes(x.v.dtype)
+    arguments = x, states, *problem.of_chunks, states.sums.stride(0)
+    launching.launch(chunk_sums_kernel, programs, *arguments, S=S, HEADS=heads, num_warps=4)
 
 
 def launch_node_states(problem: Problem, states: States, dtype: torch.dtype, every: int) -> None:

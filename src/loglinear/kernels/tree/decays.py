@@ -31,8 +31,14 @@ def gates_of(x, origin, h, valid, S: tl.constexpr):
     if x.g is not None:
         first = x.g + origin * x.stride_g + h
         raw = tl.load(first + tl.arange(0, S.C) * x.stride_g, mask=valid, other=0.0).to(gate.dtype)
-        gate += tl.where(raw < float("inf"), tl.maximum(raw, GATE_FLOOR), float("nan")) * LOG2_E
+        gate += log2_of_gate(raw)
     return gate
+
+
+@triton.jit
+def log2_of_gate(raw):
+    """Natural log-decays as clamped logs in base 2; NaN for NaN and for an infinite growth."""
+    return tl.where(raw < float("inf"), tl.maximum(raw, GATE_FLOOR), float("nan")) * LOG2_E
 
 
 @triton.jit
