@@ -1,8 +1,8 @@
 """CHUNK STATES: the leaf of every chunk and the entries inside an octet of chunks, without a round trip through memory.
 
 A program owns ``OCTET`` chunks of one head and keeps two accumulators: the *prefix* of the octet, which is the entry after
-1, 2, 4 and 8 chunks, and the *pair*, the last one or two chunks, which is the entry after 3, 5, 6 and 7. For span kernels, which
-read no pair, the sums of the gates come from a kernel of their own: a sum over 64 tokens costs a program six barriers a chunk.
+1, 2, 4 and 8 chunks, and the *pair*, the last one or two chunks, which is the entry after 3, 5, 6 and 7. For span kernels,
+which read no pair, the sums of the gates come from a kernel of their own: a sum over 64 tokens costs six barriers a chunk.
 """
 
 from __future__ import annotations
