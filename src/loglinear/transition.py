@@ -39,7 +39,7 @@ class Transition:
 
 
 _ATTENTION, _DELTA = ("log_linear_attention", ("g",)), ("log_linear_delta_rule", ("g", "beta"))
-SCALAR_GATE = Transition("scalar gate", *_ATTENTION, per_channel=False, span="log")
+SCALAR_GATE = Transition("scalar gate", *_ATTENTION, per_channel=False, span="log", keeps=True)
 CHANNEL_GATE = Transition("gate per channel", *_ATTENTION, per_channel=True, span="logs")
 DELTA_RULE = Transition("delta rule", *_DELTA, per_channel=False, span="matrix", keeps=True)
 CHANNEL_DELTA_RULE = Transition(

@@ -1,4 +1,4 @@
-"""What the delta rule's forward keeps is handed to its backward, and nothing is kept where no gradient will be asked for."""
+"""What a forward pass keeps is handed to its backward, and nothing is kept where no gradient will be asked for."""
 
 import gc
 import weakref
@@ -95,13 +95,14 @@ def run(request, monkeypatch):
     torch._dynamo.reset()
 
 
-def test_kept_tensors_reach_the_backward(calls, run):
-    x = inputs(delta=True)
+@pytest.mark.parametrize("delta", [False, True])
+def test_kept_tensors_reach_the_backward(calls, run, delta):
+    x = inputs(delta)
     run(*x).sum().backward()
     assert calls[0] == "keeping"
     assert torch.equal(calls[1][0], x[0] + 1)
     assert torch.equal(calls[1][1], x[1] + 2)
-    assert all(y.grad.shape == y.shape for y in x[:6])
+    assert all(y is None or y.grad.shape == y.shape for y in x[:6])
 
 
 def test_a_graph_that_is_retained_keeps_them(calls, run):
@@ -137,15 +138,17 @@ def test_checkpointing_makes_them_again(calls, run):
     assert len(calls[2]) == 2
 
 
-@pytest.mark.parametrize("what", ["no_grad", "no input needs one", "scalar gate"])
+@pytest.mark.parametrize("what", ["no_grad", "no input needs one", "gate per channel"])
 def test_without_a_gradient_nothing_is_kept(calls, run, what):
-    x = inputs(delta=what != "scalar gate", grad=what != "no input needs one")
+    x = inputs(delta=what != "gate per channel", grad=what != "no input needs one")
+    if what == "gate per channel":
+        x[3] = torch.randn(1, 3, 2, 4, requires_grad=True)
     if what == "no_grad":
         with torch.no_grad():
             run(*x)
     else:
         o = run(*x)
-        if what == "scalar gate":
+        if what == "gate per channel":
             o.sum().backward()
             assert calls.pop() == []
     assert calls == ["forward"]

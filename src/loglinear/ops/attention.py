@@ -5,8 +5,8 @@ directly (differentiable twice, with gradients through states). On CUDA a call r
 ``segments.py``. Under ``torch.compile``, on fake and on meta tensors a call without states is one operator,
 ``loglinear::attention``, which runs without kernels too; so it is under ``torch.vmap`` (``transforms.py``).
 
-The operator saves its inputs alone: the backward computes the states again. A transition that ``keeps`` also saves its maps if
-they fit.
+The operator saves its inputs alone: the backward computes the states again. A transition that ``keeps`` also saves its maps,
+or its states, if they fit.
 
 The view of a query, for 8 tokens (a number is a level, whose λ weights it; a bucket of equal numbers is one state):
 
@@ -273,9 +273,9 @@ def _forward(*arguments: Any) -> Sequence[Tensor]:
     if kernels is None:
         return [plain(inputs, scale, checks.sequence_lengths(inputs.q, cu_seqlens, None))[0].contiguous()]
     given = *_for_kernels(inputs), scale, cu_seqlens
-    if inputs.transition().keeps:
-        return kernels.forward_keeping(*given, keep=bool(keep))
-    return [kernels.forward(*given, **continued)]
+    if continued or not inputs.transition().keeps:
+        return [kernels.forward(*given, **continued)]
+    return kernels.forward_keeping(*given, keep=bool(keep))
 
 
 def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
@@ -295,9 +295,9 @@ def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
 
 
 def _fake(*arguments: Any) -> list[Tensor]:
-    inputs, (cu_seqlens, *_, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
+    inputs, (cu_seqlens, first_chunks, *_, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
     v, transition, shapes = inputs.v, inputs.transition(), []
-    if keep and dispatch.attention(inputs, backend):
+    if keep and first_chunks is None and dispatch.attention(inputs, backend):
         given = inputs.q, v, _for_kernels(inputs)[-1], cu_seqlens
         shapes = kernels_of(transition).kept_shapes(*given, channels=transition.per_channel)
     return [v.new_empty(v.shape), *(v.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import DECAY
 
+from loglinear.kernels import decay
 from loglinear.kernels.decay.span import choice
 from loglinear.kernels.tree import launching, replay
 
@@ -18,8 +19,6 @@ KERNELS = {"span_output_kernel", "span_query_grads_kernel", "span_key_grads_kern
 @pytest.fixture(autouse=True)
 def spans(monkeypatch):
     """The span kernels take what they can, and what they take is listed."""
-    monkeypatch.setattr(choice, "FORWARD", True)
-    monkeypatch.setattr(choice, "BACKWARD", True)
     replay.plans_of.cache_clear()
     if (reason := choice.why_not_here(torch.device("cuda" if torch.cuda.is_available() else "cpu"))) is not None:
         pytest.skip(reason)
@@ -61,3 +60,17 @@ def test_a_packed_sequence_has_the_bits_that_it_has_alone(device):
         if start < end:
             alone = cases.run({name: y[:, start:end] for name, y in x.items()}, do[:, start:end])
             cases.assert_same_bits(x, [y[:, start:end] for y in packed], alone)
+
+
+@pytest.mark.parametrize("T", [1000, 16384])
+def test_every_call_has_the_same_bits(device, T):
+    """Forty calls, half of them with the states that the forward pass keeps."""
+    x = cases.make(device, DECAY, T=T, H=12, K=128, V=64, dtype=torch.bfloat16)
+    do = cases.cotangent(x)
+    first = [decay.forward(**x), *decay.backward(do, **x)]
+    for call in range(40):
+        o, *kept = decay.forward_keeping(**x, keep=call % 2 == 0)
+        told = decay.kept_shapes(x["q"], x["v"], x["level_scales"]) if kept else []
+        assert [(tuple(y.shape), y.dtype) for y in kept] == told
+        assert (len(kept) > 0) == (call % 2 == 0)
+        cases.assert_same_bits(x, [o, *decay.backward(do, **x, kept=tuple(kept))], first)

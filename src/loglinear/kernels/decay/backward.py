@@ -176,18 +176,22 @@ def backward(
     config: ScalarGateConfig | None = None,
     first_chunks: Tensor | None = None,
     reach: int = 0,
+    kept: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of ``forward``: (dq, dk, dv, dg, dlevel_scales), each contiguous and of its input's dtype; dg None if g is.
 
-    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
+    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``. ``kept`` is what ``forward_keeping``
+    returned after o, if it was called with the same arguments: no bit depends on it.
     """
-    inputs = [do, q, k, v, g, level_scales, *tables_of(q, v, cu_seqlens, config, first_chunks)]
-    return replay(run_backward, inputs, scale, config, reach, rows=6)  # type: ignore[return-value]
+    inputs = [do, q, k, v, g, level_scales, *tables_of(q, v, cu_seqlens, config, first_chunks), *kept]
+    return replay(run_backward, inputs, scale, config, reach, len(kept), rows=6)  # type: ignore[return-value]
 
 
-def run_backward(inputs: list, scale: float, config: ScalarGateConfig | None, reach: int) -> tuple[Tensor | None, ...]:
-    """The launches of ``backward``."""
-    do, q, k, v, g, level_scales, *tables = inputs
+def run_backward(
+    inputs: list, scale: float, config: ScalarGateConfig | None, reach: int, kept: int
+) -> tuple[Tensor | None, ...]:
+    """The launches of ``backward``; the last ``kept`` inputs are the forward's states."""
+    do, q, k, v, g, level_scales, *tables = inputs[: len(inputs) - kept]
     x = gather(q, k, v, g, None, level_scales, do, scale)
     problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v), reach)
     gains = allocate_gains(problem, x)
@@ -195,9 +199,10 @@ def run_backward(inputs: list, scale: float, config: ScalarGateConfig | None, re
     if spans:
         from loglinear.kernels.decay.span import backward as of_spans  # Triton has Gluon there
 
-    states = launch_states(problem, x, span.LEAST_ENTRY if spans else 1)._replace(
-        checks=None
-    )  # only the output reads these
+    if spans and kept:
+        states = States.of(inputs[len(inputs) - kept :])
+    else:  # only the output reads checks
+        states = launch_states(problem, x, span.LEAST_ENTRY if spans else 1)._replace(checks=None)
     dscales, score_grads = launch_local_grads(problem, x, states, gains)
     query_side = of_spans.launch_query_side if spans else launch_query_grads
     dq = query_side(problem, x, states, score_grads, dscales, gains)

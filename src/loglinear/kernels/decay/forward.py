@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +15,18 @@ from loglinear.kernels.decay.span import choice as span
 from loglinear.kernels.devices import shared_memory
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
-from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, sizes_of_tables
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config
 
 LEAST_ENTRY = 2  # chunks of the shortest entry that ``output`` reads
+KEPT = 5  # fields of ``States`` that a backward pass with span kernels reads
 
 
 class States(NamedTuple):
     """The facts about the chunks that depend on no query. Chunks are those of all sequences; logs in base 2.
 
-    The backward builds it again. This costs less than a tenth of the backward, and a model keeps no states of its layers.
+    The backward builds it again, but for that of span kernels, which is a fourth as large and is kept (``KEPT`` fields).
 
     sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[chunks, H]`` float32.
     octet_log: ``[octets, H]``. entries: ``[chunks, H, K, V]``, the Fenwick array, or a fourth of its rows (least of 4).
@@ -40,6 +42,11 @@ class States(NamedTuple):
     octet_states: Tensor | None
     checks: Any  # a tensor, or None in the backward pass
 
+    @classmethod
+    def of(cls, kept: Sequence[Tensor]) -> States:
+        """From the first ``KEPT`` fields, as the backward pass takes it."""
+        return cls(*kept, None, None)
+
 
 def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
     """(BK, BV, number of tiles) of kernels whose program owns a tile of a state."""
@@ -51,18 +58,12 @@ def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
 def launch_states(problem: Problem, x: Inputs, least: int) -> States:
     """The entries of the Fenwick array that have ``least`` chunks or more: those inside octets, and then the longer ones."""
     launch = problem.config.states
-    H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
-    sums = launching.scratch((H, 2 if dtype == torch.float32 else 1, problem.tokens), torch.float32, device)
-    logs = [
-        launching.scratch((n, H), torch.float32, device)
-        for n in (problem.all_chunks, problem.all_chunks, problem.all_octets)
-    ]
-    every = least if least == 4 else 1
-    rows = max(problem.all_chunks // every, 1)  # there must be one for TMA
-    matrices = [launching.scratch((n, H, K, V), dtype, device) for n in (rows, problem.all_octets)]
+    H, dtype, device, every = problem.heads, x.v.dtype, x.v.device, least if least == 4 else 1
     tile_k, tile_v, tiles = state_tiles(problem, launch)
-    states = States(sums, *logs, *matrices, launching.scratch((problem.all_octets, H, tiles), torch.float32, device))
-    arguments = x, states, *problem.of_octets, problem.tokens, sums.stride(0)
+    octet_states = (problem.all_octets, H, problem.key_width, problem.value_width), dtype
+    layouts = *kept_layout(problem, dtype, every), octet_states, ((problem.all_octets, H, tiles), torch.float32)
+    states = States(*(launching.scratch(*layout, device) for layout in layouts))
+    arguments = x, states, *problem.of_octets, problem.tokens, states.sums.stride(0)
     S = problem.sizes(dtype, BK=tile_k, BV=tile_v)
     if least == 4:
         launch_chunk_sums(problem, x, states)
@@ -71,6 +72,15 @@ def launch_states(problem: Problem, x: Inputs, least: int) -> States:
     )
     launch_node_states(problem, states, dtype, every)
     return states._replace(octet_states=None)  # a kernel that is given them would keep their memory
+
+
+def kept_layout(problem: Problem, dtype: torch.dtype, every: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of the first ``KEPT`` fields of ``States``; ``every``: chunks that share a row of the entries."""
+    H, chunks, octets = problem.heads, problem.all_chunks, problem.all_octets
+    rows = max(chunks // every, 1)  # there must be one for TMA
+    sums = H, 2 if dtype == torch.float32 else 1, problem.tokens
+    logs = [((n, H), torch.float32) for n in (chunks, chunks, octets)]
+    return [(sums, torch.float32), *logs, ((rows, H, problem.key_width, problem.value_width), dtype)]
 
 
 def launch_chunk_sums(problem: Problem, x: Inputs, states: States) -> None:
@@ -132,8 +142,44 @@ def forward(
     Returns:
         o ``[B, T, H, V]`` of v's dtype, contiguous.
     """
-    tables = tables_of(q, v, cu_seqlens, config, first_chunks)
-    return replay(run_forward, [q, k, v, g, level_scales, *tables], scale, config, reach, rows=5)[0]
+    return forward_keeping(q, k, v, g, level_scales, scale, cu_seqlens, config, first_chunks, reach, keep=False)[0]
+
+
+def forward_keeping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    level_scales: Tensor,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    config: ScalarGateConfig | None = None,
+    first_chunks: Tensor | None = None,
+    reach: int = 0,
+    keep: bool = True,
+) -> tuple[Tensor, ...]:
+    """(o, tensors that save ``backward`` some work: none where its kernels read others, or without ``keep``)."""
+    inputs = [q, k, v, g, level_scales, *tables_of(q, v, cu_seqlens, config, first_chunks)]
+    return replay(run_forward, inputs, scale, config, reach, keep, rows=5)  # type: ignore[return-value]
+
+
+def kept_shapes(
+    q: Tensor,
+    v: Tensor,
+    level_scales: Tensor,
+    cu_seqlens: Tensor | None = None,
+    config: ScalarGateConfig | None = None,
+    channels: bool = False,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of the tensors that ``forward_keeping`` returns after o. Nothing is computed: the tensors may be fake.
+
+    Sizes may be symbolic, except the widths of heads. The number of tensors is then a guard on these sizes.
+    """
+    if channels or span.why_not_here(v.device) is not None:
+        return []
+    problem = describe(q, v, level_scales, sizes_of_tables(cu_seqlens), tuned(config, q, v))
+    kept = span.why_not_kept(problem, v.dtype, v.device) is None
+    return kept_layout(problem, v.dtype, span.LEAST_ENTRY) if kept else []
 
 
 def tuned(config: ScalarGateConfig | None, q: Tensor, v: Tensor) -> ScalarGateConfig:
@@ -150,13 +196,19 @@ def tables_of(
     return packed_tables(cu_seqlens, q.shape[1], tuned(config, q, v).chunk, tree=False, first_chunks=first_chunks)
 
 
-def run_forward(inputs: list, scale: float, config: ScalarGateConfig | None, reach: int) -> tuple[Tensor]:
+def run_forward(
+    inputs: list, scale: float, config: ScalarGateConfig | None, reach: int, keep: bool
+) -> tuple[Tensor, ...]:
     """The launches of ``forward``."""
     q, k, v, g, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v), reach)
     x = gather(q, k, v, g, None, level_scales, None, scale)
-    if span.why_not(problem, x, reach) is None:
-        from loglinear.kernels.decay.span import forward as of_spans  # Triton has Gluon there
+    keep = keep and span.why_not_kept(problem, v.dtype, v.device, reach) is None
+    spans = span.why_not(problem, x, reach) is None
+    states = launch_states(problem, x, span.LEAST_ENTRY if spans or keep else LEAST_ENTRY)
+    kept = states[:KEPT] if keep else ()
+    if not spans:
+        return launch_output(problem, x, launch_states(problem, x, LEAST_ENTRY) if keep else states), *kept
+    from loglinear.kernels.decay.span import forward as of_spans  # Triton has Gluon there
 
-        return (of_spans.launch_span_output(problem, x, of_spans.launch_span_states(problem, x)),)
-    return (launch_output(problem, x, launch_states(problem, x, LEAST_ENTRY)),)
+    return of_spans.launch_span_output(problem, x, states), *kept

@@ -12,9 +12,6 @@ from loglinear.kernels.tree.bundles import Inputs
 from loglinear.kernels.tree.problem import Problem
 from loglinear.state import CHUNK_SIZE
 
-# Whether the passes may have them. The query side has not always given the same bits at T=16,384. The output reads a slot of
-# the ring into registers in the same way, and ten calls of its last form have not been compared (docs/lab-notes.md).
-FORWARD = BACKWARD = False
 CAPABILITY = (9, 0)  # the products of sm_90 alone have the form that the kernels use
 TRITON = ((3, 6), (3, 7))  # from, and below: Gluon is experimental, and changes names and code between releases
 LEAST_ENTRY = 4  # chunks of the shortest entry that is read
@@ -28,20 +25,21 @@ TILE_ROWS = 1 << 31  # a coordinate of a TMA copy is an int32
 
 def why_not(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
     """Why the portable kernels take a call; None where the span kernels do."""
-    if not FORWARD:
-        return "the same bits in call after call are not shown"
     return why_not_here(x.v.device) or why_not_sizes(problem, x.v.dtype, reach) or why_not_strides(x)
 
 
 def why_not_backward(problem: Problem, x: Inputs, reach: int = 0) -> str | None:
     """The same of the kernels of the backward pass."""
-    if not BACKWARD:
-        return "the query side has not always given the same bits"
-    if x.v.dtype != torch.bfloat16 or (problem.key_width, problem.value_width) != (128, 64):
+    return why_not_kept(problem, x.v.dtype, x.v.device, reach) or why_not_strides(x, ("q", "k", "v", "do"))
+
+
+def why_not_kept(problem: Problem, dtype: torch.dtype, device: torch.device, reach: int = 0) -> str | None:
+    """Why the forward pass has no states to keep for these kernels. Only sizes and dtypes decide, and they may be symbolic."""
+    if dtype != torch.bfloat16 or (problem.key_width, problem.value_width) != (128, 64):
         return "not bfloat16, K=128 and V=64"
     if problem.chunks > MOST_CHUNKS or not LEAST_LEVELS <= problem.levels <= MOST_LEVELS:
         return f"more than {MOST_CHUNKS} chunks, or {problem.levels} levels, not {LEAST_LEVELS} to {MOST_LEVELS}"
-    return why_not(problem, x, reach) or why_not_strides(x, ("do",))
+    return why_not_here(device) or why_not_sizes(problem, dtype, reach)
 
 
 @lru_cache(maxsize=64)
@@ -66,7 +64,7 @@ def why_not_sizes(problem: Problem, dtype: torch.dtype, reach: int) -> str | Non
         return f"{dtype}, where the span kernels take 16 bits"
     if K not in KEY_WIDTHS or V % 64:
         return f"K={K}, V={V}, where the span kernels take K in {KEY_WIDTHS} and V a multiple of 64"
-    if heads_of_program(problem) < LEAST_HEADS:
+    if divisors(problem)[-1] < LEAST_HEADS:
         return f"{problem.heads_per_group} heads a group, where span kernels share the scores of {LEAST_HEADS} or more"
     if problem.config.chunk != CHUNK_SIZE:
         return f"chunks of {problem.config.chunk} tokens, where the span kernels take {CHUNK_SIZE}"
@@ -89,8 +87,11 @@ def heads_of_program(problem: Problem) -> int:
 
     They share scores and nothing else, so results do not depend on their number.
     """
+    shared, tiles = [n for n in divisors(problem) if n >= LEAST_HEADS], problem.all_octets * 4
+    return max((n for n in shared if tiles * (problem.heads // n) >= 128), default=shared[0])
+
+
+def divisors(problem: Problem) -> list[int]:
+    """The divisors of the heads of a group, up to ``MOST_HEADS``."""
     shared = problem.heads_per_group
-    divisors = [n for n in range(1, min(MOST_HEADS, shared) + 1) if shared % n == 0]
-    tiles = problem.all_octets * 4
-    enough = [n for n in divisors if n >= LEAST_HEADS and tiles * (problem.heads // n) >= 128]
-    return max(enough, default=min((n for n in divisors if n >= LEAST_HEADS), default=divisors[-1]))
+    return [n for n in range(1, min(MOST_HEADS, shared) + 1) if shared % n == 0]

@@ -6,8 +6,8 @@ from torch import Tensor
 from triton.experimental.gluon.language._layouts import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from loglinear.kernels.decay.forward import States, launch_states
-from loglinear.kernels.decay.span.choice import LEAST_ENTRY, heads_of_program
+from loglinear.kernels.decay.forward import States
+from loglinear.kernels.decay.span.choice import heads_of_program
 from loglinear.kernels.decay.span.output import span_output_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs
@@ -21,11 +21,6 @@ def described(x: Tensor, rows: int, columns: int, stride: int, block: int) -> Te
     """Tiles ``[block, 64]`` of a matrix ``[rows, columns]`` of 16-bit numbers, whose rows are ``stride`` numbers apart."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor(x, [rows, columns], [stride, 1], [block, 64], layout)
-
-
-def launch_span_states(problem: Problem, x: Inputs) -> States:
-    """The entries that the output reads."""
-    return launch_states(problem, x, LEAST_ENTRY)
 
 
 def launch_span_output(problem: Problem, x: Inputs, states: States) -> Tensor:
