@@ -134,7 +134,7 @@ def test_span_kernels_compile(record_property):
     """One program has all registers and nearly all shared memory of a multiprocessor."""
     if triton.__version__ < "3.6":
         pytest.skip(f"Triton {triton.__version__} has no Gluon for Hopper")
-    with mock.patch.object(choice, "why_not_here", lambda device: None):
+    with mock.patch.object(choice, "why_not_here", return_value=None):
         found = [launch for launch in launches(False, T=1000, H=48) if launch.kernel.is_gluon()]
     assert {launch.kernel.fn.__name__ for launch in found} == set(SPANS_SPILLED)
     for launch in found:

@@ -7,6 +7,8 @@ Roles as in ``output.py``. ``own`` holds the halves of K, then of Q.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -40,6 +42,25 @@ ROWS = gl.constexpr(
 )  # of keys: 0-2 to the start of sub-blocks 1 … 3, 3 to the tile's end, 4 to the chunk's end; of queries:
 FROM_BLOCK = gl.constexpr(5)  # λ · decay from the start of their sub-block, of levels 5 and 6,
 FROM_CHUNK = gl.constexpr(7)  # and from the start of their chunk, of level 7
+
+
+class Tiles(NamedTuple):
+    """Shared memory beside the ring: halves of K and of Q ``[4, 128, 64]`` with the barrier of their copies, the barrier of
+    both groups once absent tokens are zero, and what dv is copied from ``[2, 64, 64]``.
+    """
+
+    own: Any
+    loaded: Any
+    cleared: Any
+    staged: Any
+
+
+class Results(NamedTuple):
+    """dv as a descriptor and as a pointer, and a pointer to what belongs to the tile in dk."""
+
+    dv_desc: Any
+    dv: Any
+    dk: Any
 
 
 @gluon.jit
@@ -159,9 +180,9 @@ def store_total(target, gain, token, tile, P: gl.constexpr, h, H: gl.constexpr):
 
 
 @gluon.jit
-def gradients(P: gl.constexpr, own, loaded, ring, factors, cleared, staged, dv_desc, dv, dk, score_grads, gains, tile, tokens,
+def gradients(P: gl.constexpr, tiles, ring, factors, results, score_grads, gains, tile, tokens,
               S: gl.constexpr, GATED: gl.constexpr):  # fmt: skip
-    """The role of four warps: chunk P of the tile. dk and score_grads point at what belongs to the tile and the chunk."""
+    """The role of four warps: chunk P of the tile. score_grads points at what belongs to the chunk."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
@@ -170,6 +191,7 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, cleared, staged, dv_d
     dtype: gl.constexpr = ring.slots.dtype
     zero = gl.zeros([64, 64], gl.float32, layout=ACC)
     token = FIRST + gl.arange(0, 64, layout=ROW)
+    own, loaded, cleared, staged = tiles
     mbarrier.wait(loaded.index(0), 0)
     if tile.size < TILE:
         clear_absent(own.index(2), cleared, 0, tile, P)
@@ -235,7 +257,7 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, cleared, staged, dv_d
         fence_async_shared()
         emptied(ring, loaded_values, SLOTS)
         it = emptied(ring, it, SLOTS)
-        store(acc.to(dtype), staged.index(P), dv_desc, dv, tile, i, P, S)
+        store(acc.to(dtype), staged.index(P), results.dv_desc, results.dv, tile, i, P, S)
 
     s = gl.arange(0, 64, layout=gl.SliceLayout(1, A))[:, None]
     t = gl.arange(0, 64, layout=gl.SliceLayout(0, A))[None, :]
@@ -244,6 +266,7 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, cleared, staged, dv_d
     right = warpgroup_mma(a, own.index(3).slice(FIRST, 64), right, is_async=True)
     left, right, a = warpgroup_mma_wait(0, deps=(left, right, a))
     column = gl.arange(0, 64, layout=COLUMN)[None, :]
+    dk = results.dk
     target = dk + token[:, None] * (S.G * S.K) + column
     written = (token < tile.size)[:, None] & (column >= 0)
     gl.store(target, left.to(dk.dtype.element_ty), mask=written)
@@ -299,12 +322,11 @@ def span_key_grads_kernel(
         dk_tile = dk + part * (S.G * S.K) + block // BLOCKS * S.K
         ds = score_grads + (tile.chunk.to(gl.int64) * (S.H // S.HEADS) + block) * (64 * 64)
         next_ds = ds + (S.H // S.HEADS) * (64 * 64)
+        tiles, results = Tiles(own, loaded, cleared, staged), Results(dv_desc, dv, dk_tile)
         gl.warp_specialize(
             [
-                (gradients, (0, own, loaded, ring, factors, cleared, staged, dv_desc, dv, dk_tile, ds, gains, tile,
-                             all_tokens, S, GATED)),
-                (gradients, (1, own, loaded, ring, factors, cleared, staged, dv_desc, dv, dk_tile, next_ds, gains, tile,
-                             all_tokens, S, GATED)),
+                (gradients, (0, tiles, ring, factors, results, ds, gains, tile, all_tokens, S, GATED)),
+                (gradients, (1, tiles, ring, factors, results, next_ds, gains, tile, all_tokens, S, GATED)),
                 (write_factors, (factors, logs, tile, x.factor, L, S)),
                 (load_tiles, (q_desc, k_desc, v_desc, do_desc, d_desc, own, loaded, ring, tile, S)),
             ],
