@@ -15,12 +15,7 @@ def by_heads(form):
         heads = v.shape[2]
         q, k = per_value_head(q, heads).transpose(1, 2), per_value_head(k, heads).transpose(1, 2)
         v, level_scales, g, beta = (None if x is None else x.transpose(1, 2) for x in (v, level_scales, g, beta))
-        if g is None:
-            transition = reference.Identity(v[..., 0])
-        elif beta is not None:
-            transition = reference.DeltaRule(g, beta, k)
-        else:
-            transition = (reference.Diagonal if g.dim() == 4 else reference.Scalar)(g)
+        transition = reference.Identity(v[..., 0]) if g is None else reference.transition_of(g, beta, k)
         return form(q, k, v, transition, level_scales, **kwargs).transpose(1, 2)
 
     return call

@@ -20,13 +20,12 @@ def without_bad_tokens(
     bad_k, bad = (_largest(x).isfinite().logical_not() for x in (k, v))
     bad = bad | (bad_k if bad_k.shape == bad.shape else bad_k.repeat_interleave(v.shape[-2] // k.shape[-2], -1))
     open_gate = g.detach() < float("inf")  # False for NaN
-    bad = bad | (open_gate if g.dim() < v.dim() else open_gate.all(-1)).logical_not()
+    bad = bad | (open_gate if g.dim() < v.dim() else open_gate.flatten(bad.dim()).all(-1)).logical_not()
     if beta is not None:
         bad = bad | beta.detach().isfinite().logical_not()
         beta = beta.masked_fill(bad, 0.0)
-    wide = bad.unsqueeze(-1)
-    k, v = k.masked_fill(bad_k.unsqueeze(-1), 0.0), v.masked_fill(wide, 0.0)
-    return k, v, g.masked_fill(bad if g.dim() < v.dim() else wide, 0.0), beta, bad
+    k, v = k.masked_fill(bad_k.unsqueeze(-1), 0.0), v.masked_fill(bad.unsqueeze(-1), 0.0)
+    return k, v, g.masked_fill(bad.view(*bad.shape, *(1,) * (g.dim() - bad.dim())), 0.0), beta, bad
 
 
 def _largest(x: Tensor) -> Tensor:
