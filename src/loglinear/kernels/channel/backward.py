@@ -26,7 +26,7 @@ from loglinear.kernels.tree.head_sums import sum_heads
 from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tuning import ChannelConfig, channel_config
+from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config
 
 
 class Gradients(NamedTuple):
@@ -53,47 +53,32 @@ def around_shape(problem: Problem) -> tuple[int, ...]:
     return problem.all_chunks, problem.heads, problem.config.chunk // SUB.value, problem.key_width
 
 
+def start(kernel, problem: Problem, launch: Launch, x: Inputs, *arguments) -> None:
+    """Launch a kernel of one program for each chunk and head; the number after its four bundles and tensors come last."""
+    S = problem.sizes(x.v.dtype, **tile_sizes(problem, launch), LEVELS=padded(problem.levels))
+    arguments = *arguments[:4], *problem.of_chunks, *arguments[4:]
+    launching.launch(kernel, problem.all_chunks * problem.heads, *arguments, S=S, **launch.options)
+
+
 def launch_local_grads(problem: Problem, x: Inputs, states: States) -> tuple[Tensor, Tensor]:
     """(gradient of the scores ``[chunks, H, C, C]``, dλ, complete for the levels inside a chunk)."""
     launch, C = problem.config.local_grads, problem.config.chunk
     score_grads = launching.scratch((problem.all_chunks, problem.heads, C, C), x.v.dtype, x.v.device)
     dscales = launching.scratch(tuple(x.scales.shape), x.scales.dtype, x.v.device)
-    launching.launch(
-        local_grads_kernel,
-        problem.all_chunks * problem.heads,
-        x._replace(q=None, k=None),
-        states._replace(entries=None),
-        score_grads,
-        dscales,
-        *problem.of_chunks,
-        problem.levels,
-        S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
-        LEVELS=padded(problem.levels),
-        **launch.options,
-    )
+    arguments = x._replace(q=None, k=None), states._replace(entries=None), score_grads, dscales
+    start(local_grads_kernel, problem, launch, x, *arguments, problem.levels)
     return score_grads, dscales
 
 
 def launch_query_grads(problem: Problem, x: Inputs, states: States, dscales: Tensor) -> Gradients:
     """The gradients of the decayed queries, and gains by level; completes dλ."""
-    H, K, device, launch = problem.heads, problem.key_width, x.v.device, problem.config.query_grads
+    H, K, device = problem.heads, problem.key_width, x.v.device
     dq = launching.scratch((problem.tokens, H, K), x.v.dtype, device)
     levels = launching.scratch((problem.tree_levels, problem.all_chunks, H, K), torch.float32, device)
     around = launching.scratch(around_shape(problem), torch.float32, device)
     grads = Gradients(q=dq, levels=levels, around=around)
-    launching.launch(
-        query_grads_kernel,
-        problem.all_chunks * H,
-        x._replace(k=None, v=None),
-        states._replace(scores=None),
-        grads,
-        dscales,
-        *problem.of_chunks,
-        problem.levels,
-        S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
-        LEVELS=padded(problem.levels),
-        **launch.options,
-    )
+    arguments = x._replace(k=None, v=None), states._replace(scores=None), grads, dscales
+    start(query_grads_kernel, problem, problem.config.query_grads, x, *arguments, problem.levels)
     return grads
 
 
@@ -114,37 +99,17 @@ def launch_tree_grads(problem: Problem, x: Inputs, states: States, grads: Gradie
     found = found._replace(chunks=launching.scratch((problem.all_chunks, H, K, V), dtype, device), beyond=beyond)
     kept, place = states._replace(scores=None, chunk_log=None), problem.of_chunks
     launching.launch(chunk_grads_kernel, programs, kept, found, *place, problem.all_chunks, **options)
-    levels = Gradients(levels=grads.levels)
-    launching.launch(
-        window_sums_kernel,
-        problem.all_chunks * H * tiles_k,
-        levels,
-        *problem.of_chunks,
-        problem.all_chunks,
-        S=sizes,
-        num_warps=1,
-    )
+    levels = Gradients(levels=grads.levels), *place, problem.all_chunks
+    launching.launch(window_sums_kernel, problem.all_chunks * H * tiles_k, *levels, S=sizes, num_warps=1)
     return grads._replace(chunks=found.chunks, beyond=beyond)
 
 
 def launch_key_grads(problem: Problem, x: Inputs, states: States, grads: Gradients) -> tuple[Tensor, Gradients]:
     """dv, and the gradients of the decayed keys."""
-    launch = problem.config.key_grads
     dv = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
     dk = launching.scratch((problem.tokens, problem.heads, problem.key_width), x.v.dtype, x.v.device)
-    launching.launch(
-        key_grads_kernel,
-        problem.all_chunks * problem.heads,
-        x._replace(q=None),
-        states._replace(entries=None),
-        grads._replace(q=None, k=dk),
-        dv,
-        *problem.of_chunks,
-        problem.levels,
-        grads.beyond.shape[0],  # type: ignore[union-attr]
-        S=problem.sizes(x.v.dtype, **tile_sizes(problem, launch)),
-        **launch.options,
-    )
+    arguments = x._replace(q=None), states._replace(entries=None), grads._replace(q=None, k=dk), dv
+    start(key_grads_kernel, problem, problem.config.key_grads, x, *arguments, problem.levels, grads.beyond.shape[0])
     return dv, Gradients(q=grads.q, k=dk, around=grads.around)
 
 
@@ -169,20 +134,11 @@ def launch_gate_grads(
     launch = problem.config.gate_grads
     tiles = tile_sizes(problem, launch, whole_key=False)
     blocks = problem.config.chunk // SUB.value
-    launching.launch(
-        gate_grads_kernel,
-        problem.all_chunks * problem.heads * cdiv(problem.key_width, tiles["BK"]) * blocks,
-        x._replace(v=None, do=None, scales=None),
-        sums,
-        score_grads,
-        grads,
-        out,
-        out.dq.stride(0),
-        *problem.of_chunks,
-        S=problem.sizes(x.v.dtype, **tiles, HEADS=sums.stride(0) // sums.stride(1)),
-        PLANES=planes,
-        **launch.options,
-    )
+    programs = problem.all_chunks * problem.heads * cdiv(problem.key_width, tiles["BK"]) * blocks
+    S = problem.sizes(x.v.dtype, **tiles, HEADS=sums.stride(0) // sums.stride(1))
+    given, place = x._replace(v=None, do=None, scales=None), (out.dq.stride(0), *problem.of_chunks)
+    arguments = given, sums, score_grads, grads, out, *place
+    launching.launch(gate_grads_kernel, programs, *arguments, S=S, PLANES=planes, **launch.options)
 
 
 def backward(

@@ -13,19 +13,7 @@ import triton.language as tl
 
 from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E
 from loglinear.kernels.tree.place import chunk_of, locate
-from loglinear.kernels.tree.tiles import load_tile, store_tile
-
-
-@triton.jit
-def load_columns(base, stride, here, first, S: tl.constexpr):
-    """Columns ``[C, BK]`` from ``first`` on of the tokens of a chunk, of K; 0 past the end."""
-    return load_tile(base + here.origin * stride, stride, here.valid, S.C, S.K, S.BK, first)
-
-
-@triton.jit
-def store_columns(base, stride, here, tile, first, S: tl.constexpr):
-    """Write what ``load_columns`` reads."""
-    store_tile(base + here.origin * stride, stride, here.valid, tile, S.C, S.K, S.BK, first)
+from loglinear.kernels.tree.tiles import load_tokens, store_tokens
 
 
 @triton.jit
@@ -139,11 +127,12 @@ def sums_kernel(x, sums, table, T, N, NG, S: tl.constexpr):
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)
-    raw = load_columns(x.g + h * S.K, x.stride_g, here, first, S)
+    raw = load_tokens(x.g, x.stride_g, h, here, S.C, S.K, S.BK, first)
     gates = raw.to(tl.float64 if S.EXACT else tl.float32)
     gates = tl.where(gates < float("inf"), tl.maximum(gates, GATE_FLOOR), float("nan")) * LOG2_E
     total = tl.cumsum(gates, axis=0)
     high = total.to(tl.float32)
-    store_columns(sums + h * WIDTH, S.H * WIDTH, here, high, first, S)
+    head = sums + h * WIDTH
+    store_tokens(head, S.H * WIDTH, 0, here, high, S.C, S.K, S.BK, first)
     if S.EXACT:
-        store_columns(sums + h * WIDTH + S.K, S.H * WIDTH, here, total - high.to(tl.float64), first, S)
+        store_tokens(head + S.K, S.H * WIDTH, 0, here, total - high.to(tl.float64), S.C, S.K, S.BK, first)

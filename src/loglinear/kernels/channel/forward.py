@@ -83,15 +83,10 @@ def launch_scores(problem: Problem, x: Inputs) -> Prepared:
     shapes = prepared_shapes(problem, dtype, x.beta is not None)
     made = Prepared(*(launching.scratch(*y, x.v.device) for y in shapes))
     launch_sums(problem, x, made.sums)
-    launching.launch(
-        scores_kernel,
-        problem.all_chunks * problem.heads * (problem.config.chunk // SUB.value),
-        x._replace(g=None, v=None, scales=None, do=None),
-        made,
-        *problem.of_chunks,
-        S=problem.sizes(dtype, **tile_sizes(problem, launch, whole_key=False), HEADS=problem.heads),
-        **launch.options,
-    )
+    programs = problem.all_chunks * problem.heads * (problem.config.chunk // SUB.value)
+    S = problem.sizes(dtype, **tile_sizes(problem, launch, whole_key=False), HEADS=problem.heads)
+    arguments = x._replace(g=None, v=None, scales=None, do=None), made, *problem.of_chunks
+    launching.launch(scores_kernel, programs, *arguments, S=S, **launch.options)
     return made
 
 
@@ -126,9 +121,8 @@ def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     programs = problem.all_chunks * problem.heads * cdiv(problem.value_width, tiles["BV"])
     sizes = problem.sizes(x.v.dtype, **tiles)
     inputs = x._replace(k=None, do=None)
-    launching.launch(
-        output_kernel, programs, inputs, states, o, *problem.of_chunks, problem.levels, S=sizes, **launch.options
-    )
+    arguments = inputs, states, o, *problem.of_chunks, problem.levels
+    launching.launch(output_kernel, programs, *arguments, S=sizes, **launch.options)
     return o
 
 

@@ -12,7 +12,7 @@ from loglinear.kernels.tree.tiles import load_tokens, square
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
-def local_grads_kernel(x, states, score_grads, dscales, table, T, N, NG, L, S: tl.constexpr, LEVELS: tl.constexpr):
+def local_grads_kernel(x, states, score_grads, dscales, table, T, N, NG, L, S: tl.constexpr):
     """Grid: H x chunks, chunks fastest.
 
     float32: scores, mask, dλ, and the gradient until it is stored ``[chunks, H, C, C]``.
@@ -31,8 +31,8 @@ def local_grads_kernel(x, states, score_grads, dscales, table, T, N, NG, L, S: t
     grads = tl.where(t[:, None] >= t[None, :], grads, 0.0)
     pairs = grads * load_square(states.scores, site, S.C).to(tl.float32)
     apart = bit_length(t[:, None] ^ t[None, :])
-    levels = tl.arange(0, LEVELS)
-    gradient = tl.zeros([S.C, LEVELS], tl.float32)
+    levels = tl.arange(0, S.LEVELS)
+    gradient = tl.zeros([S.C, S.LEVELS], tl.float32)
     for level in tl.static_range(0, S.LOG_C + 1):
         part = tl.sum(tl.where(apart == level, pairs, 0.0), axis=1)
         gradient += tl.where(levels[None, :] == tl.minimum(level, L - 1), part[:, None], 0.0)

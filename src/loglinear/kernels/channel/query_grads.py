@@ -24,7 +24,6 @@ def query_grads_kernel(
     NG,
     L,
     S: tl.constexpr,
-    LEVELS: tl.constexpr,
 ):
     """Grid: H x chunks, chunks fastest. float32: accumulators, dλ, logs."""
     at, chunk, h, all_chunks = row_of_program(table, T, N, NG, S.H, S)
@@ -33,8 +32,8 @@ def query_grads_kernel(
     here = chunk_of(at, chunk, S.C)
     q = load_tokens(x.q, x.stride_q, h, here, S.C, S.K, S.BK, 0).to(tl.float32)
     total = tl.zeros([S.C, S.BK], tl.float32)
-    levels = tl.arange(0, LEVELS)
-    gradient = tl.zeros([S.C, LEVELS], tl.float32)
+    levels = tl.arange(0, S.LEVELS)
+    gradient = tl.zeros([S.C, S.LEVELS], tl.float32)
     log = tl.zeros([S.BK], tl.float32)
     e = here.n
     while e > 0:
