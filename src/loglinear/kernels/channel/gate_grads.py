@@ -47,7 +47,7 @@ class Block(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is added up for a block, ``[BK, SUB]`` float32: dq, dk, and the gains of its queries and of its keys."""
+    """Sums of a block, ``[BK, SUB]`` float32: dq, dk, and the gains of its queries and of its keys."""
 
     dq: Any
     dk: Any
