@@ -41,7 +41,7 @@ def attend(call: Call, lengths: tuple[int, ...], o: Tensor | None = None) -> tup
     alike = len(set(positions)) < 2 and (call.cu_seqlens is None or len(lengths) < 2)
     stream = _stream(inputs._replace(g=gate), tree, lengths, used, alike)
     if o is None and tree is not None and inputs.transition().by_log and not checks.transforming():
-        o = _at_once(stream, scale, lengths, tree, positions) if dispatch.attention(inputs) else None
+        o = _at_once(stream, scale, lengths, positions) if dispatch.attention(inputs) else None
     if o is None and scale != 1.0:
         stream, scale = stream._replace(q=stream.q * scale), 1.0
 
@@ -94,17 +94,16 @@ def _stream(
     return Inputs(*(extended(name, x) for name, x in zip(whole._fields, whole)))  # type: ignore[arg-type]
 
 
-def _at_once(
-    stream: Inputs, scale: float, lengths: tuple[int, ...], state: LogLinearState, positions: list[int]
-) -> Tensor:
+def _at_once(stream: Inputs, scale: float, lengths: tuple[int, ...], positions: list[int]) -> Tensor:
     """o of all streams with nothing before them, in the chunks and levels of the whole sequences."""
+    # Both on the CPU: there tables of chunks cost the host less than their launches on a GPU would.
     sizes = [position % CHUNK_SIZE + length for position, length in zip(positions, lengths)]
-    bounds = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(stream.v.device, non_blocking=True)
+    bounds = torch.tensor([0, *accumulate(sizes)])
+    first = torch.tensor([position // CHUNK_SIZE for position in positions], dtype=torch.int64)
     # Kernels are compiled for a depth of the tree: a power of two is the same depth for many positions.
     reach = 1 << max(max(p + n for p, n in zip(positions, lengths)) - 1, 0).bit_length()
     flat = stream.each(lambda x: x.reshape(1, -1, *x.shape[2:]))
-    tensors = *flat, bounds, state.position // CHUNK_SIZE
-    return attention.function.apply(*tensors, (scale, reach, "", KERNELS))[0].reshape(stream.v.shape)
+    return attention.function.apply(*flat, bounds, first, (scale, reach, "", KERNELS))[0].reshape(stream.v.shape)
 
 
 def _closed(stream: Inputs) -> int:

@@ -134,7 +134,7 @@ def forward(
         q, k: ``[B, T, G, K]`` of v's dtype. v: ``[B, T, H, V]``, bfloat16, float16 or float32.
         g: ``[B, T, H]`` natural log-decay <= 0, any floating dtype; -inf is a reset. None is no decay.
         level_scales: λ ``[B, T, H, L]``, any floating dtype. scale: factor of o.
-        cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
+        cu_seqlens: ``[n+1]``, for a batch of one, on the same device or on the CPU. config: None is the tuned one.
         first_chunks: ``[n]`` integers, with cu_seqlens: how many chunks of ``CHUNK_SIZE`` tokens stand before each sequence in
             a longer one. It has the chunks and levels of the longer one, and sees nothing before itself.
         reach: with first_chunks, a bound on the positions of all tokens; results do not depend on it.
@@ -190,10 +190,11 @@ def tuned(config: ScalarGateConfig | None, q: Tensor, v: Tensor) -> ScalarGateCo
 def tables_of(
     q: Tensor, v: Tensor, cu_seqlens: Tensor | None, config: ScalarGateConfig | None, first_chunks: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The tables of packed sequences; arguments as in ``forward``."""
+    """The tables of packed sequences, on the device of q; arguments as in ``forward``."""
     if cu_seqlens is None:
         return ()
-    return packed_tables(cu_seqlens, q.shape[1], tuned(config, q, v).chunk, tree=False, first_chunks=first_chunks)
+    tables = packed_tables(cu_seqlens, q.shape[1], tuned(config, q, v).chunk, tree=False, first_chunks=first_chunks)
+    return tuple(x.to(q.device, non_blocking=True) for x in tables)
 
 
 def run_forward(
