@@ -2,8 +2,8 @@
 
 The same rules hold for compiled and eager steps, forward and backward, and for all models. A kernel belongs to the operator
 that launched it, if this operator is an op of sequence mixing, a convolution, a norm, the loss, a matrix product or a part of
-the optimiser. The sizes of a product say which weight it belongs to. A kernel that the compiler has fused has no operator of
-its own, and its place decides:
+the optimiser; in the operator of a whole mixer its name decides. The sizes of a product say which weight it belongs to. A
+kernel that the compiler has fused has no operator of its own, and its place decides:
 
 * loss: between the first and the last product with the vocabulary, which stand in the middle of a step;
 * norms: its name says so, whatever else is fused into it (the residual sum, a gate, a cast);
@@ -35,7 +35,13 @@ OPERATORS = {
     "op": re.compile(r"(loglinear::attention|benchmarks::(ssd|gated_delta)|Kernels|aten::_scaled_dot_product)"),
     "convolution": re.compile(r"(loglinear::convolution|Convolution(Backward)?$)"),
     "norms": re.compile(r"(loglinear::)?(gated_norm|unit_length)"),
+    "mixing": re.compile(r"(loglinear::)?mamba2"),  # whose kernels say by name what they belong to
     "loss": re.compile(r"loglinear::linear_cross_entropy"),
+}
+MIXING = {  # kernels of the operator of a whole mixer; the others are the op's
+    "convolution": re.compile(r"^convolution_"),
+    "norms": re.compile(r"^gated_norm_"),
+    "other": re.compile(r"^(gates|level_scales)_|at::native"),
 }
 PRODUCT = re.compile(r"aten::(add|badd)?b?mm_?$")
 NORMS = re.compile(r"rms_norm|layer_norm|rsqrt|gamma_?beta", re.IGNORECASE)
@@ -155,6 +161,8 @@ def launched(events: list[dict]) -> list[Kernel]:
             kernel = Kernel(event["ts"], event["dur"], event["name"])
             time, thread = launches.get(event["args"].get("correlation"), (0.0, -1))
             kernel.part = _during(operators.get(thread, []), time) or ""
+            if kernel.part == "mixing":
+                kernel.part = next((part for part, names in MIXING.items() if names.search(kernel.name)), "op")
             kernel.sizes = _during(products.get(thread, []), time) or ()
             kernels.append(kernel)
     return kernels

@@ -49,17 +49,22 @@ def projections(input: Tensor | Normed, first: nn.Module, second: nn.Module | No
     speed of the other, and one product leaves nothing to add for the input's gradient.
     """
     if isinstance(input, Normed):
-        beside = None if second is None else second.get_parameter("weight")
-        return products.projected(input.x, first.get_parameter("weight"), beside, input.norm.weight, input.norm.eps)
+        other = None if second is None else second.get_parameter("weight")
+        return products.projected(input.x, first.get_parameter("weight"), other, input.norm.weight, input.norm.eps)
     if second is None:
         return project(input, first), None
     if joins(input, first, second):
-        weights = [layer.get_parameter("weight") for layer in (first, second)]
-        padded = [_padded(weight) for weight in weights]
-        both, start = F.linear(input, torch.cat(padded)), padded[0].shape[0]
-        return both[..., : weights[0].shape[0]], both[..., start : start + weights[1].shape[0]]
-    one, other = pointwise.twice(input)
-    return project(one, first), project(other, second)
+        both, start = beside(input, first, second)
+        widths = [layer.get_parameter("weight").shape[0] for layer in (first, second)]
+        return both[..., : widths[0]], both[..., start : start + widths[1]]
+    one, twin = pointwise.twice(input)
+    return project(one, first), project(twin, second)
+
+
+def beside(input: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, int]:
+    """Both outputs in one tensor ``[..., columns]``, of layers that ``joins`` takes, and the first column of the second's."""
+    padded = [_padded(layer.get_parameter("weight")) for layer in (first, second)]
+    return F.linear(input, torch.cat(padded)), padded[0].shape[0]
 
 
 def joins(input: Tensor, first: nn.Module, second: nn.Module) -> bool:

@@ -18,12 +18,14 @@ from loglinear.layers import step
 from loglinear.layers.conv import ShortConvolution
 from loglinear.layers.initialization import initial_A_log, initial_dt_bias, wide
 from loglinear.layers.level_scale import LevelScale, Start
-from loglinear.layers.linear import Normed
+from loglinear.layers.linear import Normed, beside, joins
 from loglinear.layers.mixer import RecurrentMixer, Streams
 from loglinear.layers.norm import GatedRMSNorm, OutputGate
+from loglinear.layers.packing import check_packed, locate_tokens
 from loglinear.layers.state import RecurrentMixerState
-from loglinear.ops import dispatch, pointwise
+from loglinear.ops import checks, convolution, dispatch, mixing, pointwise
 from loglinear.ops.fused import Columns
+from loglinear.ops.inputs import Inputs
 
 NO_LIMIT = (0.0, math.inf)  # of a time step, which is positive
 
@@ -167,6 +169,34 @@ class LogLinearMamba2(RecurrentMixer):
         if self.dt_limit != NO_LIMIT:
             dt = dt.clamp(*self.dt_limit)
         return (x * dt.unsqueeze(-1)).to(x.dtype), -torch.exp(wide(self.A_log)) * dt, x
+
+    def whole(self, hidden: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> Tensor | None:
+        levels = self.level_scale
+        if levels is None or not joins(hidden, self.in_proj, levels.dl_proj) or not self._mixes_whole(hidden):
+            return None
+        assert isinstance(self.norm, GatedRMSNorm)
+        place = None
+        if cu_seqlens is not None:
+            check_packed(hidden, "hidden", cu_seqlens)
+            if cu_seqlens_cpu is not None:
+                checks.sequence_lengths(hidden, cu_seqlens, cu_seqlens_cpu)
+            place = locate_tokens(cu_seqlens, hidden.shape[1])[1].int()
+        both, start = beside(hidden, self.in_proj, levels.dl_proj)
+        weights = self.conv.taps, self.conv.bias, self.dt_bias, self.A_log, self.D, levels.L, self.norm.weight
+        sizes = self.num_groups, start, levels.offset, self.norm.eps, self.norm.gate_first
+        return mixing.mamba2(both, *weights, cu_seqlens, place, *sizes)
+
+    def _mixes_whole(self, hidden: Tensor) -> bool:
+        """Whether the kernels take every line between the projections of hidden ``[B, T, hidden_size]``."""
+        given = [self.dt_bias, self.A_log, self.D, self.norm.get_parameter("weight"), self.conv.bias]
+        if self.unfused() or self.in_multiplier != 1 or self.column_scale() is not None:
+            return False
+        if not pointwise.has_kernels(hidden, *given) or not convolution.has_kernel(hidden, self.conv.taps):
+            return False
+        v, k = hidden.new_empty(()), hidden.new_empty(())
+        v = v.expand(*hidden.shape[:2], self.num_heads, self.conv_widths[0] // self.num_heads)
+        k = k.expand(*hidden.shape[:2], self.num_groups, self.conv_widths[1] // self.num_groups)
+        return self.conv_widths[0] <= pointwise.MAX_WIDTH and dispatch.attention(Inputs(k, k, v, None, None, None))
 
     def fused_step(self, streams: Streams, state: RecurrentMixerState) -> Tensor:
         inputs, x = self._step_inputs(streams, state)

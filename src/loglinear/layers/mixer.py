@@ -97,6 +97,10 @@ class RecurrentMixer(StatedInit):
         q, k, v, gates["g"], gates["beta"] = (inputs.get(name) for name in ("q", "k", "v", "g", "beta"))
         return step.gate_and_norm(self, step.recur(q, k, v, gates, state), streams.gate, state)  # type: ignore[arg-type]
 
+    def whole(self, hidden: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> Tensor | None:
+        """The output projection's input, of sequences from their start, by one operator; None where the lines below run."""
+        return None
+
     def token_step(self, streams: Streams, state: RecurrentMixerState) -> Tensor | Normed:
         """``fused_step``, or what its norm is yet to be made of; the product with the norm then moves the positions on."""
         return self.fused_step(streams, state)
@@ -114,6 +118,10 @@ class RecurrentMixer(StatedInit):
         cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, RecurrentMixerState | None]:
         """Mix along T. Arguments and results are those of every mixer: see ``loglinear.layers``."""
+        if state is None and not output_state and self.context_group is None:
+            inner = self.whole(hidden, cu_seqlens, cu_seqlens_cpu)
+            if inner is not None:
+                return self.out_proj(inner), None
         streams = self.placed_streams(hidden, state, cu_seqlens)
         if state is not None and step.takes(self, streams.joined, state, cu_seqlens):
             return self.out_proj(self.fused_step(streams, state)), state if output_state else None

@@ -52,6 +52,7 @@ class Operator:
         keeps: bool = False,
     ) -> None:
         self.results, self.keeps = results, keeps
+        self.run, self.differentiate = forward, backward  # the bare functions, for an operator that has this one inside
         kinds = [x.strip().startswith("Tensor") for x in arguments.split(",")]
         self.count = sum(kinds)  # of tensors
         assert all(kinds[: self.count])

@@ -9,7 +9,7 @@ from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 from torch._subclasses import FakeTensorMode
 
 from loglinear.kernels.pointwise import gated_norm, gates
-from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearGLA, LogLinearKDA, LogLinearMamba2
+from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearGLA, LogLinearKDA, LogLinearMamba2, linear
 from loglinear.layers.level_scale import OFFSETS
 from loglinear.ops import attention, dispatch, pointwise
 
@@ -22,6 +22,7 @@ def on_the_kernels(monkeypatch):
     monkeypatch.setattr(gated_norm, "PROGRAMS", 3)
     monkeypatch.setattr(gated_norm, "PROGRAMS_FORWARD", 2)
     monkeypatch.setattr(gates, "PROGRAMS", 2)
+    monkeypatch.setattr(linear, "many", lambda input: False)  # a whole mixer is test_mixing.py's
     if INTERPRETED:
         monkeypatch.setattr(gated_norm, "NUMBERS", 256)
         for name, value in {"TOKENS": 8, "TOKENS_OF_VALUES": 8, "COLUMNS": 16, "SCALE_TOKENS": 4}.items():

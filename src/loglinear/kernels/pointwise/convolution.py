@@ -60,9 +60,9 @@ def _load(pointer, token, stride, channels, width, there):
 
 
 @triton.jit
-def _store(pointer, token, channels, width, values, there):
+def _store(pointer, token, stride, channels, width, values, there):
     """Write the channels of one token, if it is ``there``."""
-    pointers = pointer + token.to(tl.int64) * width + channels
+    pointers = pointer + token.to(tl.int64) * stride + channels
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=channels < tl.where(there, width, 0))
 
 
@@ -145,13 +145,13 @@ def convolution_kernel(x, y, T, rows, width, W: tl.constexpr, S: tl.constexpr):
             token = start + i + j
             window = _of_sequence(loaded[j].to(tl.float32), past, here, W)
             total = _sum(taps, constant, window, W)
-            _store(y, token, channels, width, total * tl.sigmoid(total), token < rows)
+            _store(y, token, width, channels, width, total * tl.sigmoid(total), token < rows)
             past = window[: W - 1]
             here = _next(here, x.place, token + 1, T, rows)
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
-def convolution_grads_kernel(x, dx, partial, T, rows, width, W: tl.constexpr, S: tl.constexpr):
+def convolution_grads_kernel(x, dx, partial, stride_dx, T, rows, width, W: tl.constexpr, S: tl.constexpr):
     """dx ``[rows, width]``, and the sums over a span, ``partial [spans, W + 1, width]`` (taps by lag, bias).
 
     The gradient of an input is complete W - 1 tokens later, so a program goes on for AHEAD tokens after its span.
@@ -182,12 +182,12 @@ def convolution_grads_kernel(x, dx, partial, T, rows, width, W: tl.constexpr, S:
             for lag in tl.static_range(1, W):  # a token of another sequence gets nothing
                 longer = longer + (grads[lag - 1] + taps[lag] * tl.where(here >= lag, gradient, 0.0),)
             complete = token - (W - 1)
-            _store(dx, complete, channels, width, longer[W - 1], (complete >= start) & (complete < end))
+            _store(dx, complete, stride_dx, channels, width, longer[W - 1], (complete >= start) & (complete < end))
             past, grads, sums = window[: W - 1], longer[: W - 1], added
             here = _next(here, x.place, token + 1, T, rows)
     for lag in tl.static_range(W):
-        _store(partial, part * (W + 1) + lag, channels, width, sums[lag + 1], True)
-    _store(partial, part * (W + 1) + W, channels, width, sums[0], True)
+        _store(partial, part * (W + 1) + lag, width, channels, width, sums[lag + 1], True)
+    _store(partial, part * (W + 1) + W, width, channels, width, sums[0], True)
 
 
 def _launch(kernel, x: Tensor, dy: Tensor | None, weight: Tensor, bias, place, made: tuple, warps: int) -> None:
@@ -214,13 +214,16 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, place: Tensor | None, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dx, dweight, dbias) in the dtypes of x, weight and bias; arguments as in ``forward``. The same bits on every run."""
+    """(dx, dweight, dbias) in the dtypes of x, weight and bias; arguments as in ``forward``. The same bits on every run.
+
+    dx is written into ``into``, columns of wider rows, where it is given.
+    """
     taps, spans = weight.shape[1], cdiv(x.shape[0] * x.shape[1], SPAN)
-    dx = scratch_like(x)
+    dx = scratch_like(x) if into is None else into
     partial = launching.scratch((spans, taps + 1, x.shape[2]), torch.float32, x.device)
-    _launch(convolution_grads_kernel, x, dy, weight, bias, place, (dx, partial), GRADS_WARPS)
+    _launch(convolution_grads_kernel, x, dy, weight, bias, place, (dx, partial, dx.stride(1)), GRADS_WARPS)
     sums = partial.sum(0)
     dweight = sums[:taps].flip(0).T.to(weight.dtype).contiguous()
     return dx, dweight, None if bias is None else sums[taps].to(bias.dtype)

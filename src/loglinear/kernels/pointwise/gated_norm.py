@@ -101,6 +101,7 @@ def gated_norm_grads_kernel(
     dgate,
     dskip,
     partial,
+    stride_dgate,
     rows,
     tiles,
     eps,
@@ -141,7 +142,7 @@ def gated_norm_grads_kernel(
         elif x.gate is not None:
             dz *= normed
         if x.gate is not None:
-            store_rows(dgate, dz, at, S)
+            tl.store(dgate + at.tokens * stride_dgate + at.inner, dz.to(dgate.dtype.element_ty), mask=at.inside)
         store_rows(dx, gradient, at, S)
         if x.skip is not None:
             store_rows(dskip, gradient * _of_columns(x.skip_scale, S, SHARE), at, S)
@@ -210,19 +211,20 @@ def backward(
     eps: float,
     gate_first: bool,
     silu: bool = True,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, gate, weight, skip and skip_scale, in their dtypes; arguments as in ``forward``. The same bits on
-    every run.
+    every run. The gate's gradient is written into ``into``, columns of wider rows, where it is given.
     """
     inputs, rows, sizes = _arguments([x, gate, skip, dout], weight, skip_scale, gate_first, silu)
-    grads = dx, dgate, dskip = scratch_like(x), scratch_like(gate), scratch_like(skip)
+    grads = dx, dgate, dskip = scratch_like(x), scratch_like(gate) if into is None else into, scratch_like(skip)
     # Few columns a thread: its registers hold sums and gradients besides, and few programs fit on a multiprocessor.
     columns = padded(weight.shape[0])
     warps = min(max(columns // COLUMNS_OF_A_WARP, 4), 32)
     tiles, programs = _parts(rows, columns, PROGRAMS)
     partial = launching.scratch((programs, 1 if skip is None else 2, weight.shape[0]), torch.float32, x.device)
     if programs:
-        launched = inputs, *grads, partial, rows, tiles, eps
+        launched = inputs, *grads, partial, 0 if gate is None else dgate.stride(1), rows, tiles, eps
         launching.launch(gated_norm_grads_kernel, programs, *launched, **sizes, STAGES=STAGES, num_warps=warps)
     sums = partial.sum(0)
     dscale = None if skip_scale is None else sums[1].view(skip_scale.shape[0], -1).sum(1).to(skip_scale.dtype)

@@ -112,7 +112,7 @@ def gates_kernel(x, g, v, beta, rows, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def gates_grads_kernel(x, drate, dx, dstrength, partial, rows, S: tl.constexpr):
+def gates_grads_kernel(x, drate, dx, dstrength, partial, stride_drate, stride_dx, rows, S: tl.constexpr):
     """drate, dstrength ``[rows, HEADS]``, ``dx [rows, HEADS, WIDTH] = dv · step + dskip``, and the sums over a program's
     tokens, ``partial [blocks, 2, HEADS]``, of ddt_bias and dA_log.
     """
@@ -128,9 +128,9 @@ def gates_grads_kernel(x, drate, dx, dstrength, partial, rows, S: tl.constexpr):
         both = dvalue * step[:, None]
         if x.dskip is not None:
             both += tl.load(x.dskip + tokens[:, None] * x.stride_dskip + inner, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + tokens[:, None] * (S.HEADS * S.WIDTH) + inner, both.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + tokens[:, None] * stride_dx + inner, both.to(dx.dtype.element_ty), mask=mask)
     dtotal = dstep * tl.sigmoid(total)
-    tl.store(drate + tokens * S.HEADS + head, dtotal.to(drate.dtype.element_ty), mask=inside)
+    tl.store(drate + tokens * stride_drate + head, dtotal.to(drate.dtype.element_ty), mask=inside)
     tl.store(partial + block * (2 * S.HEADS) + head, tl.sum(tl.where(inside, dtotal, 0.0), 0))
     tl.store(partial + block * (2 * S.HEADS) + S.HEADS + head, decay)
     _store_strength_grads(x, dstrength, tokens, inside, head, S)
@@ -218,7 +218,19 @@ def level_scales_kernel(dl, L, scales, stride, rows, width, S: tl.constexpr, OFF
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def level_scales_grads_kernel(
-    dscales, dl, stride_dscales, stride, L, ddl, partial, rows, width, tiles, S: tl.constexpr, OFFSET: tl.constexpr
+    dscales,
+    dl,
+    stride_dscales,
+    stride,
+    L,
+    ddl,
+    partial,
+    stride_ddl,
+    rows,
+    width,
+    tiles,
+    S: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
     """ddl ``[rows, width]``, and the sums of dL over ``tiles`` blocks of rows, ``partial [programs, width]``."""
     part, columns, factor = _scale_columns(L, width, S)
@@ -230,7 +242,7 @@ def level_scales_grads_kernel(
         pointers = dscales + tokens[:, None] * stride_dscales + columns[None, :]
         gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * tl.sigmoid(factor * x + OFFSET)
         sums += gradient * x
-        pointers = ddl + tokens[:, None] * width + columns[None, :]
+        pointers = ddl + tokens[:, None] * stride_ddl + columns[None, :]
         tl.store(pointers, (gradient * factor).to(ddl.dtype.element_ty), mask=mask)
     tl.store(partial + part.to(tl.int64) * width + columns, tl.sum(sums, 0), mask=columns < width)
 
@@ -273,20 +285,22 @@ def backward(
     A_log: Tensor,
     x: Tensor | None,
     strength: Tensor | None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of rate, dt_bias, A_log, x and strength in their dtypes, None where there is no input.
 
-    dskip ``[B, T, H, W]`` or None is the gradient of x from elsewhere; it is added. The other arguments are as in
-    ``forward``. The same bits on every run.
+    dskip ``[B, T, H, W]`` or None is the gradient of x from elsewhere; it is added. Those of rate and x are written into
+    ``into``, columns of wider rows, if given. The other arguments are as in ``forward``. The same bits on every run.
     """
     inputs, rows, S, blocks = _arguments(dt_bias, A_log, rate, x, strength, dg, dv, dskip, dbeta)
-    drate, dx, dstrength = made = scratch_like(rate), scratch_like(x), scratch_like(strength)
+    drate, dx = into or (scratch_like(rate), scratch_like(x))
+    made, strides = (drate, dx, scratch_like(strength)), (drate.stride(1), 0 if x is None else dx.stride(1))
     heads = rate.shape[2]
     partial = launching.scratch((blocks, 2, heads), torch.float32, rate.device)
     if blocks:
-        launching.launch(gates_grads_kernel, blocks * heads, inputs, *made, partial, rows, S=S, num_warps=4)
+        launching.launch(gates_grads_kernel, blocks * heads, inputs, *made, partial, *strides, rows, S=S, num_warps=4)
     ddt_bias, dA_log = partial.sum(0)
-    return drate, ddt_bias.to(dt_bias.dtype), dA_log.to(A_log.dtype), dx, dstrength
+    return drate, ddt_bias.to(dt_bias.dtype), dA_log.to(A_log.dtype), *made[1:]
 
 
 def _channel_launch(
@@ -374,16 +388,21 @@ def level_scales(dl: Tensor, L: Tensor, offset: float) -> Tensor:
     return scales
 
 
-def level_scales_backward(dscales: Tensor, dl: Tensor, L: Tensor, offset: float) -> tuple[Tensor, Tensor]:
-    """Gradients of dl and L, in their dtypes; arguments as in ``level_scales``. The same bits on every run."""
+def level_scales_backward(
+    dscales: Tensor, dl: Tensor, L: Tensor, offset: float, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of dl and L, in their dtypes; arguments as in ``level_scales``. The same bits on every run.
+
+    That of dl is written into ``into``, columns of wider rows, where it is given.
+    """
     batch, length, width = dl.shape
-    ddl = scratch_like(dl)
+    ddl = scratch_like(dl) if into is None else into
     blocks = cdiv(batch * length, SCALE_TOKENS)
     tiles = max(cdiv(blocks, PROGRAMS), 1)
     parts = cdiv(blocks, tiles)
     partial = launching.scratch((parts, width), torch.float32, dl.device)
     if parts * width:
         sizes = dict(S=constants(Tile, SCALE_TOKENS, COLUMNS), OFFSET=offset, num_warps=4)
-        given = *with_strides(dscales, dl), L.contiguous(), ddl, partial, batch * length, width, tiles
+        given = *with_strides(dscales, dl), L.contiguous(), ddl, partial, ddl.stride(1), batch * length, width, tiles
         launching.launch(level_scales_grads_kernel, parts * cdiv(width, COLUMNS), *given, **sizes)
     return ddl, partial.sum(0).view(L.shape).to(L.dtype)
