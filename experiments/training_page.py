@@ -35,9 +35,9 @@ def required(rows: list[dict]) -> list[str]:
     commits = dict.fromkeys(row["commit"] for row in rows)
     found = {}
     for commit in commits:
-        for tokens in dict.fromkeys(row["tokens"] for row in rows):
-            some = [row for row in rows if (row["commit"], row["tokens"]) == (commit, tokens)]
-            found |= {what: (figure, commit) for what, figure in figures(some).items()}
+        for kind in dict.fromkeys((row["tokens"], row["residual"]) for row in rows):
+            some = [row for row in rows if (row["commit"], row["tokens"], row["residual"]) == (commit, *kind)]
+            found |= {what + stream(some[0]): (figure, commit) for what, figure in figures(some).items()}
     compared = side_by_side(rows)
     if FASTER in found and FASTER in (all_lengths := figures(compared)):
         found[FASTER] = all_lengths[FASTER], ", ".join(dict.fromkeys(row["commit"] for row in compared))
@@ -48,9 +48,14 @@ def required(rows: list[dict]) -> list[str]:
     return table(["figure", "measured", "commit"], lines, words=3)
 
 
+def stream(row: dict) -> str:
+    """What to add to the name of a row with another residual stream than float32."""
+    return "" if row["residual"] == "float32" else f", {row['residual']} stream"
+
+
 def side_by_side(rows: list[dict]) -> list[dict]:
     """For each length the rows of Log-Linear Mamba-2 and of FlashAttention-2's Transformer at the newest commit with both."""
-    plain = [r for r in rows if not r["longest"] and not r["checkpointing"] and r["compiled"] != "no"]
+    plain = [r for r in rows if not r["longest"] and not r["checkpointing"] and r["compiled"] != "no" and not stream(r)]
     kinds = {(row["T"], row["commit"], row["model"]): row for row in plain}
     pairs = {
         length: (row, kinds[length, commit, FLASH])
@@ -87,7 +92,15 @@ def parts(rows: list[dict], length: int) -> list[str]:
     for row in newest(rows):
         if row["T"] == length and "parts_ms" in row and not row["checkpointing"] and row["compiled"] != "no":
             each = [f"{row['parts_ms'][part]:.1f}" for part in PARTS]
-            lines.append([SHOWN[row["model"]], row["commit"], *each, f"{row['ms']:.1f}", f"{row['outside_share']:.1%}"])
+            lines.append(
+                [
+                    SHOWN[row["model"]] + stream(row),
+                    row["commit"],
+                    *each,
+                    f"{row['ms']:.1f}",
+                    f"{row['outside_share']:.1%}",
+                ]
+            )
     return table(["model", "commit", *PARTS, "step", "outside of products and op"], lines, words=2)
 
 

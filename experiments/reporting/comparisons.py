@@ -138,6 +138,7 @@ def training(rows: Sequence[dict], memory: bool = False) -> list[Comparison]:
         if base not in (TWINS[ours["model"]], "transformer"):
             continue
         what = f"{SHOWN[ours['model']]}, {tokens(ours['T'])} tokens" + ", checkpointed" * ours["checkpointing"]
+        what += f", {ours['residual']} stream" * (ours["residual"] != "float32")
         shape = f"{ours['parameters'] / 1e6:.0f}M, {tokens(ours['B'] * ours['T'])} tokens a step"
         peer = SHOWN[theirs["model"]]
         if memory:

@@ -28,6 +28,7 @@ def newest(rows: Sequence[dict], names: Sequence[str], name: str = "model") -> d
 def draw_front(rows: dict[str, list[dict]], path: Path) -> list[Path]:
     """Save PNG and SVG. Raises ValueError where one of the five comparisons has no rows."""
     steps = [row for row in rows["training"] if "gpu" in row and not row["longest"] and not row["checkpointing"]]
+    steps = [row for row in steps if row["residual"] == "float32"]
     short, long = (
         newest([row for row in steps if row["T"] == length], names)
         for length, names in ((1 << 12, (OURS, FLASH)), (1 << 14, (OURS, SSD, FLASH)))
