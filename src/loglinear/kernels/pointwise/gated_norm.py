@@ -22,7 +22,6 @@ from loglinear.kernels.tree.bundles import constants
 from loglinear.kernels.tree.problem import cdiv, padded
 
 NUMBERS = 1024  # of a tile: 8 for each thread of 4 warps, one load of 16 bits; a wider row is a tile of its own
-COLUMNS_OF_A_WARP, STAGES = 128, 1  # in a backward pass
 PROGRAMS_FORWARD, PROGRAMS = 8192, 1024  # about; in a backward pass each leaves a row of partial sums
 
 
@@ -109,7 +108,6 @@ def gated_norm_grads_kernel(
     SHARE: tl.constexpr,
     GATE_FIRST: tl.constexpr,
     SILU: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """dx, dgate, dskip ``[rows, WIDTH]``, and sums over ``tiles`` blocks of rows, ``partial [programs, 1 or 2, WIDTH]``: of
     dweight, and of dskip_scale before it is summed over the columns of a head. Grid: parts of the blocks of rows.
@@ -118,7 +116,7 @@ def gated_norm_grads_kernel(
     scale = _of_columns(x.weight, S, 1)
     sums = tl.zeros([S.ROWS, S.COLUMNS], tl.float32)
     skip_sums = tl.zeros([S.ROWS, S.COLUMNS], tl.float32)
-    for i in tl.range(tiles, num_stages=STAGES):
+    for i in range(tiles):
         at = rows_from((tl.program_id(0) * tiles + i) * S.ROWS, rows, S)
         skipped, value, z, opening = _load(x, at, S, SHARE)
         gradient = load_rows(x.dout, x.stride_dout, at)
@@ -220,12 +218,12 @@ def backward(
     grads = dx, dgate, dskip = scratch_like(x), scratch_like(gate) if into is None else into, scratch_like(skip)
     # Few columns a thread: its registers hold sums and gradients besides, and few programs fit on a multiprocessor.
     columns = padded(weight.shape[0])
-    warps = min(max(columns // COLUMNS_OF_A_WARP, 4), 32)
+    warps = min(max(columns // 128, 4), 32)
     tiles, programs = _parts(rows, columns, PROGRAMS)
     partial = launching.scratch((programs, 1 if skip is None else 2, weight.shape[0]), torch.float32, x.device)
     if programs:
         launched = inputs, *grads, partial, 0 if gate is None else dgate.stride(1), rows, tiles, eps
-        launching.launch(gated_norm_grads_kernel, programs, *launched, **sizes, STAGES=STAGES, num_warps=warps)
+        launching.launch(gated_norm_grads_kernel, programs, *launched, **sizes, num_warps=warps)
     sums = partial.sum(0)
     dscale = None if skip_scale is None else sums[1].view(skip_scale.shape[0], -1).sum(1).to(skip_scale.dtype)
     return dx, dgate, sums[0].to(weight.dtype), dskip, dscale
