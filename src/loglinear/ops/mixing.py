@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loglinear import kernels
 from loglinear.ops.attention import attention
 from loglinear.ops.operators import Operator
 
@@ -74,20 +75,20 @@ class Mixing(NamedTuple):
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
-    a, kernels = Mixing(*arguments), _kernels()
+    a, own = Mixing(*arguments), kernels.pointwise
     z, channels, rate, dl = a.parts(a.both)
-    mixed = kernels.convolution.forward(channels, a.taps, a.bias, a.place)
+    mixed = own.convolution.forward(channels, a.taps, a.bias, a.place)
     x = a.inner(mixed).x
-    g, v, _ = kernels.gates.forward(rate, a.dt_bias, a.A_log, x, None)
-    scales = kernels.gates.level_scales(dl, a.L, a.offset)
+    g, v, _ = own.gates.forward(rate, a.dt_bias, a.A_log, x, None)
+    scales = own.gates.level_scales(dl, a.L, a.offset)
     (o,) = attention.run(*a.op(mixed, v, g, scales))
-    y = kernels.gated_norm.forward(o.flatten(-2), z, a.norm, x.flatten(-2), a.D, a.eps, a.gate_first)
+    y = own.gated_norm.forward(o.flatten(-2), z, a.norm, x.flatten(-2), a.D, a.eps, a.gate_first)
     return [y, mixed, v, g, scales, o]
 
 
 def _backward(dy: Tensor, *arguments: Any) -> list[Tensor | None]:
     *given, (mixed, v, g, scales, o) = arguments
-    a, kernels = Mixing(*given), _kernels()
+    a, own = Mixing(*given), kernels.pointwise
     z, channels, rate, dl = a.parts(a.both)
     dboth, dmixed = torch.empty_like(a.both), torch.empty_like(mixed)
     into, inner = a.parts(dboth), a.inner(dmixed)
@@ -96,22 +97,15 @@ def _backward(dy: Tensor, *arguments: Any) -> list[Tensor | None]:
             dboth[..., first:end] = 0
     x = a.inner(mixed).x
     skipped = x.flatten(-2), a.D, a.eps, a.gate_first
-    do, _, dnorm, dskip, dD = kernels.gated_norm.backward(dy, o.flatten(-2), z, a.norm, *skipped, into=into.z)
+    do, _, dnorm, dskip, dD = own.gated_norm.backward(dy, o.flatten(-2), z, a.norm, *skipped, into=into.z)
     dq, dk, dv, dg, dscales = attention.differentiate(do.view_as(o), *a.op(mixed, v, g, scales), [])
     inner.q.copy_(dq)
     inner.k.copy_(dk)
-    _, dL = kernels.gates.level_scales_backward(dscales, dl, a.L, a.offset, into=into.dl)
+    _, dL = own.gates.level_scales_backward(dscales, dl, a.L, a.offset, into=into.dl)
     gates = dg, dv, dskip.view_as(x), None, rate, a.dt_bias, a.A_log, x, None
-    _, ddt_bias, dA_log, *_ = kernels.gates.backward(*gates, into=(into.rate, inner.x))
-    _, dtaps, dbias = kernels.convolution.backward(dmixed, channels, a.taps, a.bias, a.place, into=into.channels)
+    _, ddt_bias, dA_log, *_ = own.gates.backward(*gates, into=(into.rate, inner.x))
+    _, dtaps, dbias = own.convolution.backward(dmixed, channels, a.taps, a.bias, a.place, into=into.channels)
     return [dboth, dtaps, dbias, ddt_bias, dA_log, dD, dL, dnorm]
-
-
-def _kernels() -> Any:
-    """Imported on first use: importing loglinear imports no Triton."""
-    from loglinear.kernels import pointwise
-
-    return pointwise
 
 
 def _gap(a: Mixing) -> int:
