@@ -269,10 +269,10 @@ def forward(
         g and beta ``[B, T, H]``, float32; v of x's shape and dtype; None where there is no input. Contiguous.
     """
     inputs, rows, S, blocks = _arguments(dt_bias, A_log, rate, x, strength, None, None, None, None)
-    g, v, beta = made = scratch_like(rate, torch.float32), scratch_like(x), scratch_like(strength, torch.float32)
+    made = scratch_like(rate, torch.float32), scratch_like(x), scratch_like(strength, torch.float32)
     if rows:
         launching.launch(gates_kernel, blocks * rate.shape[2], inputs, *made, rows, S=S, num_warps=4)
-    return g, v, beta
+    return made
 
 
 def backward(
@@ -314,13 +314,13 @@ def _channel_launch(
 ) -> None:
     """Launch a kernel of the gates per channel; ``tensors`` as in ``_arguments``."""
     batch, length, width = tensors[0].shape  # type: ignore[union-attr]
-    rows = batch * length
-    if rows:
+    if rows := batch * length:
         parameters = (None if y is None else y.contiguous() for y in (dt_bias, A_log))
         inputs = Inputs(*with_strides(*tensors), *parameters)
         S = constants(Tile, TOKENS_OF_VALUES, COLUMNS, heads, width // heads)
-        programs = cdiv(rows, TOKENS_OF_VALUES) * heads
-        launching.launch(kernel, programs, inputs, *made, rows, S=S, **constexprs, num_warps=4)
+        launching.launch(
+            kernel, cdiv(rows, TOKENS_OF_VALUES) * heads, inputs, *made, rows, S=S, **constexprs, num_warps=4
+        )
 
 
 def channel_forward(
@@ -344,9 +344,8 @@ def channel_forward(
     batch, length, width = rate.shape
     g = launching.scratch((batch, length, heads, width // heads), torch.float32, rate.device)
     beta = scratch_like(strength, torch.float32)
-    tensors = rate, None, strength, None, None, None, None
-    constexprs = dict(BOUND=bound, DIVISOR=divisor)
-    _channel_launch(channel_gates_kernel, tensors, dt_bias, A_log, heads, (g, beta), constexprs)
+    tensors, sizes = (rate, None, strength, None, None, None, None), dict(BOUND=bound, DIVISOR=divisor)
+    _channel_launch(channel_gates_kernel, tensors, dt_bias, A_log, heads, (g, beta), sizes)
     return g, beta
 
 
@@ -366,9 +365,8 @@ def channel_backward(
     drate, dstrength = scratch_like(rate), scratch_like(strength)
     blocks = cdiv(rate.shape[0] * rate.shape[1], TOKENS_OF_VALUES) if A_log is not None else 0
     partial = launching.scratch((blocks, width + heads), torch.float32, rate.device)
-    tensors = rate, None, strength, dg, None, None, dbeta
-    made, constexprs = (drate, dstrength, partial), dict(BOUND=bound, DIVISOR=divisor)
-    _channel_launch(channel_gates_grads_kernel, tensors, dt_bias, A_log, heads, made, constexprs)
+    tensors, sizes = (rate, None, strength, dg, None, None, dbeta), dict(BOUND=bound, DIVISOR=divisor)
+    _channel_launch(channel_gates_grads_kernel, tensors, dt_bias, A_log, heads, (drate, dstrength, partial), sizes)
     if dt_bias is None or A_log is None:
         return drate, None, None, dstrength
     ddt_bias, dA_log = partial.sum(0).split([width, heads])
@@ -380,8 +378,7 @@ def level_scales(dl: Tensor, L: Tensor, offset: float) -> Tensor:
     dl = token_rows(dl)
     batch, length, width = dl.shape
     scales = launching.scratch((batch, length, *L.shape), dl.dtype, dl.device)
-    programs = cdiv(batch * length, SCALE_TOKENS) * cdiv(width, COLUMNS)
-    if programs:
+    if programs := cdiv(batch * length, SCALE_TOKENS) * cdiv(width, COLUMNS):
         sizes = dict(S=constants(Tile, SCALE_TOKENS, COLUMNS), OFFSET=offset, num_warps=4)
         given = dl, L.contiguous(), scales, dl.stride(1), batch * length, width
         launching.launch(level_scales_kernel, programs, *given, **sizes)
@@ -395,10 +392,8 @@ def level_scales_backward(
 
     That of dl is written into ``into``, columns of wider rows, where it is given.
     """
-    batch, length, width = dl.shape
-    ddl = scratch_like(dl) if into is None else into
-    blocks = cdiv(batch * length, SCALE_TOKENS)
-    tiles = max(cdiv(blocks, PROGRAMS), 1)
+    (batch, length, width), ddl = dl.shape, scratch_like(dl) if into is None else into
+    tiles = max(cdiv(blocks := cdiv(batch * length, SCALE_TOKENS), PROGRAMS), 1)
     parts = cdiv(blocks, tiles)
     partial = launching.scratch((parts, width), torch.float32, dl.device)
     if parts * width:
