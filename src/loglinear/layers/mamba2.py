@@ -24,6 +24,7 @@ from loglinear.layers.norm import GatedRMSNorm, OutputGate
 from loglinear.layers.packing import check_packed, locate_tokens
 from loglinear.layers.state import RecurrentMixerState
 from loglinear.ops import checks, convolution, dispatch, mixing, pointwise
+from loglinear.ops.attention import keep
 from loglinear.ops.fused import Columns
 from loglinear.ops.inputs import Inputs
 
@@ -184,7 +185,8 @@ class LogLinearMamba2(RecurrentMixer):
         both, start = beside(hidden, self.in_proj, levels.dl_proj)
         weights = self.conv.taps, self.conv.bias, self.dt_bias, self.A_log, self.D, levels.L, self.norm.weight
         sizes = self.num_groups, start, levels.offset, self.norm.eps, self.norm.gate_first
-        return mixing.mamba2(both, *weights, cu_seqlens, place, *sizes)
+        kept = keep(Inputs(both, both, both, None, None, levels.L), cu_seqlens)
+        return mixing.mamba2(both, *weights, cu_seqlens, place, *sizes, kept)
 
     def _mixes_whole(self, hidden: Tensor) -> bool:
         """Whether the kernels take every line between the projections of hidden ``[B, T, hidden_size]``."""

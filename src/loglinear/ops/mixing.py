@@ -40,6 +40,7 @@ class Mixing(NamedTuple):
     both ``[B, T, columns]``: the projections, λ's from column ``start`` on. taps, bias: of the convolution. D ``[H]``: of the
     skip. L ``[H, levels]``, offset: of λ. norm ``[H·V]``, eps, gate_first: of the gated norm. cu_seqlens: offsets of packed
     sequences, and ``place`` as the convolution has it. groups: G.
+    keep: as of the op's operator.
     """
 
     both: Tensor
@@ -57,6 +58,7 @@ class Mixing(NamedTuple):
     offset: float
     eps: float
     gate_first: bool
+    keep: str
 
     def parts(self, both: Tensor) -> Parts:
         inner, channels, heads = self.norm.shape[0], self.taps.shape[0], self.D.shape[0]
@@ -71,7 +73,7 @@ class Mixing(NamedTuple):
     def op(self, mixed: Tensor, v: Tensor, g: Tensor, scales: Tensor) -> tuple[Any, ...]:
         """The arguments of the op's operator, on its kernels."""
         _, k, q = self.inner(mixed)
-        return q, k, v, g, None, scales, self.cu_seqlens, None, 1.0, 0, "", "auto"
+        return q, k, v, g, None, scales, self.cu_seqlens, None, 1.0, 0, self.keep, "auto"
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
@@ -81,13 +83,13 @@ def _forward(*arguments: Any) -> list[Tensor]:
     x = a.inner(mixed).x
     g, v, _ = own.gates.forward(rate, a.dt_bias, a.A_log, x, None)
     scales = own.gates.level_scales(dl, a.L, a.offset)
-    (o,) = attention.run(*a.op(mixed, v, g, scales))
+    o, *kept = attention.run(*a.op(mixed, v, g, scales))
     y = own.gated_norm.forward(o.flatten(-2), z, a.norm, x.flatten(-2), a.D, a.eps, a.gate_first)
-    return [y, mixed, v, g, scales, o]
+    return [y, mixed, v, g, scales, o, *kept]
 
 
 def _backward(dy: Tensor, *arguments: Any) -> list[Tensor | None]:
-    *given, (mixed, v, g, scales, o) = arguments
+    *given, (mixed, v, g, scales, o, *kept) = arguments
     a, own = Mixing(*given), kernels.pointwise
     z, channels, rate, dl = a.parts(a.both)
     dboth, dmixed = torch.empty_like(a.both), torch.empty_like(mixed)
@@ -98,7 +100,7 @@ def _backward(dy: Tensor, *arguments: Any) -> list[Tensor | None]:
     x = a.inner(mixed).x
     skipped = x.flatten(-2), a.D, a.eps, a.gate_first
     do, _, dnorm, dskip, dD = own.gated_norm.backward(dy, o.flatten(-2), z, a.norm, *skipped, into=into.z)
-    dq, dk, dv, dg, dscales = attention.differentiate(do.view_as(o), *a.op(mixed, v, g, scales), [])
+    dq, dk, dv, dg, dscales = attention.differentiate(do.view_as(o), *a.op(mixed, v, g, scales), kept)
     inner.q.copy_(dq)
     inner.k.copy_(dk)
     _, dL = own.gates.level_scales_backward(dscales, dl, a.L, a.offset, into=into.dl)
@@ -116,14 +118,15 @@ def _gap(a: Mixing) -> int:
 def _fake(*arguments: Any) -> list[Tensor]:
     a = Mixing(*arguments)
     rows, heads, inner, new = a.both.shape[:2], a.D.shape[0], a.norm.shape[0], a.both.new_empty
-    y, mixed, v, o = (new((*rows, *x)) for x in ([inner], [a.taps.shape[0]], *2 * [[heads, inner // heads]]))
-    return [y, mixed, v, new((*rows, heads), dtype=torch.float32), new((*rows, *a.L.shape)), o]
+    y, mixed, v = (new((*rows, *x)) for x in ([inner], [a.taps.shape[0]], [heads, inner // heads]))
+    g, scales = new((*rows, heads), dtype=torch.float32), new((*rows, *a.L.shape))
+    return [y, mixed, v, g, scales, *attention.fake(*a.op(mixed, v, g, scales))]
 
 
 mamba2 = Operator(
     "mamba2",
     "Tensor both, Tensor taps, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D, Tensor L, Tensor norm, "
-    "Tensor? cu_seqlens, Tensor? place, int groups, int start, float offset, float eps, bool gate_first",
+    "Tensor? cu_seqlens, Tensor? place, int groups, int start, float offset, float eps, bool gate_first, str keep",
     1,
     _forward,
     _backward,

@@ -52,7 +52,8 @@ class Operator:
         keeps: bool = False,
     ) -> None:
         self.results, self.keeps = results, keeps
-        self.run, self.differentiate = forward, backward  # the bare functions, for an operator that has this one inside
+        # The bare functions, for an operator that has this one inside.
+        self.run, self.differentiate, self.fake = forward, backward, fake
         kinds = [x.strip().startswith("Tensor") for x in arguments.split(",")]
         self.count = sum(kinds)  # of tensors
         assert all(kinds[: self.count])
