@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import time
+import traceback
 from collections.abc import Iterator
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -22,15 +24,14 @@ from queue import Empty
 
 import torch
 
-from bucket_weights import see_buckets
-from loglinear.models import LogLinearForCausalLM
-from loglinear.tasks.mqar.config import VALUE_DIM, Cell
+from loglinear.tasks.mqar.config import Cell
 from loglinear.tasks.mqar.run import read_rows
-from loglinear.tasks.mqar.side_by_side import side_by_side
-from loglinear.tasks.mqar.train import build_model
+from loglinear.tasks.mqar.side_by_side import PAUSE
 from recall_plan import cell_of, wanted
 from recall_report import lines
+from stack_training import Turns, stack_training
 
+Stacked = tuple[Cell, ...]
 CLOSING = 8.0  # seconds before the end at which workers stop: to write what they have
 
 
@@ -40,8 +41,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0, help="of this call, its start included")
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="files with rows of earlier calls")
     parser.add_argument("--workers", type=int, default=2, help="processes")
-    parser.add_argument("--at-once", type=int, default=8, help="models that take turns in one process")
-    parser.add_argument("--cells", type=int, help="no more than so many")
+    parser.add_argument("--at-once", type=int, default=2, help="stacks that take turns in one process")
+    parser.add_argument("--stacks", type=int, help="no more than so many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     began = time.monotonic()
@@ -66,68 +67,89 @@ def main() -> None:
 def trained(rows: dict[Cell, dict], options: argparse.Namespace, until: float) -> Iterator[tuple[Cell, dict]]:
     """(cell, row) of cells as they end, until the time is over; adds them to ``rows``."""
     spawn = get_context("spawn")
-    cells, results, over = spawn.Queue(), spawn.Queue(), spawn.Event()
-    settings = (options.device, options.at_once, options.out / "unfinished", cells, results, over)
+    stacks, results, over = spawn.Queue(), spawn.Queue(), spawn.Event()
+    settings = (options.device, options.at_once, options.out / "unfinished", stacks, results, over)
     crew = [spawn.Process(target=work, args=settings) for _ in range(options.workers)]
     for worker in crew:
         worker.start()
-    given: set[Cell] = set()
-    limit = options.cells
+    given: list[Stacked] = []
+    slowest = 0.0  # seconds of a stack: one that cannot end is not begun
     while time.monotonic() < until and any(worker.is_alive() for worker in crew):
-        for cell in wanted(rows):
-            if len(given - rows.keys()) > options.workers * options.at_once or len(given) == limit:
-                break  # no more than can run, so that later cells keep the order of the plan
-            if cell not in given:
-                cells.put(cell)
-                given.add(cell)
-        if given <= rows.keys():
+        open_ones = [stack for stack in given if stack[0] not in rows]
+        room = options.workers * options.at_once - len(open_ones)  # so that later ones keep the order of the plan
+        new = [stack for stack in islice(wanted(rows), room + len(open_ones)) if stack not in open_ones]
+        for stack in new[:room]:
+            if len(given) != options.stacks and time.monotonic() + slowest < until:
+                stacks.put(stack)
+                given.append(stack)
+        if all(stack[0] in rows for stack in given):
             break
         try:
-            cell, row = results.get(timeout=0.5)
+            found = [results.get(timeout=0.5)]
         except Empty:
             continue
-        rows[cell] = row
-        yield cell, row
+        rows.update(found[0])
+        slowest = max(slowest, *(row["seconds"] for _, row in found[0]))
+        yield from found[0]
     over.set()
-    cells.cancel_join_thread()
+    stacks.cancel_join_thread()
     for worker in crew:
         worker.join(timeout=CLOSING)
         if worker.is_alive():
             worker.kill()
     while not results.empty():
-        cell, row = results.get()
-        rows[cell] = row
-        yield cell, row
+        found = [results.get()]
+        rows.update(found[0])
+        yield from found[0]
 
 
-def work(device: str, at_once: int, unfinished: Path, cells: Queue, results: Queue, over: Event) -> None:
-    """Train cells side by side until ``over`` is set."""
+def work(device: str, at_once: int, unfinished: Path, stacks: Queue, results: Queue, over: Event) -> None:
+    """Train stacks side by side until ``over`` is set; they take turns, so that their small kernels overlap."""
     torch.set_num_threads(1)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     unfinished.mkdir(exist_ok=True)
+    running: list[tuple[Stacked, Turns]] = []
+    waits: dict[Stacked, torch.cuda.Event | None] = {}
+    compiled = device == "cuda"
+    while not over.is_set():
+        if len(running) < at_once and (stack := taken(stacks)) is not None:
+            running.append((stack, stack_training(stack, device, compiled, state_file(unfinished, stack))))
+        moved = False
+        for stack, turns in list(running):
+            event = waits.get(stack)
+            if event is not None and not event.query():
+                continue
+            moved = True
+            try:
+                waits[stack] = next(turns)
+            except StopIteration as end:
+                running.remove((stack, turns))
+                waits.pop(stack)
+                results.put(list(zip(stack, end.value)))
+                state_file(unfinished, stack).unlink(missing_ok=True)
+            except Exception:
+                if not compiled:
+                    raise
+                traceback.print_exc()  # and again without the compiler
+                compiled = False
+                running.remove((stack, turns))
+                running.append((stack, stack_training(stack, device, compiled, state_file(unfinished, stack))))
+        if not moved:
+            time.sleep(PAUSE)
+    for _, turns in running:
+        turns.close()
 
-    def state_file(cell: Cell) -> Path:
-        identity = json.dumps(cell.identity(), sort_keys=True)
-        return unfinished / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pt"
 
-    for cell, row in side_by_side(taken(cells), at_once, device, over.is_set, build, state_file):
-        results.put((cell, row))
-        state_file(cell).unlink(missing_ok=True)
+def state_file(unfinished: Path, stack: Stacked) -> Path:
+    identity = json.dumps([cell.identity() for cell in stack], sort_keys=True)
+    return unfinished / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.pt"
 
 
-def taken(cells: Queue) -> Iterator[Cell | None]:
-    while True:
-        try:
-            yield cells.get_nowait()
-        except Empty:
-            yield None
-
-
-def build(cell: Cell) -> LogLinearForCausalLM:
-    """The model of a cell; ", norm" or ", probe" behind its name has its weights see the bucket."""
-    name, _, rule = cell.model.partition(", ")
-    plain = build_model(Cell(**{**vars(cell), "model": name}))
-    return see_buckets(plain, rule, VALUE_DIM) if rule else plain  # type: ignore[arg-type]
+def taken(stacks: Queue) -> Stacked | None:
+    try:
+        return stacks.get_nowait()
+    except Empty:
+        return None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """The plan of the recall grid: arms in the order in which they run. It was written before any of its rows.
 
-An arm is a model on a kind of recall at a width. Fresh seeds are what is reported. Arms of one kind and width share them, and
-so the same sequences in the same order. They run first at the rate that was best for both forms of Mamba-2 and of Gated
-DeltaNet at this width and length in the committed grid, because GPU time comes in minutes. A sweep over rates, with seeds of
-its own and sequences held out for it, follows. Where it finds another rate, the fresh seeds run again at that rate, and
-replace the first.
+An arm is a model on a kind of recall at a width. A stack of three rates and three seeds of their own chooses the arm's rate, by
+sequences held out for it. A stack of nine fresh seeds at that rate is what is reported. Arms of one kind and width share the seeds,
+and so the same sequences in the same order. GPU time comes in minutes, so each phase is whole by itself: sweeps, then fresh seeds.
 """
 
 from __future__ import annotations
@@ -16,9 +14,9 @@ from statistics import fmean
 from loglinear.fenwick import num_levels
 from loglinear.tasks.mqar.config import PRESETS, Cell, Recipe
 
+LINEAR = ("Mamba-2", "Gated DeltaNet")
 LENGTH, STATE_SIZE, PAIRS = 512, 16, (32, 64, 128)
-RATES, PRIOR_RATE = (0.005, 0.01, 0.02), 0.01
-SWEEP_SEEDS, FRESH_SEEDS = (100, 101), tuple(range(8))
+RATES, SWEEP_SEEDS, FRESH_SEEDS = (0.005, 0.01, 0.02), (100, 101, 102), tuple(range(9))
 # The recipe of the committed grid with twice the steps and as many tokens in all, within a tenth.
 RECIPE = replace(PRESETS["full"].recipe, steps=8000, batch_tokens=36 * LENGTH)
 
@@ -45,58 +43,54 @@ class Arm:
 
 def phases() -> list[list[Arm]]:
     """Arms that run together, the most telling first."""
-    kinds = ("any", "end", "tagged", "latest-first", "latest-newest", "first")
-    mamba, ours = "Mamba-2", "Log-Linear Mamba-2"
-    delta, ours_delta = "Gated DeltaNet", "Log-Linear Gated DeltaNet"
+    kinds = ("any", "end", "tagged", "latest-newest", "first", "latest-first")
 
-    def pairs(linear: str, width: int = 32, of: tuple[str, ...] = kinds) -> list[Arm]:
+    def pairs(of: tuple[str, ...], width: int = 32) -> list[Arm]:
         return [
             arm
             for kind in of
+            for linear in LINEAR
             for arm in (Arm(kind, linear, width=width), Arm(kind, f"Log-Linear {linear}", "one", width))
         ]
 
+    def starts(of: tuple[str, ...]) -> list[Arm]:
+        return [Arm(kind, f"Log-Linear {one}", start) for kind in of for one in LINEAR for start in ("noise", "paper")]
+
     return [
-        pairs(mamba, of=kinds[:2]),
-        [Arm(kind, f"{ours}, probe", "one") for kind in kinds[:2]],
-        pairs(mamba, of=kinds[2:4]),
-        pairs(mamba, of=kinds[4:]),
-        [Arm(kind, f"{ours}, norm", "one") for kind in kinds[:2]],
-        [Arm(kind, ours, start) for start in ("noise", "paper") for kind in kinds[:2]],
-        pairs(delta),
-        [Arm(kind, mamba, matched=True) for kind in kinds[:2]],
-        [Arm(kind, ours, start) for start in ("noise", "paper") for kind in kinds[2:]],
-        [Arm(kind, f"{ours_delta}, probe", "one") for kind in kinds[:2]],
-        [Arm(kind, ours_delta, start) for start in ("noise", "paper") for kind in kinds],
-        [
-            Arm(kind, linear, matched=True)
-            for linear in (mamba, delta)
-            for kind in kinds
-            if (linear, kind) not in [(mamba, kind) for kind in kinds[:2]]
-        ],
-        *(pairs(linear, 64) for linear in (mamba, delta)),
-        *(pairs(linear) for linear in ("GLA", "KDA")),
+        pairs(kinds[:2]),
+        pairs(kinds[2:4]),
+        starts(kinds[:2]),
+        pairs(kinds[4:5]),
+        starts(kinds[2:5]),
+        [Arm(kind, linear, matched=True) for kind in kinds[:2] for linear in LINEAR],
+        [*pairs(kinds[5:]), *starts(kinds[5:])],
+        pairs(kinds[:3], 64),
+        [Arm(kind, linear, matched=True) for kind in kinds[2:] for linear in LINEAR],
     ]
 
 
-def wanted(rows: dict[Cell, dict]) -> Iterator[Cell]:
-    """Cells without a row: fresh seeds, then sweeps, and again fresh seeds at the rates that sweeps found."""
+def wanted(rows: dict[Cell, dict]) -> Iterator[tuple[Cell, ...]]:
+    """Stacks without rows: of each phase the sweeps, and the fresh seeds of arms whose sweep is done."""
     for arms in phases():
-        yield from (
-            cell for seed in FRESH_SEEDS for arm in arms if (cell := arm.cell(best_rate(arm, rows), seed)) not in rows
-        )
-    for arms in phases():
-        yield from (cell for arm in arms for cell in sweep(arm) if cell not in rows)
+        yield from (sweep(arm) for arm in arms if best_rate(arm, rows) is None)
+        for arm in arms:
+            rate = best_rate(arm, rows)
+            if rate is not None and any(cell not in rows for cell in fresh(arm, rate)):
+                yield fresh(arm, rate)
 
 
-def sweep(arm: Arm) -> list[Cell]:
-    return [arm.cell(rate, seed) for rate in RATES for seed in SWEEP_SEEDS]
+def sweep(arm: Arm) -> tuple[Cell, ...]:
+    return tuple(arm.cell(rate, seed) for rate in RATES for seed in SWEEP_SEEDS)
 
 
-def best_rate(arm: Arm, rows: dict[Cell, dict]) -> float:
-    """The rate with the best mean of the validation accuracy over pairs and sweep seeds; the prior one until all have rows."""
+def fresh(arm: Arm, rate: float) -> tuple[Cell, ...]:
+    return tuple(arm.cell(rate, seed) for seed in FRESH_SEEDS)
+
+
+def best_rate(arm: Arm, rows: dict[Cell, dict]) -> float | None:
+    """The rate with the best mean of the validation accuracy over pairs and sweep seeds; None until all have rows."""
     if any(cell not in rows for cell in sweep(arm)):
-        return PRIOR_RATE
+        return None
 
     def validation(rate: float) -> tuple[float, float]:
         found = [rows[arm.cell(rate, seed)] for seed in SWEEP_SEEDS]
