@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.tasks.mqar.config import Cell
@@ -20,9 +21,11 @@ from loglinear.tasks.mqar.train import (
     FINAL_LOSSES,
     SEED_STRIDE,
     accuracy,
+    answer_shares,
     build_model,
     count_by_level,
     held_out,
+    learning_rate,
 )
 from stacked import Stack, hidden_states
 
@@ -44,10 +47,11 @@ def stack_training(
     started = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
     with torch.cuda.stream(stream):
-        stack = Stack(cells, build, device, compiled)
+        recall = RecallStack(cells, build, device, compiled)
+        stack = recall.stack
         validation, test = held_out(cells[0], device)
-        apart = torch.cat([fingerprints(recall.tokens.flatten(0, 1)) for recall in (validation, test)])
-        steps = Steps(stack, stream)
+        apart = torch.cat([fingerprints(part.tokens.flatten(0, 1)) for part in (validation, test)])
+        steps = Steps(recall.step, stack, stream)
         losses: list[Tensor] = []
         if unfinished is not None and unfinished.exists():
             before_stop = torch.load(unfinished, map_location=device, weights_only=True)
@@ -68,13 +72,13 @@ def stack_training(
         raise
     yield before
     with torch.cuda.stream(stream):
-        right = [right_answers(stack, recall) for recall in (validation, test)]
+        right = [right_answers(cells[0], stack, part) for part in (validation, test)]
         final = torch.cat(losses)[-FINAL_LOSSES:].mean(0).tolist()
         found = [[torch.stack([x[i].sum() for x in part]) for part in right] for i in range(len(cells))]
         levels = [count_by_level(cell, test, [x[i] for x in right[1]]) for i, cell in enumerate(cells)]
         return [
             {
-                "parameters": sum(w[0].numel() for w in stack.weights.values()),
+                "parameters": stack.parameters,
                 "state_floats": cell.state_floats,
                 "final_loss": final[i],
                 "validation": accuracy(cell, found[i][0]),
@@ -88,6 +92,31 @@ def stack_training(
             }
             for i, cell in enumerate(cells)
         ]
+
+
+class RecallStack:
+    """A stack of recall models. cells: they differ in seed and rate alone."""
+
+    def __init__(self, cells: Sequence[Cell], build: Callable[[Cell], Any], device: str, compiled: bool) -> None:
+        recipe = cells[0].recipe
+        rates = torch.tensor([[learning_rate(cell, step) for cell in cells] for step in range(recipe.steps)], device=device)
+        low = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+        self.stack = Stack([build(cell) for cell in cells], rates, recipe.weight_decay, low, compiled)
+        self.shares, self.losses = answer_shares(cells[0]).to(device), self.stack.wrap(recall_losses)
+
+    def step(self, tokens: Tensor, queries: Tensor, answers: Tensor, place: Tensor) -> Tensor:
+        """``[S]`` losses before the step. tokens: ``[S, B, T]``. place: int64 ``[1]``, steps done."""
+        found = self.losses(self.stack.hidden(tokens), self.stack.table, queries, answers, self.shares)
+        self.stack.update(found, place)
+        return found.detach()
+
+
+def recall_losses(h: Tensor, table: Tensor, queries: Tensor, answers: Tensor, shares: Tensor) -> Tensor:
+    """float32 ``[S]`` of hidden states ``[S, B, T, width]``, queries and answers ``[S, asked]`` and their shares ``[asked]``."""
+    h = h.flatten(1, 2)
+    logits = h.gather(1, queries.unsqueeze(-1).expand(-1, -1, h.shape[-1])) @ table.mT
+    each_one = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
+    return (each_one * shares).sum(1)
 
 
 def blocks(
@@ -121,9 +150,9 @@ def blocks(
 class Steps:
     """The steps of a stack, a block a call. On CUDA a step is a graph that finds its batch by the steps done."""
 
-    def __init__(self, stack: Stack, stream: torch.cuda.Stream | None) -> None:
-        self.stack, self.stream = stack, stream
-        device, copies = stack.shares.device, len(stack.cells)
+    def __init__(self, step: Callable[..., Tensor], stack: Stack, stream: torch.cuda.Stream | None) -> None:
+        self.step, self.stack, self.stream = step, stack, stream
+        device, copies = stack.rates.device, stack.copies
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.losses = torch.zeros(BATCHES_AT_ONCE, copies, device=device)
         self.inputs: list[Tensor] = []
@@ -132,10 +161,13 @@ class Steps:
 
     def __call__(self, *block: Tensor) -> Tensor:
         """float32 ``[steps, S]``: the losses before each step."""
-        count = len(block[0])
         self.inputs = self.inputs or [torch.empty_like(x) for x in block]
         for buffer, new in zip(self.inputs, block):
-            buffer[:count].copy_(new)
+            buffer[: len(new)].copy_(new)
+        return self.run(len(block[0]))
+
+    def run(self, count: int) -> Tensor:
+        """``count`` steps, at most ``BATCHES_AT_ONCE``."""
         for _ in range(count):
             if self.stream and self.replay is None and self.launched >= EAGER_STEPS:
                 graph = torch.cuda.CUDAGraph()
@@ -149,7 +181,7 @@ class Steps:
 
     def _step(self) -> None:
         batch = self.place % BATCHES_AT_ONCE
-        found = self.stack.step(*(x.index_select(0, batch)[0] for x in self.inputs), self.place)
+        found = self.step(*(x.index_select(0, batch)[0] for x in self.inputs), self.place)
         self.losses.index_copy_(0, batch, found.unsqueeze(0))
         self.place += 1
 
@@ -167,10 +199,9 @@ class Steps:
 
 
 @torch.no_grad()
-def right_answers(stack: Stack, recall: Recall) -> list[Tensor]:
+def right_answers(cell: Cell, stack: Stack, recall: Recall) -> list[Tensor]:
     """bool ``[S, answers]`` for each number of pairs: whether the likeliest token is the right one."""
-    cell, table, result = stack.cells[0], stack.weights["model.embed_tokens.weight"], []
-    held, copies = cell.recipe.held_out, len(stack.cells)
+    result, held = [], cell.recipe.held_out
     counts = [asked(cell.kind, cell.length, pairs) for pairs in cell.pairs]
     sizes = [held * count for count in counts]
     parts = recall.tokens[0].split(held), recall.queries[0].split(sizes), recall.answers[0].split(sizes)
@@ -179,9 +210,9 @@ def right_answers(stack: Stack, recall: Recall) -> list[Tensor]:
         for start in range(0, held, ROWS_AT_ONCE):
             end = min(start + ROWS_AT_ONCE, held)
             here = slice(start * count, end * count)
-            h = hidden_states(stack.weights, tokens[start:end].expand(copies, -1, -1), stack.shape)
+            h = hidden_states(stack.weights, tokens[start:end].expand(stack.copies, -1, -1), stack.shape)
             asking = h.flatten(1, 2)[:, local[here] - start * cell.length]
-            right.append((asking @ table.mT).argmax(-1) == answers[here])
+            right.append((asking @ stack.table.mT).argmax(-1) == answers[here])
         result.append(torch.cat(right, 1))
     return result
 

@@ -11,43 +11,50 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear import log_linear_attention, log_linear_delta_rule
+from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2
 from loglinear.models import LogLinearForCausalLM
-from loglinear.tasks.mqar.config import VALUE_DIM, Cell
-from loglinear.tasks.mqar.train import CLIP, answer_shares, learning_rate
+from loglinear.tasks.mqar.train import CLIP
 
 EPS = 1e-6  # of every norm
 ALIGNED = 32  # numbers: weights whose rows begin at multiples of 128 bytes
 BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
-KNOWN = ("Mamba-2", "Log-Linear Mamba-2", "Gated DeltaNet", "Log-Linear Gated DeltaNet")
 Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the models of a stack have in common. offset: λ = softplus(L · dl + offset)."""
+    """What the models of a stack have in common.
+
+    delta: whether the mixer is Gated DeltaNet. low: dtype of products. offset: λ = softplus(L · dl + offset); None is a linear
+    model. levels: how many λ are read, from the first on; tokens further away share the last one. None is all.
+    """
 
     delta: bool
     layers: int
     heads: int
     key_dim: int
+    value_dim: int
     low: torch.dtype
     offset: float | None
+    levels: int | None = None
 
     @staticmethod
-    def of(cell: Cell, model: LogLinearForCausalLM) -> Shape:
-        if cell.model not in KNOWN or cell.recipe.mlp or not cell.recipe.tied:
-            raise ValueError(f"cell must be one of {KNOWN}, tied and without MLPs: got {cell.model}")
-        scale = model.model.layers[0].mixer.level_scale
-        low = torch.bfloat16 if cell.recipe.precision == "bfloat16" else torch.float32
-        offset = None if scale is None else scale.offset
-        return Shape("Delta" in cell.model, cell.recipe.layers, cell.heads, cell.state_size, low, offset)
+    def of(model: LogLinearForCausalLM, low: torch.dtype) -> Shape:
+        """Raises ValueError for a model that ``hidden_states`` does not know."""
+        config, mixer = model.config, model.model.layers[0].mixer
+        delta = isinstance(mixer, LogLinearGatedDeltaNet)
+        known = delta or (isinstance(mixer, LogLinearMamba2) and mixer.num_groups == 1)
+        if not known or config.intermediate_size or not config.tie_word_embeddings:
+            raise ValueError(f"model must be Mamba-2 or Gated DeltaNet, tied and without MLPs: got {config.mixer}")
+        sizes = (config.delta_key_dim, config.delta_value_dim) if delta else (config.mamba_state_size, config.mamba_head_dim)
+        offset = None if mixer.level_scale is None else mixer.level_scale.offset
+        return Shape(delta, config.num_hidden_layers, mixer.num_heads, *sizes, low, offset)
 
 
 def hidden_states(p: Weights, tokens: Tensor, shape: Shape) -> Tensor:
@@ -66,7 +73,7 @@ def hidden_states(p: Weights, tokens: Tensor, shape: Shape) -> Tensor:
 
 def decay_mixer(p: Weights, x: Tensor, shape: Shape) -> Tensor:
     """Mamba-2 on x ``[S, B, T, width]``."""
-    H, K, V, inner = shape.heads, shape.key_dim, VALUE_DIM, shape.heads * VALUE_DIM
+    H, K, V, inner = shape.heads, shape.key_dim, shape.value_dim, shape.heads * shape.value_dim
     z, xBC, dt = product(x, p["in_proj.weight"], shape).split([inner, inner + 2 * K, H], -1)
     v, k, q = convolve(xBC, p["conv.weight"], p["conv.bias"]).split([inner, K, K], -1)
     skip = v.unflatten(-1, (H, V))
@@ -82,7 +89,7 @@ def decay_mixer(p: Weights, x: Tensor, shape: Shape) -> Tensor:
 
 def delta_mixer(p: Weights, x: Tensor, shape: Shape) -> Tensor:
     """Gated DeltaNet on x ``[S, B, T, width]``."""
-    H, K, V = shape.heads, shape.key_dim, VALUE_DIM
+    H, K, V = shape.heads, shape.key_dim, shape.value_dim
     qkv, gate, a, b = product(x, p["in_proj.weight"], shape).split([H * (2 * K + V), H * V, H, H], -1)
     q, k, v = convolve(qkv, p["conv.weight"]).split([H * K, H * K, H * V], -1)
     q, k = (unit(y.unflatten(-1, (H, K))).to(shape.low) for y in (q, k))
@@ -98,7 +105,8 @@ def level_scales(p: Weights, x: Tensor, shape: Shape) -> Tensor | None:
     if shape.offset is None:
         return None
     dl = product(x, p["level_scale.dl_proj.weight"], shape).unflatten(-1, p["level_scale.L"].shape[1:])
-    return F.softplus(p["level_scale.L"][:, None, None] * dl.float() + shape.offset).to(shape.low)
+    scales = F.softplus(p["level_scale.L"][:, None, None] * dl.float() + shape.offset).to(shape.low)
+    return scales[..., : shape.levels]
 
 
 def product(x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
@@ -134,14 +142,6 @@ def rows(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.flatten(0, 1) for x in tensors]
 
 
-def losses(h: Tensor, table: Tensor, queries: Tensor, answers: Tensor, shares: Tensor) -> Tensor:
-    """float32 ``[S]`` of hidden states ``[S, B, T, width]``, queries and answers ``[S, asked]`` and their shares ``[asked]``."""
-    h = h.flatten(1, 2)
-    logits = h.gather(1, queries.unsqueeze(-1).expand(-1, -1, h.shape[-1])) @ table.mT
-    each_one = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
-    return (each_one * shares).sum(1)
-
-
 @dataclass(eq=False)
 class Adam:
     """Weights of all copies in one matrix ``[S, P]``, and AdamW on it with a rate for each copy."""
@@ -164,43 +164,52 @@ class Adam:
 
 
 class Stack:
-    """S trainings of models of one shape, a step at a time.
+    """S models of one shape, and their optimizer.
 
     Args:
-        cells: they differ in seed and learning rate alone. build: makes the model of a cell.
-        compiled: whether the compiler fuses the pointwise work.
+        models: they differ in their weights alone.
+        rates: float32 ``[steps, S]``, the learning rate of each copy in each step.
+        low: dtype of products. compiled: whether the compiler fuses the pointwise work.
     """
 
-    def __init__(self, cells: Sequence[Cell], build: Callable[[Cell], Any], device: str, compiled: bool) -> None:
-        models = [build(cell) for cell in cells]
-        self.cells, self.shape = tuple(cells), Shape.of(cells[0], models[0])
+    def __init__(
+        self, models: Sequence[LogLinearForCausalLM], rates: Tensor, weight_decay: float, low: torch.dtype, compiled: bool
+    ) -> None:
+        self.shape, self.rates, self.copies, self.compiled = Shape.of(models[0], low), rates, len(models), compiled
         own = [dict(model.named_parameters()) for model in models]
         order = sorted(own[0], key=lambda name: own[0][name].numel() % ALIGNED > 0)  # the aligned ones first
         flat = torch.cat([torch.stack([one[name].detach() for one in own]).flatten(1) for name in order], 1)
-        flat = F.pad(flat, (0, -flat.shape[1] % ALIGNED)).to(device)
+        flat = F.pad(flat, (0, -flat.shape[1] % ALIGNED)).to(rates.device)
         self.weights: Weights = {}
-        decays, start = torch.zeros_like(flat[:1]), 0
+        self.parameters, decays = 0, torch.zeros_like(flat[:1])
         for name in order:
             p = own[0][name]
-            part = slice(start, start := start + p.numel())
-            self.weights[name] = flat[:, part].view(len(cells), *p.shape).requires_grad_()
+            part = slice(self.parameters, self.parameters + p.numel())
+            self.parameters += p.numel()
+            self.weights[name] = flat[:, part].view(self.copies, *p.shape).requires_grad_()
             if p.ndim > 1 and not getattr(p, "_no_weight_decay", False):
-                decays[:, part] = cells[0].recipe.weight_decay
+                decays[:, part] = weight_decay
         self.adam = Adam(flat, decays, torch.zeros_like(flat), torch.zeros_like(flat))
-        steps = range(cells[0].recipe.steps)
-        self.rates = torch.tensor([[learning_rate(cell, step) for cell in cells] for step in steps], device=device)
-        self.shares = answer_shares(cells[0]).to(device)
-        wrap = compiler() if compiled else lambda f: f
-        self.hidden, self.losses, self.update = wrap(hidden_states), wrap(losses), wrap(Adam.update)
+        self._hidden, self._update = self.wrap(hidden_states), self.wrap(Adam.update)
 
-    def step(self, tokens: Tensor, queries: Tensor, answers: Tensor, place: Tensor) -> Tensor:
-        """``[S]`` losses before the step. tokens: ``[S, B, T]``. place: int64 ``[1]``, steps done."""
-        h = self.hidden(self.weights, tokens, self.shape)
-        found = self.losses(h, self.weights["model.embed_tokens.weight"], queries, answers, self.shares)
-        grads = torch.autograd.grad(found.sum(), list(self.weights.values()))
+    def wrap(self, function: Callable) -> Callable:
+        """The function, compiled if the stack is."""
+        return compiler()(function) if self.compiled else function
+
+    @property
+    def table(self) -> Tensor:
+        """The embeddings ``[S, words, width]``, which are the output layers too."""
+        return self.weights["model.embed_tokens.weight"]
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """``hidden_states`` of tokens ``[S, B, T]``, for a step."""
+        return self._hidden(self.weights, tokens, self.shape)
+
+    def update(self, losses: Tensor, place: Tensor) -> None:
+        """A step of the optimizer on the losses ``[S]``. place: int64 ``[1]``, steps done."""
+        grads = torch.autograd.grad(losses.sum(), list(self.weights.values()))
         with torch.no_grad():
-            self.update(self.adam, grads, self.rates.index_select(0, place)[0], place)
-        return found.detach()
+            self._update(self.adam, grads, self.rates.index_select(0, place)[0], place)
 
 
 @cache

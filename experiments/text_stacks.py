@@ -1,0 +1,261 @@
+"""Language models with and without levels, eight seeds each, as stacks: do the levels lower the loss of text, and by how much?
+
+    python experiments/text_stacks.py DATA OUT [--seconds 400] [--known experiments/results/text_stacks.jsonl]
+
+DATA holds train.npy and valid.npy, uint16 token ids, and the offsets of their documents (``text_tokens.py``). The plan was written
+before its first row. Models of 1.2M parameters read 39M tokens in sequences of 8,192 from C files. Three rates and three seeds of their own choose a model's
+rate, on the first half of the validation files. Eight fresh seeds at that rate are what is reported, on the other half: by position, at
+the trained length and at four times it. A seed decides the weights and the order of the data, so models of one seed are pairs.
+Levels that no training sequence has are read in two ways: as they are, and as the last trained one. Then recipes: what the seeds of
+the linear models differ by. Rows go to OUT/text_stacks.jsonl, one for each copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loglinear.fenwick import num_levels
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.tasks.mqar.run import read_rows
+from stack_training import Steps
+from stacked import Stack, hidden_states
+
+WORDS, WIDTH, LAYERS, HEADS, KEYS, VALUES = 2048, 128, 4, 4, 32, 64
+CONTEXT, FAR, BATCH, STEPS, SWEEP_STEPS = 8192, 32768, 4, 1200, 300
+RATES, SWEEP_SEEDS, FRESH_SEEDS = (2e-3, 4e-3, 8e-3), (100, 101, 102), tuple(range(8))
+RANGES = 16  # of positions
+WARMUP, FLOOR, DECAY = 0.05, 0.0, 0.1
+PAIRS = ("mamba2", "gated_deltanet")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One training. seed: of the weights; order: of the data."""
+
+    mixer: str
+    start: str
+    rate: float
+    seed: int
+    order: int
+    steps: int = STEPS
+    warmup: float = WARMUP
+    floor: float = FLOOR
+    part: str = "fresh"
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to ``floor`` of the peak."""
+        warmup = max(1, round(self.warmup * self.steps))
+        if step < warmup:
+            return self.rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return self.rate * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def model(self) -> LogLinearForCausalLM:
+        torch.manual_seed(self.seed)
+        config = LogLinearConfig(
+            mixer=self.mixer,
+            vocab_size=WORDS,
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            intermediate_size=0,
+            max_position_embeddings=FAR,
+            mamba_num_heads=HEADS,
+            mamba_head_dim=VALUES,
+            mamba_state_size=KEYS,
+            delta_num_heads=HEADS,
+            delta_key_dim=KEYS,
+            delta_value_dim=VALUES,
+            initializer_range=WIDTH**-0.5,
+            level_scale_start="one" if self.start == "one" else "paper",
+            level_scale_std=None if self.start == "noise" else 0.006,
+            tie_word_embeddings=True,
+            use_cache=False,
+        )
+        model = LogLinearForCausalLM(config)
+        with torch.no_grad():
+            for block in model.model.layers:
+                block.mixer.out_proj.weight.mul_((2 * LAYERS) ** -0.5)
+        return model
+
+
+def arms() -> list[tuple[str, str]]:
+    """(mixer, start of λ) in the order in which they run."""
+    both = [arm for one in PAIRS for arm in ((one, ""), (f"log_linear_{one}", "one"))]
+    return [*both, *((f"log_linear_{one}", start) for start in ("paper", "noise") for one in PAIRS)]
+
+
+def sweep(mixer: str, start: str) -> list[Copy]:
+    return [Copy(mixer, start, rate, s, s, SWEEP_STEPS, part="sweep") for rate in RATES for s in SWEEP_SEEDS]
+
+
+def recipes(mixer: str, rate: float) -> list[Copy]:
+    """Twelve copies of a linear model: three weights and one order, one and three, and three seeds with other schedules."""
+    base = Copy(mixer, "", rate, 200, 200, part="recipe")
+    seeds = [replace(base, seed=200 + i, order=200 + i) for i in range(3)]
+    return [
+        *seeds,
+        *(replace(base, seed=200 + i, part="recipe: weights") for i in (1, 2)),
+        *(replace(base, order=200 + i, part="recipe: order") for i in (1, 2)),
+        *(replace(one, floor=0.1, part="recipe: floor 0.1") for one in seeds[:2]),
+        *(replace(one, warmup=0.2, part="recipe: warm-up 0.2") for one in seeds),
+    ]
+
+
+def stacks(rows: dict[Copy, dict]) -> Iterator[list[Copy]]:
+    """Stacks without rows, in the order of the plan."""
+    for mixer, start in arms():
+        if any(copy not in rows for copy in sweep(mixer, start)):
+            yield sweep(mixer, start)
+            return
+        found = [Copy(mixer, start, best_rate(mixer, start, rows), seed, seed) for seed in FRESH_SEEDS]
+        if any(copy not in rows for copy in found):
+            yield found
+            return
+    for mixer in PAIRS:
+        found = recipes(mixer, best_rate(mixer, "", rows))
+        if any(copy not in rows for copy in found):
+            yield found
+            return
+
+
+def best_rate(mixer: str, start: str, rows: dict[Copy, dict]) -> float:
+    """The rate with the least mean validation loss over sweep seeds."""
+
+    def loss(rate: float) -> float:
+        return fmean(rows[copy]["validation"] for copy in sweep(mixer, start) if copy.rate == rate)
+
+    return min(RATES, key=loss)
+
+
+class Text:
+    """Token ids on the device, and places where a sequence fits into a document."""
+
+    def __init__(self, data: Path, side: str, device: str) -> None:
+        ids = np.load(data / f"{side}.npy")
+        self.ids = torch.from_numpy(ids.astype(np.int16)).to(device)  # below 2,048
+        self.offsets = np.load(data / f"{side}_offsets.npy")
+
+    def starts(self, copy: Copy) -> np.ndarray:
+        """``[steps, BATCH]``: where the training sequences of a copy begin, by its order alone."""
+        room = np.maximum(np.diff(self.offsets) - CONTEXT - 1, 0)
+        rng = np.random.default_rng(copy.order)
+        documents = rng.choice(len(room), size=(copy.steps, BATCH), p=room / room.sum())
+        return self.offsets[documents] + (rng.random(documents.shape) * room[documents]).astype(np.int64)
+
+    def whole(self, length: int, half: int) -> Tensor:
+        """int64 ``[n, length + 1]``: sequences one behind the other in each second document."""
+        spans = list(zip(self.offsets[:-1], self.offsets[1:]))[half::2]
+        first = [place for start, stop in spans for place in range(start, stop - length, length)]
+        return torch.stack([self.ids[place : place + length + 1].long() for place in first])
+
+
+def token_losses(h: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """float32 ``[S, B, T]`` of hidden states and the tokens that come next."""
+    logits = (h.flatten(1, 2).to(torch.bfloat16) @ table.to(torch.bfloat16).mT).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def mean_losses(h: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    return token_losses(h, table, targets).mean((1, 2))
+
+
+class Training:
+    """A stack of language models; a step finds its sequences by its number."""
+
+    def __init__(self, copies: list[Copy], text: Text, device: str, compiled: bool) -> None:
+        rates = torch.tensor([[copy.rate_at(step) for copy in copies] for step in range(copies[0].steps)], device=device)
+        low = torch.bfloat16 if device == "cuda" else torch.float32
+        self.stack, self.text = Stack([copy.model() for copy in copies], rates, DECAY, low, compiled), text
+        self.losses = self.stack.wrap(mean_losses)
+        starts = np.stack([text.starts(copy) for copy in copies], 1)
+        self.starts = torch.from_numpy(starts).to(device)
+        self.range = torch.arange(CONTEXT + 1, device=device)
+
+    def step(self, place: Tensor) -> Tensor:
+        first = self.starts.index_select(0, place)[0]
+        ids = self.text.ids[(first.unsqueeze(-1) + self.range).flatten()].long().view(*first.shape, -1)
+        found = self.losses(self.stack.hidden(ids[..., :-1]), self.stack.table, ids[..., 1:])
+        self.stack.update(found, place)
+        return found.detach()
+
+
+@torch.no_grad()
+def evaluate(stack: Stack, sequences: Tensor, levels: int | None) -> Tensor:
+    """float64 ``[S, RANGES]``: mean losses by range of positions. levels: how many λ are read."""
+    shape, sums = replace(stack.shape, levels=levels), 0.0
+    for ids in sequences:
+        row = ids.expand(stack.copies, 1, -1)
+        h = hidden_states(stack.weights, row[..., :-1], shape)
+        sums = sums + token_losses(h, stack.table, row[..., 1:]).double().view(stack.copies, RANGES, -1).mean(-1)
+    assert isinstance(sums, Tensor)
+    return sums / len(sequences)
+
+
+def train(copies: list[Copy], text: Text, valid: Text, device: str, compiled: bool) -> list[dict]:
+    """A row for each copy."""
+    began = time.perf_counter()
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    with torch.cuda.stream(stream):
+        training = Training(copies, text, device, compiled)
+        steps = Steps(training.step, training.stack, stream)
+        losses = [steps.run(count) for count in [32] * (copies[0].steps // 32) + [copies[0].steps % 32] if count]
+        stack, fresh, trained = training.stack, copies[0].part != "sweep", num_levels(CONTEXT)
+        final = torch.cat(losses)[-50:].mean(0).tolist()
+        found = {"validation": evaluate(stack, valid.whole(CONTEXT, 0)[: None if fresh else 48], trained)}
+        if fresh:
+            found["test"] = evaluate(stack, valid.whole(CONTEXT, 1), trained)
+            found["far"] = evaluate(stack, valid.whole(FAR, 1), trained)
+            if stack.shape.offset is not None:
+                found["far_as_they_are"] = evaluate(stack, valid.whole(FAR, 1), None)
+        rows = [{name: x[i].tolist() for name, x in found.items()} for i in range(len(copies))]
+    seconds = round(time.perf_counter() - began, 1)
+    common = {"parameters": stack.parameters, "torch": torch.__version__, "stacked": len(copies), "seconds": seconds}
+    common["device"] = torch.cuda.get_device_name() if stream else "CPU"
+    return [
+        {**row, "validation": fmean(row["validation"]), "final_loss": final[i], **common} for i, row in enumerate(rows)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=400.0, help="no stack begins that may not end in them")
+    parser.add_argument("--known", type=Path, nargs="*", default=[], help="files with rows of earlier calls")
+    parser.add_argument("--stacks", type=int, default=1000, help="no more than so many")
+    options = parser.parse_args()
+    until = time.monotonic() + options.seconds
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "text_stacks.jsonl"
+    rows = {Copy(**row["copy"]): row for file in (*options.known, path) for row in read_rows(file)}
+    text, valid = Text(options.data, "train", device), Text(options.data, "valid", device)
+    speed = 0.0  # seconds a step
+    for _ in range(options.stacks):
+        copies = next(stacks(rows), None)
+        if copies is None or time.monotonic() + speed * copies[0].steps > until:
+            break
+        began = time.monotonic()
+        found = [{"copy": asdict(copy), **row} for copy, row in zip(copies, train(copies, text, valid, device, device == "cuda"))]
+        speed = (time.monotonic() - began) / copies[0].steps
+        rows.update(zip(copies, found))
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
+        losses = ", ".join(f"{row['validation']:.4f}" for row in found)
+        print(f"{copies[0].mixer} {copies[0].start} {copies[0].part}: {found[0]['seconds']} s, validation {losses}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
