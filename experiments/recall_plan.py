@@ -1,8 +1,9 @@
 """The plan of the recall grid: arms in the order in which they run. It was written before any of its rows.
 
-An arm is a model on a kind of recall at a width. A stack of three rates and three seeds of their own chooses the arm's rate, by
-sequences held out for it. A stack of nine fresh seeds at that rate is what is reported. Arms of one kind and width share the seeds,
-and so the same sequences in the same order. GPU time comes in minutes, so each phase is whole by itself: sweeps, then fresh seeds.
+An arm is a model on a kind of recall at a width. A stack of three rates and three seeds of their own chooses the arm's rate,
+by sequences held out for it. A stack of nine fresh seeds at that rate is what is reported. Arms of one kind and width share
+the seeds, and so the same sequences in the same order. GPU time comes in minutes, so each phase is whole by itself: sweeps,
+then fresh seeds.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def lines(rows: dict[Cell, dict]) -> Iterator[str]:
 def shares(arm: Arm, rows: dict[Cell, dict]) -> dict[int, list[float]]:
     """Share recalled by number of pairs, for each fresh seed that has a row."""
     rate = best_rate(arm, rows)
-    cells = {seed: arm.cell(rate, seed) for seed in FRESH_SEEDS}
+    cells = {} if rate is None else {seed: arm.cell(rate, seed) for seed in FRESH_SEEDS}
     return {seed: list(rows[cell]["test"].values()) for seed, cell in cells.items() if cell in rows}
 
 

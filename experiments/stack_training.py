@@ -99,7 +99,9 @@ class RecallStack:
 
     def __init__(self, cells: Sequence[Cell], build: Callable[[Cell], Any], device: str, compiled: bool) -> None:
         recipe = cells[0].recipe
-        rates = torch.tensor([[learning_rate(cell, step) for cell in cells] for step in range(recipe.steps)], device=device)
+        rates = torch.tensor(
+            [[learning_rate(cell, step) for cell in cells] for step in range(recipe.steps)], device=device
+        )
         low = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
         self.stack = Stack([build(cell) for cell in cells], rates, recipe.weight_decay, low, compiled)
         self.shares, self.losses = answer_shares(cells[0]).to(device), self.stack.wrap(recall_losses)
@@ -112,7 +114,7 @@ class RecallStack:
 
 
 def recall_losses(h: Tensor, table: Tensor, queries: Tensor, answers: Tensor, shares: Tensor) -> Tensor:
-    """float32 ``[S]`` of hidden states ``[S, B, T, width]``, queries and answers ``[S, asked]`` and their shares ``[asked]``."""
+    """float32 ``[S]`` of hidden states ``[S, B, T, width]``, queries and answers ``[S, asked]``, shares ``[asked]``."""
     h = h.flatten(1, 2)
     logits = h.gather(1, queries.unsqueeze(-1).expand(-1, -1, h.shape[-1])) @ table.mT
     each_one = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="none").view_as(answers)
@@ -124,7 +126,7 @@ def blocks(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tokens ``[steps, S, B, T]``, queries and answers ``[steps, S, asked]`` of each block of steps after ``done``.
 
-    Cells of one seed have the same sequences. The sequences follow from the first seed and the number of seeds, so stacks of the same
+    Cells of one seed have the same sequences. These follow from the first seed and the number of seeds, so stacks of the same
     seeds have the same.
     """
     cell = cells[0]

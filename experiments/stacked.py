@@ -1,8 +1,8 @@
 """Small models of one shape as one: every weight has a leading axis of S copies, and a step trains all of them.
 
-A model of width 32 waits for launches. S copies launch as often as one and compute S times as much. The copies
-have learning rates, gradient norms and weight decay of their own, so they are S separate trainings. The forward pass is the library's, for
-Mamba-2, Gated DeltaNet and their log-linear forms, written for weights ``[S, ...]`` and activations ``[S, B, T, ...]``;
+A model of width 32 waits for launches. S copies launch as often as one and compute S times as much. The copies have learning
+rates and gradient norms of their own, so they are S separate trainings. The forward pass is the library's, for Mamba-2, Gated
+DeltaNet and their log-linear forms, written for weights ``[S, ...]`` and activations ``[S, B, T, ...]``;
 ``tests/experiments/test_stacked.py`` compares it with the library's models. Its pointwise work is for the compiler.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,11 @@ class Shape:
         known = delta or (isinstance(mixer, LogLinearMamba2) and mixer.num_groups == 1)
         if not known or config.intermediate_size or not config.tie_word_embeddings:
             raise ValueError(f"model must be Mamba-2 or Gated DeltaNet, tied and without MLPs: got {config.mixer}")
-        sizes = (config.delta_key_dim, config.delta_value_dim) if delta else (config.mamba_state_size, config.mamba_head_dim)
+        sizes = (
+            (config.delta_key_dim, config.delta_value_dim)
+            if delta
+            else (config.mamba_state_size, config.mamba_head_dim)
+        )
         offset = None if mixer.level_scale is None else mixer.level_scale.offset
         return Shape(delta, config.num_hidden_layers, mixer.num_heads, *sizes, low, offset)
 
@@ -81,7 +86,7 @@ def decay_mixer(p: Weights, x: Tensor, shape: Shape) -> Tensor:
     v = (skip * dt.unsqueeze(-1)).to(shape.low)
     g = -torch.exp(each(p["A_log"])) * dt
     q, k = q.unsqueeze(-2), k.unsqueeze(-2)
-    y, _ = log_linear_attention(*rows(q, k, v, g), rows(level_scales(p, x, shape))[0])
+    y, _ = log_linear_attention(*rows(q, k, v, g, level_scales(p, x, shape)))
     y = y.unflatten(0, x.shape[:2]).float() + skip.float() * each(p["D"]).unsqueeze(-1)
     y = y.flatten(-2) * F.silu(z.float())
     return product(rms_norm(y, p["norm.weight"]), p["out_proj.weight"], shape)
@@ -137,7 +142,7 @@ def each(x: Tensor) -> Tensor:
     return x[:, None, None]
 
 
-def rows(*tensors: Tensor | None) -> list[Tensor | None]:
+def rows(*tensors: Tensor | None) -> list[Any]:
     """``[S, B, ...]`` as ``[S · B, ...]``."""
     return [None if x is None else x.flatten(0, 1) for x in tensors]
 
@@ -173,7 +178,12 @@ class Stack:
     """
 
     def __init__(
-        self, models: Sequence[LogLinearForCausalLM], rates: Tensor, weight_decay: float, low: torch.dtype, compiled: bool
+        self,
+        models: Sequence[LogLinearForCausalLM],
+        rates: Tensor,
+        weight_decay: float,
+        low: torch.dtype,
+        compiled: bool,
     ) -> None:
         self.shape, self.rates, self.copies, self.compiled = Shape.of(models[0], low), rates, len(models), compiled
         own = [dict(model.named_parameters()) for model in models]

@@ -2,12 +2,13 @@
 
     python experiments/text_stacks.py DATA OUT [--seconds 400] [--known experiments/results/text_stacks.jsonl]
 
-DATA holds train.npy and valid.npy, uint16 token ids, and the offsets of their documents (``text_tokens.py``). The plan was written
-before its first row. Models of 1.2M parameters read 39M tokens in sequences of 8,192 from C files. Three rates and three seeds of their own choose a model's
-rate, on the first half of the validation files. Eight fresh seeds at that rate are what is reported, on the other half: by position, at
-the trained length and at four times it. A seed decides the weights and the order of the data, so models of one seed are pairs.
-Levels that no training sequence has are read in two ways: as they are, and as the last trained one. Then recipes: what the seeds of
-the linear models differ by. Rows go to OUT/text_stacks.jsonl, one for each copy.
+DATA holds train.npy and valid.npy, uint16 token ids, and the offsets of their documents (``text_tokens.py``). The plan was
+written before its first row. Models of about a million parameters read 39M tokens of C files in sequences of 8,192. Three rates
+and three seeds of their own choose a model's rate, on the first half of the validation files. Eight fresh seeds at that rate
+are what is reported, on the other half: by position, at the trained length and at four times it. A seed decides the weights
+and the order of the data, so models of one seed are pairs. Levels that no training sequence has are read in two ways: as they
+are, and as the last trained one. Then recipes: what the seeds of the linear models differ by. Rows go to
+OUT/text_stacks.jsonl, one for each copy.
 """
 
 from __future__ import annotations
@@ -175,7 +176,9 @@ class Training:
     """A stack of language models; a step finds its sequences by its number."""
 
     def __init__(self, copies: list[Copy], text: Text, device: str, compiled: bool) -> None:
-        rates = torch.tensor([[copy.rate_at(step) for copy in copies] for step in range(copies[0].steps)], device=device)
+        rates = torch.tensor(
+            [[copy.rate_at(step) for copy in copies] for step in range(copies[0].steps)], device=device
+        )
         low = torch.bfloat16 if device == "cuda" else torch.float32
         self.stack, self.text = Stack([copy.model() for copy in copies], rates, DECAY, low, compiled), text
         self.losses = self.stack.wrap(mean_losses)
@@ -194,12 +197,12 @@ class Training:
 @torch.no_grad()
 def evaluate(stack: Stack, sequences: Tensor, levels: int | None) -> Tensor:
     """float64 ``[S, RANGES]``: mean losses by range of positions. levels: how many λ are read."""
-    shape, sums = replace(stack.shape, levels=levels), 0.0
+    shape = replace(stack.shape, levels=levels)
+    sums = torch.zeros(stack.copies, RANGES, dtype=torch.float64, device=sequences.device)
     for ids in sequences:
         row = ids.expand(stack.copies, 1, -1)
         h = hidden_states(stack.weights, row[..., :-1], shape)
-        sums = sums + token_losses(h, stack.table, row[..., 1:]).double().view(stack.copies, RANGES, -1).mean(-1)
-    assert isinstance(sums, Tensor)
+        sums += token_losses(h, stack.table, row[..., 1:]).double().view(stack.copies, RANGES, -1).mean(-1)
     return sums / len(sequences)
 
 
@@ -248,13 +251,19 @@ def main() -> None:
         if copies is None or time.monotonic() + speed * copies[0].steps > until:
             break
         began = time.monotonic()
-        found = [{"copy": asdict(copy), **row} for copy, row in zip(copies, train(copies, text, valid, device, device == "cuda"))]
+        found = [
+            {"copy": asdict(copy), **row}
+            for copy, row in zip(copies, train(copies, text, valid, device, device == "cuda"))
+        ]
         speed = (time.monotonic() - began) / copies[0].steps
         rows.update(zip(copies, found))
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
         losses = ", ".join(f"{row['validation']:.4f}" for row in found)
-        print(f"{copies[0].mixer} {copies[0].start} {copies[0].part}: {found[0]['seconds']} s, validation {losses}", flush=True)
+        print(
+            f"{copies[0].mixer} {copies[0].start} {copies[0].part}: {found[0]['seconds']} s, validation {losses}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
