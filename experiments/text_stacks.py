@@ -30,6 +30,7 @@ from torch import Tensor
 from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.tasks.mqar.run import read_rows
+from stack_needles import Needles, tune_and_test
 from stack_training import Steps
 from stacked import Stack, hidden_states
 
@@ -206,7 +207,9 @@ def evaluate(stack: Stack, sequences: Tensor, levels: int | None) -> Tensor:
     return sums / len(sequences)
 
 
-def train(copies: list[Copy], text: Text, valid: Text, device: str, compiled: bool) -> list[dict]:
+def train(
+    copies: list[Copy], text: Text, valid: Text, needles: Needles | None, device: str, compiled: bool
+) -> list[dict]:
     """A row for each copy."""
     began = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
@@ -222,7 +225,10 @@ def train(copies: list[Copy], text: Text, valid: Text, device: str, compiled: bo
             found["far"] = evaluate(stack, valid.whole(FAR, 1), trained)
             if stack.shape.offset is not None:
                 found["far_as_they_are"] = evaluate(stack, valid.whole(FAR, 1), None)
-        rows = [{name: x[i].tolist() for name, x in found.items()} for i in range(len(copies))]
+        rows: list[dict] = [{name: x[i].tolist() for name, x in found.items()} for i in range(len(copies))]
+        if needles is not None and copies[0].part == "fresh":
+            for row, tested in zip(rows, tune_and_test(stack, needles, stream, CONTEXT)):
+                row.update(tested)
     seconds = round(time.perf_counter() - began, 1)
     common = {"parameters": stack.parameters, "torch": torch.__version__, "stacked": len(copies), "seconds": seconds}
     common["device"] = torch.cuda.get_device_name() if stream else "CPU"
@@ -237,6 +243,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=400.0, help="no stack begins that may not end in them")
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="files with rows of earlier calls")
+    parser.add_argument("--needles", action="store_true", help="tune fresh seeds on needles, and test them")
     parser.add_argument("--stacks", type=int, default=1000, help="no more than so many")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
@@ -244,6 +251,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "text_stacks.jsonl"
     rows = {Copy(**row["copy"]): row for file in (*options.known, path) for row in read_rows(file)}
+    needles = Needles(options.data) if options.needles else None
     text, valid = Text(options.data, "train", device), Text(options.data, "valid", device)
     speed = 0.0  # seconds a step
     for _ in range(options.stacks):
@@ -253,7 +261,7 @@ def main() -> None:
         began = time.monotonic()
         found = [
             {"copy": asdict(copy), **row}
-            for copy, row in zip(copies, train(copies, text, valid, device, device == "cuda"))
+            for copy, row in zip(copies, train(copies, text, valid, needles, device, device == "cuda"))
         ]
         speed = (time.monotonic() - began) / copies[0].steps
         rows.update(zip(copies, found))
