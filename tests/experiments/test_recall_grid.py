@@ -11,9 +11,9 @@ import torch
 import recall_plan
 from bucket_weights import BucketWeights, see_buckets
 from loglinear.tasks.mqar.config import VALUE_DIM, Cell, Recipe
-from loglinear.tasks.mqar.train import BATCHES_AT_ONCE, build_model, train_cell
-from recall_grid import build, work
-from recall_plan import FRESH_SEEDS, PRIOR_RATE, RATES, SWEEP_SEEDS, Arm, best_rate, cell_of, phases, wanted
+from loglinear.tasks.mqar.train import BATCHES_AT_ONCE, build_model
+from recall_grid import work
+from recall_plan import FRESH_SEEDS, RATES, Arm, best_rate, cell_of, fresh, phases, sweep, wanted
 from recall_report import lines
 
 pytestmark = pytest.mark.default_packages
@@ -27,6 +27,7 @@ RECIPE = Recipe(
     weight_decay=0.1,
     held_out=4,
     equal_shares=True,
+    tied=True,
 )
 CELL = Cell("Log-Linear Mamba-2", 16, 4, 64, (4, 8), 0.01, 0, RECIPE, "end", "one")
 
@@ -37,7 +38,7 @@ def test_a_probe_starts_as_the_log_linear_model_and_a_norm_does_not(model):
     ids = torch.randint(32, (2, 64), generator=torch.Generator().manual_seed(0))
     plain, probe, norm = (
         build_model(cell),
-        *(build(replace(cell, model=f"{model}, {rule}")) for rule in ("probe", "norm")),
+        *(see_buckets(build_model(cell), rule, VALUE_DIM) for rule in ("probe", "norm")),
     )
     for one in (plain, probe, norm):
         one.model.layers[0].mixer.level_scale.dl_proj.weight.data.mul_(50)  # λ far from 1
@@ -71,13 +72,13 @@ def test_the_plan_has_each_arm_once_and_fresh_seeds_go_to_the_rate_that_a_sweep_
     arms = [arm for phase in phases() for arm in phase]
     assert len(set(arms)) == len(arms)
     first = arms[0]
-    cells = list(wanted({}))
-    assert len(cells) == len(set(cells)) == len(arms) * (len(FRESH_SEEDS) + len(RATES) * len(SWEEP_SEEDS))
-    assert cells[: len(phases()[0])] == [arm.cell(PRIOR_RATE, FRESH_SEEDS[0]) for arm in phases()[0]], "pairs first"
-    rows = {cell: {"validation": {"32": cell.learning_rate}, "final_loss": 1.0} for cell in recall_plan.sweep(first)}
-    assert best_rate(first, rows) == max(RATES) != PRIOR_RATE
-    assert next(wanted(rows)) == first.cell(max(RATES), FRESH_SEEDS[0])
-    assert cell_of(cells[0].identity()) == cells[0]
+    stacks = list(wanted({}))
+    assert stacks == [sweep(arm) for arm in arms]
+    rows = {cell: {"validation": {"32": cell.learning_rate}, "final_loss": 1.0} for cell in sweep(first)}
+    assert best_rate(first, rows) == max(RATES)
+    later = list(wanted(rows))
+    assert later[len(phases()[0]) - 1] == fresh(first, max(RATES)), "behind the sweeps of its phase"
+    assert cell_of(stacks[0][0].identity()) == stacks[0][0]
 
 
 def test_differences_are_those_of_pairs():
@@ -88,11 +89,11 @@ def test_differences_are_those_of_pairs():
             value = 0.2 + 0.01 * cell.seed + gain
             rows[cell] = {"validation": {"32": value}, "final_loss": cell.learning_rate, "test": {"32": value}}
     text = list(lines(rows))
-    assert text[-1] == "    minus any, width 32, Mamba-2: 10.0 ± 0.0 points, ahead with 8 of 8"
+    assert text[-1] == "    minus any, width 32, Mamba-2: 10.0 ± 0.0 points, ahead with 9 of 9"
 
 
-def test_a_cell_that_was_stopped_goes_on_to_the_row_of_one_that_was_not(tmp_path):
-    """A worker that is told to stop after one block leaves its state; the next one has the same row as a whole run."""
+def test_a_stack_that_was_stopped_goes_on_to_the_rows_of_one_that_was_not(tmp_path):
+    """A worker that is told to stop after one block leaves its state; the next one has the same rows as a whole run."""
 
     class Stop:
         def __init__(self, looks: float) -> None:
@@ -102,12 +103,15 @@ def test_a_cell_that_was_stopped_goes_on_to_the_row_of_one_that_was_not(tmp_path
             self.looks -= 1
             return self.looks < 0
 
-    results: SimpleQueue = SimpleQueue()
-    for looks, rows in ((2, 0), (10, 1)):
-        cells: SimpleQueue = SimpleQueue()
-        cells.put(CELL)
-        work("cpu", 1, tmp_path / "unfinished", cells, results, Stop(looks))
-        assert results.qsize() == rows
-        assert len(list((tmp_path / "unfinished").iterdir())) == 1 - rows
-    _, row = results.get()
-    assert row | {"seconds": 0} == train_cell(CELL) | {"seconds": 0}
+    found = {}
+    stack = (CELL, replace(CELL, seed=1))
+    for name, halves in (("halves", ((2, 0), (4, 1))), ("whole", ((4, 1),))):
+        results: SimpleQueue = SimpleQueue()
+        for looks, rows in halves:
+            stacks: SimpleQueue = SimpleQueue()
+            stacks.put(stack)
+            work("cpu", 1, tmp_path / name, stacks, results, Stop(looks))
+            assert results.qsize() == rows
+            assert len(list((tmp_path / name).iterdir())) == 1 - rows
+        found[name] = [row | {"seconds": 0} for _, row in results.get()]
+    assert found["halves"] == found["whole"]
