@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from reporting import associative, language, needles, recall
+from reporting import associative, language, levels, needles, recall
 from reporting.rows import RESULTS, read
 from reporting.text import MISSING, Section, table
 
 DOCS = Path(__file__).parents[1] / "docs"
 
-HEAD = """# Results
+TITLE = "# Results"
+REQUIRED = "These thresholds were set before the runs above. They are ours, not the paper's."
+HEAD = """## Larger models
 
-This page compares softmax attention, two linear models, and their log-linear twins at equal width, data and steps. The tasks
+This part compares softmax attention, two linear models, and their log-linear twins at equal width, data and steps. The tasks
 are multi-query associative recall, language modelling on C files, recall in that text, and needle in a haystack. The command
 `python experiments/report.py` makes the page from the rows in `experiments/results`. Only the paragraphs under "Reading" are
 written by hand (`docs/results_notes.md`).
@@ -41,22 +44,28 @@ def sections(results: Path = RESULTS) -> list[Section]:
     ]
 
 
-def page(made: list[Section], notes: dict[str, str]) -> str:
-    """The text of docs/results.md. Raises ValueError for notes that belong to no section."""
+def opening(results: Path = RESULTS) -> list[str]:
+    """The lines that the page opens with: what levels add, and when to use them."""
+    return levels.opening(read("recall", results), read("text_stacks", results))
+
+
+def page(made: list[Section], notes: dict[str, str], first: Sequence[str] = ()) -> str:
+    """The text of docs/results.md, which opens with ``first``. Raises ValueError for notes that belong to no section."""
     unknown = set(notes) - {section.notes for section in made}
     if unknown:
         raise ValueError(f"results_notes.md: no section {sorted(unknown)}, only {[section.notes for section in made]}")
     verdicts = [verdict for section in made for verdict in section.verdicts]
-    shown = [[v.requirement, v.result if v.result == "met" else f"**{v.result}**", v.numbers] for v in verdicts]
-    lines = [*HEAD.splitlines(), "", "## What was required", ""]
-    run = [verdict for verdict in verdicts if verdict.result != MISSING]
-    met = sum(verdict.result == "met" for verdict in run)
-    lines += [f"{met} of {len(verdicts)} met, {len(verdicts) - len(run)} not run.", ""]
-    lines += [*table(["requirement", "result", "numbers"], shown, words=3), ""]
+    lines = [TITLE, "", *first, *HEAD.splitlines(), ""]
     for section in made:
         lines += [f"## {section.title}", "", section.claim, "", *section.lines]
         if notes.get(section.notes):
             lines += ["### Reading", "", *notes[section.notes].splitlines(), ""]
+    shown = [[v.requirement, v.result, v.numbers] for v in verdicts]
+    run = [verdict for verdict in verdicts if verdict.result != MISSING]
+    met = sum(verdict.result == "met" for verdict in run)
+    lines += ["## What was required", "", REQUIRED, ""]
+    lines += [f"{met} of {len(verdicts)} met, {len(verdicts) - len(run)} not run.", ""]
+    lines += [*table(["requirement", "result", "numbers"], shown, words=3), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -75,7 +84,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of results.md, results_notes.md and figures/")
     options = parser.parse_args()
-    text = page(sections(options.results), read_notes(options.docs / "results_notes.md"))
+    notes = read_notes(options.docs / "results_notes.md")
+    text = page(sections(options.results), notes, opening(options.results))
     options.docs.mkdir(parents=True, exist_ok=True)
     (options.docs / "results.md").write_text(text, encoding="utf-8")
     print(options.docs / "results.md")

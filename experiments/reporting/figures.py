@@ -15,7 +15,7 @@ from loglinear.tasks.mqar.figure import draw_accuracy
 from loglinear.tasks.mqar.report import Result
 from loglinear.tasks.niah.figure import draw_heatmaps
 from loglinear.tasks.style import COLORS, FAINT, canvas, label_ends, save, styled, token_axis, tokens
-from reporting import associative, needles, recall
+from reporting import associative, levels, needles, recall
 from reporting.language import FAR, Runs, differences_by_seed, keys
 from reporting.rows import LABELS, PAIRS, SOFTMAX, read, seeds_of
 from reporting.statistics import (
@@ -30,7 +30,15 @@ from reporting.text import signed
 
 SHOWN_TOKENS = 1000  # fewer repeats at a distance are in the tables only: noise that would hide the rest
 LINEAR, LOG_LINEAR = ([pair[i] for pair in PAIRS] for i in (0, 1))
-NAMES = ("mqar*", "niah_*", "loss_by_position*", "repeats", "retrieval", "levels")  # of figures drawn here
+NAMES = (
+    "mqar*",
+    "niah_*",
+    "loss_by_position*",
+    "repeats",
+    "retrieval",
+    "levels",
+    "levels_add",
+)  # of figures drawn here
 
 
 def draw_all(results: Path, folder: Path) -> Iterator[Path]:
@@ -38,7 +46,9 @@ def draw_all(results: Path, folder: Path) -> Iterator[Path]:
     rows = {name: read(name, results) for name in ("lm", "niah", "mqar")}
     runs = seeds_of(rows["lm"])
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [*_associative(rows["mqar"], folder), *_language(runs, folder), *_recall(runs, folder)]
+    found = levels.gains(read("recall", results), read("text_stacks", results))
+    opening = levels.draw(found, folder / "levels_add") if found else []
+    drawn = [*opening, *_associative(rows["mqar"], folder), *_language(runs, folder), *_recall(runs, folder)]
     tuned = needles.tuned_context(rows["lm"])
     for mixer, by_name in needles.heatmap_rows(rows["niah"]).items():
         if len(by_name) == 1:

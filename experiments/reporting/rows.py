@@ -20,6 +20,8 @@ IDENTITY = {
     "niah": ("name", "kind", "context", "depth"),
     "tunes": ("name", "steps", "tune_seed"),
     "mqar": ("cell",),
+    "recall": ("cell",),
+    "text_stacks": ("copy",),
 }
 DIGITS = 6  # significant ones kept: a hundredth of any standard error here
 

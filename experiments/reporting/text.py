@@ -13,7 +13,7 @@ MISSING = "not run"  # in a table
 
 @dataclass(frozen=True)
 class Verdict:
-    """One requirement and what the rows say: met, not met, met within the noise, or not run."""
+    """One requirement and what the rows say: met, not met, no clear difference, or not run."""
 
     requirement: str
     result: str
@@ -69,7 +69,7 @@ def below(requirement: str, by_seed: dict[int, Difference]) -> Verdict:
     if mean >= 0:
         result = "not met"
     else:
-        result = "met" if outcome(list(by_seed.values())) < 0 else "met, within the noise"
+        result = "met" if outcome(list(by_seed.values())) < 0 else "no clear difference"
     numbers = ", ".join(f"{difference(d)} (seed {seed})" for seed, d in by_seed.items())
     return Verdict(requirement, result, f"{numbers} nats")
 

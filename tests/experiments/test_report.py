@@ -108,7 +108,7 @@ def test_a_difference_in_one_seed_only_is_noise(made, tmp_path):
     made({"level": -0.02, "repeats": 1.0})
     write_run(tmp_path / "out", "log_linear_mamba2-s1", level=0.0001, repeats=1.0)
     list(collect(tmp_path / "out", tmp_path / "results", "abc", tmp_path / "out" / "mqar"))
-    assert results_of(language.section(read("lm", tmp_path / "results")))[0] == "met, within the noise"
+    assert results_of(language.section(read("lm", tmp_path / "results")))[0] == "no clear difference"
 
 
 def test_the_table_of_models_and_costs(made, tmp_path):
@@ -359,7 +359,7 @@ def test_the_committed_page_is_what_the_committed_rows_give():
     if not any((RESULTS / f"{name}.jsonl").exists() for name in ("lm", "niah", "mqar")):
         assert not (docs / "results.md").exists()
         return
-    text = report.page(report.sections(), report.read_notes(docs / "results_notes.md"))
+    text = report.page(report.sections(), report.read_notes(docs / "results_notes.md"), report.opening())
     assert (docs / "results.md").read_text(encoding="utf-8") == text
     assert {name for name in re.findall(r"\((figures/\w+\.svg)\)", text) if not (docs / name).exists()} == set()
     assert sum(path.stat().st_size for path in RESULTS.iterdir()) < 3 * 2**20

@@ -20,6 +20,15 @@ RECIPE = Recipe(3, 192, 32, 1, 0, 0.1, 0.1, 4, equal_shares=True, tied=True)
 MODELS = ("Mamba-2", "Log-Linear Mamba-2", "Gated DeltaNet", "Log-Linear Gated DeltaNet")
 
 
+def last(turns):
+    """What a generator returns."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            return end.value
+
+
 def cells(model, **changes):
     start = "one" if model == "Log-Linear Mamba-2" else "noise"
     one = Cell(model, 16, 4, 32, (2, 4), 0.01, 0, RECIPE, "any", start)
@@ -51,11 +60,7 @@ def test_copies_of_one_seed_have_the_same_sequences_and_rows_come_for_each_copy(
     assert torch.equal(tokens[:, 0], tokens[:, 1])
     assert not torch.equal(tokens[:, 0], tokens[:, 2])
     assert tokens.shape[:2] == queries.shape[:2] == (3, 3)
-    turns = stack_training(three)
-    with pytest.raises(StopIteration) as end:
-        while True:
-            next(turns)
-    rows = end.value.value
+    rows = last(stack_training(three))
     assert len({row["final_loss"] for row in rows}) == len(rows) == 3
     assert sum(right + asked > 0 for level in rows[0]["test_by_level"].values() for right, asked in level) > 2
 
