@@ -10,17 +10,15 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import re
-import tarfile
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-MIRROR = "https://deb.debian.org/debian/pool/main"
+from debian import fetch, files
+
 PACKAGES = {
     "r/ragout/ragout-examples_2.3-4_all.deb": "cbe6d0dd8b0e36ef2c93c9b9655955f42019dcd9e9b77388ee58ee54d50bd140",
     "s/sibelia/sibelia-examples_3.0.7+dfsg-3_all.deb": "ed55a9283215883a68a97db2a0bafbe66469dc7c04efcdd058f5fdd8bf3f552d",
@@ -47,40 +45,10 @@ def main() -> None:
     write(chromosomes(file for package in packages for file in fasta_files(package)), options.out, options.held_out)
 
 
-def fetch(name: str, digest: str, folder: Path) -> bytes:
-    """A package, from the folder or the mirror. Raises ValueError if its SHA-256 is another."""
-    path = folder / name.rpartition("/")[2]
-    if not path.exists():
-        with urllib.request.urlopen(f"{MIRROR}/{name.replace('+', '%2B')}") as response:
-            content = response.read()
-        check(content, digest, path)
-        path.write_bytes(content)
-    content = path.read_bytes()
-    check(content, digest, path)
-    return content
-
-
-def check(content: bytes, digest: str, path: Path) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != digest:
-        raise ValueError(f"{path.name} must have the SHA-256 {digest}: got {found}")
-
-
 def fasta_files(package: bytes) -> Iterator[tuple[str, bytes]]:
-    """(path, text) of the FASTA files in a Debian package, which is an ar archive with a tar archive in it."""
-    position = 8  # behind "!<arch>\n"
-    while position < len(package):
-        header = package[position : position + 60]
-        name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
-        if name.startswith("data.tar"):
-            member = package[position + 60 : position + 60 + size]
-            with tarfile.open(fileobj=io.BytesIO(member)) as archive:
-                for entry in sorted(archive.getmembers(), key=lambda entry: entry.name):
-                    file = archive.extractfile(entry) if entry.isfile() and NAMES.search(entry.name) else None
-                    if file is not None:
-                        opener = lzma.decompress if entry.name.endswith(".xz") else gzip.decompress
-                        yield entry.name, opener(file.read())
-        position += 60 + size + size % 2
+    """(path, text) of the FASTA files in a Debian package."""
+    for path, content in files(package, NAMES):
+        yield path, (lzma.decompress if path.endswith(".xz") else gzip.decompress)(content)
 
 
 def chromosomes(files: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, str, bytes]]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import debian
 import genome
 import genomes
 from long_filter import LongFilter
@@ -99,7 +100,7 @@ def test_chromosomes_come_out_of_a_package_once_and_its_hash_is_checked(monkeypa
     assert gzip.decompress((tmp_path / "held_out.fna.gz").read_bytes()) == b">one\nACGTACGT\n"
     (tmp_path / "p.deb").write_bytes(content)
     with pytest.raises(ValueError, match=r"p.deb must have the SHA-256 0+: got"):
-        genomes.fetch("x/p.deb", "0" * 64, tmp_path)
+        debian.fetch("x/p.deb", "0" * 64, tmp_path)
 
 
 @pytest.mark.parametrize("mixer", ["log_linear_mamba2", "long_filter"])

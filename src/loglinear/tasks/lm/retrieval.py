@@ -81,12 +81,16 @@ class _File:
         self.ids.extend(ids)
 
 
-def definitions(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[list[Definition], Counter[str]]:
+def definitions(
+    text: str, offsets: Sequence[tuple[int, int]], pattern: re.Pattern[str] = DEFINITION
+) -> tuple[list[Definition], Counter[str]]:
     """Definitions of ``text``, tokenized with these character ``offsets``, and how often each name is defined.
 
+    pattern: of a definition; its group "value" is the value, and the first other group that matches is the name.
     A name is left out if it is defined twice, or if its definition does not begin and end at borders of tokens.
     """
-    matches = [(match, "c" if match["c"] else "py") for match in DEFINITION.finditer(text)]
+    groups = [group for group in pattern.groupindex if group != "value"]
+    matches = [(match, next(group for group in groups if match[group])) for match in pattern.finditer(text)]
     names = Counter(match[group] for match, group in matches)
     starts, stops = np.array(offsets).reshape(-1, 2).T
     found = []
@@ -109,6 +113,7 @@ def questions(
     distances: Sequence[int],
     samples: int,
     seed: int = 0,
+    pattern: re.Pattern[str] = DEFINITION,
 ) -> Iterator[tuple[Question, Question]]:
     """Questions about ``samples`` definitions at each distance, every one with and without its definition in sight.
 
@@ -122,7 +127,7 @@ def questions(
     for text in documents:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = encoded["input_ids"]
-        found, names = definitions(text, encoded["offset_mapping"])
+        found, names = definitions(text, encoded["offset_mapping"], pattern)
         for file in waiting:
             file.extend(ids, names)
         if found:
@@ -191,6 +196,23 @@ def retrieve(
     return [_row(distance, torch.cat(answers[distance]).cpu().numpy(), own[distance]) for distance in sorted(own)]
 
 
+def value_logits(model: PreTrainedModel, asked: Sequence[Question], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 ``[n, vocabulary]`` logits of all tokens of the values, these tokens ``[n]`` and their questions ``[n]``.
+
+    length: to which questions are padded. Padding stands behind the values, where no token of a causal model sees it.
+    """
+    device = next(model.parameters()).device
+    ids = torch.zeros(len(asked), length, dtype=torch.long)
+    for row, question in zip(ids, asked):
+        row[: len(question.ids)] = torch.from_numpy(question.ids)
+    row_of, place = np.array(
+        [(row, place) for row, question in enumerate(asked) for place in range(question.answer, len(question.ids))]
+    ).T
+    ids, rows, places = (to_device(x, device) for x in (ids, torch.from_numpy(row_of), torch.from_numpy(place)))
+    columns, column_of = torch.unique(places - 1, return_inverse=True)
+    return column_logits(model, ids, columns)[rows, column_of].float(), ids[rows, places], rows
+
+
 def _row(distance: int, answers: np.ndarray, own: list[float]) -> dict:
     """``answers [2 · questions, 2]``: exact and loss, of each question with its definition and then without."""
     (exact, loss), (guessed, guess_loss) = (answers[start::2].T.astype(np.float64) for start in (0, 1))
@@ -207,28 +229,16 @@ def _padded(asked: Sequence[Question]) -> int:
 
 
 def _answer_all(model: PreTrainedModel, asked: Sequence[Question], dtype: torch.dtype) -> Iterator[Tensor]:
-    """``[questions, 2]`` for each forward pass: 1 where the whole value is right, and its loss. They stay on the device.
-
-    Padding stands behind the values, where no token of a causal model sees it.
-    """
+    """``[questions, 2]`` for each forward pass: 1 where the whole value is right, and its loss. They stay on the device."""
     if not asked:
         return
-    device = next(model.parameters()).device
     length = _padded(asked)
+    device = next(model.parameters()).device
     size = max(1, BATCH_TOKENS // length)
     for start in range(0, len(asked), size):
         batch = asked[start : start + size]
-        ids = torch.zeros(len(batch), length, dtype=torch.long)
-        for row, question in zip(ids, batch):
-            row[: len(question.ids)] = torch.from_numpy(question.ids)
-        row_of, place = np.array(
-            [(row, place) for row, question in enumerate(batch) for place in range(question.answer, len(question.ids))]
-        ).T
-        ids, rows, places = (to_device(x, device) for x in (ids, torch.from_numpy(row_of), torch.from_numpy(place)))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            columns, column_of = torch.unique(places - 1, return_inverse=True)
-            logits = column_logits(model, ids, columns)[rows, column_of].float()
-        targets = ids[rows, places]
+            logits, targets, rows = value_logits(model, batch, length)
         losses = cross_entropy(logits, targets, reduction="none")
         by_place = torch.stack([(logits.argmax(-1) != targets).float(), losses, torch.ones_like(losses)])
         wrong, loss, count = by_place @ one_hot(rows, len(batch)).float()
