@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "4 values": ("multi-value", 4),
 }
 SHORTEST = {"16 keys": 2048, "64 keys": 4096}  # lengths that have room
-STEPS, BATCH, RATE, WARMUP = 1000, 4, 2e-3, 0.1
+STEPS, BATCH, RATE, WARMUP = 700, 4, 2e-3, 0.1
 TESTS = 32  # samples of each kind and length
 ROOM = 64  # tokens behind the first of the longest answer
 

@@ -3,8 +3,8 @@
     python experiments/text_stacks.py DATA OUT [--seconds 400] [--known experiments/results/text_stacks.jsonl]
 
 DATA holds train.npy and valid.npy, uint16 token ids, and the offsets of their documents (``text_tokens.py``). The plan was
-written before its first row. Models of about a million parameters read 39M tokens of C files in sequences of 8,192. Three rates
-and three seeds of their own choose a model's rate, on the first half of the validation files. Eight fresh seeds at that rate
+written before its first row. Models of about a million parameters read 29M tokens of C files in sequences of 8,192. Three rates
+and two seeds of their own choose a model's rate, on the first half of the validation files. Eight fresh seeds at that rate
 are what is reported, on the other half: by position, at the trained length and at four times it. A seed decides the weights
 and the order of the data, so models of one seed are pairs. Levels that no training sequence has are read in two ways: as they
 are, and as the last trained one. Then recipes: what the seeds of the linear models differ by. Rows go to
@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -35,8 +35,8 @@ from stack_training import Steps
 from stacked import Stack, hidden_states
 
 WORDS, WIDTH, LAYERS, HEADS, KEYS, VALUES = 2048, 128, 4, 4, 32, 64
-CONTEXT, FAR, BATCH, STEPS, SWEEP_STEPS = 8192, 32768, 4, 1200, 300
-RATES, SWEEP_SEEDS, FRESH_SEEDS = (2e-3, 4e-3, 8e-3), (100, 101, 102), tuple(range(8))
+CONTEXT, FAR, BATCH, STEPS, SWEEP_STEPS = 8192, 32768, 4, 900, 200
+RATES, SWEEP_SEEDS, FRESH_SEEDS = (2e-3, 4e-3, 8e-3), (100, 101), tuple(range(8))
 RANGES = 16  # of positions
 WARMUP, FLOOR, DECAY = 0.05, 0.0, 0.1
 PAIRS = ("mamba2", "gated_deltanet")
@@ -115,9 +115,9 @@ def recipes(mixer: str, rate: float) -> list[Copy]:
     ]
 
 
-def stacks(rows: dict[Copy, dict]) -> Iterator[list[Copy]]:
-    """Stacks without rows, in the order of the plan."""
-    for mixer, start in arms():
+def stacks(rows: dict[Copy, dict], pairs: Sequence[str] = PAIRS) -> Iterator[list[Copy]]:
+    """Stacks of these pairs without rows, in the order of the plan."""
+    for mixer, start in (arm for arm in arms() if arm[0].removeprefix("log_linear_") in pairs):
         if any(copy not in rows for copy in sweep(mixer, start)):
             yield sweep(mixer, start)
             return
@@ -125,7 +125,7 @@ def stacks(rows: dict[Copy, dict]) -> Iterator[list[Copy]]:
         if any(copy not in rows for copy in found):
             yield found
             return
-    for mixer in PAIRS:
+    for mixer in pairs:
         found = recipes(mixer, best_rate(mixer, "", rows))
         if any(copy not in rows for copy in found):
             yield found
@@ -207,10 +207,8 @@ def evaluate(stack: Stack, sequences: Tensor, levels: int | None) -> Tensor:
     return sums / len(sequences)
 
 
-def train(
-    copies: list[Copy], text: Text, valid: Text, needles: Needles | None, device: str, compiled: bool
-) -> list[dict]:
-    """A row for each copy."""
+def train(copies: list[Copy], text: Text, valid: Text, device: str, compiled: bool) -> tuple[list[dict], Stack]:
+    """A row for each copy, and the trained stack."""
     began = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
     with torch.cuda.stream(stream):
@@ -226,15 +224,13 @@ def train(
             if stack.shape.offset is not None:
                 found["far_as_they_are"] = evaluate(stack, valid.whole(FAR, 1), None)
         rows: list[dict] = [{name: x[i].tolist() for name, x in found.items()} for i in range(len(copies))]
-        if needles is not None and copies[0].part == "fresh":
-            for row, tested in zip(rows, tune_and_test(stack, needles, stream, CONTEXT)):
-                row.update(tested)
     seconds = round(time.perf_counter() - began, 1)
     common = {"parameters": stack.parameters, "torch": torch.__version__, "stacked": len(copies), "seconds": seconds}
     common["device"] = torch.cuda.get_device_name() if stream else "CPU"
-    return [
+    whole = [
         {**row, "validation": fmean(row["validation"]), "final_loss": final[i], **common} for i, row in enumerate(rows)
     ]
+    return whole, stack
 
 
 def main() -> None:
@@ -243,7 +239,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=400.0, help="no stack begins that may not end in them")
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="files with rows of earlier calls")
-    parser.add_argument("--needles", action="store_true", help="tune fresh seeds on needles, and test them")
+    parser.add_argument("--pairs", nargs="+", default=PAIRS, choices=PAIRS)
+    parser.add_argument(
+        "--needles", type=int, default=0, help="then tune so many fresh stacks on needles, and test them"
+    )
     parser.add_argument("--stacks", type=int, default=1000, help="no more than so many")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
@@ -253,25 +252,36 @@ def main() -> None:
     rows = {Copy(**row["copy"]): row for file in (*options.known, path) for row in read_rows(file)}
     needles = Needles(options.data) if options.needles else None
     text, valid = Text(options.data, "train", device), Text(options.data, "valid", device)
-    speed = 0.0  # seconds a step
+    speed, kept = 0.0, []  # seconds a step
     for _ in range(options.stacks):
-        copies = next(stacks(rows), None)
-        if copies is None or time.monotonic() + speed * copies[0].steps > until:
+        copies = next(stacks(rows, options.pairs), None)
+        if copies is None or time.monotonic() + speed * copies[0].steps > until or 0 < options.needles <= len(kept):
             break
         began = time.monotonic()
-        found = [
-            {"copy": asdict(copy), **row}
-            for copy, row in zip(copies, train(copies, text, valid, needles, device, device == "cuda"))
-        ]
+        trained, stack = train(copies, text, valid, device, compiled=device == "cuda")
         speed = (time.monotonic() - began) / copies[0].steps
+        torch.cuda.empty_cache()  # of its graph
+        found = [{"copy": asdict(copy), **row} for copy, row in zip(copies, trained)]
         rows.update(zip(copies, found))
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
+        save(found, path)
         losses = ", ".join(f"{row['validation']:.4f}" for row in found)
         print(
             f"{copies[0].mixer} {copies[0].start} {copies[0].part}: {found[0]['seconds']} s, validation {losses}",
             flush=True,
         )
+        if copies[0].part == "fresh":
+            kept.append((copies, stack))
+    for copies, stack in kept if needles else []:
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        with torch.cuda.stream(stream):
+            tested = tune_and_test(stack, needles, stream, CONTEXT)
+        save([{"copy": asdict(copy), **row} for copy, row in zip(copies, tested)], options.out / "text_needles.jsonl")
+        print(f"{copies[0].mixer} {copies[0].start} needles: {tested[0]}", flush=True)
+
+
+def save(rows: list[dict], path: Path) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
