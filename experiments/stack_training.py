@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,6 @@ def stack_training(
     device: str = "cpu",
     compiled: bool = False,
     unfinished: Path | None = None,
-    build: Callable[[Cell], Any] = build_model,
 ) -> Turns:
     """Train and evaluate cells that differ in seed and rate alone. The last turn returns a row for each.
 
@@ -47,7 +45,7 @@ def stack_training(
     started = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
     with torch.cuda.stream(stream):
-        recall = RecallStack(cells, build, device, compiled)
+        recall = RecallStack(cells, device, compiled)
         stack = recall.stack
         validation, test = held_out(cells[0], device)
         apart = torch.cat([fingerprints(part.tokens.flatten(0, 1)) for part in (validation, test)])
@@ -97,13 +95,13 @@ def stack_training(
 class RecallStack:
     """A stack of recall models. cells: they differ in seed and rate alone."""
 
-    def __init__(self, cells: Sequence[Cell], build: Callable[[Cell], Any], device: str, compiled: bool) -> None:
+    def __init__(self, cells: Sequence[Cell], device: str, compiled: bool) -> None:
         recipe = cells[0].recipe
         rates = torch.tensor(
             [[learning_rate(cell, step) for cell in cells] for step in range(recipe.steps)], device=device
         )
         low = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-        self.stack = Stack([build(cell) for cell in cells], rates, recipe.weight_decay, low, compiled)
+        self.stack = Stack([build_model(cell) for cell in cells], rates, recipe.weight_decay, low, compiled)
         self.shares, self.losses = answer_shares(cells[0]).to(device), self.stack.wrap(recall_losses)
 
     def step(self, tokens: Tensor, queries: Tensor, answers: Tensor, place: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import report
+from collect_stacks import collect
 from recall_plan import FRESH_SEEDS, Arm, fresh, sweep
 from reporting import levels
 from text_stacks import Copy, asdict
@@ -60,6 +61,13 @@ def test_perplexity_is_better_where_it_is_lower_and_needles_leave_out_levels_rea
     inside, beyond = levels.needle_gains(rows)
     assert (inside.where, inside.difference.value) == ("needles: 4 keys, to 8K", pytest.approx(-20.0))
     assert beyond.log_linear == 25.0
+
+
+def test_needles_join_the_row_of_their_training(tmp_path):
+    trained, tested = ({"copy": {"seed": 1}, name: [1.0]} for name in ("test", "needles"))
+    (tmp_path / "text_stacks.jsonl").write_text(json.dumps(trained) + "\n")
+    found = collect([tested, {"cell": {"seed": 2}}], tmp_path)
+    assert found == {"recall": [{"cell": {"seed": 2}}], "text_stacks": [trained | tested]}
 
 
 def test_the_page_opens_with_the_table_and_says_where_levels_pay(tmp_path):

@@ -38,7 +38,7 @@ def cells(model, **changes):
 @pytest.mark.parametrize("model", MODELS)
 def test_a_stack_has_the_losses_and_weights_of_models_that_train_alone(model):
     both = cells(model)
-    stack = RecallStack(both, build_model, "cpu", compiled=False)
+    stack = RecallStack(both, "cpu", compiled=False)
     given = [next(training_blocks(cell, "cpu", torch.zeros(1, dtype=torch.int64))) for cell in both]
     alone = [build_model(cell) for cell in both]
     wanted = [TrainingSteps(one, cell)(block) for one, cell, block in zip(alone, both, given)]

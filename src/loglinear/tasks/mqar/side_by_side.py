@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
-from pathlib import Path
 from queue import Empty
 
 import torch
 
 from loglinear.tasks.mqar.config import Cell
-from loglinear.tasks.mqar.train import Build, Training, build_model, training
+from loglinear.tasks.mqar.train import Training, training
 
 PAUSE = 0.001  # seconds to the next look while every cell waits for the device
 
@@ -36,13 +35,10 @@ def side_by_side(
     at_once: int,
     device: str,
     over: Callable[[], bool] = lambda: False,
-    build: Build = build_model,
-    unfinished: Callable[[Cell], Path | None] = lambda _: None,
 ) -> Iterator[tuple[Cell, dict]]:
     """(cell, row) of every cell as it ends. ``at_once`` cells take turns until ``over`` says so.
 
-    None among ``cells`` says that the next cell is not known yet. ``build`` makes the models.
-    ``unfinished`` names the file of a cell's training, from which it goes on if it was not finished.
+    None among ``cells`` says that the next cell is not known yet.
     """
     running: list[_Running] = []
     more = True
@@ -56,7 +52,7 @@ def side_by_side(
                 more = False
             else:
                 if cell is not None:
-                    running.append(_Running(cell, training(cell, device, build, unfinished(cell))))
+                    running.append(_Running(cell, training(cell, device)))
         for one in list(running):
             if one.until is not None and not one.until.query():
                 continue

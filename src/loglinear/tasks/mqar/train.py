@@ -8,11 +8,9 @@ warm up are real steps of the run. If recording fails, each step launches its ke
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +33,6 @@ FINAL_LOSSES = 20  # steps whose mean loss is the final one
 CONV_WIDTH = 4  # of all recurrent models, also of GLA, whose layer has no convolution of its own accord
 GLA_NORMALIZER = 16.0  # of its decays as published
 Training = Generator[torch.cuda.Event | None, None, dict]
-Build = Callable[[Cell], LogLinearForCausalLM]
 
 
 def build_model(cell: Cell) -> LogLinearForCausalLM:
@@ -86,11 +83,8 @@ def build_model(cell: Cell) -> LogLinearForCausalLM:
     return model
 
 
-def training(cell: Cell, device: str = "cpu", build: Build = build_model, unfinished: Path | None = None) -> Training:
+def training(cell: Cell, device: str = "cpu") -> Training:
     """Train and evaluate one turn at a time. The last turn returns the row: accuracy by number of pairs, seconds and versions.
-
-    ``build`` makes the model. A training that is closed before its end leaves its state in the file ``unfinished``, from
-    which the next one goes on.
 
     Between turns no stream is current and the host waits for nothing, so that other cells can take turns. A turn yields
     an event that has to happen before the next turn, or None. The row's seconds include the turns of other cells.
@@ -98,29 +92,19 @@ def training(cell: Cell, device: str = "cpu", build: Build = build_model, unfini
     started = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
     with _on(stream):
-        model = build(cell).to(device)  # type: ignore[arg-type]
+        model = build_model(cell).to(device)  # type: ignore[arg-type]
         validation, test = held_out(cell, device)
         apart = torch.cat([fingerprints(recall.tokens.flatten(0, 1)) for recall in (validation, test)])
         steps = TrainingSteps(model, cell, stream)
         losses: list[Tensor] = []
-        if unfinished is not None and unfinished.exists():
-            before_stop = torch.load(unfinished, map_location=device, weights_only=True)
-            steps.load(before_stop["steps"])
-            losses.append(before_stop["losses"])
     before = None
-    try:
-        yield stream.record_event() if stream else None
-        for block in training_blocks(cell, device, apart, stream, steps.done):
-            with _on(stream):
-                losses.append(steps(block))
-                now = stream.record_event() if stream else None
-            yield before  # the device computes one block, and one more waits
-            before = now
-    except GeneratorExit:
-        if unfinished is not None and losses:
-            with _on(stream):
-                _save({"steps": steps.state(), "losses": torch.cat(losses)[-FINAL_LOSSES:]}, unfinished)
-        raise
+    yield stream.record_event() if stream else None
+    for block in training_blocks(cell, device, apart, stream):
+        with _on(stream):
+            losses.append(steps(block))
+            now = stream.record_event() if stream else None
+        yield before  # the device computes one block, and one more waits
+        before = now
     with _on(stream):
         hits = [right_answers(model, cell, recall) for recall in (validation, test)]
         counts = [torch.stack([x.sum() for x in part]) for part in hits]
@@ -143,9 +127,9 @@ def training(cell: Cell, device: str = "cpu", build: Build = build_model, unfini
     return {**row, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def train_cell(cell: Cell, device: str = "cpu", build: Build = build_model) -> dict:
+def train_cell(cell: Cell, device: str = "cpu") -> dict:
     """All turns of one cell alone; returns its row."""
-    turns = training(cell, device, build)
+    turns = training(cell, device)
     while True:
         try:
             event = next(turns)
@@ -166,9 +150,9 @@ def held_out(cell: Cell, device: str) -> tuple[Recall, Recall]:
 
 
 def training_blocks(
-    cell: Cell, device: str, apart_from: Tensor, stream: torch.cuda.Stream | None = None, done: int = 0
+    cell: Cell, device: str, apart_from: Tensor, stream: torch.cuda.Stream | None = None
 ) -> Iterator[Recall]:
-    """A new batch for each step after ``done``, ``[batches, ...]`` at a time: the same batches for every model of one seed.
+    """A new batch for each step, ``[batches, ...]`` at a time: the same batches for every model of one seed.
 
     Drawing makes the host wait for the device. On a GPU it therefore has a stream of its own, with little work on it. The
     batches are for use on ``stream``.
@@ -178,7 +162,7 @@ def training_blocks(
     drawing = torch.cuda.Stream(priority=-1) if stream else None
     if drawing and stream:
         drawing.wait_stream(stream)  # once: ``apart_from`` is there
-    for start in range(done, recipe.steps, BATCHES_AT_ONCE):
+    for start in range(0, recipe.steps, BATCHES_AT_ONCE):
         with _on(drawing):
             generator = torch.Generator(device).manual_seed((cell.seed + 1) * SEED_STRIDE + start)
             block = draw_batches(
@@ -246,18 +230,6 @@ class TrainingSteps:
             self.launched += 1
         self.done += count
         return self.losses[:count].clone()
-
-    def state(self) -> dict:
-        """For ``load``, which goes on after the last block."""
-        return {"done": self.done, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load(self, state: dict) -> None:
-        """Go on from a ``state``, before the first call."""
-        self.done = state["done"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.stream:
-            self.place.fill_(self.done)
 
     def _at_rate(self, rate: float, *batch: Tensor) -> Tensor:
         for group in self.optimizer.param_groups:
@@ -361,12 +333,6 @@ def accuracy(cell: Cell, right: Tensor) -> dict[str, float]:
     counts = [asked(cell.kind, cell.length, pairs) for pairs in cell.pairs]
     shares = (found / (cell.recipe.held_out * count) for found, count in zip(right.tolist(), counts))
     return dict(zip(map(str, cell.pairs), shares))
-
-
-def _save(value: dict, path: Path) -> None:
-    whole = path.with_name(f"{path.name}.tmp")
-    torch.save(value, whole)
-    os.replace(whole, path)
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager:
