@@ -122,8 +122,8 @@ def text_gains(rows: Sequence[dict], start: str = "one") -> Iterator[Gain]:
             if gain is not None:
                 nats = gain[2]
                 percent = Difference(100 * np.expm1(nats.value), 100 * np.exp(nats.value) * nats.error)
-                means = [float(np.exp(x)) for x in gain[:2]]
-                yield Gain(where, linear, *means, percent, gain[3], "%", lower_is_better=True)
+                one, ours = (float(np.exp(x)) for x in gain[:2])
+                yield Gain(where, linear, one, ours, percent, gain[3], "%", lower_is_better=True)
 
 
 def needle_gains(rows: Sequence[dict], start: str = "one") -> Iterator[Gain]:
