@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def collect(new: Iterable[dict], results: Path) -> dict[str, list[dict]]:
-    """Rows by the name of their file, each joined with what there is of its identity."""
+    """Rows by the name of their file, each joined with the committed row of its identity."""
     found: dict[str, dict[str, dict]] = {"recall": {}, "text_stacks": {}}
     for row in new:
         name = "recall" if "cell" in row else "text_stacks"

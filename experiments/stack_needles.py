@@ -98,7 +98,7 @@ def answer_losses(h: Tensor, table: Tensor, targets: Tensor, answers: Tensor) ->
 
 
 class Tuning:
-    """The fine-tune of a stack; its optimizer begins anew."""
+    """The fine-tune of a stack; its optimizer begins again."""
 
     def __init__(self, stack: Stack, needles: Needles) -> None:
         self.stack, steps, device = stack, needles.steps, stack.rates.device

@@ -30,7 +30,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """What the models of a stack have in common.
+    """The sizes that all models of a stack share.
 
     delta: whether the mixer is Gated DeltaNet. low: dtype of products. offset: λ = softplus(L · dl + offset); None is a linear
     model. levels: how many λ are read, from the first on; tokens further away share the last one. None is all.

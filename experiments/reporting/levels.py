@@ -1,4 +1,4 @@
-"""What levels add, where, and with what error: the opening of the page of results, from rows of many paired seeds.
+"""The gains of levels by task, with their errors: the opening of the page of results, from rows of many paired seeds.
 
 A gain is the mean difference between a log-linear model and its linear twin over seeds. Models of one seed saw the same data
 in the same order, so the error is the standard error of these differences. A word of verdict follows from the two numbers
@@ -30,7 +30,7 @@ KINDS = {
 }
 STARTS = ("one", "paper", "noise")
 ERRORS = 3  # standard errors from which on a difference is called one
-# Of the paper, beside the row of the same task: from summaries, one seed (Guo et al. 2025).
+# Numbers of the paper for the same task, from summaries: one seed (Guo et al. 2025).
 PAPER = {
     ("recall, pairs first", "Mamba-2"): "+1.4 (width 32), +3.3 (width 64), T = 256",
     ("recall, pairs first", "Gated DeltaNet"): "+5.4 (width 32), T = 256",
@@ -191,7 +191,7 @@ def opening(recall: Sequence[dict], text: Sequence[dict]) -> list[str]:
         return []
     headers = ["where", "twin", "linear", "log-linear", "difference", "seeds", f"beyond {ERRORS} errors", "the paper"]
     lines = [
-        "![What levels add, by task](figures/levels_add.svg)",
+        "![Gains of levels by task](figures/levels_add.svg)",
         "",
         "Log-linear minus linear, mean and standard error over seeds; models of one seed saw the same data in the same order. "
         "Recall and needles are percent of exact answers, a mean over numbers of pairs or lengths. The linear and log-linear "

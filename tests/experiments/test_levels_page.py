@@ -74,7 +74,7 @@ def test_the_page_opens_with_the_table_and_says_where_levels_pay(tmp_path):
     rows = recall_rows("any", 0.1, 0.01) + recall_rows("end", -0.1, 0.01)
     (tmp_path / "recall.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report.page(report.sections(tmp_path), {}, report.opening(tmp_path))
-    assert text.index("What levels add") < text.index("When to use it") < text.index("## Larger models")
+    assert text.index("Gains of levels by task") < text.index("When to use it") < text.index("## Larger models")
     assert text.index("## Needle") < text.index("## What was required")
     assert "**Log-linear is better** in 1 of 2 comparisons: recall, pairs and queries anywhere (Mamba-2" in text
     assert "**Log-linear is worse** in 1 of 2" in text
