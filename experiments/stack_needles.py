@@ -8,8 +8,9 @@ and reads levels that no training sequence has in two ways: as the last trained 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ ROOM = 64  # tokens behind the first of the longest answer
 
 
 class Needles:
-    """Samples of both sides, and the rows of the fine-tune, which a thread makes in advance."""
+    """Samples of both sides, and the rows of the fine-tune, which another process makes in advance."""
 
     def __init__(self, data: Path, steps: int = STEPS) -> None:
         tokenizer = PreTrainedTokenizerFast(
@@ -57,11 +58,14 @@ class Needles:
                 name: Samples(haystack, tokenizer, side, TaskConfig(kinds=(kind,), needles=count))
                 for name, (kind, count) in KINDS.items()
             }
-        self.steps = steps
-        self.rows: Future = ThreadPoolExecutor(1).submit(self._rows)
+        self.data, self.steps = data, steps
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """uint16 ids as int16 ``[steps, BATCH, longest + 1]`` and whether a token is of an answer."""
+    def begin(self) -> Future:
+        """Start to make ``rows``."""
+        return ProcessPoolExecutor(1, get_context("spawn")).submit(rows_of, self.data, self.steps)
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, int16 ``[steps, BATCH, longest + 1]``, and whether a token is of an answer."""
         longest = max(TRAINED)
         ids = np.zeros((self.steps, BATCH, longest + 1), np.int16)
         answers = np.zeros(ids.shape, bool)
@@ -75,7 +79,7 @@ class Needles:
                     sample = self.sides["train"][name].make(KINDS[name][0], length, float(rng.uniform()), rng)
                     ids[step, row, start + 1 : start + 1 + length] = sample.ids
                     answers[step, row, start + 1 + sample.answer_start : start + 1 + length] = True
-        return torch.from_numpy(ids), torch.from_numpy(answers)
+        return ids, answers
 
     def tests(self) -> Iterator[tuple[str, int, list[Sample]]]:
         for context in TESTED:
@@ -86,6 +90,10 @@ class Needles:
                         self.sides["test"][name].make(kind, context, (i + 0.5) / TESTS, r) for i, r in enumerate(rngs)
                     ]
                     yield name, context, made
+
+
+def rows_of(data: Path, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    return Needles(data, steps).rows()
 
 
 def answer_losses(h: Tensor, table: Tensor, targets: Tensor, answers: Tensor) -> Tensor:
@@ -100,8 +108,8 @@ def answer_losses(h: Tensor, table: Tensor, targets: Tensor, answers: Tensor) ->
 class Tuning:
     """The fine-tune of a stack; its optimizer begins again."""
 
-    def __init__(self, stack: Stack, needles: Needles) -> None:
-        self.stack, steps, device = stack, needles.steps, stack.rates.device
+    def __init__(self, stack: Stack, ids: np.ndarray, answers: np.ndarray) -> None:
+        self.stack, steps, device = stack, len(ids), stack.rates.device
         warmup, place = max(1, round(WARMUP * steps)), torch.arange(steps, dtype=torch.float32, device=device)
         down = 0.5 * (1 + torch.cos(torch.pi * (place - warmup) / max(1, steps - warmup)))
         stack.rates = (
@@ -109,7 +117,7 @@ class Tuning:
         )
         for moment in (stack.adam.first, stack.adam.second):
             moment.zero_()
-        self.ids, self.answers = (x.to(device) for x in needles.rows.result())
+        self.ids, self.answers = (torch.from_numpy(x).to(device) for x in (ids, answers))
         self.losses = stack.wrap(answer_losses)
 
     def step(self, place: Tensor) -> Tensor:
@@ -121,9 +129,11 @@ class Tuning:
         return found.detach()
 
 
-def tune_and_test(stack: Stack, needles: Needles, stream: torch.cuda.Stream | None, trained: int) -> list[dict]:
+def tune_and_test(
+    stack: Stack, needles: Needles, rows: tuple[np.ndarray, np.ndarray], stream: torch.cuda.Stream | None, trained: int
+) -> list[dict]:
     """Of each copy: the loss along the fine-tune, and the share of exact answers by kind and length."""
-    steps = Steps(Tuning(stack, needles).step, stack, stream)
+    steps = Steps(Tuning(stack, *rows).step, stack, stream)
     losses = torch.cat([steps.run(min(32, needles.steps - start)) for start in range(0, needles.steps, 32)])
     curve = torch.stack([part.mean(0) for part in losses.chunk(8)], 1).tolist()
     found: dict[str, list[float]] = {}

@@ -250,7 +250,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "text_stacks.jsonl"
     rows = {Copy(**row["copy"]): row for file in (*options.known, path) for row in read_rows(file)}
-    needles = Needles(options.data) if options.needles else None
+    needles = Needles(options.data)
+    tuning = needles.begin() if options.needles else None
     text, valid = Text(options.data, "train", device), Text(options.data, "valid", device)
     speed, kept = 0.0, []  # seconds a step
     for _ in range(options.stacks):
@@ -271,10 +272,10 @@ def main() -> None:
         )
         if copies[0].part == "fresh":
             kept.append((copies, stack))
-    for copies, stack in kept if needles else []:
+    for copies, stack in kept if tuning else []:
         stream = torch.cuda.Stream() if device == "cuda" else None
         with torch.cuda.stream(stream):
-            tested = tune_and_test(stack, needles, stream, CONTEXT)
+            tested = tune_and_test(stack, needles, tuning.result(), stream, CONTEXT)
         save([{"copy": asdict(copy), **row} for copy, row in zip(copies, tested)], options.out / "text_needles.jsonl")
         print(f"{copies[0].mixer} {copies[0].start} needles: {tested[0]}", flush=True)
 
