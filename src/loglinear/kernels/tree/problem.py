@@ -43,14 +43,12 @@ class Tier:
     """Octets of ``OCTET`` units in a row. The units of tier 0 are the chunks, of a higher tier the octets of the tier below.
     Unit i (1-based) of a sequence in tier t ends where entry ``i << 3 t`` of its Fenwick array does; in tiers above 0
     only whole units have maps, ``chunks >> 3 t`` of them. ``units`` and ``octets`` count those of the whole batch (at
-    most, if packed), ``sequence_units`` and ``sequence_octets`` those of one sequence. ``of_octets`` is
-    for ``place.locate``: in tier 0 that of the problem; above, its first token is a first unit, and its tokens are chunks
-    if packed.
+    most, if packed), ``sequence_octets`` those of one sequence. ``of_octets`` is for ``place.locate``: in tier 0 that of
+    the problem; above, its first token is a first unit, and its tokens are chunks if packed.
     """
 
     units: int
     octets: int
-    sequence_units: int
     sequence_octets: int
     of_octets: tuple[Table, int, int, int]
 
@@ -150,13 +148,12 @@ class Problem:
     @property
     def tiers(self) -> tuple[Tier, ...]:
         """The tree from its chunks up to the tier in which a sequence is one octet."""
-        sizes = self.all_chunks, self.all_octets, self.chunks, self.sequence_octets
-        tiers = [Tier(*sizes, self.of_octets)]
+        tiers = [Tier(self.all_chunks, self.all_octets, self.sequence_octets, self.of_octets)]
         for total, octets in self.tier_octets[1:]:
             below = tiers[-1]
             place, sequences = self.tables[2 * len(tiers) + 1 :][:2] if self.packed else (None, None)
             of_octets = Table(place, sequences), below.sequence_octets, self.chunks, octets
-            tiers.append(Tier(below.octets, total, below.sequence_octets, octets, of_octets))
+            tiers.append(Tier(below.octets, total, octets, of_octets))
         return tuple(tiers)
 
     @property
