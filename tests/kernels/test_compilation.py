@@ -176,7 +176,7 @@ def step_resources(
     hip = "6" if TARGETS[target].backend == "hip" else None  # the host looks where it runs, not what it compiles for
     early = mock.patch.object(host, "dependent", return_value=target == "sm_90")
     with recording() as found, mock.patch.object(torch.version, "hip", hip), early:
-        decoding.STEPS[state.transition](**x, state=state)
+        decoding.step(**x, state=state)
         return built(found, TARGETS[target])
 
 

@@ -212,7 +212,7 @@ def test_a_step_is_repeated_on_another_state(host, monkeypatch, delta):
         x = {"q": torch.zeros(2, tokens, 2, 16), "k": torch.zeros(2, tokens, 2, 16), "v": torch.zeros(2, tokens, 4, 8)}
         x |= {"g": torch.zeros(2, tokens, 4)} | ({"beta": torch.zeros(2, tokens, 4)} if delta else {})
         x["level_scales"] = scales = torch.zeros(2, tokens, 4, 11)
-        o = (steps.delta_step if delta else steps.gate_step)(**x, state=state, scale=0.5)
+        o = steps.step(**x, state=state, scale=0.5)
         del x["level_scales"]
         return (
             x | {"o": o, "scales": scales} | {key: y for key, y in vars(state).items() if isinstance(y, torch.Tensor)}

@@ -77,8 +77,8 @@ def step_outputs(*args) -> Tensor:
 
 
 def gated_step(*args, gate: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """See ``gate_step`` of ``kernels.decoding``. The layers' own inputs are not checked once more."""
-    return kernels.decoding.gate_step(*args, gate=gate)
+    """See ``step`` of ``kernels.decoding``. The layers' own inputs are not checked once more."""
+    return kernels.decoding.step(*args, gate=gate)
 
 
 def linear_step(*args) -> Tensor:

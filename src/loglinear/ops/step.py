@@ -104,18 +104,15 @@ def _step(
     (q, k, v), without_autocast = outside_autocast(*inputs[:3])
     inputs = inputs._replace(q=q, k=k, v=v)
     check_step(inputs, state, state_indices)
-    scale, transition, level_scales = checks.check_scale(scale), inputs.transition(), inputs.level_scales
+    assert inputs.level_scales is not None
+    given = q, k, v, inputs.g, inputs.level_scales, state, inputs.beta, checks.check_scale(scale), state_indices
     with without_autocast, torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # entering takes 3 µs
         if dispatch.step(q, v, state.chunk_size, backend):
-            options = {"normalize": normalize} if normalize else {}
-            o = kernels.decoding.STEPS[transition](
-                q, k, v, *inputs.gates(), level_scales, state, scale, state_indices, **options
-            )
+            o = kernels.decoding.step(*given, normalize)
         else:
-            assert level_scales is not None
             if normalize:
-                q, k = unit(q, "q"), unit(k, "k")
-            o = step(q, k, v, inputs.g, level_scales, state, inputs.beta, scale, state_indices)
+                given = unit(q, "q"), unit(k, "k"), *given[2:]
+            o = step(*given)
         if advance and state_indices is None:
             state.position += v.shape[1]
         elif advance:

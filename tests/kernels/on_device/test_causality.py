@@ -129,7 +129,7 @@ def test_steps_of_several_tokens(device, rule):
         o, before = chunkwise(q, k, v, g, scales, beta, chunk_size=C)
         state, outputs = DecodingState.from_state(before, 8 * C), [o]
         for start, end in pairwise(bounds):
-            outputs.append(decoding.STEPS[state.transition](**part(x, start, end), state=state))
+            outputs.append(decoding.step(**part(x, start, end), state=state))
             state.position += end - start
         return torch.cat(outputs, 1)
 

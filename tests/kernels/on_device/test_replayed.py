@@ -68,7 +68,6 @@ def test_same_bits(device, monkeypatch, delta, keep, packed, sliced):
 def test_steps_of_same_bits(device, monkeypatch, delta):
     """At every position of two chunks and a bit, closings included; the state too."""
     x, _ = make(device, delta, 150, 0, packed=False)
-    run = decoding.delta_step if delta else decoding.gate_step
     played = noted_plays(monkeypatch)
 
     def steps(recorded: bool):
@@ -77,7 +76,7 @@ def test_steps_of_same_bits(device, monkeypatch, delta):
         for t in range(150):
             if recorded:
                 replay.plans_of.cache_clear()
-            outputs.append(run(**{name: y[:, t : t + 1].clone() for name, y in x.items()}, state=state))
+            outputs.append(decoding.step(**{name: y[:, t : t + 1].clone() for name, y in x.items()}, state=state))
             state.position += 1
         return [torch.cat(outputs, 1), *state._tensors()]
 

@@ -81,7 +81,7 @@ def start(x, length=0, entry_dtype=torch.float32, max_context=512 * C):
 
 def step(x, state, scale=1.0, **kwargs):
     """One call of the kernels, and the positions after it."""
-    o = decoding.STEPS[state.transition](**x, state=state, scale=scale, **kwargs)
+    o = decoding.step(**x, state=state, scale=scale, **kwargs)
     state.position += x["v"].shape[1]
     return o
 
@@ -178,7 +178,7 @@ def test_rows_of_a_state_by_index(device, rule):
     held, memory = paged(state, index, 6)
     for first, last in ((0, 1), (1, 3)):
         new = tokens(x, first, last)
-        got = decoding.STEPS[held.transition](**new, state=held, scale=0.7, rows=index)
+        got = decoding.step(**new, state=held, scale=0.7, rows=index)
         assert same(got, step(new, state, 0.7))
         held.position[index] += last - first
     for ours, theirs in zip(held.reorder(index).to_state()._tensors(), state.to_state()._tensors()):

@@ -37,10 +37,10 @@ def open_row(place, columns, stored, given, stride, first, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def carried_token_kernel(
-    x, held, reach, read, T, S: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr
+    x, held, reach, read, positions, T, S: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr
 ):
     """reach ``[B, T, H, K]``: the query that is put to the entries; read ``[B, T, H, C]``: weights of the open chunk's
-    values, before λ.
+    values, before λ; positions int32 ``[B]``, side by side.
 
     Grid: H x B, heads fastest (S.BV = S.V). float32: everything. Races: as in ``scalar_step_kernel``. Gates and rows of the
     inverse belong to the program of their head.
@@ -116,3 +116,5 @@ def carried_token_kernel(
         tl.store(reach + t * (S.H * S.K) + columns, past, mask=columns < S.K)
         if i == S.C - 1:
             n += 1
+    if own.h == 0:
+        tl.store(positions + own.row, seen)

@@ -50,6 +50,8 @@ class Close:
 # B = 1 at a million. Rows of 128 bytes and few warps, which leave room for more programs, serve all three.
 SCALAR_GATE = {2: Launch(block_v=32, warps=2, stages=6), 4: Launch(block_v=32, warps=2, stages=4)}
 CARRIED = {2: Launch(block_v=64, warps=4, stages=4), 4: Launch(block_v=32, warps=2, stages=3)}
+# A row by its index comes one load later. Fewer bytes under way let that load pass: 5 to 7% of a step at B = 256.
+CARRIED_BY_INDEX = CARRIED | {2: Launch(block_v=64, warps=4, stages=3)}
 MANY_KEYS = {2: Launch(block_v=32, warps=8, stages=3), 4: Launch(block_v=32, warps=8, stages=2)}  # K > 128
 TOKEN_STAGES = 3
 CLOSE = Close(block_v=32, warps=4, programs=256)
@@ -103,41 +105,27 @@ def float32_products(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 or torch.version.hip is not None else "tf32x3"
 
 
-def gate_step(
+def step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
     level_scales: Tensor,
     state,
-    scale: float = 1.0,
-    rows: Tensor | None = None,
-    gate: tuple[Tensor | None, ...] = (None, None, None),
-) -> Tensor:
-    """o ``[B, T, H, V]`` of T <= C tokens; they are added to ``state`` (``loglinear.DecodingState``), except to its position.
-
-    q, k ``[B, T, G, K]`` and v ``[B, T, H, V]`` of the dtype of ``state.open_k``, 32 or 16 bits; g, level_scales any float.
-    rows: int64 ``[B]``, the row of the state for each row of q; None: they are the same. Each one lies in one piece.
-    gate: skip ``[B, T, H·V]``, D ``[H]`` and z ``[B, T, H·V]`` of ``(o + D · skip) · silu(z)`` in the place of o, where g is of
-    a head. The rows of skip, and the rows of z, may be any one distance apart.
-    """
-    return delta_step(q, k, v, g, None, level_scales, state, scale, rows, gate=gate)
-
-
-def delta_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    level_scales: Tensor,
-    state,
+    beta: Tensor | None = None,
     scale: float = 1.0,
     rows: Tensor | None = None,
     normalize: bool = False,
     gate: tuple[Tensor | None, ...] = (None, None, None),
 ) -> Tensor:
-    """The same with the delta rule; ``normalize`` divides q and k by their lengths first."""
+    """o ``[B, T, H, V]`` of T <= C tokens; they are added to ``state`` (``loglinear.DecodingState``), except to its position.
+
+    q, k ``[B, T, G, K]`` and v ``[B, T, H, V]`` of the dtype of ``state.open_k``, 32 or 16 bits; g, beta, level_scales any
+    float. rows: int64 ``[B]``, the row of the state for each row of q; None: they are the same. Each one lies in one piece.
+    normalize: divide q and k by their lengths first, where there is a β. gate: skip ``[B, T, H·V]``, D ``[H]`` and z
+    ``[B, T, H·V]`` of ``(o + D · skip) · silu(z)`` in the place of o, where g is of a head. The rows of skip, and the rows of
+    z, may be any one distance apart.
+    """
     shared = state.position, state.entries, state.open_k, state.open_v, state.open_g
     inputs = [q, k, v, g, beta, level_scales, *shared, state.decay, state.open_solve, rows]
     if state.decay is not None:
@@ -175,12 +163,13 @@ def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) ->
         return (o,)
     reach = launching.scratch((batch, length, heads, q.shape[3]), torch.float32, v.device)
     read = launching.scratch((batch, length, heads, chunk), torch.float32, v.device)
+    positions = launching.scratch((batch,), torch.int32, v.device)
     kind = dict(gates=q.shape[3] if per_channel else 1, delta=x.beta is not None)
     programs, S = tiles_of(q.shape, v.shape, chunk, padded(width), **kind)
     early = dependent(v.device)
     options = dict(S=S, NORM=normalize, STAGES=TOKEN_STAGES, EARLY=early, num_warps=1)
-    launching.launch(carried_token_kernel, programs, x, held, reach, read, T, **options)
-    launch, options = chosen(CARRIED, q, held.entries)
+    launching.launch(carried_token_kernel, programs, x, held, reach, read, positions, T, **options)
+    launch, options = chosen(CARRIED if held.rows is None else CARRIED_BY_INDEX, q, held.entries)
     programs, S = tiles_of(q.shape, v.shape, chunk, launch.block_v, **kind)
     after = dependent_launch(v.device)
     for later in range(min(length, 2)):
@@ -194,5 +183,7 @@ def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) ->
             pieces, own = tiles_of(q.shape, v.shape, chunk, CLOSE.block_v, precision, **kind)
             programs_of_pieces = min(pieces * (M + 1), CLOSE.programs)
             options_of_pieces = dict(S=own, num_warps=CLOSE.warps, **after)
-            launching.launch(carried_close_kernel, programs_of_pieces, held, batch, T, M, **options_of_pieces)
+            launching.launch(
+                carried_close_kernel, programs_of_pieces, held, positions, batch, T, M, **options_of_pieces
+            )
     return (o,)

@@ -142,15 +142,9 @@ def open_tile(stored, given, stride, first, last, C: tl.constexpr, WIDTH: tl.con
 
     ``stored`` points at place 0 in the state, ``given`` at the call's first token, whose rows are ``stride`` apart.
     """
-    columns = column + tl.arange(0, TILE)[None, :]
-    return open_rows(tl.arange(0, C)[:, None], columns, stored, given, stride, first, last, WIDTH, WIDTH % TILE == 0)
-
-
-@triton.jit
-def open_rows(place, columns, stored, given, stride, first, last, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    """The same at any places and columns, side by side. WHOLE: no column is beyond WIDTH."""
+    place, columns = tl.arange(0, C)[:, None], column + tl.arange(0, TILE)[None, :]
     there = place <= last
-    if not WHOLE:
+    if WIDTH % TILE != 0:
         there = there & (columns < WIDTH)
     from_call, from_state = given + ((place - first) * stride + columns), stored + (place * WIDTH + columns)
     return tl.load(tl.where(place >= first, from_call, from_state), mask=there, other=0.0)
