@@ -11,6 +11,10 @@ UV := $(BIN)/uv pip install -q --python $(VENV) $(if $(PIP_FIND_LINKS),--find-li
 PIP := $(BIN)/pip install -q -c constraints/default.txt
 install = $(UV) $(1) || $(PIP) $(1)
 
+# uv leaves bytecode to Python's first import: where none may be written, each of a hundred processes compiles torch and
+# transformers again (22 s of a core, then 9).
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-newest test-oldest test-vllm lint docs docs-serve clean
 
 setup: $(STAMP)

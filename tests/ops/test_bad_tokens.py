@@ -17,9 +17,10 @@ HEAD, GROUP = 2, 1  # of 4 heads in 2 groups: a bad k is bad for heads 2 and 3
 
 
 def faults(x):
-    """Every (argument, value, position) to try; +inf among the gates is refused, -inf a reset."""
+    """(argument, value, position): NaN at all, infinities at every third; +inf among the gates is refused, -inf a reset."""
     named = [(name, value) for name in ("k", "v", "g", "beta") if name in x for value in BAD]
-    return [(n, value, s) for n, value in named if n != "g" or value != value for s in POSITIONS]
+    named = [(name, value) for name, value in named if name != "g" or value != value]
+    return [(name, value, s) for name, value in named for s in POSITIONS[:: 1 if value != value else 3]]
 
 
 def spoilt(x, name, value, s, row=0):
