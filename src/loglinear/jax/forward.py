@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from loglinear.jax.finite import spoil, spoiled_sequences, spoiled_slots, spoiled_tokens, without_bad_tokens
-from loglinear.jax.inputs import Inputs, known
+from loglinear.jax.inputs import Inputs, in_order, known
 from loglinear.jax.layout import Layout, packed_layout, plain_layout, rows_layout
 from loglinear.jax.scan import Sizes, Slots, empty_slots, run
 from loglinear.jax.span import numbers_of
@@ -128,13 +128,11 @@ def one_pass(
         layout = rows_layout(position, length, plan.block, lengths)
     placed = _placed(inputs, tree, layout, layout.origin.shape[1] * plan.block)
     clean, bad = without_bad_tokens(placed)
-    tokens = clean.grouped()
+    blocks = clean.blocks(layout.origin.shape[1], plan.chunk)
     shared = cu_seqlens is not None and not plan.states  # one row of slots for all sequences
-    past = _slots_before(tokens.v.shape, inputs, state, 1 if shared else layout.end.shape[0], plan.slots)
-    number = layout.origin.shape[1]
-    blocks = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], number, -1, *x.shape[2:]), 1, 0), tokens)
-    out, past = run(Sizes(plan.chunk, numbers_of(inputs.v.dtype, plan.kernels), scale), past, blocks, layout.steps)
-    out = spoil(jnp.moveaxis(out, 0, 1).reshape(placed.v.shape), spoiled_tokens(bad, layout))
+    past = _slots_before(blocks.v.shape, inputs, state, 1 if shared else layout.end.shape[0], plan.slots)
+    out, past = run(Sizes(numbers_of(inputs.v.dtype, plan.kernels), scale), past, blocks, layout.steps)
+    out = spoil(in_order(out), spoiled_tokens(bad, layout))
     if layout.place is None:
         o = out[:, :length]
     else:
@@ -169,9 +167,9 @@ def _placed(inputs: Inputs, tree: LogLinearState | None, layout: Layout, places:
 
 
 def _slots_before(shape: tuple[int, ...], inputs: Inputs, state: State | None, rows: int, slots: int) -> Slots:
-    """The slots of a state, or none; shape: of v with grouped heads."""
+    """The slots of a state, or none; shape: of v in blocks."""
     groups, heads = shape[2:4]
-    widths, wide = (inputs.q.shape[3], shape[4]), numbers_of(inputs.v.dtype).wide
+    widths, wide = (inputs.q.shape[3], shape[-1]), numbers_of(inputs.v.dtype).wide
     if state is None:
         return empty_slots(rows, groups, heads, slots, widths, wide)
     if isinstance(state, LinearState):

@@ -49,21 +49,31 @@ class Inputs(NamedTuple):
         """The rows one behind the other, as one row."""
         return self.map(lambda x: x.reshape(1, -1, *x.shape[2:]))
 
-    def grouped(self) -> Tokens:
-        """Heads as ``[g, r]``: with a gate for each head alone, r heads share q and k; otherwise each has its own."""
+    def blocks(self, number: int, size: int) -> Tokens:
+        """``number`` blocks of chunks of ``size`` tokens, a leading axis, with heads as ``[g, r]``: with a gate for each
+        head alone, r heads share q and k; otherwise each has its own.
+        """
         q, k, v, g, beta, scales = self
         heads = v.shape[2]
         shared = beta is None and not self.per_channel
         if not shared:
             q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
         groups = q.shape[2]
-        split = lambda x: x.reshape(*x.shape[:2], groups, heads // groups, *x.shape[3:])  # noqa: E731
         gate = jnp.zeros(v.shape[:3], numbers_of(v.dtype).wide) if g is None else g
+
+        def cut(x: Array, *heads: int) -> Array:
+            """``[p, T, H, …] -> [N, p, heads…, n, C, …]``."""
+            x = x.reshape(x.shape[0], number, x.shape[1] // (number * size), size, *heads, *x.shape[3:])
+            last = 4 + len(heads)
+            return x.transpose(1, 0, *range(4, last), 2, 3, *range(last, x.ndim))
+
+        by_head = lambda x: None if x is None else cut(x, groups, heads // groups)  # noqa: E731
         return Tokens(
-            q,
-            k,
-            split(v),
-            split(gate),
-            None if beta is None else split(beta),
-            None if scales is None else split(scales),
+            cut(q, groups), cut(k, groups), cut(v, groups, heads // groups), *map(by_head, (gate, beta, scales))
         )
+
+
+def in_order(out: Array) -> Array:
+    """Outputs of blocks, ``[N, p, g, r, T, V]``, as ``[p, N · T, H, V]``."""
+    number, rows, groups, heads, length, width = out.shape
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(rows, number * length, groups * heads, width)

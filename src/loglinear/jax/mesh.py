@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from loglinear.jax import checks
 from loglinear.jax.forward import block_sizes, forward
-from loglinear.jax.inputs import Inputs
+from loglinear.jax.inputs import Inputs, in_order
 from loglinear.jax.layout import plain_layout
 from loglinear.jax.ops import unit
 from loglinear.jax.scan import Place, Sizes, Slots, carried, empty_slots, run
@@ -119,12 +119,12 @@ def _span(inputs: Inputs, scale: float, axis: str | None, ranks: int) -> Array:
     rank, num, linear = lax.axis_index(axis), numbers_of(inputs.v.dtype), inputs.level_scales is None
     length = inputs.q.shape[1]
     chunk, block = block_sizes(length, 1)
-    tokens, number = inputs.grouped(), length // block
-    blocks = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], number, block, *x.shape[2:]), 1, 0), tokens)
-    maps, states = lax.all_gather(_map_of(blocks, chunk, num), axis)
-    rows, (groups, heads) = inputs.q.shape[0], tokens.v.shape[2:4]
+    number = length // block
+    blocks = inputs.blocks(number, chunk)
+    maps, states = lax.all_gather(_map_of(blocks, num), axis)
+    rows, (groups, heads) = inputs.q.shape[0], blocks.v.shape[2:4]
     upper = 1 if linear else (ranks - 1).bit_length()
-    empty = empty_slots(rows, groups, heads, upper, (tokens.q.shape[3], tokens.v.shape[4]), num.wide)
+    empty = empty_slots(rows, groups, heads, upper, (blocks.q.shape[-1], blocks.v.shape[-1]), num.wide)
 
     def fold(past: Slots, span: tuple[Array, Array, Array]) -> tuple[Slots, None]:
         j, map, state = span
@@ -137,16 +137,16 @@ def _span(inputs: Inputs, scale: float, axis: str | None, ranks: int) -> Array:
     past = jax.tree.map(lambda x: jnp.pad(x, [(lower if i == 3 else 0, 0) for i in range(x.ndim)]), past)
     steps = plain_layout(rows, length, block).steps
     steps = steps._replace(number=steps.number + rank * number, whole=steps.whole.at[-1].set(False))
-    out, _ = run(Sizes(chunk, num, scale), past, blocks, steps)
-    return jnp.moveaxis(out, 0, 1).reshape(inputs.v.shape)
+    out, _ = run(Sizes(num, scale), past, blocks, steps)
+    return in_order(out)
 
 
-def _map_of(blocks: Tokens, chunk: int, num: Numbers) -> tuple[Array, Array]:
+def _map_of(blocks: Tokens, num: Numbers) -> tuple[Array, Array]:
     """The map of all blocks together, and what they add to a state."""
 
     @jax.checkpoint
     def block(x: Tokens) -> tuple[Array, Array]:
-        span = block_span(x._replace(scales=None), chunk, num)  # its outputs are not used, and not computed
+        span = block_span(x._replace(scales=None), num)  # its outputs are not used, and not computed
         return span.map, span.state
 
     def fold(past: tuple[Array, Array], x: Tokens) -> tuple[tuple[Array, Array], None]:

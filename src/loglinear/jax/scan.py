@@ -19,9 +19,8 @@ from loglinear.jax.span import Numbers, Tokens, act, block_span, read
 
 
 class Sizes(NamedTuple):
-    """The facts on which a compilation depends besides shapes. chunk: C. num: dtypes. scale: of the outputs."""
+    """The facts on which a compilation depends besides shapes. num: dtypes. scale: of the outputs."""
 
-    chunk: int
     num: Numbers
     scale: float = 1.0
 
@@ -55,31 +54,28 @@ def empty_slots(rows: int, groups: int, heads: int, slots: int, widths: tuple[in
 
 
 def step(sizes: Sizes, past: Slots, x: Tokens, place: Place) -> tuple[Array, Slots]:
-    """The outputs ``[p, T, g, r, V]`` of one block of each row, and the slots after it."""
+    """The outputs ``[p, g, r, T, V]`` of one block of each row, and the slots after it."""
     num = sizes.num
-    span = block_span(x, sizes.chunk, num)
-    out = span.out
-    first_level = x.q.shape[1].bit_length()
-    slots = past.entries.shape[3]
-    last = 0 if x.scales is None else x.scales.shape[-1] - 1
-    scales = (
-        None if x.scales is None else jnp.moveaxis(x.scales, 1, 3)[:, :, :, None].astype(num.wide)
-    )  # [p, g, r, 1, T, L]
+    span = block_span(x, num)
+    slots, length = past.entries.shape[3], span.rows.shape[3]
+    first_level = length.bit_length()
+    scales = None if x.scales is None else x.scales.reshape(*x.scales.shape[:3], 1, length, -1).astype(num.wide)
 
     def look(out: Array, slot: tuple[Array, ...]) -> tuple[Array, None]:
         m, entry, decay = slot
-        weight = None if span.weight is None else span.weight + decay[..., None, None]
-        scale = None
+        factor = jnp.ones(out.shape[:5], num.wide)
         if scales is not None:
-            scale = lax.dynamic_index_in_dim(scales, jnp.minimum(first_level + m, last), 5, keepdims=False)
-        return out + read(span.rows, weight, scale, entry[:, :, :, None], num), None
+            at = jnp.minimum(first_level + m, scales.shape[-1] - 1)
+            factor = lax.dynamic_index_in_dim(scales, at, 5, keepdims=False)
+        if span.weight is not None:
+            factor = factor * jnp.exp(span.weight + decay[..., None, None])
+        return out + read(span.rows, factor, entry[:, :, :, None], num), None
 
     numbers = jnp.arange(slots, dtype=jnp.int32)
     by_slot = (numbers, *(jnp.moveaxis(y, 3, 0) for y in past))
-    out, _ = lax.scan(look, out, by_slot)
-    return sizes.scale * jnp.moveaxis(out[:, :, :, 0], 3, 1), carried(
-        past, span.map, span.state, place, x.scales is None, num
-    )
+    out, _ = lax.scan(look, span.out, by_slot)
+    after = carried(past, span.map, span.state, place, x.scales is None, num)
+    return sizes.scale * out[:, :, :, 0], after
 
 
 def carried(past: Slots, map: Array, state: Array, place: Place, linear: bool, num: Numbers) -> Slots:

@@ -37,9 +37,9 @@ class Numbers(NamedTuple):
     wide: jnp.dtype
     kernels: bool = False
 
-    def product(self, axes: str, *factors: Array) -> Array:
-        """An einsum of factors rounded to ``low``, summed in ``wide``."""
-        return _einsum(axes, self.low, self.wide, *factors)
+    def product(self, axes: str, a: Array, b: Array) -> Array:
+        """An einsum of two factors rounded to ``low``, summed in ``wide``. Its gradients are such products too."""
+        return _product(axes, self, a, b)
 
     def exact(self, axes: str, *factors: Array) -> Array:
         """An einsum in ``wide`` throughout."""
@@ -48,7 +48,31 @@ class Numbers(NamedTuple):
 
 def _einsum(axes: str, low: jnp.dtype, wide: jnp.dtype, *factors: Array) -> Array:
     precision = lax.Precision.DEFAULT if low == jnp.bfloat16 else lax.Precision.HIGHEST  # no TF32, no bfloat16 passes
-    return jnp.einsum(axes, *(x.astype(low) for x in factors), precision=precision, preferred_element_type=wide)
+    names, out = axes.split("->")
+    # From the last factor to the first: jnp.einsum then leaves the columns of the last innermost, and transposes less.
+    backwards = ",".join(names.split(",")[::-1]) + "->" + out
+    return jnp.einsum(
+        backwards, *(x.astype(low) for x in factors[::-1]), precision=precision, preferred_element_type=wide
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(axes: str, num: Numbers, a: Array, b: Array) -> Array:
+    return _einsum(axes, num.low, num.wide, a, b)
+
+
+def _product_forward(axes: str, num: Numbers, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(axes, num, a, b), (a, b)
+
+
+def _product_backward(axes: str, num: Numbers, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    a, b = kept
+    first, second, out = axes.replace("->", ",").split(",")
+    d_a = _product(f"{out},{second}->{first}", num, gradient, b)
+    return d_a.astype(a.dtype), _product(f"{first},{out}->{second}", num, a, gradient).astype(b.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def numbers_of(dtype: jnp.dtype, kernels: bool = False) -> Numbers:
@@ -58,8 +82,8 @@ def numbers_of(dtype: jnp.dtype, kernels: bool = False) -> Numbers:
 
 
 class Tokens(NamedTuple):
-    """The tokens of one block of each row, ``T = n · C``: q, k ``[p, T, g, K]``, v ``[p, T, g, r, V]``, gate
-    ``[p, T, g, r]`` or ``[p, T, g, 1, K]``, beta ``[p, T, g, r]`` or None, scales λ ``[p, T, g, r, L]`` or None.
+    """The chunks of one block of each row: q, k ``[p, g, n, C, K]``, v ``[p, g, r, n, C, V]``, gate ``[p, g, r, n, C]`` or
+    ``[p, g, 1, n, C, K]``, beta ``[p, g, r, n, C]`` or None, scales λ ``[p, g, r, n, C, L]`` or None.
     """
 
     q: Array
@@ -258,17 +282,11 @@ def _inverse_backward(inverse: Array, gradient: Array) -> tuple[Array]:
 inverse_of_unit_lower.defvjp(_inverse_forward, _inverse_backward)
 
 
-def chunk_spans(x: Tokens, size: int, num: Numbers) -> Spans:
+def chunk_spans(x: Tokens, num: Numbers) -> Spans:
     """The chunks of a block, each a span with the output of its own tokens."""
-
-    def chunks(y: Array, heads: int) -> Array:
-        """``[p, n · C, heads…, …] -> [p, heads…, n, C, …]``."""
-        y = y.reshape(y.shape[0], -1, size, *y.shape[2:])
-        return jnp.moveaxis(y, (1, 2), (1 + heads, 2 + heads))
-
-    q, k, v = chunks(x.q, 1), chunks(x.k, 1), chunks(x.v, 2)
-    per_channel = x.gate.ndim == 5
-    logs = jnp.maximum(chunks(x.gate, 2).astype(num.wide), LEAST_LOG)
+    q, k, v, size = x.q, x.k, x.v, x.v.shape[-2]
+    per_channel = x.gate.ndim == 6
+    logs = jnp.maximum(x.gate.astype(num.wide), LEAST_LOG)
     gate = Gate(logs[:, :, 0] if per_channel else logs, per_channel, num)
     through, after = gate.from_start(), gate.to_end()
     from_start, to_end = jnp.exp(through), jnp.exp(after)
@@ -277,7 +295,7 @@ def chunk_spans(x: Tokens, size: int, num: Numbers) -> Spans:
     else:
         decay, log = gate.decays(), through[..., -1]
         scores = lambda q, k: num.product("pgntk,pgnsk->pgnts", q, k)[:, :, None] * decay  # noqa: E731
-    scales = None if x.scales is None else chunks(x.scales, 2).astype(num.wide)
+    scales = None if x.scales is None else x.scales.astype(num.wide)
 
     def output(pairs: Array) -> Array:
         return num.product("pgrnts,pgrnsv->pgrntv", pairs if scales is None else weigh(pairs, scales, size), v)
@@ -293,7 +311,7 @@ def chunk_spans(x: Tokens, size: int, num: Numbers) -> Spans:
     if x.beta is None:
         state = num.product("pgntk,pgrntv->pgrnkv", k * to_end, v)
         return Spans(q.astype(num.wide) * from_start, None, log, state, output(scores(q, k)[:, :, None]))
-    beta = chunks(x.beta, 2).astype(num.wide)[:, :, 0]
+    beta = x.beta[:, :, 0].astype(num.wide)
     if per_channel:
         pairs, overlap = scores(q, k), scores(k, k)
     else:
@@ -316,7 +334,7 @@ def chunk_spans(x: Tokens, size: int, num: Numbers) -> Spans:
 def act(map: Array, state: Array, num: Numbers) -> Array:
     """A state ``[p, g, r, …, K, V]`` after a span with this map."""
     if map.ndim == state.ndim:
-        return num.product("pgrnij,pgrnjv->pgrniv", jnp.broadcast_to(map, (*state.shape[:3], *map.shape[3:])), state)
+        return num.product("pgrnij,pgrnjv->pgrniv", jnp.broadcast_to(map, (*state.shape[:4], *map.shape[4:])), state)
     log = map[..., None] if map.ndim == state.ndim - 1 else map[..., None, None]
     return jnp.exp(log) * state
 
@@ -326,49 +344,99 @@ def compose(later: Array, earlier: Array, matrix: bool, num: Numbers) -> Array:
     return num.product("...ij,...jk->...ik", later, earlier) if matrix else later + earlier
 
 
-def read(rows: Array, weight: Array | None, scale: Array | None, state: Array, num: Numbers) -> Array:
-    """``scale · exp(weight) · rows · state``, ``[p, g, r, n, t, V]``, of states ``[p, g, r, n, K, V]``."""
-    out = num.product("pgntk,pgrnkv->pgrntv", rows, state)
-    factor = scale if weight is None else jnp.exp(weight) if scale is None else scale * jnp.exp(weight)
-    return out if factor is None else factor[..., None] * out
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def read(rows: Array, factor: Array, state: Array, num: Numbers) -> Array:
+    """``factor · rows · state``, ``[p, g, r, n, t, V]``, of a factor of each row and states ``[p, g, r, n, K, V]``.
+
+    The derivative makes the product once more, where JAX's own would keep it.
+    """
+    return factor[..., None] * num.product("pgntk,pgrnkv->pgrntv", rows, state)
+
+
+def _read_forward(rows: Array, factor: Array, state: Array, num: Numbers) -> tuple[Array, tuple[Array, Array, Array]]:
+    return read(rows, factor, state, num), (rows, factor, state)
+
+
+def _read_backward(num: Numbers, kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    rows, factor, state = kept
+    d_factor = (gradient * num.product("pgntk,pgrnkv->pgrntv", rows, state)).sum(-1)
+    gradient = factor[..., None] * gradient
+    d_rows = num.product("pgrntv,pgrnkv->pgntk", gradient, state).astype(rows.dtype)
+    return d_rows, d_factor, num.product("pgntk,pgrntv->pgrnkv", rows, gradient)
+
+
+read.defvjp(_read_forward, _read_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def halves(x: Array, axis: int) -> tuple[Array, Array]:
+    """The left and the right span of each pair of neighbours along ``axis``. The derivative writes both at once."""
+    left, right = (lax.slice_in_dim(x, at, None, 2, axis) for at in (0, 1))
+    return left, right
+
+
+halves.defvjp(
+    lambda x, axis: (halves(x, axis), None),
+    lambda axis, _, gradients: (_side_by_side(*gradients, axis),),
+)
+
+
+def _side_by_side(left: Array, right: Array, axis: int) -> Array:
+    """Spans of two arrays by turns."""
+    both = jnp.stack([left, right], axis + 1)
+    return both.reshape(*left.shape[:axis], -1, *left.shape[axis + 1 :])
+
+
+@jax.custom_vjp
+def onto_right(out: Array, more: Array) -> Array:
+    """Outputs ``[p, g, r, n, t, V]`` of spans, joined in pairs, with ``more`` added to the right halves."""
+    left, right = (out[:, :, :, at::2] for at in (0, 1))
+    return jnp.concatenate([left, right + more], 4)
+
+
+def _onto_right_backward(_: None, gradient: Array) -> tuple[Array, Array]:
+    p, g, r, n, length, width = gradient.shape
+    apart = gradient.reshape(p, g, r, 2 * n, length // 2, width)
+    return apart, apart[:, :, :, 1::2]
+
+
+onto_right.defvjp(lambda out, more: (onto_right(out, more), None), _onto_right_backward)
 
 
 def merge(spans: Spans, scale: Array | None, num: Numbers) -> Spans:
-    """Neighbours become one span. ``scale [p, g, r, n / 2, 2, t]``: λ of the level between them."""
-    pairs = lambda x, axis=3: x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])  # noqa: E731
-    rows, map, state, out = pairs(spans.rows, 2), pairs(spans.map), pairs(spans.state), pairs(spans.out)
-    weight = None if spans.weight is None else pairs(spans.weight)
-    matrix = map.ndim == state.ndim
-    (map_l, map_r), (state_l, state_r) = (jnp.moveaxis(x, 4, 0) for x in (map, state))
-    rows_l, rows_r = rows[:, :, :, 0], rows[:, :, :, 1]
-    weight_l, weight_r = (None, None) if weight is None else (weight[..., 0, :], weight[..., 1, :])
-    scale_r = None if scale is None else scale[..., 1, :]
-    out_r = out[:, :, :, :, 1] + read(rows_r, weight_r, scale_r, state_l, num)
-    if weight_r is not None:
-        weight_r = weight_r + map_l[..., None]
-    elif matrix:
-        rows_r = num.product("pgntk,pgnkj->pgntj", rows_r, map_l[:, :, 0])
+    """Neighbours become one span. ``scale [p, g, r, n, t]``: λ of the level between them."""
+    matrix = spans.map.ndim == spans.state.ndim
+    (map_l, map_r), (state_l, state_r) = halves(spans.map, 3), halves(spans.state, 3)
+    rows_l, rows_r = halves(spans.rows, 2)
+    factor = jnp.ones((), num.wide) if scale is None else scale[:, :, :, 1::2]
+    if spans.weight is not None:  # the rows stay as they are
+        weight_l, weight_r = halves(spans.weight, 3)
+        factor = factor * jnp.exp(weight_r)
+        weight = jnp.concatenate([weight_l, weight_r + map_l[..., None]], 4)
+        rows = spans.rows.reshape(*rows_r.shape[:3], -1, rows_r.shape[4])
     else:
-        rows_r = rows_r * jnp.exp(map_l[:, :, 0, :, None])
+        weight, decay = None, jnp.exp(map_l[:, :, 0, :, None]) if not matrix else None
+        seen = num.product("pgntk,pgnkj->pgntj", rows_r, map_l[:, :, 0]) if decay is None else rows_r * decay
+        rows = jnp.concatenate([rows_l, seen], 3)
+    factor = jnp.broadcast_to(factor, (*state_l.shape[:4], rows_r.shape[3]))
     return Spans(
-        jnp.concatenate([rows_l, rows_r], 3),
-        None if weight_l is None or weight_r is None else jnp.concatenate([weight_l, weight_r], 4),
+        rows,
+        weight,
         compose(map_r, map_l, matrix, num),
         act(map_r, state_l, num) + state_r,
-        jnp.concatenate([out[:, :, :, :, 0], out_r], 4),
+        onto_right(spans.out, read(rows_r, factor, state_l, num)),
     )
 
 
-def block_span(x: Tokens, size: int, num: Numbers) -> Spans:
+def block_span(x: Tokens, num: Numbers) -> Spans:
     """A whole block as one span (n is 1), with the outputs that its own tokens give."""
-    spans = chunk_spans(x, size, num)
-    level = size.bit_length()
-    while spans.rows.shape[2] > 1:
-        length = spans.rows.shape[3]
+    spans = chunk_spans(x, num)
+    level = x.v.shape[-2].bit_length()
+    while (n := spans.rows.shape[2]) > 1:
         scale = None
         if x.scales is not None:
-            scale = jnp.moveaxis(x.scales[..., min(level, x.scales.shape[-1] - 1)], 1, 3).astype(num.wide)
-            scale = scale.reshape(*scale.shape[:3], -1, 2, length)
+            scale = x.scales[..., min(level, x.scales.shape[-1] - 1)].astype(num.wide)
+            scale = scale.reshape(*scale.shape[:3], n, -1)
         spans = merge(spans, scale, num)
         level += 1
     return spans

@@ -105,15 +105,16 @@ def _step(inputs: Inputs, state: LogLinearState, scale: float) -> tuple[Array, L
     assert v is not None
     assert inputs.level_scales is not None
     chunk = Inputs(inputs.q, k, v, g, beta, inputs.level_scales)
-    tokens = chunk._replace(q=jnp.broadcast_to(inputs.q, chunk.k.shape), level_scales=None).grouped()
-    groups, heads = tokens.v.shape[2:4]
+    chunk = chunk._replace(q=jnp.broadcast_to(inputs.q, chunk.k.shape), level_scales=None)
+    tokens = jax.tree.map(lambda x: x[0], chunk.blocks(1, size))
+    groups, heads = tokens.v.shape[1:3]
     past = Slots(*(x.astype(num.wide).reshape(-1, groups, heads, *x.shape[2:]) for x in (state.entries, state.decay)))
     scales = inputs.level_scales[:, 0].reshape(-1, groups, heads, inputs.level_scales.shape[3]).astype(num.wide)
     out = scale * _look(tokens, past, scales, used, num)
     o = out.reshape(inputs.v.shape).astype(inputs.v.dtype)
 
     def close(past: Slots) -> Slots:
-        spans = chunk_spans(tokens, size, num)
+        spans = chunk_spans(tokens, num)
         place = Place(jnp.int32(0), jnp.zeros((), bool), state.position // size, used == size - 1)
         return carried(past, spans.map, spans.state, place, False, num)
 
@@ -132,10 +133,10 @@ def _look(x: Tokens, past: Slots, scales: Array, used: Array, num: Numbers) -> A
     """The view of the last live token of each open chunk, ``[B, g, r, V]``; its decays end with it, because later ones
     are zero.
     """
-    size, last = x.v.shape[1], scales.shape[-1] - 1
-    q, k, v = x.q[:, 0], jnp.swapaxes(x.k, 1, 2), jnp.moveaxis(x.v, 1, 3)
-    per_channel = x.gate.ndim == 5
-    logs = jnp.maximum(jnp.moveaxis(x.gate, 1, 3).astype(num.wide), LEAST_LOG)
+    size, last = x.v.shape[-2], scales.shape[-1] - 1
+    q, k, v = x.q[:, :, 0, 0], x.k[:, :, 0], x.v[:, :, :, 0]
+    per_channel = x.gate.ndim == 6
+    logs = jnp.maximum(x.gate[:, :, :, 0].astype(num.wide), LEAST_LOG)
     gate = Gate(logs[:, :, 0] if per_channel else logs, per_channel, num)
     to_end, start = jnp.exp(gate.to_end()), gate.from_start()
     weight = jnp.zeros((), num.wide)
@@ -147,7 +148,7 @@ def _look(x: Tokens, past: Slots, scales: Array, used: Array, num: Numbers) -> A
         pairs = num.product("pgk,pgsk->pgs", q, k)[:, :, None] * to_end
         weight = start[..., -1]
     if x.beta is not None:
-        beta = jnp.moveaxis(x.beta, 1, 3)[:, :, 0].astype(num.wide)
+        beta = x.beta[:, :, 0, 0].astype(num.wide)
         if per_channel:
             overlap, seen = gate.scores(k, k), jnp.exp(start)
         else:
