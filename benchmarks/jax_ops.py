@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("rule", choices=SHAPES)
     parser.add_argument("--peer", action="store_true", help="time jax-linear-attention too")
     parser.add_argument("--cpu", action="store_true", help="the sizes and the dtype of a CPU, and our PyTorch ops")
-    parser.add_argument("--backend", choices=["xla", "pallas"], default="xla")
+    parser.add_argument("--backend", choices=["xla", "pallas", "torch"], default="xla")
     parser.add_argument("--block-chunks", type=int, help="chunks in a block of the scan, to tune it")
     parser.add_argument("--dtype", choices=BARS, help="default: bfloat16, and float32 on a CPU")
     parser.add_argument("--commit", help="hash to record where the checkout has no .git")

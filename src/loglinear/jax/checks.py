@@ -86,11 +86,13 @@ def check_scale(scale: float | None) -> float:
     return float(scale)
 
 
-def check_backend(backend: str, inputs: Inputs) -> bool:
-    """Whether the Pallas kernel was asked for, which must take the call."""
-    if backend not in ("xla", "pallas"):
-        raise ValueError(f"backend must be 'xla' or 'pallas': got {backend!r}")
-    if backend == "xla":
+def check_backend(backend: str, inputs: Inputs, states: bool) -> bool:
+    """Whether the Pallas kernel was asked for, which must take the call. states: whether one is given or asked for."""
+    if backend not in ("xla", "pallas", "torch"):
+        raise ValueError(f"backend must be 'xla', 'pallas' or 'torch': got {backend!r}")
+    if backend == "torch" and states:
+        raise ValueError("backend must not be 'torch' for a call with states: those are of 'xla' and 'pallas'")
+    if backend != "pallas":
         return False
     reasons = {
         f"the {inputs.transition}": inputs.transition != "scalar gate",
