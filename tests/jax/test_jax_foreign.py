@@ -1,0 +1,45 @@
+"""``backend="torch"``: the PyTorch ops inside of a JAX program, outputs and gradients."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from jax_calls import op, to_jax, with_gradients
+
+from loglinear.jax import foreign
+from oracle import TOLERANCES, error, gradients, make_inputs, oracle
+
+pytestmark = pytest.mark.default_packages
+SMALL = {"B": 1, "H": 2, "G": 1, "K": 3, "V": 2, "L": 8}
+
+
+@pytest.mark.parametrize("gate", ["scalar", "delta", "diagonal delta"])
+def test_the_definition(gate):
+    x = {name: y.requires_grad_() for name, y in make_inputs(gate=gate, T=70, **SMALL).items()}
+    o, grads, _ = with_gradients(x, scale=-0.5, backend="torch")
+    want = -0.5 * oracle(**x)
+    assert error(o, want) <= TOLERANCES[torch.float64]
+    for name, wanted in zip(x, gradients(want, x.values())):
+        assert error(grads[name], wanted) <= TOLERANCES[torch.float64], name
+
+
+def test_packed_documents_in_bfloat16_and_vmap():
+    """The documents one by one give the same numbers."""
+    x = to_jax(make_inputs(gate="scalar", T=70, **SMALL | {"B": 2}, dtype=torch.bfloat16))
+    call = lambda *part: op({k: y[part] for k, y in x.items()}, backend="torch")[0]  # noqa: E731
+    first, second, rest = slice(0, 1), slice(1, 2), slice(None)
+    want = [call(first, slice(30)), call(first, slice(30, None)), call(second, rest)]
+    o, _ = op(x, segment_ids=jnp.asarray([[4] * 30 + [2] * 40, [1] * 70]), backend="torch")
+    assert o.dtype == jnp.bfloat16
+    assert jnp.array_equal(o.reshape(1, 140, 2, 2), jnp.concatenate(want, 1))
+    rows = jax.vmap(lambda x: op(jax.tree.map(lambda y: y[None], x), backend="torch")[0][0])(x)
+    assert jnp.array_equal(rows, op(x, backend="torch")[0])
+
+
+def test_states_are_refused_and_errors_come_back(monkeypatch):
+    x = to_jax(make_inputs(gate="scalar", T=5))
+    with pytest.raises(ValueError, match="backend must not be 'torch' for a call with states"):
+        op(x, backend="torch", output_final_state=True)
+    monkeypatch.setattr(foreign, "_compute", lambda *_: 1 / 0)
+    with pytest.raises(Exception, match="ZeroDivisionError: division by zero"):
+        op(x, backend="torch")[0].block_until_ready()
