@@ -174,7 +174,7 @@ def main() -> None:
     ours = lambda x: op(**x, backend=args.backend)[0]  # noqa: E731
     calls: dict[str, Callable[[Arrays], jax.Array]] = {f"loglinear.jax, {args.backend}": ours}
     calls |= {"jax-linear-attention": peer} if args.peer else {}
-    columns = {**environment(args), **size, "dtype": args.dtype, "block_chunks": forward.BLOCK_CHUNKS}
+    columns = {**environment(args), **size, "dtype": args.dtype, "block_chunks": forward.block_chunks()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name, call in calls.items():
         loss = lambda x, call=call: call(x).astype(jnp.float32).sum()  # noqa: E731

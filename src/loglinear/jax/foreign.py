@@ -56,7 +56,7 @@ class _Metadata(Structure):
 
 
 class _Extension(Structure):
-    """What XLA asks of a function when it is registered: ``type`` 1, its version of the interface."""
+    """XLA's question to a function that it registers. ``type`` 1: the version of the interface."""
 
     _fields_ = (("struct_size", c_size_t), ("type", c_int), ("next", c_void_p), ("metadata", POINTER(_Metadata)))
 
@@ -115,11 +115,11 @@ def _compute(args: list[Any], results: list[Any], names: list[str], scale: float
     """Forward: the arguments by name; results: o. Backward: the gradient of o behind them; results: their gradients."""
     import torch
 
-    import loglinear
+    from loglinear.ops import log_linear_attention, log_linear_delta_rule
 
     x = dict(zip(names, args))
     offsets = x.pop("cu_seqlens", None)
-    op = loglinear.log_linear_delta_rule if "beta" in x else loglinear.log_linear_attention
+    op = log_linear_delta_rule if "beta" in x else log_linear_attention
     call = partial(op, scale=scale, cu_seqlens=offsets)
     if len(args) == len(names):
         with torch.no_grad():

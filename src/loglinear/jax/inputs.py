@@ -67,10 +67,9 @@ class Inputs(NamedTuple):
             last = 4 + len(heads)
             return x.transpose(1, 0, *range(4, last), 2, 3, *range(last, x.ndim))
 
-        by_head = lambda x: None if x is None else cut(x, groups, heads // groups)  # noqa: E731
-        return Tokens(
-            cut(q, groups), cut(k, groups), cut(v, groups, heads // groups), *map(by_head, (gate, beta, scales))
-        )
+        by_head = lambda x: cut(x, groups, heads // groups)  # noqa: E731
+        beta, scales = (None if x is None else by_head(x) for x in (beta, scales))
+        return Tokens(cut(q, groups), cut(k, groups), by_head(v), by_head(gate), beta, scales)
 
 
 def in_order(out: Array) -> Array:

@@ -375,10 +375,12 @@ def halves(x: Array, axis: int) -> tuple[Array, Array]:
     return left, right
 
 
-halves.defvjp(
-    lambda x, axis: (halves(x, axis), None),
-    lambda axis, _, gradients: (_side_by_side(*gradients, axis),),
-)
+def _halves_backward(axis: int, _: None, gradients: tuple[Array, Array]) -> tuple[Array]:
+    left, right = gradients
+    return (_side_by_side(left, right, axis),)
+
+
+halves.defvjp(lambda x, axis: (halves(x, axis), None), _halves_backward)
 
 
 def _side_by_side(left: Array, right: Array, axis: int) -> Array:
