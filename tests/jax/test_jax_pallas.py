@@ -8,7 +8,7 @@ from jax import export
 from jax_calls import op, to_jax, with_gradients
 
 from loglinear.jax.pallas import chunk_outputs
-from loglinear.jax.span import numbers_of
+from loglinear.jax.products import numbers_of
 from oracle import TOLERANCES, error, gradients, make_inputs, oracle
 
 pytestmark = pytest.mark.default_packages

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from loglinear.jax.inputs import Inputs, known
-from loglinear.jax.span import numbers_of
+from loglinear.jax.products import numbers_of
 from loglinear.jax.state import LinearState, LogLinearState, State, slots_for
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")

@@ -17,8 +17,8 @@ from jax import Array
 from loglinear.jax.finite import spoil, spoiled_sequences, spoiled_slots, spoiled_tokens, without_bad_tokens
 from loglinear.jax.inputs import Inputs, in_order, known
 from loglinear.jax.layout import Layout, packed_layout, plain_layout, rows_layout
+from loglinear.jax.products import numbers_of
 from loglinear.jax.scan import Sizes, Slots, empty_slots, run
-from loglinear.jax.span import numbers_of
 from loglinear.jax.state import CHUNK_SIZE, LinearState, LogLinearState, State, empty_state, slots_for
 
 BLOCK_CHUNKS: int | None = None  # chunks in a block, at most; None: what ``block_chunks`` says

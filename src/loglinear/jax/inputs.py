@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from loglinear.jax.span import Tokens, numbers_of
+from loglinear.jax.products import numbers_of
+from loglinear.jax.span import Tokens
 
 
 def known(x: Any) -> bool:

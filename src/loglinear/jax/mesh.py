@@ -22,8 +22,9 @@ from loglinear.jax.forward import block_sizes, forward
 from loglinear.jax.inputs import Inputs, in_order
 from loglinear.jax.layout import plain_layout
 from loglinear.jax.ops import unit
+from loglinear.jax.products import Numbers, numbers_of
 from loglinear.jax.scan import Place, Sizes, Slots, carried, empty_slots, run
-from loglinear.jax.span import Numbers, Tokens, act, block_span, compose, numbers_of
+from loglinear.jax.span import Tokens, act, block_span, compose
 from loglinear.jax.state import CHUNK_SIZE
 
 

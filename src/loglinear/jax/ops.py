@@ -18,7 +18,7 @@ from loglinear.jax.foreign import torch_call
 from loglinear.jax.forward import forward
 from loglinear.jax.inputs import Inputs
 from loglinear.jax.layout import number_of_segments, offsets_of
-from loglinear.jax.span import numbers_of
+from loglinear.jax.products import numbers_of
 from loglinear.jax.state import State
 
 Backend = Literal["xla", "pallas", "torch"]

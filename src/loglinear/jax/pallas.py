@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from loglinear.jax.span import Gate, Numbers, levels_of, weigh
+from loglinear.jax.products import Numbers
+from loglinear.jax.span import Gate, levels_of, weigh
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int], low: jnp.dtype) -> Array:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from loglinear.jax.span import Numbers, Tokens, act, block_span, read
+from loglinear.jax.products import Numbers
+from loglinear.jax.span import Tokens, act, block_span, read
 
 
 class Sizes(NamedTuple):
@@ -59,7 +60,9 @@ def step(sizes: Sizes, past: Slots, x: Tokens, place: Place) -> tuple[Array, Slo
     span = block_span(x, num)
     slots, length = past.entries.shape[3], span.rows.shape[3]
     first_level = length.bit_length()
-    scales = None if x.scales is None else x.scales.reshape(*x.scales.shape[:3], 1, length, -1).astype(num.wide)
+    scales = None
+    if x.scales is not None:
+        scales = x.scales.reshape(*x.scales.shape[:3], 1, length, x.scales.shape[-1]).astype(num.wide)
 
     def look(out: Array, slot: tuple[Array, ...]) -> tuple[Array, None]:
         m, entry, decay = slot

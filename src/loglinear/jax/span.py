@@ -24,61 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from loglinear.jax.products import Numbers, einsum
+
 # Logs below this are a decay to zero, also in float64, whose exp ends at -745; -inf would turn 0 · log into NaN.
 LEAST_LOG = -1e3
-
-
-class Numbers(NamedTuple):
-    """How a call computes. low, wide: dtypes of the factors of products, and of sums, logs and states. kernels: whether
-    a stage runs in Pallas (``pallas.py``).
-    """
-
-    low: jnp.dtype
-    wide: jnp.dtype
-    kernels: bool = False
-
-    def product(self, axes: str, a: Array, b: Array) -> Array:
-        """An einsum of two factors rounded to ``low``, summed in ``wide``. Its gradients are such products too."""
-        return _product(axes, self, a, b)
-
-    def exact(self, axes: str, *factors: Array) -> Array:
-        """An einsum in ``wide`` throughout."""
-        return _einsum(axes, self.wide, self.wide, *factors)
-
-
-def _einsum(axes: str, low: jnp.dtype, wide: jnp.dtype, *factors: Array) -> Array:
-    precision = lax.Precision.DEFAULT if low == jnp.bfloat16 else lax.Precision.HIGHEST  # no TF32, no bfloat16 passes
-    names, out = axes.split("->")
-    # From the last factor to the first: jnp.einsum then leaves the columns of the last innermost, and transposes less.
-    backwards = ",".join(names.split(",")[::-1]) + "->" + out
-    return jnp.einsum(
-        backwards, *(x.astype(low) for x in factors[::-1]), precision=precision, preferred_element_type=wide
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(axes: str, num: Numbers, a: Array, b: Array) -> Array:
-    return _einsum(axes, num.low, num.wide, a, b)
-
-
-def _product_forward(axes: str, num: Numbers, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(axes, num, a, b), (a, b)
-
-
-def _product_backward(axes: str, num: Numbers, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    a, b = kept
-    first, second, out = axes.replace("->", ",").split(",")
-    d_a = _product(f"{out},{second}->{first}", num, gradient, b)
-    return d_a.astype(a.dtype), _product(f"{first},{out}->{second}", num, a, gradient).astype(b.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-def numbers_of(dtype: jnp.dtype, kernels: bool = False) -> Numbers:
-    """float16 is computed in float32: sums of many products leave its range."""
-    wide = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-    return Numbers(jnp.dtype(jnp.bfloat16) if dtype == jnp.bfloat16 else wide, wide, kernels)
 
 
 class Tokens(NamedTuple):
@@ -267,7 +216,7 @@ def inverse_of_unit_lower(x: Array) -> Array:
 
 
 def _exact(axes: str, *factors: Array) -> Array:
-    return _einsum(axes, factors[0].dtype, factors[0].dtype, *factors)
+    return einsum(axes, factors[0].dtype, factors[0].dtype, *factors)
 
 
 def _inverse_forward(x: Array) -> tuple[Array, Array]:
@@ -386,7 +335,7 @@ halves.defvjp(lambda x, axis: (halves(x, axis), None), _halves_backward)
 def _side_by_side(left: Array, right: Array, axis: int) -> Array:
     """Spans of two arrays by turns."""
     both = jnp.stack([left, right], axis + 1)
-    return both.reshape(*left.shape[:axis], -1, *left.shape[axis + 1 :])
+    return both.reshape(*left.shape[:axis], 2 * left.shape[axis], *left.shape[axis + 1 :])
 
 
 @jax.custom_vjp
@@ -415,7 +364,7 @@ def merge(spans: Spans, scale: Array | None, num: Numbers) -> Spans:
         weight_l, weight_r = halves(spans.weight, 3)
         factor = factor * jnp.exp(weight_r)
         weight = jnp.concatenate([weight_l, weight_r + map_l[..., None]], 4)
-        rows = spans.rows.reshape(*rows_r.shape[:3], -1, rows_r.shape[4])
+        rows = spans.rows.reshape(*rows_r.shape[:3], 2 * rows_r.shape[3], rows_r.shape[4])
     else:
         weight, decay = None, jnp.exp(map_l[:, :, 0, :, None]) if not matrix else None
         seen = num.product("pgntk,pgnkj->pgntj", rows_r, map_l[:, :, 0]) if decay is None else rows_r * decay
@@ -438,7 +387,7 @@ def block_span(x: Tokens, num: Numbers) -> Spans:
         scale = None
         if x.scales is not None:
             scale = x.scales[..., min(level, x.scales.shape[-1] - 1)].astype(num.wide)
-            scale = scale.reshape(*scale.shape[:3], n, -1)
+            scale = scale.reshape(*scale.shape[:3], n, spans.rows.shape[3])
         spans = merge(spans, scale, num)
         level += 1
     return spans

@@ -16,8 +16,9 @@ from jax import Array, lax
 from loglinear.jax import checks
 from loglinear.jax.inputs import Inputs, known
 from loglinear.jax.ops import attend, unit
+from loglinear.jax.products import Numbers, numbers_of
 from loglinear.jax.scan import Place, Slots, carried
-from loglinear.jax.span import LEAST_LOG, Gate, Numbers, Tokens, chunk_spans, inverse_of_unit_lower, numbers_of
+from loglinear.jax.span import LEAST_LOG, Gate, Tokens, chunk_spans, inverse_of_unit_lower
 from loglinear.jax.state import LinearState, LogLinearState, State, slots_for
 
 
