@@ -16,7 +16,7 @@ import torch
 
 FOLDER = Path(__file__).parent / "on_device"
 NAMES = {path.stem.removeprefix("test_") for path in FOLDER.glob("test_*.py")}
-SHARED = (("kernels",), ("causality",), ("memcheck",), ("batches", "delta_rule_kept", "stages", "step_kernels"))
+SHARED = (("kernels", "memcheck"), ("causality",), ("batches", "delta_rule_kept", "stages", "step_kernels"))
 REST = tuple(sorted(NAMES - {name for names in SHARED for name in names}))
 GROUPS = {" ".join(names): [FOLDER / f"test_{name}.py" for name in names] for names in (*SHARED, REST)}
 GROUPS["ops"] = [FOLDER.parents[1] / "ops" / "test_conformance.py", "-k", "linear_model or two_parts"]
