@@ -220,7 +220,7 @@ def span_query_grads_kernel(
 
     Grid: H/HEADS x octets x 4 tiles, tiles fastest. float32: accumulators, factors, sums; dP times decays is of v's dtype.
     """
-    tile = tile_of_program(table, T, N, NG, S)
+    tile = tile_of_program(table, T, N, NG, S, LAST_FIRST=True)
     if tile.size > 0:
         FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         GATED: gl.constexpr = x.g is not None

@@ -49,13 +49,13 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def tile_of_program(table, T, N, NG, S: gl.constexpr):
+def tile_of_program(table, T, N, NG, S: gl.constexpr, LAST_FIRST: gl.constexpr = False):
     """The tile of a program in a grid of head blocks x octets x tiles, tiles fastest; of size <= 0 if there is none.
 
-    The last tiles come first: their paths are the longest, and no program of many steps begins when the others end.
+    LAST_FIRST: the last tiles, of the longest paths, come first.
     """
     tiles = gl.num_programs(0) // (S.H // S.HEADS)
-    pid = gl.num_programs(0) - 1 - gl.program_id(0)
+    pid = gl.num_programs(0) - 1 - gl.program_id(0) if LAST_FIRST else gl.program_id(0)
     octet = pid % tiles // TILES
     at = locate(octet, table, T, N, NG, NG, S.PACKED)
     tile = (octet - at.octet0) * TILES + pid % TILES
