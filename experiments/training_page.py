@@ -49,7 +49,7 @@ def required(rows: list[dict]) -> list[str]:
 
 
 def stream(row: dict) -> str:
-    """What to add to the name of a row with another residual stream than float32."""
+    """The words to add to the name of a row with another residual stream than float32."""
     return "" if row["residual"] == "float32" else f", {row['residual']} stream"
 
 

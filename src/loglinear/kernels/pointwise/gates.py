@@ -289,8 +289,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of rate, dt_bias, A_log, x and strength in their dtypes, None where there is no input.
 
-    dskip ``[B, T, H, W]`` or None is the gradient of x from elsewhere; it is added. Those of rate and x are written into
-    ``into``, columns of wider rows, if given. The other arguments are as in ``forward``. The same bits on every run.
+    dskip ``[B, T, H, W]`` or None is the gradient of x from elsewhere; it is added. The gradients of rate and x are written
+    into ``into``, columns of wider rows, if given. The other arguments are as in ``forward``. The same bits on every run.
     """
     inputs, rows, S, blocks = _arguments(dt_bias, A_log, rate, x, strength, dg, dv, dskip, dbeta)
     drate, dx = into or (scratch_like(rate), scratch_like(x))
@@ -390,7 +390,7 @@ def level_scales_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of dl and L, in their dtypes; arguments as in ``level_scales``. The same bits on every run.
 
-    That of dl is written into ``into``, columns of wider rows, where it is given.
+    The gradient of dl is written into ``into``, columns of wider rows, where it is given.
     """
     (batch, length, width), ddl = dl.shape, scratch_like(dl) if into is None else into
     tiles = max(cdiv(blocks := cdiv(batch * length, SCALE_TOKENS), PROGRAMS), 1)
