@@ -388,7 +388,7 @@ def level_scales(dl: Tensor, L: Tensor, offset: float) -> Tensor:
 def level_scales_backward(
     dscales: Tensor, dl: Tensor, L: Tensor, offset: float, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of dl (in ``into``, if given) and L, in their dtypes; the rest as in ``level_scales``. The same bits each run."""
+    """Gradients of dl (in ``into``, if given) and L, in their dtypes; else as ``level_scales``. The same bits every run."""
     (batch, length, width), ddl = dl.shape, scratch_like(dl) if into is None else into
     tiles = max(cdiv(blocks := cdiv(batch * length, SCALE_TOKENS), PROGRAMS), 1)
     parts = cdiv(blocks, tiles)
