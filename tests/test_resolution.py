@@ -73,8 +73,9 @@ def test_every_extra_resolves_with_each_set_of_pins(name, python):
     assert len(versions) == 3
 
 
-@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("python", [PYTHONS[0], PYTHONS[-1]])
 def test_every_extra_resolves_without_pins(python):
+    """On the first and the last Python: each takes 20 s of the registry's newest pages."""
     assert "torch==" in extras(python=python)
 
 

@@ -1,4 +1,4 @@
-"""Runs tests/kernels/on_device in Triton's interpreter, where there is no GPU; and a part of tests/ops (the last group).
+"""Runs tests/kernels/on_device in Triton's interpreter, where there is no GPU; and two tests of tests/ops beside causality.
 
 Files share processes, since the imports of a process take 8 s, longer than some files run; the groups take about as long
 as each other.
@@ -19,7 +19,10 @@ NAMES = {path.stem.removeprefix("test_") for path in FOLDER.glob("test_*.py")}
 SHARED = (("kernels", "memcheck"), ("causality",), ("batches", "delta_rule_kept", "stages", "step_kernels"))
 REST = tuple(sorted(NAMES - {name for names in SHARED for name in names}))
 GROUPS = {" ".join(names): [FOLDER / f"test_{name}.py" for name in names] for names in (*SHARED, REST)}
-GROUPS["ops"] = [FOLDER.parents[1] / "ops" / "test_conformance.py", "-k", "linear_model or two_parts"]
+GROUPS["causality"] += [
+    f"{FOLDER.parents[1] / 'ops' / 'test_conformance.py'}::{test}"
+    for test in ("test_the_linear_model_is_lambda_one", "test_two_parts_and_a_state_are_one_pass")
+]
 
 
 @pytest.mark.slow

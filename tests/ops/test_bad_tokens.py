@@ -76,7 +76,7 @@ def test_packed_sequences_do_not_notice(kind):
 
 
 @five_kinds
-@pytest.mark.parametrize("s", [10, C + 3, 2 * C, 3 * C + 4])
+@pytest.mark.parametrize("s", [10, 2 * C, 3 * C + 4])
 def test_a_state_says_it_and_spares_the_rest(kind, s):
     """The call goes on from a state: NaN in that head for good, whether the bad token was in a closed or the open chunk."""
     x = inputs(**kind, T=6 * C, K=4, V=3)

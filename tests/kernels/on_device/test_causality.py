@@ -25,7 +25,7 @@ ARGUMENTS = (("scalar gate", "k"), ("scalar gate", "v"), ("scalar gate", "g"),
 IN_STEPS = ("scalar gate", "delta rule")
 # The first, a middle and the last token of a chunk; the second chunk; the chunk that stays open. The middle one has them all.
 POSITIONS = (5, C - 1, C + 2) if INTERPRETED else (0, 5, C - 1, C, 2 * C + 1)
-BAD = (torch.nan, torch.inf) if INTERPRETED else (torch.nan, torch.inf, -torch.inf)
+BAD = (torch.inf,) if INTERPRETED else (torch.nan, torch.inf, -torch.inf)
 
 
 def some(*faults):
@@ -69,7 +69,7 @@ def test_nothing_before_or_beside_a_bad_token_changes(device, rule, name):
     x = make(rule, device, max(POSITIONS) + 4)
     clean = forward(x)
     for s in POSITIONS:
-        for value in BAD[: (2 if name == "g" else 3) if s == 5 else 1]:  # of a gate -inf is a reset
+        for value in BAD[: 2 if name == "g" else 3] if s == 5 else (torch.nan,):  # of a gate -inf is a reset
             compare(x, clean, name, value, s)
 
 
@@ -84,9 +84,10 @@ def test_in_16_bits_and_beside_another_row_of_the_linear_models(device, rule, na
 @pytest.mark.parametrize("rule", RULES)
 def test_groups_after_it_are_not_finite(device, rule):
     """More than a group of chunks: the tree hands on what its entries hold."""
-    x = make(rule, device, 9 * C + 1)
+    x = make(rule, device, 8 * C + 1 if INTERPRETED else 9 * C + 1)
     clean = forward(x)
-    for name, s in some(("k", 3 * C + 2), ("g", 2 * C), ("v", 7 * C + 9)):
+    faults = ("k", 3 * C + 2), ("g", 2 * C), ("v", 7 * C + 9)
+    for name, s in faults if not INTERPRETED else faults[:1] if "delta" in rule else faults[1:2]:
         compare(x, clean, name, torch.nan, s)
 
 

@@ -10,14 +10,13 @@ import torch
 from cases import CHANNEL, CHANNEL_DELTA, DECAY, DELTA, FLOAT32, INTERPRETED, RULES, check, make, rules, run
 
 # Chunk 16 in the interpreter, 32 to 128 on a GPU. Longer ones in the interpreter: test_stages.py.
-LENGTHS = (1, 15, 16, 17, 33) if INTERPRETED else (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4097)
+LENGTHS = (1, 16, 33) if INTERPRETED else (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 2048, 4097)
 # (K, V): powers of two, others, and the largest that the ops give to the kernels.
 WIDTHS = ((64, 64), (128, 64), (128, 128), (64, 128), (96, 96), (256, 256), (16, 16), (40, 24))
 FULL_WIDTHS = [(rule, K, V) for rule in RULES for K, V in WIDTHS if not RULES[rule].per_channel or K <= 128]
 FULL_WIDTHS += [("scalar gate", 128, 384), ("scalar gate", 256, 64), ("delta rule", 192, 384)]
 FULL_WIDTHS += [("channel gate", 128, 192), ("channel gate", 16, 320), ("channel delta rule", 64, 320)]
-FEW_WIDTHS = [("scalar gate", 24, 40), ("scalar gate", 16, 72), ("delta rule", 40, 24), ("channel gate", 40, 24)]
-FEW_WIDTHS += [("channel delta rule", 40, 24)]
+FEW_WIDTHS = [("scalar gate", 24, 72), ("delta rule", 40, 24), ("channel gate", 40, 24), ("channel delta rule", 40, 24)]
 T = 36 if INTERPRETED else 1500
 
 
@@ -103,7 +102,7 @@ def test_chunk_sizes_of_the_delta_rule(device, rule, chunk):
 
 
 @rules
-@pytest.mark.parametrize("L", [1, 3, 6])
+@pytest.mark.parametrize("L", [1, 6] if INTERPRETED else [1, 3, 6])
 def test_levels_past_the_last_share_it(device, rule, L):
     check(device, rule, T=36 if INTERPRETED else 300, L=L)
 
@@ -111,7 +110,7 @@ def test_levels_past_the_last_share_it(device, rule, L):
 @rules
 @pytest.mark.parametrize("gate", ["none", "zero", "strong", "very negative", "one channel", "reset"])
 def test_gates(device, rule, gate):
-    if INTERPRETED and gate in ("zero", "strong"):
+    if INTERPRETED and (gate in ("zero", "strong") or (rule is CHANNEL and gate == "very negative")):
         pytest.skip("between the others")
     if gate == ("none" if rule.per_channel else "one channel"):
         pytest.skip("of the other rules")
@@ -135,7 +134,7 @@ def test_a_reset_forgets_exactly(device, rule):
     assert (dg[:, cut] == 0).all()
     assert (dg[:, cut + 1 :] != 0).any()
     x["v"][:, :cut] *= 1000
-    after = run(x, do)[0]
+    after = cases.forward(x)
     assert torch.equal(before[:, cut:], after[:, cut:])
     assert not torch.equal(before[:, :cut], after[:, :cut])
 

@@ -192,7 +192,7 @@ def same(one, other):
 
 
 @rules
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("groups", [2] if INTERPRETED else [1, 2, 4])
 def test_groups(device, rule, groups):
     check(make(device, rule, T=C + 1, H=4, G=groups), C - 1, (2,))
 
@@ -213,6 +213,8 @@ def test_widths(device, rule, K, V):
 def test_gates(device, rule, gate):
     if gate == "none" and rule.channel:
         pytest.skip("without a gate it is the scalar gate")
+    if gate == "strong" and INTERPRETED:
+        pytest.skip("between the others")
     check(make(device, rule, T=4 * C + 4, gate=gate), 4 * C - 5, (9,))
 
 
@@ -228,7 +230,7 @@ def test_a_reset_forgets_exactly(device, rule):
 
 
 @rules
-@pytest.mark.parametrize("L", [1, 3, 6])
+@pytest.mark.parametrize("L", [1, 6] if INTERPRETED else [1, 3, 6])
 def test_levels_past_the_last_share_it(device, rule, L):
     check(make(device, rule, T=7 * C + 4, L=L), 7 * C + 2)
 
