@@ -22,7 +22,7 @@ def cases(*kinds):
     return quick + [pytest.param(case, id=case[1], marks=pytest.mark.default_packages) for case in others]
 
 
-@pytest.fixture(params=cases("mask", "positions", "seq_idx"))
+@pytest.fixture(params=cases("mask", "seq_idx"))
 def case(request, make_model, tokens):
     """A model, ids, and arguments that say which columns are tokens, and of which documents."""
     mixers, kind = request.param
@@ -49,7 +49,8 @@ def case(request, make_model, tokens):
 def test_compiled_whole(case):
     """One graph; logits of every token, the loss and all gradients are those of an eager call.
 
-    To compile takes longest. seq_idx and positions become one description before any layer, and the last case has it.
+    To compile takes longest. seq_idx and positions become one description before any layer, and the last case has it. Training
+    is another graph, without logits: compiled once, where nothing is described.
     """
     model, ids, described = case
     torch._dynamo.reset()
@@ -62,8 +63,10 @@ def test_compiled_whole(case):
 
     for got, want in zip(call(compiled), call(model), strict=True):
         assert (got - want).norm() <= 1e-6 * want.norm()
+    if described:
+        return
     model.train()
-    torch.testing.assert_close(compiled(ids, labels=ids, **described).loss, model(ids, labels=ids, **described).loss)
+    torch.testing.assert_close(compiled(ids, labels=ids).loss, model(ids, labels=ids).loss)
 
 
 @torch.no_grad()

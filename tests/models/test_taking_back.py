@@ -62,7 +62,7 @@ def test_every_cut_of_a_chunk_and_more(make_model, tokens, mixer, kind):
     model, ids = make_model(mixer), tokens(2, 131)
     cache = recording(model, kind)
     feed(model, ids, cache, [50, 1, 1, 9, 1, 30, 1, 1, 1, 30, 1, 1, 1, 1, 2])
-    fresh, cuts = DynamicCache(config=model.config), [*range(1, 10), 35, 36, 37, 63, 64, 65, 66, 67, 68, 75]
+    fresh, cuts = DynamicCache(config=model.config), [1, 2, 3, 4, 6, 20, 36, 37, 66, 67, 68, 75]
     if (
         kind == "static"
     ):  # only where the state is put differs: on both sides of a merge, of a chunk's end and of a mark
@@ -78,9 +78,7 @@ def test_every_cut_of_a_chunk_and_more(make_model, tokens, mixer, kind):
     torch.testing.assert_close(feed(model, more, cropped, [1, 2, 64, 3]), want, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("kind", "side"), [("dynamic", "left"), ("dynamic", "right"), ("dynamic", "holes"), ("static", "holes")]
-)
+@pytest.mark.parametrize(("kind", "side"), [("dynamic", "left"), ("dynamic", "right"), ("static", "holes")])
 @torch.no_grad()
 def test_columns_of_padding_are_taken_back_as_columns(make_model, tokens, mixer, kind, side):
     """Three rows at positions of their own; a cut goes through padding, and what follows is padded again."""
@@ -93,7 +91,7 @@ def test_columns_of_padding_are_taken_back_as_columns(make_model, tokens, mixer,
         mask[0, 3:90:2], mask[1, [64, 65, 89]], mask[2, 60:75] = 0, 0, 0
     cache, lengths = recording(model, kind), [70, 1, 4, 1, 14]
     feed(model, ids, cache, lengths, mask)
-    for kept in (88, 76, 75, 74, 71, 69, 60, 41):
+    for kept in (88, 75, 74, 69, 41):
         cache.crop(kept - cache.get_seq_length())
         fresh = DynamicCache(config=model.config)
         feed(model, ids[:, :kept], fresh, kept, mask)
@@ -110,7 +108,7 @@ def test_columns_of_padding_are_taken_back_as_columns(make_model, tokens, mixer,
 @torch.no_grad()
 def test_speculation(make_model, tokens, mixer):
     """Drafts of which a part is right, past the fourth chunk's end: the logits are those of one pass."""
-    model, ids = make_model(mixer), tokens(2, 220)
+    model, ids = make_model(mixer), tokens(2, 240)
     want, cache = model(ids, use_cache=False).logits, recording(model)
     generator = torch.Generator().manual_seed(0)
     past, step = 0, 120
@@ -119,7 +117,7 @@ def test_speculation(make_model, tokens, mixer):
         draft = torch.cat([ids[:, past : past + right], tokens(2, step - right)], dim=1)
         got = feed(model, draft, cache, [step] if past % 3 else [step // 2, *[1] * (step - step // 2)])
         torch.testing.assert_close(got[:, :right], want[:, past : past + right], rtol=0, atol=1e-10)
-        past, step = past + right, int(torch.randint(1, 18, (), generator=generator))
+        past, step = past + right, int(torch.randint(1, 36, (), generator=generator))
         cache.crop(past - cache.get_seq_length())
 
 
@@ -138,12 +136,12 @@ def test_float32(make_model, tokens, mixer):
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_a_long_call_keeps_four_chunks(make_model, tokens, mixer, padded):
-    model, ids = make_model(mixer), tokens(2, 600)
-    mask = torch.ones(2, 600, dtype=torch.long)
+    model, ids = make_model(mixer), tokens(2, 408)
+    mask = torch.ones(2, 408, dtype=torch.long)
     if padded:
-        mask[0, :400], mask[1, 590:] = 0, 0
+        mask[0, :208], mask[1, 398:] = 0, 0
     cache, fresh = recording(model), DynamicCache(config=model.config)
-    got = feed(model, ids, cache, [600], mask)
+    got = feed(model, ids, cache, [408], mask)
     want = model(ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
     cache.crop(-1)
@@ -151,7 +149,7 @@ def test_a_long_call_keeps_four_chunks(make_model, tokens, mixer, padded):
         with pytest.raises(ValueError, match=r"tokens_to_remove must be in \[-255, 0\], .* kept: got -256"):
             cache.crop(-256)
     cache.crop(-255)
-    feed(model, ids[:, :344], fresh, [344], mask)
+    feed(model, ids[:, :152], fresh, [152], mask)
     assert_same(cache, fresh, atol=1e-9)
 
 
@@ -190,7 +188,7 @@ def test_memory_is_bounded(make_model, tokens):
     model = make_model("log_linear_mamba2", num_hidden_layers=1)
     plain = DynamicCache(config=model.config)
     feed(model, tokens(1, 300), plain, [300])
-    for lengths in ([1] * 400, [9] * 90, [255, 127, 129, 3, 256] * 2, [1000]):
+    for lengths in ([1] * 330, [9] * 60, [255, 127, 129, 3, 256] * 2, [1000]):
         cache = recording(model)
         ids = tokens(1, sum(lengths))
         for piece in ids.split(lengths, dim=1):

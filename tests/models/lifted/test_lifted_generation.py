@@ -13,11 +13,9 @@ FAMILIES = ["mamba2", "bamba", "qwen3_next"]
 LONG = {"max_new_tokens": 12, "min_new_tokens": 12}  # from 61 columns over the end of a chunk of 64
 WAYS = {
     "greedy": {"do_sample": False},
-    "sampled": {"do_sample": True, "top_k": 20},
     "beams": {"do_sample": False, "num_beams": 3},
     "sampled beams": {"do_sample": True, "num_beams": 2},
-    "several": {"do_sample": True, "num_return_sequences": 2},
-    "static": {"do_sample": False, "cache_implementation": "static"},
+    "several": {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
     "static beams": {"do_sample": False, "num_beams": 2, "cache_implementation": "static"},
     "in parts": {"do_sample": False, "prefill_chunk_size": 7},
     "no cache": {"do_sample": False, "use_cache": False},
