@@ -24,6 +24,7 @@ from oracle import (
 
 pytestmark = pytest.mark.default_packages
 SMALL = {"B": 1, "H": 2, "G": 1, "K": 3, "V": 2}
+GROUPED = {"H": 4, "G": 2, "L": 7}  # heads share q and k in order; fewer levels than the length needs
 
 
 def with_resets(gate, *, T, **sizes):
@@ -47,17 +48,9 @@ def assert_close(x, got, expected, bar, y=None):
         assert error(grads[name], want) <= bar, name
 
 
-@pytest.mark.parametrize(
-    ("gate", "T"),
-    [
-        ("scalar", 300),
-        ("delta", 150),
-        ("diagonal delta", 70),
-    ],
-)
+@pytest.mark.parametrize(("gate", "T"), [("scalar", 300), ("diagonal delta", 150)])
 def test_the_definition(gate, T):
-    """With fewer levels than the length needs; heads share q and k in order."""
-    x = with_resets(gate, T=T, H=4, G=2, L=7)
+    x = with_resets(gate, T=T, **GROUPED)
     assert_close(x, with_gradients(x, scale=-0.5), -0.5 * oracle(**x), TOLERANCES[torch.float64])
 
 
@@ -74,17 +67,15 @@ def test_every_transition_at_every_length(gate):
 
 
 def test_segment_ids_are_offsets():
-    x = to_jax(with_resets("scalar", T=150, B=2))
+    """One compilation for all ids. Where there are more segments than it has room for, all is NaN."""
+    x = with_resets("scalar", T=150, B=2)
+    call = jax.jit(lambda x, ids: op(x, segment_ids=ids, max_segments=3)[0])
     ids = jnp.asarray([[4] * 70 + [2] * 80, [1] * 150])
-    o, _ = op(x, segment_ids=ids)
-    whole = [
-        op({k: y[row : row + 1, part] for k, y in x.items()})[0]
-        for row, part in ((0, slice(70)), (0, slice(70, None)), (1, slice(None)))
-    ]
-    assert error(to_torch(o[0]), to_torch(jnp.concatenate(whole[:2], 1)[0])) <= 1e-14
-    assert error(to_torch(o[1:]), to_torch(whole[2])) <= 1e-14
-    lost = jax.jit(lambda x, ids: op(x, segment_ids=ids, max_segments=2)[0])(x, ids)
-    assert jnp.isnan(lost).all()
+    cut, rows = [tokens(x, 0, 70), tokens(x, 70, 150)], [slice(0, 1), slice(1, 2)]
+    first = torch.cat([dense(**{name: y[rows[0]] for name, y in part.items()}) for part in cut], 1)
+    want = torch.cat([first, dense(**{name: y[rows[1]] for name, y in x.items()})])
+    assert error(to_torch(call(to_jax(x), ids)), want) <= TOLERANCES[torch.float64]
+    assert jnp.isnan(call(to_jax(x), ids.at[1, 20:].set(7))).all()
 
 
 def test_the_linear_model_is_lambda_one():
@@ -108,26 +99,27 @@ def test_other_dtypes(gate, dtype):
 
 
 def test_a_bad_token_spoils_what_comes_after_it_alone():
-    x = with_resets("scalar", T=150)
+    x = with_resets("scalar", T=300, **GROUPED)  # a compilation of test_the_definition
     bad = {name: y.detach().clone() for name, y in x.items()}
     bad["v"][0, 90, 0] = torch.nan
-    o, grads, _ = with_gradients(bad)
-    want, _, _ = with_gradients(x)
+    o, grads, _ = with_gradients(bad, scale=-0.5)
+    want, _, _ = with_gradients(x, scale=-0.5)
     assert o[:, 90:, 0].isnan().all()
     assert torch.equal(o[:, :90], want[:, :90])
-    assert torch.equal(o[:, :, 1], want[:, :, 1])
+    assert torch.equal(o[:, :, 1:], want[:, :, 1:])
     assert all(y.isfinite().all() for y in grads.values())
 
 
 def test_vmap_and_checkpoint_change_nothing():
-    each = [to_jax(make_inputs(gate="delta", T=70, seed=seed, **SMALL)) for seed in range(2)]
-    many = jax.tree.map(lambda *y: jnp.stack(y, 1), *each)
+    each = [
+        {k: y.requires_grad_() for k, y in make_inputs(gate="delta", T=70, seed=i, **SMALL).items()} for i in (0, 1)
+    ]
+    many = jax.tree.map(lambda *y: jnp.stack(y, 1), *map(to_jax, each))
     loss = lambda x: jnp.square(jax.checkpoint(lambda x: op(x)[0])(x)).sum()  # noqa: E731
     got = jax.jit(jax.vmap(jax.grad(loss), in_axes=1, out_axes=1))(many)
-    single = jax.jit(jax.grad(lambda x: jnp.square(op(x)[0]).sum()))
     for i, x in enumerate(each):
-        for name, want in single(x).items():
-            assert error(to_torch(got[name][:, i]), to_torch(want)) <= 1e-12, name
+        for name, want in zip(x, torch.autograd.grad(oracle(**x).square().sum(), list(x.values())), strict=True):
+            assert error(to_torch(got[name][:, i]), want) <= TOLERANCES[torch.float64], name
 
 
 def shapes(T):

@@ -42,13 +42,10 @@ def test_a_token_at_a_time_from_any_prefill(gate):
     for first in (0, 67):
         state = start
         if first:
-            offsets = [first, first - 3]  # the longest prefix of both rows, then three tokens more of the first
-            parts = [
-                op({k: v[row : row + 1, :n] for k, v in y.items()}, output_final_state=True)
-                for row, n in enumerate(offsets)
-            ]
-            states = [state.with_slots(start.entries.shape[2]) for _, state in parts]
-            state = jax.tree.map(lambda *z: jnp.concatenate(z), *states)
+            parts = [{k: v[row : row + 1, :n] for k, v in y.items()} for row, n in enumerate((first, first - 3))]
+            packed = jax.tree.map(lambda *z: jnp.concatenate(z, 1), *parts)
+            bounds = jnp.asarray([0, first, 2 * first - 3])
+            state = op(packed, cu_seqlens=bounds, output_final_state=True)[1].with_slots(start.entries.shape[2])
         begins = [first, max(first - 3, 0)]
         xs = {k: jnp.stack([v[row, n : n + 80, None] for row, n in enumerate(begins)], 1) for k, v in y.items()}
         after, o = scan(state, xs)
@@ -57,10 +54,10 @@ def test_a_token_at_a_time_from_any_prefill(gate):
         assert after.position.tolist() == [n + 80 for n in begins]
 
 
-@pytest.mark.parametrize(("gate", "linear"), [("scalar", False), ("delta", False), ("delta", True)])
-def test_two_parts_and_a_state_are_one_pass_of_the_pytorch_side(gate, linear):
-    """Outputs, states and gradients, of a prefill of whole blocks and a rest, cut inside of a chunk."""
-    cut, T = 94, 300
+@pytest.mark.parametrize(("gate", "linear", "cut"), [("scalar", False, 64), ("delta", False, 94), ("delta", True, 94)])
+def test_two_parts_and_a_state_are_one_pass_of_the_pytorch_side(gate, linear, cut):
+    """Outputs, states and gradients: of a prefill of whole blocks, and of one with a rest, cut inside of a chunk."""
+    T = 300
     x = inputs(gate, linear=linear, hard=True, T=T, grad=True, **SMALL)
     expected, state = run(x)
     whole = torch.autograd.grad(
