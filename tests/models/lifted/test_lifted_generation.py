@@ -16,6 +16,7 @@ WAYS = {
     "beams": {"do_sample": False, "num_beams": 3},
     "sampled beams": {"do_sample": True, "num_beams": 2},
     "several": {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
+    "static": {"do_sample": False, "cache_implementation": "static"},
     "static beams": {"do_sample": False, "num_beams": 2, "cache_implementation": "static"},
     "in parts": {"do_sample": False, "prefill_chunk_size": 7},
     "no cache": {"do_sample": False, "use_cache": False},
