@@ -166,11 +166,9 @@ def _handler(address: int, cuda: bool) -> int | None:
 @lru_cache
 def _register() -> dict[str, Any]:
     """The functions, which must live as long as the process."""
-    handlers = {
-        name: _Call(partial(_handler, cuda=platform == "CUDA")) for name, platform in (("cpu", "cpu"), ("cuda", "CUDA"))
-    }
-    for name, platform in (("cpu", "cpu"), ("cuda", "CUDA")):
-        jax.ffi.register_ffi_target(NAME, jax.ffi.pycapsule(handlers[name]), platform=platform)
+    handlers = {platform: _Call(partial(_handler, cuda=platform == "CUDA")) for platform in ("cpu", "CUDA")}
+    for platform, handler in handlers.items():
+        jax.ffi.register_ffi_target(NAME, jax.ffi.pycapsule(handler), platform=platform)
     return handlers
 
 
