@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from loglinear.kernels.decay.span import choice
 from loglinear.ops import attention as op
 from loglinear.ops import dispatch
 from loglinear.ops.inputs import Call, Inputs
@@ -43,6 +46,35 @@ def test_another_layout_has_another_name():
         assert others == [torch.float32 if channels and i in (6, 11) else dtype for i in range(len(others))]
         found.append(" ".join("x".join(map(str, shape)) for shape, _ in kept))
     assert found == LAYOUTS[op.KEPT], "kept_shapes changed: raise KEPT in ops/attention.py, and its layout here"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize(
+    ("gate", "beta", "K"), [(3, 0, 128), (3, 3, 64), (4, 3, 64)], ids=["scalar", "delta", "channels"]
+)
+def test_sizes_may_be_symbolic(monkeypatch, gate, beta, K, packed):
+    """On a Hopper GPU, for the compiler: the sizes of all results are what they are where they are numbers."""
+    monkeypatch.setattr(choice, "why_not_here", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
+    B, T, H, G = 1 if packed else 2, 600, 4, 4 if beta else 1
+    shapes = (B, T, G, K), (B, T, G, K), (B, T, H, 64), (B, T, H, K)[:gate], (B, T, H)[:beta], (B, T, H, 11)
+    inputs = [torch.zeros(x, dtype=torch.bfloat16) if x else None for x in shapes]
+    inputs.append(torch.tensor([0, 500, T]) if packed else None)
+
+    def sizes(mode, symbolic):
+        def on_gpu(x):
+            every = StatelessSymbolicContext([DimDynamic.DYNAMIC] * x.dim()) if symbolic else None
+            x = mode.from_tensor(x, symbolic_context=every)
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0")
+
+        with mode:
+            given = [None if x is None else on_gpu(x) for x in inputs]
+            results = torch.ops.loglinear.attention(*given, None, 1.0, 0, op.KEPT, "triton")
+        return [(tuple(map(int, x.shape)), x.dtype) for x in results]
+
+    wanted = sizes(FakeTensorMode(), symbolic=False)
+    assert len(wanted) > 1 or (packed and gate == 4)  # whose maps would take too much memory
+    assert sizes(FakeTensorMode(shape_env=ShapeEnv()), symbolic=True) == wanted
 
 
 @pytest.fixture

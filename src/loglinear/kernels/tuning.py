@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from loglinear.kernels.devices import AMPLE
 from loglinear.state import CHUNK_SIZE
@@ -51,6 +52,11 @@ def uniform(kind: Callable[..., Config], launch: Launch, **sizes: int) -> Config
     """A configuration of this kind and these sizes, whose kernels are all launched alike."""
     kernels = (field.name for field in dataclasses.fields(kind) if field.name not in sizes)  # type: ignore[arg-type]
     return kind(**sizes, **dict.fromkeys(kernels, launch))
+
+
+def widths(q: Tensor, v: Tensor) -> tuple[int, int]:
+    """(K, V) as numbers, by which a configuration is filed. A graph with symbolic widths is one of these widths then."""
+    return int(q.shape[3]), int(v.shape[3])
 
 
 @dataclass(frozen=True, eq=False)

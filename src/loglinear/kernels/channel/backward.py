@@ -26,7 +26,7 @@ from loglinear.kernels.tree.head_sums import sum_heads
 from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config
+from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config, widths
 
 
 class Gradients(NamedTuple):
@@ -156,7 +156,7 @@ def backward(
 
     ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``.
     """
-    config = config or channel_config(v.dtype, q.shape[3], v.shape[3])
+    config = config or channel_config(v.dtype, *widths(q, v))
     inputs = [token_rows(x) for x in (do, q, k, v, g, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
     return replay(run_backward, [*inputs, *tables], scale, config)  # type: ignore[return-value]

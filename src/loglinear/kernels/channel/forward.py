@@ -16,7 +16,7 @@ from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, token_rows
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config
+from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config, widths
 
 
 class Prepared(NamedTuple):
@@ -147,7 +147,7 @@ def forward(
     Returns:
         o ``[B, T, H, V]`` of v's dtype, contiguous.
     """
-    config = config or channel_config(v.dtype, q.shape[3], v.shape[3])
+    config = config or channel_config(v.dtype, *widths(q, v))
     inputs = [token_rows(x) for x in (q, k, v, g, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
     return replay(run_forward, [*inputs, *tables], scale, config)[0]  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, sizes_of_tables
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config
+from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config, widths
 
 LEAST_ENTRY = 2  # chunks of the shortest entry that ``output`` reads
 KEPT = 5  # fields of ``States`` that a backward pass with span kernels reads
@@ -184,7 +184,7 @@ def kept_shapes(
 
 def tuned(config: ScalarGateConfig | None, q: Tensor, v: Tensor) -> ScalarGateConfig:
     """The configuration; None is the tuned one for such inputs."""
-    return config or scalar_gate_config(v.dtype, q.shape[3], v.shape[3], shared_memory(v.device))
+    return config or scalar_gate_config(v.dtype, *widths(q, v), shared_memory(v.device))
 
 
 def tables_of(

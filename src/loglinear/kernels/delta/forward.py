@@ -18,7 +18,7 @@ from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, sizes_of_tables
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config
+from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config, widths
 from loglinear.transition import is_per_channel
 
 FIRST_OF_TWO = 3  # the first octet, from 0, with two entries before it
@@ -165,7 +165,7 @@ def forward_keeping(
 
 def tuned(config: DeltaRuleConfig | None, q: Tensor, v: Tensor) -> DeltaRuleConfig:
     """The configuration; None is the tuned one for such inputs."""
-    return config or delta_rule_config(v.dtype, int(q.shape[3]), int(v.shape[3]))
+    return config or delta_rule_config(v.dtype, *widths(q, v))
 
 
 def tables_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, config: DeltaRuleConfig | None) -> tuple[Tensor, ...]:

@@ -271,7 +271,7 @@ def kernel_chunks(chunk: int) -> int:
 
 def sizes_of_tables(cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     """A stand-in for ``packed_tables`` in a ``Problem`` that gives only sizes: as many sequences, and no work."""
-    return () if cu_seqlens is None else (cu_seqlens, cu_seqlens[1:])
+    return () if cu_seqlens is None else (cu_seqlens, cu_seqlens.new_empty(cu_seqlens.shape[0] - 1))
 
 
 def path_starts(octets: Tensor, longest: int) -> Tensor:
