@@ -152,7 +152,6 @@ def channel_config(dtype: torch.dtype, key_width: int, value_width: int) -> Chan
     # Measured one kernel at a time: H200, Triton 3.6, bf16, B=2, T=16,384, H=16, K=V=128, 2026-11-30.
     return dataclasses.replace(
         config,
-        scores=Launch(warps=1, stages=1, block_v=64, block_k=32),
         entries=Launch(warps=4, stages=3, block_v=64, block_k=64),
         output=Launch(warps=4, stages=2, block_v=128),
         gate_grads=Launch(warps=1, stages=1, block_v=64, block_k=32),
@@ -230,6 +229,6 @@ NARROW_DELTA_RULE = DeltaRuleConfig(
     score_grads=Launch(warps=4, stages=1, block_v=128),
     map_grads=Launch(warps=4, stages=2, block_v=64),
     key_grads=Launch(warps=4, stages=1, block_v=128),
-    scores=Launch(warps=1, stages=1, block_v=64, block_k=32),
+    scores=Launch(warps=8, stages=1, block_v=64),
     gate_grads=Launch(warps=1, stages=1, block_v=64, block_k=32),
 )

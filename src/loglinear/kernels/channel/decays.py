@@ -55,8 +55,8 @@ def level_ends(level, t):
 
 @triton.jit
 def load_rows(base, stride, here, t, first, S: tl.constexpr):
-    """Columns ``[n, BK]`` from ``first`` on of the tokens at places ``t [n]`` of a chunk, of K; 0 past the end."""
-    rows, columns = t[:, None], first + tl.arange(0, S.BK)[None, :]
+    """Columns ``[..., BK]`` from ``first`` on of the tokens at places ``t [...]`` of a chunk, of K; 0 past the end."""
+    rows, columns = tl.expand_dims(t, -1), first + tl.arange(0, S.BK)
     pointers = base + here.origin * stride + (rows * stride + columns)
     return tl.load(pointers, mask=(rows < here.size) & (columns < S.K), other=0.0)
 
@@ -77,17 +77,17 @@ def in_odd_block(level, t):
 
 @triton.jit
 def meet(level, t):
-    """Pairs ``[n, n]`` of tokens in two neighbouring blocks of 2^level tokens, in either order: level is their highest
+    """Pairs ``[..., n, n]`` of tokens in two neighbouring blocks of 2^level tokens, in either order: level is their highest
     differing bit."""
-    return (t[:, None] ^ t[None, :]) >> level == 1
+    return (tl.expand_dims(t, -1) ^ tl.expand_dims(t, -2)) >> level == 1
 
 
 @triton.jit
 def load_sums(sums, here, h, t, first, S: tl.constexpr):
-    """Running sums ``[n, BK]`` at places ``t [n]`` of a chunk, or at its last token: (value, its rounding error or 0)."""
+    """Running sums ``[..., BK]`` at places ``t [...]`` of a chunk, or at its last token: (value, its rounding error or 0)."""
     WIDTH: tl.constexpr = 2 * S.K if S.EXACT else S.K
-    columns = first + tl.arange(0, S.BK)[None, :]
-    rows = tl.minimum(t, tl.minimum(here.size, S.C) - 1)[:, None]
+    columns = first + tl.arange(0, S.BK)
+    rows = tl.expand_dims(tl.minimum(t, tl.minimum(here.size, S.C) - 1), -1)
     pointers = sums + (here.origin * S.HEADS + h) * WIDTH + (rows * (S.HEADS * WIDTH) + columns)
     inside = (columns < S.K) & (rows >= 0)
     high = tl.load(pointers, mask=inside, other=0.0)

@@ -13,7 +13,6 @@ from loglinear.kernels.channel.output import output_kernel
 from loglinear.kernels.channel.scores import scores_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
-from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, token_rows
 from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config, widths
@@ -83,8 +82,8 @@ def launch_scores(problem: Problem, x: Inputs) -> Prepared:
     shapes = prepared_shapes(problem, dtype, x.beta is not None)
     made = Prepared(*(launching.scratch(*y, x.v.device) for y in shapes))
     launch_sums(problem, x, made.sums)
-    programs = problem.all_chunks * problem.heads * (problem.config.chunk // SUB.value)
-    S = problem.sizes(dtype, **tile_sizes(problem, launch, whole_key=False), HEADS=problem.heads)
+    programs, tiles = problem.all_chunks * problem.heads, tile_sizes(problem, launch, whole_key=False)
+    S = problem.sizes(dtype, **tiles, HEADS=problem.heads)
     arguments = x._replace(g=None, v=None, scales=None, do=None), made, *problem.of_chunks
     launching.launch(scores_kernel, programs, *arguments, S=S, **launch.options)
     return made
