@@ -1,15 +1,15 @@
 """Needles for a stack of language models: a fine-tune that ends its fall, and a test at lengths to eight times the trained one.
 
-A row of the fine-tune holds samples of 1,024 to 8,192 tokens, one behind the other, with 1, 4, 16 or 64 keys or four values of
-one key, and the loss is that of the answers. All copies and models see the same rows. The test asks each kind at each length,
-and reads levels that no training sequence has in two ways: as the last trained one ("shared"), and as they are.
+A row of the fine-tune holds samples of the lengths of ``Tune``, one behind the other, with 1, 4, 16 or 64 keys or four values
+of one key, and the loss is that of the answers. All copies and models see the same rows. The test asks each kind at each
+length, and reads levels that no training sequence has in two ways: as the last trained one ("shared"), and as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from loglinear.tasks.niah.data import Haystack, Sample, Samples, Side
 from stack_training import Steps
 from stacked import Stack, hidden_states
 
-TRAINED = (1024, 2048, 4096, 8192)
 TESTED = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 # Name in rows: kind and needles.
 KINDS: dict[str, tuple[Kind, int]] = {
@@ -38,15 +37,24 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "4 values": ("multi-value", 4),
 }
 SHORTEST = {"16 keys": 2048, "64 keys": 4096}  # lengths that have room
-STEPS, BATCH, RATE, WARMUP = 700, 4, 2e-3, 0.1
+BATCH, WARMUP = 4, 0.1
 TESTS = 32  # samples of each kind and length
 ROOM = 64  # tokens behind the first of the longest answer
+
+
+@dataclass(frozen=True)
+class Tune:
+    """A fine-tune. lengths: of samples, in tokens; a row is as long as the longest. rate: the highest."""
+
+    steps: int = 700
+    rate: float = 2e-3
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
 
 
 class Needles:
     """Samples of both sides, and the rows of the fine-tune, which another process makes in advance."""
 
-    def __init__(self, data: Path, steps: int = STEPS) -> None:
+    def __init__(self, data: Path, tune: Tune) -> None:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_file(str(data / "tokenizer.json")), eos_token="<end>"
         )
@@ -58,21 +66,21 @@ class Needles:
                 name: Samples(haystack, tokenizer, side, TaskConfig(kinds=(kind,), needles=count))
                 for name, (kind, count) in KINDS.items()
             }
-        self.data, self.steps = data, steps
+        self.data, self.tune = data, tune
 
     def begin(self) -> Future:
         """Start to make ``rows``."""
-        return ProcessPoolExecutor(1, get_context("spawn")).submit(rows_of, self.data, self.steps)
+        return ProcessPoolExecutor(1, get_context("spawn")).submit(rows_of, self.data, self.tune)
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids, int16 ``[steps, BATCH, longest + 1]``, and whether a token is of an answer."""
-        longest = max(TRAINED)
-        ids = np.zeros((self.steps, BATCH, longest + 1), np.int16)
+        longest = max(self.tune.lengths)
+        ids = np.zeros((self.tune.steps, BATCH, longest + 1), np.int16)
         answers = np.zeros(ids.shape, bool)
-        for step in range(self.steps):
+        for step in range(self.tune.steps):
             rng = np.random.default_rng((0, step))
             for row in range(BATCH):
-                length = int(rng.choice(TRAINED))
+                length = int(rng.choice(self.tune.lengths))
                 for start in range(0, longest, length):
                     names = [name for name in KINDS if SHORTEST.get(name, 0) <= length]
                     name = names[rng.integers(len(names))]
@@ -92,8 +100,8 @@ class Needles:
                     yield name, context, made
 
 
-def rows_of(data: Path, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    return Needles(data, steps).rows()
+def rows_of(data: Path, tune: Tune) -> tuple[np.ndarray, np.ndarray]:
+    return Needles(data, tune).rows()
 
 
 def answer_losses(h: Tensor, table: Tensor, targets: Tensor, answers: Tensor) -> Tensor:
@@ -108,12 +116,12 @@ def answer_losses(h: Tensor, table: Tensor, targets: Tensor, answers: Tensor) ->
 class Tuning:
     """The fine-tune of a stack; its optimizer begins again."""
 
-    def __init__(self, stack: Stack, ids: np.ndarray, answers: np.ndarray) -> None:
+    def __init__(self, stack: Stack, rate: float, ids: np.ndarray, answers: np.ndarray) -> None:
         self.stack, steps, device = stack, len(ids), stack.rates.device
         warmup, place = max(1, round(WARMUP * steps)), torch.arange(steps, dtype=torch.float32, device=device)
         down = 0.5 * (1 + torch.cos(torch.pi * (place - warmup) / max(1, steps - warmup)))
         stack.rates = (
-            (RATE * torch.where(place < warmup, (place + 1) / warmup, down)).unsqueeze(1).expand(-1, stack.copies)
+            (rate * torch.where(place < warmup, (place + 1) / warmup, down)).unsqueeze(1).expand(-1, stack.copies)
         )
         for moment in (stack.adam.first, stack.adam.second):
             moment.zero_()
@@ -133,8 +141,8 @@ def tune_and_test(
     stack: Stack, needles: Needles, rows: tuple[np.ndarray, np.ndarray], stream: torch.cuda.Stream | None, trained: int
 ) -> list[dict]:
     """Of each copy: the loss along the fine-tune, and the share of exact answers by kind and length."""
-    steps = Steps(Tuning(stack, *rows).step, stack, stream)
-    losses = torch.cat([steps.run(min(32, needles.steps - start)) for start in range(0, needles.steps, 32)])
+    steps = Steps(Tuning(stack, needles.tune.rate, *rows).step, stack, stream)
+    losses = torch.cat([steps.run(min(32, needles.tune.steps - start)) for start in range(0, needles.tune.steps, 32)])
     curve = torch.stack([part.mean(0) for part in losses.chunk(8)], 1).tolist()
     found: dict[str, list[float]] = {}
     apart = stack.shape.offset is not None
@@ -142,7 +150,11 @@ def tune_and_test(
         found[f"{name} {context}"] = exact(stack, samples, num_levels(trained))
         if apart and context > trained:
             found[f"{name} {context} as they are"] = exact(stack, samples, None)
-    return [{"tune": curve[i], "needles": {key: x[i] for key, x in found.items()}} for i in range(stack.copies)]
+    how = asdict(needles.tune)
+    return [
+        {"tune": curve[i], "tuned": how, "needles": {key: x[i] for key, x in found.items()}}
+        for i in range(stack.copies)
+    ]
 
 
 @torch.no_grad()

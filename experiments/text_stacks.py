@@ -7,8 +7,9 @@ written before its first row. Models of about a million parameters read 29M toke
 and two seeds of their own choose a model's rate, on the first half of the validation files. Eight fresh seeds at that rate
 are what is reported, on the other half: by position, at the trained length and at four times it. A seed decides the weights
 and the order of the data, so models of one seed are pairs. Levels that no training sequence has are read in two ways: as they
-are, and as the last trained one. Then recipes: what the seeds of the linear models differ by. Rows go to
-OUT/text_stacks.jsonl, one for each copy.
+are, and as the last trained one. Then recipes of the linear models, with as many tokens each: what their seeds differ by, and
+what other rates, schedules and batches do. Then where λ starts, on seeds of their own. Recipes and starts have the validation
+loss alone. Rows go to OUT/text_stacks.jsonl, one for each copy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.tasks.mqar.run import read_rows
-from stack_needles import Needles, tune_and_test
+from stack_needles import Needles, Tune, tune_and_test
 from stack_training import Steps
 from stacked import Stack, hidden_states
 
@@ -55,6 +56,11 @@ class Copy:
     warmup: float = WARMUP
     floor: float = FLOOR
     part: str = "fresh"
+
+    @property
+    def batch(self) -> int:
+        """Sequences a step: but for sweeps, all trainings read as many."""
+        return BATCH if self.part == "sweep" else BATCH * STEPS // self.steps
 
     def rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to ``floor`` of the peak."""
@@ -92,32 +98,43 @@ class Copy:
         return model
 
 
-def arms() -> list[tuple[str, str]]:
+def arms(pairs: Sequence[str]) -> list[tuple[str, str]]:
     """(mixer, start of λ) in the order in which they run."""
-    both = [arm for one in PAIRS for arm in ((one, ""), (f"log_linear_{one}", "one"))]
-    return [*both, *((f"log_linear_{one}", start) for start in ("paper", "noise") for one in PAIRS)]
+    return [arm for one in pairs for arm in ((one, ""), (f"log_linear_{one}", "one"))]
 
 
 def sweep(mixer: str, start: str) -> list[Copy]:
     return [Copy(mixer, start, rate, s, s, SWEEP_STEPS, part="sweep") for rate in RATES for s in SWEEP_SEEDS]
 
 
-def recipes(mixer: str, rate: float) -> list[Copy]:
-    """Twelve copies of a linear model: three weights and one order, one and three, and three seeds with other schedules."""
+def recipes(mixer: str, rate: float) -> list[list[Copy]]:
+    """Stacks of a linear model: half the batch and twice the steps; then other rates, weights, orders and schedules."""
     base = Copy(mixer, "", rate, 200, 200, part="recipe")
-    seeds = [replace(base, seed=200 + i, order=200 + i) for i in range(3)]
-    return [
-        *seeds,
-        *(replace(base, seed=200 + i, part="recipe: weights") for i in (1, 2)),
-        *(replace(base, order=200 + i, part="recipe: order") for i in (1, 2)),
-        *(replace(one, floor=0.1, part="recipe: floor 0.1") for one in seeds[:2]),
-        *(replace(one, warmup=0.2, part="recipe: warm-up 0.2") for one in seeds),
+    seeds = [replace(base, seed=200 + i, order=200 + i) for i in range(4)]
+    twice, four = ([replace(one, rate=many * rate) for one in seeds] for many in (2, 4))
+    half = [replace(one, steps=2 * STEPS, part="recipe: batch 2") for one in seeds]
+    others = [
+        *seeds[:1],
+        replace(base, seed=201, part="recipe: weights"),
+        replace(base, order=201, part="recipe: order"),
+        *twice[:3],
+        *four[:2],
+        replace(twice[0], floor=0.1, part="recipe: floor 0.1"),
+        replace(twice[0], warmup=0.2, part="recipe: warm-up 0.2"),
     ]
+    return [half, others]
+
+
+def starts(mixer: str, rate: float) -> list[list[Copy]]:
+    """Stacks of a log-linear model: λ from "paper" and from "noise", which share an offset, and from "one"."""
+    base = Copy(f"log_linear_{mixer}", "one", rate, 300, 300, part="start")
+    seeds = [replace(base, seed=300 + i, order=300 + i) for i in range(4)]
+    return [[replace(one, start=start) for start in ("paper", "noise") for one in seeds], seeds]
 
 
 def stacks(rows: dict[Copy, dict], pairs: Sequence[str] = PAIRS) -> Iterator[list[Copy]]:
-    """Stacks of these pairs without rows, in the order of the plan."""
-    for mixer, start in (arm for arm in arms() if arm[0].removeprefix("log_linear_") in pairs):
+    """The first stack of these pairs without rows, in the order of the plan."""
+    for mixer, start in arms(pairs):
         if any(copy not in rows for copy in sweep(mixer, start)):
             yield sweep(mixer, start)
             return
@@ -125,15 +142,19 @@ def stacks(rows: dict[Copy, dict], pairs: Sequence[str] = PAIRS) -> Iterator[lis
         if any(copy not in rows for copy in found):
             yield found
             return
-    for mixer in pairs:
-        found = recipes(mixer, best_rate(mixer, "", rows))
-        if any(copy not in rows for copy in found):
-            yield found
-            return
+    later = [
+        stack
+        for mixer in pairs
+        for stack in (
+            *recipes(mixer, best_rate(mixer, "", rows)),
+            *starts(mixer, best_rate(f"log_linear_{mixer}", "one", rows)),
+        )
+    ]
+    yield from (stack for stack in later if any(copy not in rows for copy in stack))
 
 
 def best_rate(mixer: str, start: str, rows: dict[Copy, dict]) -> float:
-    """The rate with the least mean validation loss over sweep seeds."""
+    """The rate of the plan with the least mean validation loss over sweep seeds."""
 
     def loss(rate: float) -> float:
         return fmean(rows[copy]["validation"] for copy in sweep(mixer, start) if copy.rate == rate)
@@ -150,10 +171,10 @@ class Text:
         self.offsets = np.load(data / f"{side}_offsets.npy")
 
     def starts(self, copy: Copy) -> np.ndarray:
-        """``[steps, BATCH]``: where the training sequences of a copy begin, by its order alone."""
+        """``[steps, batch]``: where the training sequences of a copy begin, by its order alone."""
         room = np.maximum(np.diff(self.offsets) - CONTEXT - 1, 0)
         rng = np.random.default_rng(copy.order)
-        documents = rng.choice(len(room), size=(copy.steps, BATCH), p=room / room.sum())
+        documents = rng.choice(len(room), size=(copy.steps, copy.batch), p=room / room.sum())
         return self.offsets[documents] + (rng.random(documents.shape) * room[documents]).astype(np.int64)
 
     def whole(self, length: int, half: int) -> Tensor:
@@ -215,10 +236,10 @@ def train(copies: list[Copy], text: Text, valid: Text, device: str, compiled: bo
         training = Training(copies, text, device, compiled)
         steps = Steps(training.step, training.stack, stream)
         losses = [steps.run(count) for count in [32] * (copies[0].steps // 32) + [copies[0].steps % 32] if count]
-        stack, fresh, trained = training.stack, copies[0].part != "sweep", num_levels(CONTEXT)
+        stack, part, trained = training.stack, copies[0].part, num_levels(CONTEXT)
         final = torch.cat(losses)[-50:].mean(0).tolist()
-        found = {"validation": evaluate(stack, valid.whole(CONTEXT, 0)[: None if fresh else 48], trained)}
-        if fresh:
+        found = {"validation": evaluate(stack, valid.whole(CONTEXT, 0)[: 48 if part == "sweep" else None], trained)}
+        if part == "fresh":
             found["test"] = evaluate(stack, valid.whole(CONTEXT, 1), trained)
             found["far"] = evaluate(stack, valid.whole(FAR, 1), trained)
             if stack.shape.offset is not None:
@@ -240,37 +261,40 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400.0, help="no stack begins that may not end in them")
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="files with rows of earlier calls")
     parser.add_argument("--pairs", nargs="+", default=PAIRS, choices=PAIRS)
-    parser.add_argument(
-        "--needles", type=int, default=0, help="then tune so many fresh stacks on needles, and test them"
-    )
+    parser.add_argument("--needles", type=int, default=0, help="then tune so many stacks on needles, and test them")
+    parser.add_argument("--tune-steps", type=int, default=Tune.steps)
+    parser.add_argument("--tune-rate", type=float, default=Tune.rate)
+    parser.add_argument("--tune-lengths", type=int, nargs="+", default=Tune.lengths)
     parser.add_argument("--stacks", type=int, default=1000, help="no more than so many")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "text_stacks.jsonl"
-    rows = {Copy(**row["copy"]): row for file in (*options.known, path) for row in read_rows(file)}
-    needles = Needles(options.data)
+    found = [row for file in (*options.known, path) for row in read_rows(file)]
+    rows = {Copy(**row["copy"]): row for row in found if "validation" in row}
+    tune = Tune(options.tune_steps, options.tune_rate, tuple(options.tune_lengths))
+    needles = Needles(options.data, tune)
     tuning = needles.begin() if options.needles else None
     text, valid = Text(options.data, "train", device), Text(options.data, "valid", device)
-    speed, kept = 0.0, []  # seconds a step
+    speed, kept = 0.0, []  # seconds a sequence
     for _ in range(options.stacks):
         copies = next(stacks(rows, options.pairs), None)
-        if copies is None or time.monotonic() + speed * copies[0].steps > until or 0 < options.needles <= len(kept):
+        if copies is None or 0 < options.needles <= len(kept):
+            break
+        sequences = sum(copy.steps * copy.batch for copy in copies)
+        if time.monotonic() + speed * sequences > until:
             break
         began = time.monotonic()
         trained, stack = train(copies, text, valid, device, compiled=device == "cuda")
-        speed = (time.monotonic() - began) / copies[0].steps
+        speed = (time.monotonic() - began) / sequences
         torch.cuda.empty_cache()  # of its graph
         found = [{"copy": asdict(copy), **row} for copy, row in zip(copies, trained)]
         rows.update(zip(copies, found))
         save(found, path)
-        losses = ", ".join(f"{row['validation']:.4f}" for row in found)
-        print(
-            f"{copies[0].mixer} {copies[0].start} {copies[0].part}: {found[0]['seconds']} s, validation {losses}",
-            flush=True,
-        )
-        if copies[0].part == "fresh":
+        for copy, row in zip(copies, found):
+            print(f"{copy}: {row['seconds']} s, validation {row['validation']:.4f}", flush=True)
+        if options.needles and copies[0].part != "sweep":
             kept.append((copies, stack))
     for copies, stack in kept if tuning else []:
         stream = torch.cuda.Stream() if device == "cuda" else None

@@ -8,7 +8,7 @@ import pytest
 
 import report
 from collect_stacks import collect
-from recall_plan import FRESH_SEEDS, Arm, fresh, sweep
+from recall_plan import FRESH_SEEDS, Arm, chooser, fresh, sweep
 from reporting import levels
 from text_stacks import Copy, asdict
 
@@ -20,7 +20,7 @@ def recall_rows(kind: str, gain: float, spread: float) -> list[dict]:
     rows = []
     for model, start, more in (("Mamba-2", "noise", 0.0), ("Log-Linear Mamba-2", "one", gain)):
         arm = Arm(kind, model, start)
-        for cell in [*sweep(arm), *fresh(arm, 0.01)]:
+        for cell in [*sweep(chooser(arm)), *fresh(arm, 0.01)]:
             own = more and spread * (-1) ** cell.seed
             share = 0.4 + 0.01 * cell.seed + more + own - (cell.learning_rate != 0.01)
             rows.append(

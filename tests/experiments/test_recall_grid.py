@@ -13,7 +13,7 @@ from bucket_weights import BucketWeights, see_buckets
 from loglinear.tasks.mqar.config import VALUE_DIM, Cell, Recipe
 from loglinear.tasks.mqar.train import BATCHES_AT_ONCE, build_model
 from recall_grid import work
-from recall_plan import FRESH_SEEDS, RATES, Arm, best_rate, cell_of, fresh, phases, sweep, wanted
+from recall_plan import FRESH_SEEDS, RATES, Arm, best_rate, cell_of, chooser, fresh, phases, sweep, wanted
 from recall_report import lines
 
 pytestmark = pytest.mark.default_packages
@@ -73,11 +73,12 @@ def test_the_plan_has_each_arm_once_and_fresh_seeds_go_to_the_rate_that_a_sweep_
     assert len(set(arms)) == len(arms)
     first = arms[0]
     stacks = list(wanted({}))
-    assert stacks == [sweep(arm) for arm in arms]
+    assert stacks == [sweep(arm) for arm in dict.fromkeys(map(chooser, arms))]
     rows = {cell: {"validation": {"32": cell.learning_rate}, "final_loss": 1.0} for cell in sweep(first)}
     assert best_rate(first, rows) == max(RATES)
     later = list(wanted(rows))
     assert later[len(phases()[0]) - 1] == fresh(first, max(RATES)), "behind the sweeps of its phase"
+    assert best_rate(replace(first, kind="tagged"), rows) == max(RATES), "other kinds keep the rate"
     assert cell_of(stacks[0][0].identity()) == stacks[0][0]
 
 

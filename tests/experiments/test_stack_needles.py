@@ -12,12 +12,12 @@ from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from stacked import Stack
 
 pytestmark = pytest.mark.default_packages
+TUNE = stack_needles.Tune(3, 2e-3, (256, 512))
 WORDS = "the magic number of a quiet harbour is seven 0123456789 and so on"
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(stack_needles, "TRAINED", (256, 512))
     monkeypatch.setattr(stack_needles, "TESTED", (512,))
     monkeypatch.setattr(stack_needles, "KINDS", {"1 key": ("number", 4), "4 values": ("multi-value", 4)})
     monkeypatch.setattr(stack_needles, "BATCH", 2)
@@ -35,7 +35,7 @@ def data(tmp_path, monkeypatch):
 
 def test_rows_hold_samples_one_behind_the_other_and_mark_their_answers(data):
     folder, tokenizer = data
-    ids, answers = stack_needles.rows_of(folder, 3)
+    ids, answers = stack_needles.rows_of(folder, TUNE)
     assert ids.shape == answers.shape == (3, 2, 513)
     text = tokenizer.decode(ids[0, 0][answers[0, 0]].tolist())
     assert set(text) <= set("0123456789, Ġ"), text
@@ -60,7 +60,7 @@ def test_a_copy_that_knows_the_answer_is_exact_and_another_is_not(data):
     )
     models = [LogLinearForCausalLM(config) for _ in range(2)]
     stack = Stack(models, torch.zeros(3, 2), 0.1, torch.float32, compiled=False)
-    needles = stack_needles.Needles(folder, 3)
+    needles = stack_needles.Needles(folder, TUNE)
     rows = stack_needles.tune_and_test(stack, needles, needles.rows(), None, trained=256)
     assert set(rows[0]["needles"]) == {"1 key 512", "1 key 512 as they are", "4 values 512", "4 values 512 as they are"}
     assert rows[0]["tune"][-1] < rows[0]["tune"][0], "the loss falls"
