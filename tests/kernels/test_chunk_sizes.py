@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from loglinear.kernels.tree.problem import kernel_chunks, packed_tables
+from loglinear.kernels.tree.problem import kernel_chunks
 from loglinear.kernels.tuning import delta_rule_config, scalar_gate_config
 from loglinear.state import CHUNK_SIZE
 
@@ -19,12 +19,3 @@ def test_every_chunk_is_a_part_of_a_states_chunk(dtype):
             delta_rule_config(dtype, K, V),
         ):
             assert kernel_chunks(config.chunk) * config.chunk == CHUNK_SIZE
-
-
-@pytest.mark.parametrize("chunk", [48, 2 * CHUNK_SIZE])
-def test_another_chunk_cannot_go_on_from_a_state(chunk):
-    """Its tokens would be counted from elsewhere: the error was 30%."""
-    bounds, before = torch.tensor([0, 300]), torch.tensor([1])
-    assert packed_tables(bounds, 300, CHUNK_SIZE // 2, tree=False, first_chunks=before)[1][0, 4] == 2
-    with pytest.raises(ValueError, match=rf"config.chunk must divide a state's chunk of 64 tokens .* got {chunk}"):
-        packed_tables(bounds, 300, chunk, tree=False, first_chunks=before)

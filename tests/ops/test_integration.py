@@ -7,7 +7,6 @@ import torch
 from calls import C, both_forms, both_rules, fields, inputs, meaning, output, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import loglinear
 from loglinear.ops.operators import differentiable_once
 from loglinear.reference.layout import build_layout
 from oracle import SAME_NUMBERS, error, gradients
@@ -143,9 +142,3 @@ def test_the_work_of_packed_sequences_does_not_grow_with_their_number(gate):
         return count.operators
 
     assert operators(3) == operators(50)
-
-
-def test_public_names():
-    for name in ("log_linear_attention", "log_linear_delta_rule", "LogLinearState", "LinearState"):
-        assert getattr(loglinear, name) is getattr(loglinear.ops, name)
-        assert name in loglinear.__all__

@@ -1,5 +1,7 @@
 """Neighbours do not exist: a packed sequence, a row of a batch and a sequence alone are the same bits."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from calls import C, fields, inputs, kinds, output, run, tokens
@@ -21,30 +23,6 @@ def assert_row(state, row, alone):
         assert torch.equal(mine, own), (row, name)
 
 
-def assert_same_gradients(x, have, y, want, cut):
-    for name, *pair in zip(x, gradients(have, x.values()), gradients(want, y.values()), strict=True):
-        assert torch.equal(cut(pair[0]), pair[1]), name
-
-
-@five_kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_sequences_are_each_alone(kind, dtype):
-    """Empty and one-token sequences among them; outputs, final states and gradients, bit for bit."""
-    x = inputs(**kind, B=1, T=sum(LENGTHS), dtype=dtype, grad=True)
-    o, state = run(x, cu_seqlens=BOUNDS)
-    assert state.position.tolist() == LENGTHS
-    for row, (left, right) in enumerate(zip(BOUNDS.tolist(), BOUNDS.tolist()[1:])):
-        y = {name: t.detach()[:, left:right].clone().requires_grad_() for name, t in x.items()}
-        alone, alone_state = run(y)
-        assert torch.equal(o[:, left:right], alone)
-        assert_row(state, row, alone_state)
-        if right > left:
-            # one sequence's output alone: nothing may leak into the gradients of another
-            inside = gradients(o[:, left:right], x.values())
-            assert all(torch.equal(g[:, left:right], w) for g, w in zip(inside, gradients(alone, y.values())))
-            assert all(g[:, :left].eq(0).all() and g[:, right:].eq(0).all() for g in inside)
-
-
 @five_kinds
 def test_packed_sequences_continue_packed(kind):
     """Each sequence goes on from its own row of the state; an empty one keeps its row, bit for bit."""
@@ -52,9 +30,11 @@ def test_packed_sequences_continue_packed(kind):
     x, y = inputs(**kind, B=1, T=sum(LENGTHS)), inputs(**kind, B=1, T=sum(more), seed=1)
     bounds = torch.tensor([0, *more]).cumsum(0)
     _, first = run(x, cu_seqlens=BOUNDS)
+    for row, (left, right) in enumerate(pairwise(BOUNDS.tolist())):
+        assert_row(first, row, run(tokens(x, left, right))[1])
     o, second = run(y, first, cu_seqlens=bounds)
     assert second.position.tolist() == [a + b for a, b in zip(LENGTHS, more)]
-    for row, (left, right) in enumerate(zip(bounds.tolist(), bounds.tolist()[1:])):
+    for row, (left, right) in enumerate(pairwise(bounds.tolist())):
         alone, alone_state = run(tokens(y, left, right), first.reorder(torch.tensor([row])))
         assert torch.equal(o[:, left:right], alone)
         assert_row(second, row, alone_state)
@@ -78,7 +58,8 @@ def test_a_row_alone_is_the_row_in_the_batch(kind, dtype, T):
         alone, alone_state = run(y)
         assert torch.equal(o[[row]], alone)
         assert_row(state, row, alone_state)
-        assert_same_gradients(x, o[[row]], y, alone, lambda gradient, row=row: gradient[[row]])
+        for name, *pair in zip(x, gradients(o[[row]], x.values()), gradients(alone, y.values()), strict=True):
+            assert torch.equal(pair[0][[row]], pair[1]), name
 
 
 def test_every_way_to_give_the_bounds():

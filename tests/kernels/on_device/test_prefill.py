@@ -14,7 +14,6 @@ from cases import DECAY, FLOAT32, INTERPRETED
 from loglinear import log_linear_attention
 from loglinear.kernels import tuning
 from loglinear.kernels.tree import replay
-from loglinear.ops import dispatch
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, joined
 
@@ -87,15 +86,3 @@ def test_kernels_go_on_in_chunks_that_fit_the_state(device, chunk, monkeypatch):
     o, _ = log_linear_attention(*new, initial_state=state)
     assert (o.double() - whole[:, 70:]).norm() <= FLOAT32 * whole.norm()
     assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), new))
-
-
-def test_states_of_other_chunks_go_on_without_kernels(device):
-    """Their tree is another one."""
-    inputs = make(device, 300)
-    _, state = chunkwise(*(x[:, :70] for x in inputs), chunk_size=16)
-    dispatch.said.clear()
-    with pytest.warns(UserWarning, match="a state of chunks of 16 tokens, where kernels go on from chunks of 64"):
-        o, after = log_linear_attention(*(x[:, 70:] for x in inputs), initial_state=state, output_final_state=True)
-    whole, _ = chunkwise(*(x.double() for x in inputs))
-    assert (o.double() - whole[:, 70:]).norm() <= FLOAT32 * whole.norm()
-    assert after.chunk_size == 16
