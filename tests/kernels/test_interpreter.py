@@ -1,4 +1,4 @@
-"""Runs tests/kernels/on_device in Triton's interpreter, where there is no GPU; and two tests of tests/ops beside causality.
+"""Runs tests/kernels/on_device in Triton's interpreter, where there is no GPU; and steps and two other tests of tests/ops.
 
 Files share processes, since the imports of a process take 8 s, longer than some files run; the groups take about as long
 as each other.
@@ -16,13 +16,15 @@ import torch
 
 FOLDER = Path(__file__).parent / "on_device"
 NAMES = {path.stem.removeprefix("test_") for path in FOLDER.glob("test_*.py")}
-SHARED = (("kernels", "memcheck"), ("causality",), ("batches", "delta_rule_kept", "stages", "step_kernels"))
+SHARED = (("kernels", "memcheck"), ("causality",), ("batches", "delta_rule_kept", "stages"))
 REST = tuple(sorted(NAMES - {name for names in SHARED for name in names}))
 GROUPS = {" ".join(names): [FOLDER / f"test_{name}.py" for name in names] for names in (*SHARED, REST)}
+OPS = FOLDER.parents[1] / "ops"
 GROUPS["causality"] += [
-    f"{FOLDER.parents[1] / 'ops' / 'test_conformance.py'}::{test}"
+    f"{OPS / 'test_conformance.py'}::{test}"
     for test in ("test_the_linear_model_is_lambda_one", "test_two_parts_and_a_state_are_one_pass")
 ]
+GROUPS["batches delta_rule_kept stages"].append(OPS / "test_step_rules.py")
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from calls import run as full
 
 import loglinear
 from loglinear import DecodingState
-from oracle import LOW_PRECISION_FACTOR, TOLERANCES, plain_torch
 from oracle import error as relative
 
 MIXED = (1, 2, 3, 64)
@@ -57,98 +56,12 @@ def assert_states_equal(got, want, bar):
     assert relative(*entries) < bar or entries[1].norm() == 0
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta", "diagonal", "diagonal delta"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 127, 128, 200, 1000])
-def test_prefill_then_steps_is_one_pass(gate, dtype, length):
-    """80 tokens: over every border of the first chunks, and the one of 16 chunks."""
-    x = inputs(gate, T=length + 80, dtype=WIDE, L=12)
-    want, final = full(x)
-    x = {name: value.to(dtype) for name, value in x.items()}
-    for sizes in ((1,), MIXED) if dtype == WIDE else (MIXED,):
-        state = prefilled(x, length)
-        got = steps(tokens(x, length, length + 80), state, sizes)
-        assert relative(got, want[:, length:]) < TOLERANCES[dtype]
-        assert_states_equal(state.to_state(), final, TOLERANCES[dtype])
-
-
-@both_rules
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("L", [1, 3, 9])
-def test_from_the_first_token_with_groups_and_too_few_levels(gate, groups, L):
-    x = inputs(gate, T=4 * C + 3, H=4, G=groups, L=L, dtype=WIDE)
-    x["level_scales"] = -x["level_scales"]  # λ of either sign
-    state = empty(x)
-    assert relative(steps(x, state, MIXED, scale=0.3), full(x, scale=0.3)[0]) < TOLERANCES[WIDE]
-
-
-@both_rules
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_resets_and_very_negative_gates(gate, dtype):
-    x = inputs(gate, T=3 * C + 7, hard=True, dtype=WIDE)
-    want, final = full(x)
-    x = {name: value.to(dtype) for name, value in x.items()}
-    state = empty(x)
-    got = steps(x, state, (1, 5))
-    assert got.isfinite().all()
-    assert relative(got, want) < TOLERANCES[dtype]
-    back = state.to_state()
-    assert back.entries.isfinite().all()
-    assert_states_equal(dataclasses.replace(back, open_g=back.open_g.exp()),
-                        dataclasses.replace(final, open_g=final.open_g.exp()), TOLERANCES[dtype])  # fmt: skip
-
-
 @both_rules
 def test_no_gate_is_a_gate_of_zero(gate):
     x = inputs(gate, T=C + 9, dtype=WIDE)
     x["g"].zero_()
     without = {name: value for name, value in x.items() if name != "g"}
     assert torch.equal(steps(x, empty(x)), steps(without, empty(x)))
-
-
-@both_rules
-@pytest.mark.parametrize("entry_dtype", [torch.float32, torch.bfloat16])
-def test_bfloat16_has_at_most_twice_the_error_of_plain_torch(gate, entry_dtype):
-    """Plain torch: the dense form with every matrix of scores rounded, and the last product in bfloat16."""
-    T, H = 5 * C + 9, 4
-    x = inputs(gate, B=1, T=T, H=H, G=H, dtype=WIDE)
-    low = {name: value.bfloat16() if name in "qkv" else value.float() for name, value in x.items()}
-    want = full({name: value.double() for name, value in low.items()})[0]
-    got = steps(low, empty(low, entry_dtype=entry_dtype), MIXED)
-    assert got.dtype == torch.bfloat16
-    assert relative(got, want) < LOW_PRECISION_FACTOR * relative(plain_torch(**low), want)
-
-
-@both_rules
-def test_a_row_does_not_see_its_batch(gate):
-    """Rows at different positions, one of which closes its chunk while another opens one: equal to each alone, to the bit."""
-    lengths = (0, 3, C - 2, 3 * C - 1, 4 * C)
-    x = inputs(gate, B=len(lengths), T=5 * C, H=4, G=2, K=32, V=16, dtype=torch.float32)
-    alone = [prefilled(rows(x, [b]), length) for b, length in enumerate(lengths)]
-    together = DecodingState.stack(alone)
-    new = inputs(gate, B=len(lengths), T=70, H=4, G=2, K=32, V=16, dtype=torch.float32)
-    got = steps(new, together, MIXED)
-    for b, state in enumerate(alone):
-        assert torch.equal(got[b : b + 1], steps(rows(new, [b]), state, MIXED))
-        for ours, theirs in zip(together.split()[b].to_state()._tensors(), state.to_state()._tensors()):
-            assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("gate", ["scalar", "delta", "diagonal", "diagonal delta"])
-def test_steps_by_index_use_the_rows_where_they_lie(gate):
-    """The rows of a state whose rows lie apart, as pages do: to the bit as in a state of these rows; the others stay."""
-    index, lengths = torch.tensor([4, 0, 3]), (C - 2, 3 * C - 1, 5)
-    x = inputs(gate, B=3, T=5 * C, H=4, G=2, K=16, V=8, dtype=torch.float32)
-    plain = DecodingState.stack([prefilled(rows(x, [b]), length) for b, length in enumerate(lengths)])
-    pages = empty(rows(x, [0, 0, 0, 0, 0]))._map(lambda t: torch.stack([t, t], 1)[:, 0])
-    pages.copy_rows_(index, plain, torch.arange(3))
-    others = pages.reorder(torch.tensor([1, 2]))
-    new = inputs(gate, B=3, T=70, H=4, G=2, K=16, V=8, dtype=torch.float32)
-    assert torch.equal(steps(new, pages, MIXED, state_indices=index), steps(new, plain, MIXED))
-    for ours, theirs in zip(pages.reorder(index)._tensors(), plain._tensors()):
-        assert torch.equal(ours, theirs)
-    for now, before in zip(pages.reorder(torch.tensor([1, 2]))._tensors(), others._tensors()):
-        assert torch.equal(now, before)
 
 
 @pytest.mark.parametrize(
@@ -162,18 +75,6 @@ def test_an_index_that_does_not_fit(index, message):
     x = inputs("scalar", B=2, T=1, H=2, G=1, K=4, V=4, dtype=torch.float32)
     with pytest.raises((TypeError, ValueError), match=message):
         step(x, empty(x), state_indices=index)
-
-
-@both_rules
-@pytest.mark.parametrize("length", [0, 5, 64, 200, 448])
-def test_what_is_dead_is_never_read(gate, length):
-    x = inputs(gate, T=length + 70, dtype=torch.float32)
-    clean = prefilled(x, length) if length else empty(x)
-    dirty = poisoned(clean.clone())
-    new = tokens(x, length, length + 70)
-    assert torch.equal(steps(new, dirty, (1, 64)), steps(new, clean, (1, 64)))
-    for ours, theirs in zip(dirty.to_state()._tensors(), clean.to_state()._tensors()):
-        assert torch.equal(ours, theirs)
 
 
 def poisoned(state):
@@ -193,13 +94,6 @@ def poisoned(state):
             ring.unflatten(2, (2, -1))[:, :, half, used:] = torch.nan
             ring.unflatten(2, (2, -1))[:, :, 1 - half] = torch.nan
     return state
-
-
-@pytest.mark.parametrize("K", [1, 96, 256])
-def test_unit_length_of_queries_and_keys(K):
-    x = inputs("delta", B=1, T=C + 5, H=2, G=1, K=K, V=3, dtype=torch.float32)
-    want = full({name: value.double() for name, value in x.items()}, use_qk_l2norm_in_kernel=True)[0]
-    assert relative(steps(x, empty(x), use_qk_l2norm_in_kernel=True), want) < TOLERANCES[torch.float32]
 
 
 def test_positions_of_several_layers_advance_once():

@@ -16,8 +16,6 @@ from loglinear.ops import checks, dispatch
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     collect_ignore_glob = ["test_*.py"]
 
-GUARD = 128  # elements on either side of every allocation
-
 
 def pytest_runtest_setup(item):
     if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
@@ -40,22 +38,7 @@ def on_the_kernels(monkeypatch, device):
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch):
     """All memory that the kernels get is full of NaN, inside guard bands that must still be whole after the test."""
-    from loglinear.kernels.tree import launching
+    from guarded import guarded_memory  # which imports Triton
 
-    buffers = []
-
-    def memory(shape, dtype, device):
-        size = torch.Size(shape).numel()
-        nan = (
-            float("nan") if dtype.is_floating_point else 255
-        )  # all bits of a replayed call's scratch: NaN in every dtype
-        buffer = torch.full((size + 2 * GUARD,), nan, dtype=dtype, device=device)
-        buffer[:GUARD] = buffer[GUARD + size :] = 7
-        buffers.append((buffer, size))
-        return buffer[GUARD : GUARD + size].view(shape)
-
-    monkeypatch.setattr(launching, "memory", memory)
-    yield
-    for buffer, size in buffers:
-        assert (buffer[:GUARD] == 7).all(), "a kernel wrote before its tensor"
-        assert (buffer[GUARD + size :] == 7).all(), "a kernel wrote after its tensor"
+    with guarded_memory(monkeypatch):
+        yield
