@@ -64,7 +64,7 @@ def forward_and_backward(x: dict[str, Tensor], do: Tensor, config: Config) -> No
         scalar_gate.forward(**x, config=config)
         scalar_gate.backward(do, **x, config=config)
     else:
-        _, *kept = delta_rule.forward_keeping(**x, config=config)
+        _, *kept = delta_rule.forward(**x, config=config, keep=True)
         delta_rule.backward(do, **x, config=config, kept=tuple(kept))
 
 

@@ -166,7 +166,7 @@ def test_repeated_calls_give_every_kernel_arguments_of_its_signature(host, monke
             {"beta": torch.zeros(1, 300, 2)} if delta else {}
         )
         options = {"cu_seqlens": torch.tensor([0, 100, 300])} if packed else {}
-        o = module.forward(**x, **options)
+        (o,) = module.forward(**x, **options)
         module.backward(o, **x, **options)
     for recorded, fake in compiled:
         (call,) = fake.calls

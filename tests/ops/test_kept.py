@@ -82,11 +82,7 @@ def calls(monkeypatch):
     """Kernels that return sums and say how they were called."""
     seen = []
 
-    def forward(q, k, v, g, *rest):
-        seen.append("forward")
-        return v * 1
-
-    def forward_keeping(q, k, v, g, *rest, keep):
+    def forward(q, k, v, g, *rest, keep=False):
         seen.append("keeping" if keep else "forward")
         return (v * 1, q + 1, k + 2) if keep else (v * 1,)
 
@@ -97,9 +93,7 @@ def calls(monkeypatch):
         seen.append([x.clone() for x in kept])
         return [None if x is None else do.sum() * torch.ones_like(x) for x in inputs[: 6 if len(inputs) == 8 else 5]]
 
-    module = SimpleNamespace(
-        forward=forward, forward_keeping=forward_keeping, kept_shapes=kept_shapes, backward=backward
-    )
+    module = SimpleNamespace(forward=forward, kept_shapes=kept_shapes, backward=backward)
     monkeypatch.setattr(op, "kernels_of", lambda transition: module)
     return seen
 
@@ -148,26 +142,18 @@ def test_a_graph_that_is_retained_keeps_them(calls, run):
 
 def test_they_are_gone_after_the_backward(calls, run, monkeypatch):
     module, made = op.kernels_of(DELTA_RULE), []
-    keeping = module.forward_keeping
+    keeping = module.forward
 
-    def forward_keeping(*x, **options):
+    def forward(*x, **options):
         results = keeping(*x, **options)
         made.extend(weakref.ref(y) for y in results[1:])
         return results
 
-    monkeypatch.setattr(module, "forward_keeping", forward_keeping)
+    monkeypatch.setattr(module, "forward", forward)
     o = run(*inputs(delta=True)).sum()
     o.backward()
     gc.collect()
     assert [y() for y in made] == [None, None]
-
-
-def test_checkpointing_makes_them_again(calls, run):
-    """The first pass may keep what it likes: it is dropped with the other saved tensors, and the second makes it again."""
-    x = inputs(delta=True)
-    torch.utils.checkpoint.checkpoint(run, *x, use_reentrant=False).sum().backward()
-    assert calls[:2] == ["keeping", "keeping"]
-    assert len(calls[2]) == 2
 
 
 @pytest.mark.parametrize("what", ["no_grad", "no input needs one", "gate per channel"])

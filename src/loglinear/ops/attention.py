@@ -272,10 +272,8 @@ def _forward(*arguments: Any) -> Sequence[Tensor]:
     kernels, inputs, scale, cu_seqlens, continued, keep = _chosen(arguments)
     if kernels is None:
         return [plain(inputs, scale, checks.sequence_lengths(inputs.q, cu_seqlens, None))[0].contiguous()]
-    given = *_for_kernels(inputs), scale, cu_seqlens
-    if continued or not inputs.transition().keeps:
-        return [kernels.forward(*given, **continued)]
-    return kernels.forward_keeping(*given, keep=bool(keep))
+    options = continued if continued or not inputs.transition().keeps else {"keep": bool(keep)}
+    return kernels.forward(*_for_kernels(inputs), scale, cu_seqlens, **options)
 
 
 def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:

@@ -141,7 +141,7 @@ def exact(x: dict, do: Tensor, scale: float = 1.0) -> list[Tensor | None]:
 
 def forward(x: dict, scale: float = 1.0, config=None, cu_seqlens=None) -> Tensor:
     """o by the kernels."""
-    return rule_of(x).kernels.forward(**x, scale=scale, cu_seqlens=cu_seqlens, config=config or config_for(x))
+    return rule_of(x).kernels.forward(**x, scale=scale, cu_seqlens=cu_seqlens, config=config or config_for(x))[0]
 
 
 def run(x: dict, do: Tensor, scale: float = 1.0, config=None, cu_seqlens=None) -> list[Tensor | None]:

@@ -47,7 +47,7 @@ def both(x: dict, keep: bool, cu_seqlens=None, scale: float = 0.7) -> list:
     """o and the gradients of all inputs."""
     config, do = config_for(x), cotangent(x)
     common = dict(scale=scale, cu_seqlens=cu_seqlens, config=config)
-    o, *kept = delta_rule.forward_keeping(**x, **common, keep=keep)
+    o, *kept = delta_rule.forward(**x, **common, keep=keep)
     assert bool(kept) == keep
     if keep:  # what the compiler is told before there is anything
         told = delta_rule.kept_shapes(x["q"], x["v"], x["level_scales"], cu_seqlens, config, rule_of(x).per_channel)

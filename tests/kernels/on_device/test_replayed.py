@@ -47,11 +47,9 @@ def test_same_bits(device, monkeypatch, delta, keep, packed, sliced):
 
     def both(seed):
         x, do = make(device, delta, 1500, seed, packed)
-        if keep:
-            o, *kept = rule.forward_keeping(**x)
-            assert kept
-            return [o, *rule.backward(do, **x, kept=tuple(kept))]
-        return [rule.forward(**x), *rule.backward(do, **x)]
+        o, *kept = rule.forward(**x, keep=keep)
+        assert bool(kept) == keep
+        return [o, *rule.backward(do, **x, kept=tuple(kept))]
 
     recorded = []
     for seed in range(3):

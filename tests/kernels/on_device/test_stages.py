@@ -92,7 +92,7 @@ def both(stages, kernels, launched, x, do, lengths, config):
     """Runs the kernels; the traces of the twin in float64 and, for 16 bits, of plain PyTorch."""
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], device=do.device)
     common = dict(scale=SCALE, cu_seqlens=bounds, config=config)
-    o = kernels.forward(**x, **common)
+    (o,) = kernels.forward(**x, **common)
     results = kernels.backward(do, **x, **common)
     options = dict(scale=SCALE, lengths=lengths, chunk_size=config.chunk)
     exact = stages.trace(*wide(x).values(), do.double(), **options)

@@ -134,7 +134,7 @@ def forward(
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     config: ChannelConfig | None = None,
-) -> Tensor:
+) -> tuple[Tensor]:
     """Log-linear attention with a gate per key channel, from nothing before the first token.
 
     Args:
@@ -144,12 +144,12 @@ def forward(
         cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
 
     Returns:
-        o ``[B, T, H, V]`` of v's dtype, contiguous.
+        o ``[B, T, H, V]`` of v's dtype, contiguous, alone.
     """
     config = config or channel_config(v.dtype, *widths(q, v))
     inputs = [token_rows(x) for x in (q, k, v, g, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
-    return replay(run_forward, [*inputs, *tables], scale, config)[0]  # type: ignore[return-value]
+    return replay(run_forward, [*inputs, *tables], scale, config)  # type: ignore[return-value]
 
 
 def run_forward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tensor]:

@@ -6,6 +6,6 @@ key_grads, gate_grads.
 """
 
 from loglinear.kernels.decay.backward import backward
-from loglinear.kernels.decay.forward import forward, forward_keeping, kept_shapes
+from loglinear.kernels.decay.forward import forward, kept_shapes
 
-__all__ = ["backward", "forward", "forward_keeping", "kept_shapes"]
+__all__ = ["backward", "forward", "kept_shapes"]

@@ -180,7 +180,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of ``forward``: (dq, dk, dv, dg, dlevel_scales), each contiguous and of its input's dtype; dg None if g is.
 
-    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``. ``kept`` is what ``forward_keeping``
+    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``. ``kept`` is what ``forward``
     returned after o, if it was called with the same arguments: no bit depends on it.
     """
     inputs = [do, q, k, v, g, level_scales, *tables_of(q, v, cu_seqlens, config, first_chunks), *kept]

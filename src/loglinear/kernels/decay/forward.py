@@ -127,7 +127,8 @@ def forward(
     config: ScalarGateConfig | None = None,
     first_chunks: Tensor | None = None,
     reach: int = 0,
-) -> Tensor:
+    keep: bool = False,
+) -> tuple[Tensor, ...]:
     """Log-linear attention with a scalar gate, from nothing before the first token.
 
     Args:
@@ -140,25 +141,9 @@ def forward(
         reach: with first_chunks, a bound on the positions of all tokens; results do not depend on it.
 
     Returns:
-        o ``[B, T, H, V]`` of v's dtype, contiguous.
+        o ``[B, T, H, V]`` of v's dtype, contiguous; with ``keep`` also tensors that save ``backward`` some work: none where its
+        kernels read others.
     """
-    return forward_keeping(q, k, v, g, level_scales, scale, cu_seqlens, config, first_chunks, reach, keep=False)[0]
-
-
-def forward_keeping(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    level_scales: Tensor,
-    scale: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    config: ScalarGateConfig | None = None,
-    first_chunks: Tensor | None = None,
-    reach: int = 0,
-    keep: bool = True,
-) -> tuple[Tensor, ...]:
-    """(o, tensors that save ``backward`` some work: none where its kernels read others, or without ``keep``)."""
     inputs = [q, k, v, g, level_scales, *tables_of(q, v, cu_seqlens, config, first_chunks)]
     return replay(run_forward, inputs, scale, config, reach, keep, rows=5)  # type: ignore[return-value]
 
@@ -171,7 +156,7 @@ def kept_shapes(
     config: ScalarGateConfig | None = None,
     channels: bool = False,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """(shape, dtype) of the tensors that ``forward_keeping`` returns after o. Nothing is computed: the tensors may be fake.
+    """(shape, dtype) of what ``forward`` with ``keep`` returns after o. Nothing is computed: the tensors may be fake.
 
     Sizes may be symbolic, except the widths of heads. The number of tensors is then a guard on these sizes.
     """

@@ -8,6 +8,6 @@ map_grads, key_grads.
 """
 
 from loglinear.kernels.delta.backward import backward
-from loglinear.kernels.delta.forward import forward, forward_keeping, kept_shapes
+from loglinear.kernels.delta.forward import forward, kept_shapes
 
-__all__ = ["backward", "forward", "forward_keeping", "kept_shapes"]
+__all__ = ["backward", "forward", "kept_shapes"]

@@ -301,7 +301,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of ``forward``: (dq, dk, dv, dg, dbeta, dlevel_scales), contiguous, of their inputs' dtypes; dg None if g is.
 
-    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``. ``kept`` is what ``forward_keeping``
+    ``do [B, T, H, V]`` is of v's dtype; the other arguments are those of ``forward``. ``kept`` is what ``forward``
     returned after o, if it was called with the same arguments: no bit depends on it.
     """
     inputs = [do, q, k, v, g, beta, level_scales, *tables_of(q, v, cu_seqlens, config), *kept]

@@ -130,7 +130,8 @@ def forward(
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     config: DeltaRuleConfig | None = None,
-) -> Tensor:
+    keep: bool = False,
+) -> tuple[Tensor, ...]:
     """Log-linear attention with the delta rule, from nothing before the first token.
 
     Args:
@@ -141,24 +142,9 @@ def forward(
         scale: factor of o. cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
 
     Returns:
-        o ``[B, T, H, V]`` of v's dtype, contiguous.
+        o ``[B, T, H, V]`` of v's dtype, contiguous; with ``keep`` also tensors that save ``backward`` some work: none if they
+        take too much memory.
     """
-    return forward_keeping(q, k, v, g, beta, level_scales, scale, cu_seqlens, config, keep=False)[0]
-
-
-def forward_keeping(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    level_scales: Tensor,
-    scale: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    config: DeltaRuleConfig | None = None,
-    keep: bool = True,
-) -> tuple[Tensor, ...]:
-    """(o, tensors that save ``backward`` some work: none if they take too much memory, or without ``keep``)."""
     inputs = [q, k, v, g, beta, level_scales, *tables_of(q, v, cu_seqlens, config)]
     return replay(run_forward, inputs, scale, config, keep, rows=6)  # type: ignore[return-value]
 
@@ -181,7 +167,7 @@ def kept_shapes(
     config: DeltaRuleConfig | None = None,
     channels: bool = False,
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """(shape, dtype) of the tensors that ``forward_keeping`` returns after o. Nothing is computed: the tensors may be fake.
+    """(shape, dtype) of what ``forward`` with ``keep`` returns after o. Nothing is computed: the tensors may be fake.
 
     Sizes may be symbolic, except the widths of heads. The number of tensors is then a guard on these sizes.
     """
