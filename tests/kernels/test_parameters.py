@@ -11,7 +11,6 @@ pytestmark = pytest.mark.default_packages
 
 SOURCE = Path(__file__).parents[2] / "src" / "loglinear"
 ROOMS = [*(SOURCE / "kernels").rglob("*.py"), *(SOURCE / "ops").rglob("*.py"), SOURCE / "decoding_state.py"]
-REBUILT = ("kernels/channel",)  # at this time, by hands of their own
 MOST_OF_A_KERNEL, MOST = 20, 12
 
 

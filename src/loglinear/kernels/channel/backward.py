@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loglinear.kernels.channel.entries import chunk_grads_kernel, entry_grads_kernel
-from loglinear.kernels.channel.forward import (
-    States,
-    decayed,
-    launch_entries,
-    launch_scores,
-    tile_sizes,
-)
+from loglinear.kernels.channel.entries import chunk_grads_kernel, entries_kernel
+from loglinear.kernels.channel.forward import States, decayed, launch_entries, launch_scores, start, tile_sizes
 from loglinear.kernels.channel.gains import window_sums_kernel
 from loglinear.kernels.channel.gate_grads import gate_grads_kernel
 from loglinear.kernels.channel.key_grads import key_grads_kernel
@@ -26,7 +21,7 @@ from loglinear.kernels.tree.head_sums import sum_heads
 from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
 from loglinear.kernels.tree.replay import replay
-from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config, widths
+from loglinear.kernels.tuning import ChannelConfig, channel_config, widths
 
 
 class Gradients(NamedTuple):
@@ -53,63 +48,54 @@ def around_shape(problem: Problem) -> tuple[int, ...]:
     return problem.all_chunks, problem.heads, problem.config.chunk // SUB.value, problem.key_width
 
 
-def start(kernel, problem: Problem, launch: Launch, x: Inputs, *arguments) -> None:
-    """Launch a kernel of one program for each chunk and head; the number after its four bundles and tensors come last."""
-    S = problem.sizes(x.v.dtype, **tile_sizes(problem, launch), LEVELS=padded(problem.levels))
-    arguments = *arguments[:4], *problem.of_chunks, *arguments[4:]
-    launching.launch(kernel, problem.all_chunks * problem.heads, *arguments, S=S, **launch.options)
-
-
 def launch_local_grads(problem: Problem, x: Inputs, states: States) -> tuple[Tensor, Tensor]:
     """(gradient of the scores ``[chunks, H, C, C]``, dλ, complete for the levels inside a chunk)."""
-    launch, C = problem.config.local_grads, problem.config.chunk
-    score_grads = launching.scratch((problem.all_chunks, problem.heads, C, C), x.v.dtype, x.v.device)
+    launch, C, dtype = problem.config.local_grads, problem.config.chunk, x.v.dtype
+    score_grads = launching.scratch((problem.all_chunks, problem.heads, C, C), dtype, x.v.device)
     dscales = launching.scratch(tuple(x.scales.shape), x.scales.dtype, x.v.device)
     arguments = x._replace(q=None, k=None), states._replace(entries=None), score_grads, dscales
-    start(local_grads_kernel, problem, launch, x, *arguments, problem.levels)
+    start(local_grads_kernel, problem, launch, dtype, arguments, problem.levels, LEVELS=padded(problem.levels))
     return score_grads, dscales
 
 
 def launch_query_grads(problem: Problem, x: Inputs, states: States, dscales: Tensor) -> Gradients:
     """The gradients of the decayed queries, and gains by level; completes dλ."""
-    H, K, device = problem.heads, problem.key_width, x.v.device
-    dq = launching.scratch((problem.tokens, H, K), x.v.dtype, device)
+    H, K, dtype, device = problem.heads, problem.key_width, x.v.dtype, x.v.device
+    dq = launching.scratch((problem.tokens, H, K), dtype, device)
     levels = launching.scratch((problem.tree_levels, problem.all_chunks, H, K), torch.float32, device)
     around = launching.scratch(around_shape(problem), torch.float32, device)
-    grads = Gradients(q=dq, levels=levels, around=around)
+    grads, launch = Gradients(q=dq, levels=levels, around=around), problem.config.query_grads
     arguments = x._replace(k=None, v=None), states._replace(scores=None), grads, dscales
-    start(query_grads_kernel, problem, problem.config.query_grads, x, *arguments, problem.levels)
+    start(query_grads_kernel, problem, launch, dtype, arguments, problem.levels, LEVELS=padded(problem.levels))
     return grads
 
 
 def launch_tree_grads(problem: Problem, x: Inputs, states: States, grads: Gradients) -> Gradients:
     """The gradients of all entries and of the states of all chunks, and the gains of pairs that skip a chunk."""
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
-    launch = problem.config.entries
-    tiles = tile_sizes(problem, launch, whole_key=False)
-    tiles_k, tiles_v = cdiv(K, tiles["BK"]), cdiv(V, tiles["BV"])
-    programs, sizes = problem.all_chunks * H * tiles_k * tiles_v, problem.sizes(dtype, **tiles)
-    entries = launching.scratch((problem.all_chunks, H, K, V), dtype, device)
-    window_log = launching.scratch((problem.all_chunks, H, K), torch.float32, device)
-    found = Gradients(entries=entries, window_log=window_log)
-    inputs, logs = x._replace(k=None, v=None), states._replace(scores=None, entries=None)
-    options = {"S": sizes, **launch.options}
-    launching.launch(entry_grads_kernel, programs, inputs, logs, found, *problem.of_chunks, problem.levels, **options)
-    beyond = launching.scratch((tiles_v, problem.all_chunks, H, K), torch.float32, device)
-    found = found._replace(chunks=launching.scratch((problem.all_chunks, H, K, V), dtype, device), beyond=beyond)
-    kept, place = states._replace(scores=None, chunk_log=None), problem.of_chunks
-    launching.launch(chunk_grads_kernel, programs, kept, found, *place, problem.all_chunks, **options)
-    levels = Gradients(levels=grads.levels), *place, problem.all_chunks
-    launching.launch(window_sums_kernel, problem.all_chunks * H * tiles_k, *levels, S=sizes, num_warps=1)
+    launch, N = problem.config.entries, problem.all_chunks
+    entries = launching.scratch((N, H, K, V), dtype, device)
+    found = Gradients(entries=entries, window_log=launching.scratch((N, H, K), torch.float32, device))
+    arguments = x._replace(k=None, v=None), states.chunk_log, entries, found.window_log
+    start(entries_kernel, problem, launch, dtype, arguments, problem.levels, tiles="kv")
+    tiles_v = cdiv(V, tile_sizes(problem, launch, "kv")["BV"])
+    beyond = launching.scratch((tiles_v, N, H, K), torch.float32, device)
+    found = found._replace(chunks=launching.scratch((N, H, K, V), dtype, device), beyond=beyond)
+    kept = states._replace(scores=None, chunk_log=None)
+    start(chunk_grads_kernel, problem, launch, dtype, (kept, found), N, tiles="kv")
+    levels = Gradients(levels=grads.levels)
+    start(window_sums_kernel, problem, replace(launch, warps=1), dtype, (levels,), N, tiles="k")
     return grads._replace(chunks=found.chunks, beyond=beyond)
 
 
 def launch_key_grads(problem: Problem, x: Inputs, states: States, grads: Gradients) -> tuple[Tensor, Gradients]:
     """dv, and the gradients of the decayed keys."""
-    dv = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    dk = launching.scratch((problem.tokens, problem.heads, problem.key_width), x.v.dtype, x.v.device)
+    launch, dtype, levels = problem.config.key_grads, x.v.dtype, problem.levels
+    dv = launching.scratch(tuple(x.v.shape), dtype, x.v.device)
+    dk = launching.scratch((problem.tokens, problem.heads, problem.key_width), dtype, x.v.device)
     arguments = x._replace(q=None), states._replace(entries=None), grads._replace(q=None, k=dk), dv
-    start(key_grads_kernel, problem, problem.config.key_grads, x, *arguments, problem.levels, grads.beyond.shape[0])
+    numbers = levels, grads.beyond.shape[0]
+    start(key_grads_kernel, problem, launch, dtype, arguments, *numbers, LEVELS=padded(levels))
     return dv, Gradients(q=grads.q, k=dk, around=grads.around)
 
 
@@ -131,14 +117,18 @@ def launch_gate_grads(
     problem: Problem, x: Inputs, sums: Tensor, score_grads: Tensor, grads: Gradients, out: Results, planes: int = 1
 ) -> None:
     """dq, dk and dg of the inputs."""
-    launch = problem.config.gate_grads
-    tiles = tile_sizes(problem, launch, whole_key=False)
-    blocks = problem.config.chunk // SUB.value
-    programs = problem.all_chunks * problem.heads * cdiv(problem.key_width, tiles["BK"]) * blocks
-    S = problem.sizes(x.v.dtype, **tiles, HEADS=sums.stride(0) // sums.stride(1))
-    given, place = x._replace(v=None, do=None, scales=None), (out.dq.stride(0), *problem.of_chunks)
-    arguments = given, sums, score_grads, grads, out, *place
-    launching.launch(gate_grads_kernel, programs, *arguments, S=S, PLANES=planes, **launch.options)
+    given = x._replace(v=None, do=None, scales=None)
+    arguments = given, sums, score_grads, grads, out, out.dq.stride(0)
+    shape = {"tiles": "k", "each": problem.config.chunk // SUB.value, "HEADS": sums.stride(0) // sums.stride(1)}
+    start(
+        gate_grads_kernel,
+        problem,
+        problem.config.gate_grads,
+        x.v.dtype,
+        arguments,
+        constants={"PLANES": planes},
+        **shape,
+    )
 
 
 def backward(

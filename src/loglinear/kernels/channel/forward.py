@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -51,11 +52,25 @@ class States(NamedTuple):
     entry_log: Tensor
 
 
-def tile_sizes(problem: Problem, launch: Launch, whole_key: bool = True) -> dict[str, int]:
-    """Tiles of K and V; ``whole_key``: all of K in one."""
+def tile_sizes(problem: Problem, launch: Launch, tiles: str) -> dict[str, int]:
+    """Tiles of K and V; with no "k" in ``tiles`` all of K in one."""
     wide_k, wide_v = problem.tile(problem.key_width), problem.tile(problem.value_width)
-    tile_k = wide_k if whole_key else min(launch.block_k or wide_k, wide_k)
-    return {"BK": tile_k, "BV": min(launch.block_v, wide_v)}
+    return {"BK": min(launch.block_k or wide_k, wide_k) if "k" in tiles else wide_k, "BV": min(launch.block_v, wide_v)}
+
+
+def start(
+    kernel, problem: Problem, launch: Launch, dtype, arguments, *numbers, tiles="", each=1, constants=None, **sizes
+) -> None:
+    """Launch a kernel of ``each`` programs for each chunk and head, times the ``tiles`` of "k", of "v" or of both, "kv".
+
+    arguments: all that stands before the place of a chunk in the kernel; numbers: all that stands after it. sizes: in place of
+    those of ``tile_sizes``. dtype: of v.
+    """
+    sizes = tile_sizes(problem, launch, tiles) | sizes
+    counts = {"k": cdiv(problem.key_width, sizes["BK"]), "v": cdiv(problem.value_width, sizes["BV"])}
+    programs = problem.all_chunks * problem.heads * each * prod(counts[tile] for tile in tiles)
+    options = {"S": problem.sizes(dtype, **sizes), **(constants or {}), **launch.options}
+    launching.launch(kernel, programs, *arguments, *problem.of_chunks, *numbers, **options)
 
 
 def prepared_shapes(problem: Problem, dtype: torch.dtype, delta: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -67,25 +82,16 @@ def prepared_shapes(problem: Problem, dtype: torch.dtype, delta: bool) -> list[t
     return shapes + [(tokens, dtype), (squares, torch.float32)] * delta
 
 
-def launch_sums(problem: Problem, x: Inputs, sums: Tensor) -> None:
-    """Write ``Prepared.sums``."""
-    H, K = problem.heads, problem.key_width
-    gates = x._replace(q=None, k=None, v=None, beta=None, scales=None, do=None)
-    tile = min(64, problem.tile(K))  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
-    programs, sizes = problem.all_chunks * H * cdiv(K, tile), problem.sizes(x.v.dtype, BK=tile)
-    launching.launch(sums_kernel, programs, gates, sums, *problem.of_chunks, S=sizes, num_warps=4)
-
-
 def launch_scores(problem: Problem, x: Inputs) -> Prepared:
     """The prepared chunks, with the running sums of their gates."""
     launch, dtype = problem.config.scores, x.v.dtype
     shapes = prepared_shapes(problem, dtype, x.beta is not None)
     made = Prepared(*(launching.scratch(*y, x.v.device) for y in shapes))
-    launch_sums(problem, x, made.sums)
-    programs, tiles = problem.all_chunks * problem.heads, tile_sizes(problem, launch, whole_key=False)
-    S = problem.sizes(dtype, **tiles, HEADS=problem.heads)
-    arguments = x._replace(g=None, v=None, scales=None, do=None), made, *problem.of_chunks
-    launching.launch(scores_kernel, programs, *arguments, S=S, **launch.options)
+    gates = x._replace(q=None, k=None, v=None, beta=None, scales=None, do=None)
+    of_sums = Launch(warps=4, stages=1, block_k=64)  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
+    start(sums_kernel, problem, of_sums, dtype, (gates, made.sums), tiles="k")
+    given = x._replace(g=None, v=None, scales=None, do=None), made
+    start(scores_kernel, problem, launch, dtype, given, **tile_sizes(problem, launch, "k"), HEADS=problem.heads)
     return made
 
 
@@ -100,28 +106,16 @@ def launch_entries(problem: Problem, x: Inputs, made: Prepared) -> States:
     H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
     entries = launching.scratch((problem.all_chunks, H, K, V), dtype, device)
     entry_log = launching.scratch((problem.all_chunks, H, K), torch.float32, device)
-    states = States(
-        None, made.chunk_log, entries, entry_log
-    )  # a kernel that is given the scores would keep their memory
-    launch = problem.config.entries
-    tiles = tile_sizes(problem, launch, whole_key=False)
-    programs = problem.all_chunks * H * cdiv(K, tiles["BK"]) * cdiv(V, tiles["BV"])
-    inputs = x._replace(q=None, scales=None, do=None)
-    sizes = problem.sizes(dtype, **tiles)
-    launching.launch(entries_kernel, programs, inputs, states, *problem.of_chunks, S=sizes, **launch.options)
-    return states._replace(scores=made.scores)
+    arguments = x._replace(q=None, scales=None, do=None), made.chunk_log, entries, entry_log
+    start(entries_kernel, problem, problem.config.entries, dtype, arguments, problem.levels, tiles="kv")
+    return States(made.scores, made.chunk_log, entries, entry_log)
 
 
 def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
     """o, from the chunks themselves and the entries before them."""
-    launch = problem.config.output
-    tiles = tile_sizes(problem, launch)
     o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    programs = problem.all_chunks * problem.heads * cdiv(problem.value_width, tiles["BV"])
-    sizes = problem.sizes(x.v.dtype, **tiles)
-    inputs = x._replace(k=None, do=None)
-    arguments = inputs, states, o, *problem.of_chunks, problem.levels
-    launching.launch(output_kernel, programs, *arguments, S=sizes, **launch.options)
+    arguments = x._replace(k=None, do=None), states, o
+    start(output_kernel, problem, problem.config.output, x.v.dtype, arguments, problem.levels, tiles="v")
     return o
 
 

@@ -46,15 +46,6 @@ class Block(NamedTuple):
     low: Any
 
 
-class Found(NamedTuple):
-    """Sums of a block, ``[BK, SUB]`` float32: dq, dk, and the gains of its queries and of its keys."""
-
-    dq: Any
-    dk: Any
-    queries: Any
-    keys: Any
-
-
 @triton.jit
 def load_turned(base, stride, here, t, first, S: tl.constexpr):
     """``decays.load_rows`` ``[BK, SUB]``, float32: with channels as rows, a product's result is another one's left operand."""
@@ -100,7 +91,9 @@ def earlier_keys(x, sums, here, h, place, high, low, first, S: tl.constexpr):
 
 @triton.jit
 def block_pairs(found, block, x, sums, here, S: tl.constexpr):
-    """(``Found`` with the pairs of two blocks of a chunk, gains ``[BK]`` of those around the block).
+    """(``found``, with the pairs of two blocks of a chunk, gains ``[BK]`` of those around the block).
+
+    found: dq, dk, and the gains of queries and of keys, ``[BK, SUB]`` float32.
 
     A query meets the keys of earlier blocks at the start of its block, a key its later queries at the end of its own.
     """
@@ -155,7 +148,7 @@ def block_pairs(found, block, x, sums, here, S: tl.constexpr):
     dk += to_keys
     own_keys += to_keys * k
     around *= tl.reshape(between(start_high, start_low, end_high, end_low, S), [S.BK])
-    return Found(dq, dk, own_queries, own_keys), around
+    return (dq, dk, own_queries, own_keys), around
 
 
 @triton.jit
@@ -167,20 +160,12 @@ def both_ways(matrix, place, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "part_stride"])
 def gate_grads_kernel(
-    x,  # the inputs of the call, not the decayed ones
-    sums,
-    score_grads,  # [chunks, H, PLANES, C, C], with the delta rule those of overlaps behind those of scores
-    grads,  # with the delta rule q and k in the layout of the delta rule's kernels
-    out,  # writes dq, dk, dg
-    part_stride,  # of dq and of dk
-    table,
-    T,
-    N,
-    NG,
-    S: tl.constexpr,
-    PLANES: tl.constexpr,
+    x, sums, score_grads, grads, out, part_stride, table, T, N, NG, S: tl.constexpr, PLANES: tl.constexpr
 ):
-    """Grid: blocks of SUB tokens of a chunk x tiles of K x H x chunks, blocks fastest. float32: accumulators, logs, gains.
+    """x: the inputs of the call, not the decayed ones. score_grads: ``[chunks, H, PLANES, C, C]``, with the delta rule those of
+    overlaps behind those of scores. grads: with the delta rule q and k in the layout of its kernels. part_stride: of dq and dk.
+
+    Grid: blocks of SUB tokens of a chunk x tiles of K x H x chunks, blocks fastest. float32: accumulators, logs, gains.
 
     A program has one warp and waits for no other: 16 tokens and few channels fit into its registers.
     """
@@ -222,7 +207,7 @@ def gate_grads_kernel(
         own_keys = dk * k
         own_queries = dq * q
     block = Block(h, b, first, matrix, q, k, high, low)
-    found, around = block_pairs(Found(dq, dk, own_queries, own_keys), block, x, sums, here, S)
+    found, around = block_pairs((dq, dk, own_queries, own_keys), block, x, sums, here, S)
     dq, dk, own_queries, own_keys = found
     around += load_log(grads.around, site * BLOCKS + b, first, S)
     gain = tl.zeros([S.BK, SUB], tl.float32) + around[:, None]

@@ -13,20 +13,11 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L", "tiles"])
-def key_grads_kernel(
-    x,
-    states,
-    grads,  # reads ``chunks``, ``levels``, ``beyond``, writes ``k``, completes ``around``
-    dv,
-    table,
-    T,
-    N,
-    NG,
-    L,
-    tiles,  # of V, of ``beyond``
-    S: tl.constexpr,
-):
-    """Grid: H x chunks, chunks fastest. float32: mask, accumulators."""
+def key_grads_kernel(x, states, grads, dv, table, T, N, NG, L, tiles, S: tl.constexpr):
+    """Of grads it reads ``chunks``, ``levels`` and ``beyond``, of ``tiles`` of V, writes ``k`` and completes ``around``.
+
+    Grid: H x chunks, chunks fastest. float32: mask, accumulators.
+    """
     at, chunk, h, all_chunks = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return

@@ -13,19 +13,11 @@ from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
-def query_grads_kernel(
-    x,
-    states,
-    grads,  # writes ``q``, ``around``, and ``levels [tree levels, chunks, H, K]``: q·dq of a chunk by the level of its entry
-    dscales,
-    table,
-    T,
-    N,
-    NG,
-    L,
-    S: tl.constexpr,
-):
-    """Grid: H x chunks, chunks fastest. float32: accumulators, dλ, logs."""
+def query_grads_kernel(x, states, grads, dscales, table, T, N, NG, L, S: tl.constexpr):
+    """Of grads it writes ``q``, ``around``, and ``levels [tree levels, chunks, H, K]``: q·dq of a chunk by its entry's level.
+
+    Grid: H x chunks, chunks fastest. float32: accumulators, dλ, logs.
+    """
     at, chunk, h, all_chunks = row_of_program(table, T, N, NG, S.H, S)
     if at.length < 0:
         return
