@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loglinear.kernels.channel.backward import Gradients as ChannelGradients
 from loglinear.kernels.channel.backward import Results, around_shape, launch_gate_grads
+from loglinear.kernels.channel.forward import launch_scores
 from loglinear.kernels.delta.entry_grads import entry_grads_kernel
 from loglinear.kernels.delta.forward import (
     FIRST_OF_TWO,
@@ -21,7 +22,7 @@ from loglinear.kernels.delta.forward import (
     launch_octet_maps,
     launch_path_queries,
     launch_path_states,
-    prepare,
+    of_heads,
     tables_of,
     tuned,
 )
@@ -245,7 +246,8 @@ def launch_key_grads(
 def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | None) -> None:
     """The whole backward of the heads that x and out hold; their maps are made again if they were not kept."""
     K, V, given = problem.key_width, problem.value_width, (problem, x)
-    problem, x, prepared = prepare(problem, x, maps)
+    prepared = maps.prepared if maps is not None else launch_scores(problem, x) if problem.channels else None
+    problem, x = of_heads(problem, x, prepared)
     if maps is None:
         maps = launch_octet_maps(problem, x, launch_chunk_maps(problem, x, prepared), prepared, prefixes=True)
     states = launch_path_states(problem, maps.entries, maps=True)

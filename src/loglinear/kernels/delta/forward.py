@@ -24,16 +24,9 @@ from loglinear.transition import is_per_channel
 FIRST_OF_TWO = 3  # the first octet, from 0, with two entries before it
 
 
-def prepare(problem: Problem, x: Inputs, maps: Maps | None = None) -> tuple[Problem, Inputs, Prepared | None]:
-    """The problem and inputs of the kernels that know no gate per channel: with one, decayed queries and keys for each head.
-
-    And the prepared chunks, which ``maps`` may have kept.
-    """
-    if not problem.channels:
-        return problem, x, None
-    made = launch_scores(problem, x) if maps is None else maps.prepared
-    assert made is not None
-    return replace(problem, groups=problem.heads), decayed(x, made), made
+def of_heads(problem: Problem, x: Inputs, prepared: Prepared | None) -> tuple[Problem, Inputs]:
+    """The problem and inputs of kernels that know no gate per channel: prepared chunks have queries and keys for each head."""
+    return (problem, x) if prepared is None else (replace(problem, groups=problem.heads), decayed(x, prepared))
 
 
 def launch_chunk_maps(problem: Problem, x: Inputs, prepared: Prepared | None) -> tuple[Tensor, ...]:
@@ -182,7 +175,9 @@ def run_forward(inputs: list, scale: float, config: DeltaRuleConfig | None, keep
     problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v))
     problem = replace(problem, channels=is_per_channel(g))
     keep = keep and keeps_maps(problem, v.element_size())
-    problem, x, prepared = prepare(problem, gather(q, k, v, g, beta, level_scales, None, scale))
+    x = gather(q, k, v, g, beta, level_scales, None, scale)
+    prepared = launch_scores(problem, x) if problem.channels else None
+    problem, x = of_heads(problem, x, prepared)
     if prepared is not None and not keep:
         prepared = prepared._replace(sums=None)
     chunks = launch_chunk_maps(problem, x, prepared)
