@@ -1,12 +1,9 @@
 """A token that is not finite changes nothing before it, nothing beside it, and everything after it is NaN."""
 
-import itertools
-
 import pytest
 import torch
 from calls import C, both_rules, fields, inputs, kinds, run, tokens
 
-from loglinear import DecodingState, log_linear_attention_step, log_linear_delta_rule_step
 from oracle import gradients, oracle
 
 five_kinds = kinds("scalar", "delta", "no gate", "linear scalar", "linear delta")
@@ -114,27 +111,3 @@ def test_gradients_before_a_bad_token_are_those_without_it(kind, s):
         bad = {n: tensor.requires_grad_() for n, tensor in spoilt(x, name, value, s)[0].items()}
         for argument, have, want in zip(x, gradients(run(bad)[0][:, :s], bad.values()), wanted):
             torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-10, msg=f"{argument} beside a bad {name}")
-
-
-@both_rules
-def test_steps_of_several_tokens(gate):
-    """A call of many tokens sees none of them early, and what it leaves in the buffers reaches no row but its own."""
-    x = inputs(gate, T=2 * C + 30, K=4, V=3)
-    step = log_linear_delta_rule_step if gate == "delta" else log_linear_attention_step
-    sizes = [C - 5, 20, 1, C, 14]
-
-    def steps(x):
-        state = DecodingState.empty(2, 4, 2, 4, 3, 1000, torch.float64, delta_rule=gate == "delta")
-        parts = torch.tensor([0, *sizes]).cumsum(0).tolist()
-        return torch.cat([step(**tokens(x, a, b), state=state) for a, b in itertools.pairwise(parts)], 1)
-
-    clean = steps(x)
-    kinds_of_fault = {fault[:2]: fault for fault in faults(x)}.values()
-    for s, (name, value, _) in zip((0, 30, C - 1, C + 17) * 3, kinds_of_fault):
-        bad, others = spoilt(x, name, value, s)
-        o = steps(bad)
-        assert torch.equal(o[:, :s], clean[:, :s]), (name, value, s)
-        assert torch.equal(o[1], clean[1]), (name, value, s)
-        assert torch.equal(o[:, :, others], clean[:, :, others]), (name, value, s)
-        if name != "g" or s > 0:  # a gate decays what came before its token
-            assert not o[0, s + (name == "g") :, HEAD, 1].isfinite().any(), (name, value, s)

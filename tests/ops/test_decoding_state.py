@@ -173,6 +173,7 @@ CALLS = {
     "max_context of 0": (lambda s: s.grow(0), ValueError, "max_context must be an int of at least 1: got 0"),
     "max_context a float": (lambda s: s.grow(1e6), ValueError, "max_context must be an int"),
     "index of another dtype": (lambda s: s.copy_rows_(ROWS.int(), s, ROWS), TypeError, "index must be an int64 tensor"),
+    "index of two axes": (lambda s: s.reorder(ROWS[None]), TypeError, "index must be an int64 tensor of one axis"),
     "fewer rows": (lambda s: s.copy_rows_(ROWS, s, ROWS[:0]), ValueError, "other_index must have as many rows"),
     "other sizes": (lambda s: s.copy_rows_(ROWS, s.grow(C << 9), ROWS), ValueError, "other must have the sizes"),
     "other kind": (lambda s: s.restore_(s.to_state()), TypeError, "snapshot must be a DecodingState"),

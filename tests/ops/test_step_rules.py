@@ -248,6 +248,29 @@ def test_unit_length_of_queries_and_keys(make, gate):
     assert error(state.to_state().open_k, full(x | unit)[1].open_k) < bar
 
 
+@pytest.mark.parametrize("gate", ["scalar", "delta"] if INTERPRETED else GATES)
+def test_a_token_that_is_not_finite(make, gate):
+    """It changes no bit before it, of another row or of another head, and is not forgotten."""
+    x = make(gate, B=2, H=2, T=C + 5)
+
+    def run(x):
+        """A call over the end of a chunk, and one in the next."""
+        before = full(tokens(x, 0, C - 2))[0].to(x["v"].dtype)
+        return torch.cat([before, steps(tokens(x, C - 2, C + 5), start(x, C - 2), (5, 2))], 1)
+
+    clean = run(x)
+    for name, s in (("k", C - 1), ("v", C + 1), ("g", C - 1), ("beta", C), ("v", 3)):
+        if name not in x:
+            continue
+        bad = x | {name: x[name].clone()}
+        bad[name][(0, s, 0 if name == "k" else 1, *[3] * (x[name].dim() - 3))] = torch.nan
+        o = run(bad)
+        assert torch.equal(o[:, :s], clean[:, :s]), (name, s)
+        assert torch.equal(o[1:], clean[1:]), (name, s)
+        assert name == "k" or torch.equal(o[:, :, 0], clean[:, :, 0]), (name, s)
+        assert not o[0, s:, 1, slice(3, 4) if name == "v" else slice(None)].isfinite().any(), (name, s)
+
+
 @gates
 def test_strided_inputs(make, gate):
     """Slices of a fused projection are read where they lie, in other vectors on a GPU; transposed ones are copied."""

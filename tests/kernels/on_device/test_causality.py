@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import cases
 import pytest
 import torch
 from cases import BFLOAT16, INTERPRETED, RULES, forward
 
-from loglinear import DecodingState, log_linear_attention, log_linear_delta_rule
-from loglinear.kernels import decoding
+from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels.pointwise import convolution
-from loglinear.reference.chunkwise import chunkwise
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(invalid value|overflow) encountered:RuntimeWarning"
@@ -114,30 +110,6 @@ def test_widths_of_several_tiles(device, rule):
             o = forward(bad)
             assert torch.equal(o[:, :9], clean[:, :9]), (name, column)
             assert not o[0, 9:, 0, column if name == "v" else slice(None)].isfinite().any(), (name, column)
-
-
-@pytest.mark.parametrize("rule", IN_STEPS if INTERPRETED else RULES)
-def test_steps_of_several_tokens(device, rule):
-    """A call over the end of a chunk, and one in the next."""
-    bounds = (C - 2, C + 3, C + 5)
-    x = make(rule, device, bounds[-1], B=2)
-
-    def part(x, start, end):
-        return {argument: tensor[:, start:end] for argument, tensor in x.items()}
-
-    def run(x, _):
-        q, k, v, g, beta, scales = (part(x, 0, C - 2).get(n) for n in ("q", "k", "v", "g", "beta", "level_scales"))
-        o, before = chunkwise(q, k, v, g, scales, beta, chunk_size=C)
-        state, outputs = DecodingState.from_state(before, 8 * C), [o]
-        for start, end in pairwise(bounds):
-            outputs.append(decoding.step(**part(x, start, end), state=state))
-            state.position += end - start
-        return torch.cat(outputs, 1)
-
-    clean = run(x, None)
-    for name, s in (("k", C - 1), ("v", C + 1), ("g", C - 1), ("beta", C), ("v", 3)):
-        if name in x:
-            compare(x, clean, name, torch.nan, s, run=run)
 
 
 @pytest.mark.parametrize("rule", IN_STEPS)

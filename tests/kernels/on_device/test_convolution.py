@@ -70,6 +70,14 @@ def test_low_precision(device):
     compare(device, 4, 70, torch.bfloat16)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_operator_is_what_it_says(device, packed):
+    conv, x = ShortConvolution(20).to(device), torch.randn(1, 50, 20, device=device, requires_grad=True)
+    place = torch.arange(50, device=device, dtype=torch.int32) if packed else None
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(convolution.convolve.operator, (x, conv.weight, conv.bias, place), test_utils=tests)
+
+
 def test_fewer_tokens_than_taps(device):
     conv = ShortConvolution(5).to(device)
     for length in (0, 1, 2):

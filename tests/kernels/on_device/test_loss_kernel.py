@@ -11,6 +11,7 @@ from loglinear.kernels.pointwise import cross_entropy as kernels
 from loglinear.ops import cross_entropy
 
 WIDTH = 24
+BLOCKS = {name: getattr(kernels, name) for name in ("LOGITS_BYTES", "ROWS", "TILE")}
 COUNT = 40 if INTERPRETED else 300  # more than one block
 
 
@@ -150,11 +151,29 @@ def test_compiles_to_one_graph(device):
     compiled = torch.compile(cross_entropy.linear_cross_entropy, fullgraph=True, backend="aot_eager")
     for x, y in zip(results(compiled, *inputs), want, strict=True):
         assert torch.equal(x, y)
+    operator = torch.ops.loglinear.linear_cross_entropy.default
+    torch.library.opcheck(
+        operator, (*inputs, -100, torch.bfloat16 if device.type == "cuda" else torch.float32, True, True)
+    )
+
+
+@pytest.mark.gpu
+def test_no_logits_are_kept(device, monkeypatch):
+    """65,536 tokens and a vocabulary of 32,000 in bf16: 4 GB of logits, of which an eighth is ever there."""
+    for name, value in BLOCKS.items():
+        monkeypatch.setattr(kernels, name, value)
+    hidden = torch.randn(65536, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(32000, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(32000, (65536,), device=device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cross_entropy.linear_cross_entropy(hidden, weight, targets).backward()
+    assert torch.cuda.max_memory_allocated() - before < 512 << 20
 
 
 def test_blocks_hold_as_many_tokens_as_their_memory_takes(monkeypatch):
-    monkeypatch.setattr(kernels, "LOGITS_BYTES", 256 << 20)
-    monkeypatch.setattr(kernels, "ROWS", 128)
+    for name, value in BLOCKS.items():
+        monkeypatch.setattr(kernels, name, value)
     assert kernels.block_rows(65536, 32000 * 2) == 4096
     assert kernels.block_rows(65536, 50272 * 2) == 2560  # 26 blocks: 25 would be of 2,621, and 2,688 are too many
     assert kernels.block_rows(300, 32000 * 2) == 384
