@@ -154,7 +154,6 @@ def evaluate(model: LogLinearForCausalLM, data: Path, cache: Path, context: int,
     losses = position_losses(model, held_out, max(1, 131_072 // context), dtype)
     ids = np.stack([held_out[i]["input_ids"].numpy() for i in range(len(held_out))])
     found = summary(losses)
-    del found["per_sequence"]
     return found | {"context": context, "repeats": by_strand(ids, losses)}
 
 
@@ -169,6 +168,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="*", default=CONTEXTS, help="of the evaluation")
     parser.add_argument("--steps", type=int, default=Run.steps)
     parser.add_argument("--width", type=int, default=Run.width)
+    parser.add_argument("--batch", type=int, default=Run.batch)
     parser.add_argument("--tokens", type=int, default=4_194_304, help="that each evaluation reads")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds - 10  # to write a checkpoint
@@ -181,7 +181,7 @@ def main() -> None:
         for mixer in options.mixers:
             if (mixer, seed) in done:
                 continue
-            run = Run(mixer, seed, options.context, options.steps, width=options.width)
+            run = Run(mixer, seed, options.context, options.steps, options.batch, width=options.width)
             model = train(run, sequences, options.out, device, until)
             if model is None:
                 return

@@ -26,6 +26,7 @@ from loglinear.tasks.niah.config import Kind, TaskConfig
 from loglinear.tasks.niah.data import Haystack, Sample, Samples, Side
 from stack_training import Steps
 from stacked import Stack, hidden_states
+from text_tokens import END
 
 TESTED = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 # Name in rows: kind and needles.
@@ -55,15 +56,12 @@ class Needles:
     """Samples of both sides, and the rows of the fine-tune, which another process makes in advance."""
 
     def __init__(self, data: Path, tune: Tune) -> None:
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_file(str(data / "tokenizer.json")), eos_token="<end>"
-        )
         self.sides: dict[Side, dict[str, Samples]] = {}
         files: dict[Side, str] = {"train": "train", "test": "valid"}
         for side, file in files.items():
             haystack = Haystack(Tokens(np.load(data / f"{file}.npy"), np.load(data / f"{file}_offsets.npy")), 0)
             self.sides[side] = {
-                name: Samples(haystack, tokenizer, side, TaskConfig(kinds=(kind,), needles=count))
+                name: Samples(haystack, tokenizer(data), side, TaskConfig(kinds=(kind,), needles=count))
                 for name, (kind, count) in KINDS.items()
             }
         self.data, self.tune = data, tune
@@ -98,6 +96,11 @@ class Needles:
                         self.sides["test"][name].make(kind, context, (i + 0.5) / TESTS, r) for i, r in enumerate(rngs)
                     ]
                     yield name, context, made
+
+
+def tokenizer(data: Path) -> PreTrainedTokenizerFast:
+    backend = Tokenizer.from_file(str(data / "tokenizer.json"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=backend.id_to_token(END))
 
 
 def rows_of(data: Path, tune: Tune) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.tasks.mqar.run import read_rows
-from stack_needles import Needles, Tune, tune_and_test
+from stack_needles import Needles, Tune, tokenizer, tune_and_test
 from stack_training import Steps
 from stacked import Stack, hidden_states
 
@@ -265,6 +265,9 @@ def main() -> None:
     parser.add_argument("--tune-steps", type=int, default=Tune.steps)
     parser.add_argument("--tune-rate", type=float, default=Tune.rate)
     parser.add_argument("--tune-lengths", type=int, nargs="+", default=Tune.lengths)
+    parser.add_argument(
+        "--export", type=Path, help="write the first model of each reported stack as a checkpoint there"
+    )
     parser.add_argument("--stacks", type=int, default=1000, help="no more than so many")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
@@ -277,7 +280,8 @@ def main() -> None:
     needles = Needles(options.data, tune)
     tuning = needles.begin() if options.needles else None
     text, valid = Text(options.data, "train", device), Text(options.data, "valid", device)
-    speed, kept = 0.0, []  # seconds a sequence
+    speed = 0.0  # seconds a sequence
+    kept: list[tuple[list[Copy], Stack]] = []
     for _ in range(options.stacks):
         copies = next(stacks(rows, options.pairs), None)
         if copies is None or 0 < options.needles <= len(kept):
@@ -294,14 +298,28 @@ def main() -> None:
         save(found, path)
         for copy, row in zip(copies, found):
             print(f"{copy}: {row['seconds']} s, validation {row['validation']:.4f}", flush=True)
+        if options.export and copies[0].part == "fresh":
+            export(copies[0], stack, 0, options.data, options.export / f"{copies[0].mixer}-s{copies[0].seed}")
         if options.needles and copies[0].part != "sweep":
             kept.append((copies, stack))
-    for copies, stack in kept if tuning else []:
+    for copies, stack in kept:
+        assert tuning is not None
         stream = torch.cuda.Stream() if device == "cuda" else None
         with torch.cuda.stream(stream):
             tested = tune_and_test(stack, needles, tuning.result(), stream, CONTEXT)
         save([{"copy": asdict(copy), **row} for copy, row in zip(copies, tested)], options.out / "text_needles.jsonl")
         print(f"{copies[0].mixer} {copies[0].start} needles: {tested[0]}", flush=True)
+
+
+def export(copy: Copy, stack: Stack, place: int, data: Path, folder: Path) -> None:
+    """Write one model of a stack with its tokenizer, whole or not at all."""
+    model = copy.model()
+    model.load_state_dict({name: w[place].detach().cpu() for name, w in stack.weights.items()}, strict=False)
+    model.tie_weights()
+    half = folder.with_name(f"{folder.name}.half")
+    model.save_pretrained(half)
+    tokenizer(data).save_pretrained(half)
+    half.rename(folder)
 
 
 def save(rows: list[dict], path: Path) -> None:
