@@ -8,8 +8,8 @@ and two seeds of their own choose a model's rate, on the first half of the valid
 are what is reported, on the other half: by position, at the trained length and at four times it. A seed decides the weights
 and the order of the data, so models of one seed are pairs. Levels that no training sequence has are read in two ways: as they
 are, and as the last trained one. Then recipes of the linear models, with as many tokens each: what their seeds differ by, and
-what other rates, schedules and batches do. Eight seeds more have the recipe that was chosen so. Then where λ starts, on seeds of their own. Recipes and
-starts have the validation loss alone. Rows go to OUT/text_stacks.jsonl, one for each copy.
+what other rates, schedules and batches do. Eight seeds more have the recipe that was chosen so. Then where λ starts, on seeds
+of their own. Recipes and starts have the validation loss alone. Rows go to OUT/text_stacks.jsonl, one for each copy.
 """
 
 from __future__ import annotations
