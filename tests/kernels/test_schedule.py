@@ -1,11 +1,16 @@
-"""The bits by which kernels know the tree: schedules, masks of units and counts of set bits, against the partition itself."""
+"""What kernels know of the tree against the partition itself: schedules, masks of units, counts of bits, chunks."""
 
 from __future__ import annotations
+
+from itertools import product
 
 from loglinear.fenwick import bucket, level, query_path
 from loglinear.kernels.decay import chunk_grads
 from loglinear.kernels.delta import octet_grads, octet_maps, path_queries
 from loglinear.kernels.tree.place import OCTET, set_bits
+from loglinear.kernels.tree.problem import kernel_chunks
+from loglinear.kernels.tuning import delta_rule_config, scalar_gate_config
+from loglinear.state import CHUNK_SIZE, FLOATS
 
 
 def test_every_chunk_receives_each_later_chunk_once_at_its_level():
@@ -46,3 +51,10 @@ def test_set_bits_are_the_entries_of_a_query_path():
     """The kernel's function is arithmetic alone, so that it counts Python's numbers too."""
     for n in (*range(1, 1 << 10), (1 << 24) - 1, 0xA5A5A5, 1 << 23):
         assert set_bits.fn(n) == len(list(query_path(n)))
+
+
+def test_every_chunk_is_a_part_of_a_states_chunk():
+    for dtype, K, V in product(FLOATS[1:], (8, 64, 128, 256), (16, 64, 128, 1024)):
+        small = scalar_gate_config(dtype, K, V, 1 << 16)
+        for config in (scalar_gate_config(dtype, K, V), small, delta_rule_config(dtype, K, V)):
+            assert kernel_chunks(config.chunk) * config.chunk == CHUNK_SIZE

@@ -296,9 +296,6 @@ def test_a_backend_is_the_one_that_was_asked_for(backend, gate):
     x = backend.inputs(gate, T=18, grad=False)
     output(x, backend="torch")
     assert not backend.ran
-    if backend.kernels:
+    if backend.kernels:  # test_dispatch.py has the error where they cannot
         assert torch.equal(output(x, backend="triton"), output(x))
         assert len(backend.ran) == 2
-        return
-    with pytest.raises(ValueError, match=r"must not be 'triton' for .*: tensors on cpu, where kernels need CUDA"):
-        output(x, backend="triton")

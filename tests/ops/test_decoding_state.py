@@ -188,7 +188,6 @@ CALLS = {
     ),
 }
 EMPTY = (1, 2, 2, 4, 4, 9)
-NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -198,38 +197,34 @@ def test_wrong_calls(case, state):
         call(state)
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-def test_inputs_of_too_few_bits_are_refused(dtype, state):
-    want = rf"dtype must be float64, float32, bfloat16 or float16: got {dtype}"
-    for call in (
-        lambda: DecodingState.empty(*EMPTY, dtype),
-        lambda: DecodingState.from_state(state.to_state(), 4096, dtype=dtype),
-        lambda: RecurrentMixerState(torch.zeros(3, 3, 8), state.to_state()).for_decoding(4096, dtype=dtype),
-        lambda: KVState(torch.tensor([2]), *torch.zeros(2, 1, 2, 1, 4)).for_decoding(4096, dtype=dtype),
-    ):
-        with pytest.raises(TypeError, match=want):
-            call()
+# (argument, what it may be, a call with another).
+TOO_NARROW = [
+    ("dtype", "float64, float32, bfloat16 or float16", lambda s, low: DecodingState.empty(*EMPTY, low)),
+    ("dtype", "float64, float32, bfloat16 or float16", lambda s, low: DecodingState.from_state(s.to_state(), 4096, dtype=low)),
+    ("dtype", "float64, float32, bfloat16 or float16", lambda s, low: mixer_state(s).for_decoding(4096, dtype=low)),
+    ("dtype", "float64, float32, bfloat16 or float16",
+     lambda s, low: KVState(torch.tensor([2]), *torch.zeros(2, 1, 2, 1, 4)).for_decoding(4096, dtype=low)),
+    # Entries are sums: of 8 bits they were wrong by half, and float16 ends at 65,504.
+    ("entry_dtype", "float32 or bfloat16", lambda s, low: DecodingState.empty(*EMPTY, torch.float32, low)),
+    ("entry_dtype", "float32 or bfloat16", lambda s, low: DecodingState.from_state(s.to_state(), 4096, low)),
+    ("entry_dtype", "float32 or bfloat16", lambda s, low: mixer_state(s).for_decoding(4096, low)),
+    ("dtype", "float64, float32 or bfloat16", lambda s, low: s.to(dtype=low)),
+    ("dtype", "float64, float32 or bfloat16", lambda s, low: s.to_state().to(dtype=low)),
+    ("dtype", "float64, float32 or bfloat16", lambda s, low: mixer_state(s).to(dtype=low)),
+    ("dtype", "float64, float32 or bfloat16", lambda s, low: LinearState(ROWS, torch.zeros(1, 2, 4, 4)).to(dtype=low)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [*NARROW, torch.float16, torch.float64])
-def test_entries_of_too_few_bits_or_too_small_a_range_are_refused(dtype, state):
-    """Entries are sums: of 8 bits they were wrong by half, and float16 ends at 65,504."""
-    want = rf"entry_dtype must be float32 or bfloat16: got {dtype}"
-    for call in (
-        lambda: DecodingState.empty(*EMPTY, torch.float32, dtype),
-        lambda: DecodingState.from_state(state.to_state(), 4096, dtype),
-        lambda: RecurrentMixerState(torch.zeros(3, 3, 8), state.to_state()).for_decoding(4096, dtype),
-    ):
-        with pytest.raises(TypeError, match=want):
-            call()
+def mixer_state(state):
+    return RecurrentMixerState(torch.zeros(3, 3, 8), state.to_state())
 
 
-@pytest.mark.parametrize("dtype", [*NARROW, torch.float16])
-def test_states_are_not_moved_to_too_few_bits(dtype, state):
-    linear = LinearState(torch.tensor([2]), torch.zeros(1, 2, 4, 4))
-    for held in (state, state.to_state(), linear, RecurrentMixerState(torch.zeros(1, 3, 8), linear)):
-        with pytest.raises(TypeError, match=rf"dtype must be float64, float32 or bfloat16: got {dtype}"):
-            held.to(dtype=dtype)
+@pytest.mark.parametrize(("name", "wanted", "call"), TOO_NARROW)
+def test_too_few_bits_or_too_small_a_range_are_refused(name, wanted, call, state):
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.float16):
+        if str(dtype).removeprefix("torch.") not in wanted.replace(",", "").split():
+            with pytest.raises(TypeError, match=f"{name} must be {wanted}: got {dtype}"):
+                call(state, dtype)
 
 
 def test_keys_and_values_may_be_float16():

@@ -154,20 +154,6 @@ def test_a_state_is_never_written_to_and_shares_nothing(kind):
 
 
 @both_states
-def test_clone_and_detach(kind):
-    x = inputs(**kind, T=C + 9, grad=True)
-    _, state = run(x)
-    cloned, cut = state.clone(), state.detach()
-    for name, tensor in fields(state).items():
-        assert torch.equal(getattr(cloned, name), tensor)
-        assert getattr(cloned, name).data_ptr() != tensor.data_ptr()
-        assert getattr(cut, name).data_ptr() == tensor.data_ptr()
-        assert not getattr(cut, name).requires_grad
-    for have, want in zip(gradients(meaning(cloned), x.values()), gradients(meaning(state), x.values())):
-        assert torch.equal(have, want)
-
-
-@both_states
 @pytest.mark.parametrize("index", [[1, 1, 0], [2, 0], [], [0, 1, 2]])
 def test_reorder_is_the_rows_in_that_order(kind, index):
     past, new = inputs(**kind, B=3, T=2 * C + 7), inputs(**kind, B=3, T=4, seed=1)

@@ -51,10 +51,9 @@ def make(kernels):
     """``make(gate, **sizes)``: inputs of one row; λ has either sign."""
 
     def made(gate, **sizes):
-        device, dtype = ("cuda", torch.float32) if kernels and CUDA else ("cpu", torch.float64)
         small = {"B": 1, "H": 1 if INTERPRETED else 4, "G": 1, "K": 16, "V": 16, "L": 12}
-        x = inputs(gate, **small | {"dtype": torch.float32 if kernels else dtype} | sizes)
-        return {name: y.to(device) for name, y in x.items()}
+        x = inputs(gate, **small | {"dtype": torch.float32 if kernels else torch.float64} | sizes)
+        return {name: y.to("cuda" if kernels and CUDA else "cpu") for name, y in x.items()}
 
     return made
 

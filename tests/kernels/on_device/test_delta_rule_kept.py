@@ -16,9 +16,9 @@ from cases import (
     assert_same_bits,
     config_for,
     cotangent,
+    make,
     rule_of,
 )
-from cases import make as make_inputs
 
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.delta.memory import KEPT_SHARE, heads_at_a_time, keeps_maps, map_elements
@@ -30,10 +30,6 @@ PACKED = (0, CHUNK + 2, 1, 0, CHUNK + 3 if INTERPRETED else 3 * CHUNK + 3)
 # The interpreter takes 16 bits ten times as long.
 NARROW = torch.float32 if INTERPRETED else BFLOAT16
 SIZES = [(1, NARROW), (9 if INTERPRETED else 10, NARROW), (8, torch.float32), *([(2, BFLOAT16)] if INTERPRETED else [])]
-
-
-def make(device, rule=DELTA, **sizes) -> dict:
-    return make_inputs(device, rule, **sizes)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +62,7 @@ def compare(x: dict, cu_seqlens=None) -> None:
 @pytest.mark.parametrize(("chunks", "dtype"), SIZES)
 def test_same_bits(device, chunks, dtype):
     """A chunk, two tiers, and one with a whole group."""
-    compare(make(device, T=chunks * CHUNK - 5, dtype=dtype))
+    compare(make(device, DELTA, T=chunks * CHUNK - 5, dtype=dtype))
 
 
 def test_same_bits_with_a_gate_per_channel(device):
@@ -80,7 +76,7 @@ def test_same_bits_in_three_tiers(device, rule):
 
 
 def test_same_bits_of_packed_sequences_without_gate(device):
-    x = make(device, T=sum(PACKED), gate="none")
+    x = make(device, DELTA, T=sum(PACKED), gate="none")
     compare(x, torch.tensor((0, *PACKED), device=device).cumsum(0).int())
 
 

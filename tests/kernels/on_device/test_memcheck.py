@@ -5,7 +5,6 @@ The test runs in Triton's interpreter alone (memcheck.py). The other files check
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import sys
 
@@ -19,7 +18,7 @@ from cases import INTERPRETED
 from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tuning import Launch, float32_config, low_precision_config, uniform_delta_config
+from loglinear.kernels.tuning import Launch, ScalarGateConfig, uniform, uniform_delta_config
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="reads the pointers of Triton's interpreter")
 if INTERPRETED:
@@ -46,15 +45,12 @@ def fused(x: dict) -> dict:
     return x | {name: part.view(x[name].shape) for name, part in zip(names, parts)}
 
 
-def config_for(delta: bool, dtype: torch.dtype, tile: int):
+def config_for(delta: bool, tile: int):
     """Chunks of 16 tokens, and tiles of ``tile`` columns."""
     launch = Launch(warps=4, stages=1, block_v=tile)
     if delta:
         return uniform_delta_config(16, launch, segment=1)
-    config = float32_config(tile) if dtype == torch.float32 else low_precision_config(16, 4)
-    names = ("states", "output", "windows", "chunk_grads", "local", "value", "query", "key")
-    launches = dict.fromkeys(names, launch)
-    return dataclasses.replace(config, chunk=16, heads=2, segment=1, least_tile=16, block_k=tile, **launches)
+    return uniform(ScalarGateConfig, launch, chunk=16, heads=2, segment=1, least_tile=16, block_k=tile)
 
 
 def check(delta: bool, layout=lambda x: x, cuts=None, tile: int | None = 32, programs: int = PROGRAMS, **sizes):
@@ -63,7 +59,7 @@ def check(delta: bool, layout=lambda x: x, cuts=None, tile: int | None = 32, pro
     do = torch.ones(1).expand(x["v"].shape)
     kernels = delta_rule if delta else scalar_gate
     bounds = None if cuts is None else torch.tensor(cuts, dtype=torch.int32)
-    config = None if tile is None else config_for(delta, x["v"].dtype, tile)
+    config = None if tile is None else config_for(delta, tile)
     with memcheck(programs) as report:
         kernels.forward(**x, cu_seqlens=bounds, config=config)
         kernels.backward(do.to(x["v"]), **x, cu_seqlens=bounds, config=config)

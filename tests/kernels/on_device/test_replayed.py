@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import DECAY, DELTA
 
-from loglinear import DecodingState
+from loglinear import DecodingState, log_linear_attention, log_linear_delta_rule
 from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import decoding
 from loglinear.kernels import delta as delta_rule
@@ -85,3 +85,32 @@ def test_steps_of_same_bits(device, monkeypatch, delta):
     assert len(played) == 149
     for one, other in zip(got, want):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_forward_and_backward_in_a_cuda_graph(device, delta):
+    """Of the public op, replayed with other inputs."""
+    op = log_linear_delta_rule if delta else log_linear_attention
+    (x, do), (other, _) = (make(device, delta, 300, seed, packed=False) for seed in (0, 1))
+    inputs = [y.requires_grad_() for y in x.values()]
+
+    def results():  # without their graph, which would tie the inputs to the stream of a capture
+        o = op(**x)[0]
+        return [y.detach() for y in (o, *torch.autograd.grad(o, inputs, do))]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            results()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results()
+    with torch.no_grad():
+        for y, new in zip(inputs, other.values()):
+            y.copy_(new)
+    graph.replay()
+    for got, want in zip(captured, results()):
+        assert want.isfinite().all()
+        assert torch.equal(got, want)
