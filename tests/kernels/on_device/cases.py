@@ -88,7 +88,7 @@ def make(
         "zero": 0,
         "weak": 2e-3,
         "strong": 100,
-        "very negative": 1e4,
+        "very negative": 1e5,  # sums below -1e6 in every chunk
         "reset": 0.2,
         "one channel": 0.2,
     }
