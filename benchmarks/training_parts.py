@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loglinear.layers.linear import MULTIPLE
+from loglinear.layers.linear import joined
 from training_models import OPTIMISER, matrices
 
 PARTS = ("op", "projections", "convolution", "norms", "mlp", "loss", "optimiser", "other")
@@ -73,13 +73,12 @@ class Weights:
             pairs[part].add((module.in_features, module.out_features))
             if name.endswith("level_scale.dl_proj"):  # in training one product with the input projection
                 beside = layers[name.replace("level_scale.dl_proj", "in_proj")].out_features
-                joined = _rounded(beside, MULTIPLE) + _rounded(module.out_features, MULTIPLE)
-                pairs[part].add((module.in_features, joined))
+                pairs[part].add((module.in_features, joined(beside, module.out_features)[1]))
         return cls(pairs)
 
     def part(self, sizes: tuple[int, ...]) -> str:
         """The part whose weight a product of ``sizes`` (m, k, n) is of. One of the three is the number of tokens."""
-        for multiple in (1, 8, 16):  # as they are, or padded by the compiler or by our layers
+        for multiple in (1, 8, 64):  # as they are, or padded by the compiler or by our layers
             for part, pairs in self.pairs.items():
                 if any(_contains(sizes, pair, multiple) for pair in pairs):
                     return part

@@ -304,10 +304,9 @@ def test_two_projections_in_one_product_are_projections():
 
     model = model_of("log_linear_gated_deltanet")
     levels = model.model.layers[0].mixer.level_scale.dl_proj.out_features
-    assert (
-        Weights.of(model).part((256, 304 + -(-levels // 16) * 16, 64)) == "projections"
-    )  # in_proj: 290, in whole rows of 16
-    assert Weights.of(model).part((256, 304 + -(-levels // 16) * 16 + 16, 64)) == "other"
+    columns = -(-(304 + levels) // 64) * 64  # in_proj: 290, up to a multiple of 16
+    assert Weights.of(model).part((256, columns, 64)) == "projections"
+    assert Weights.of(model).part((256, columns + 64, 64)) == "other"
 
 
 def test_time_is_counted_once_where_streams_overlap():

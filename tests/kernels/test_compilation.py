@@ -20,7 +20,15 @@ from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.decay.span import choice
 from loglinear.kernels.decoding import host, inputs, linear_step, outputs, residual
-from loglinear.kernels.pointwise import cross_entropy, elementwise, gated_norm, gates, unit_length
+from loglinear.kernels.pointwise import (
+    channel_gates,
+    cross_entropy,
+    elementwise,
+    gated_norm,
+    gates,
+    level_scales,
+    unit_length,
+)
 from loglinear.kernels.tree import replay
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -261,9 +269,9 @@ def pointwise_resources(target: str) -> list[Resources]:
         gates.backward(meta(2, T, 16, kind=wide), v, v, None, rate, D, D, v, None)
         channels, bias = meta(2, T, 16 * 128), meta(16 * 128, kind=wide)
         for bound in (None, -5.0):
-            gates.channel_backward(meta(2, T, 16, 128, kind=wide), rate, channels, bias, D, rate, 16, bound)
+            channel_gates.backward(meta(2, T, 16, 128, kind=wide), rate, channels, bias, D, rate, 16, bound)
         scales = meta(2, T, 16 * levels), meta(16, levels, kind=wide)
-        gates.level_scales_backward(meta(2, T, 16, levels), *scales, 0.0)
+        level_scales.backward(meta(2, T, 16, levels), *scales, 0.0)
         unit_length.backward(o, o, o, o)
         elementwise.silu_product_backward(y, y, y)
         elementwise.wide_sum(y, y)
@@ -275,7 +283,7 @@ def test_pointwise_kernels_compile(record_property):
     for found in pointwise_resources("sm_90"):
         record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
         assert found.spills == 0, f"{found} spills"
-        assert found.shared <= 16 << 10, f"{found}: only sums of rows go through shared memory"
+        assert found.shared <= 50 << 10, f"{found}: sums of rows, and tiles of wide rows on their way"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def test_the_padded_product_and_its_gradients_are_those_of_a_linear_layer():
         results.append([out, *(y.grad for y in leaves)])
     for got, want in zip(*results):
         torch.testing.assert_close(got, want)
-    assert results[0][0].stride(-2) == 32
+    assert results[0][0].stride(-2) == linear.MULTIPLE
 
 
 def test_few_tokens_and_the_cpu_take_the_weight_as_it_is(monkeypatch):
@@ -63,10 +63,10 @@ def test_two_projections_are_one_product(joined):
     layers, x = two_layers()
     x.requires_grad_()
     got = results(x, projections(x, *layers), layers)
-    assert joined == [32 + 16]
+    assert joined == [64]
     for one, other in zip(got, results(x, [layer(x) for layer in layers], layers), strict=True):
         torch.testing.assert_close(one, other)
-    assert got[1].storage_offset() % linear.MULTIPLE == 0
+    assert got[1].storage_offset() % linear.START == 0
 
 
 class Adapted(nn.Linear):

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from loglinear.layers.norm import RMSNorm
 from loglinear.ops import pointwise, products
 
-MULTIPLE = 16  # outputs: 32 bytes in 16 bits
+# Outputs: 128 bytes in 16 bits. The compiler lays rows of its own products out so, and would copy rows that end elsewhere for
+# the operators that read them. The second of two projections begins at a multiple of 32 bytes.
+MULTIPLE, START = 64, 16
 FEW = 256  # tokens up to which reading the weight is all that takes time, and a copy of it would double that
 
 
@@ -39,7 +41,7 @@ def aligned_product(input: Tensor, weight: Tensor) -> Tensor:
 
     The output is the first ``out`` columns of the product's, so rows lie further apart than they are wide.
     """
-    return F.linear(input, _padded(weight))[..., : weight.shape[0]]
+    return F.linear(input, _padded(weight, _rounded(weight.shape[0], MULTIPLE)))[..., : weight.shape[0]]
 
 
 def projections(input: Tensor | Normed, first: nn.Module, second: nn.Module | None) -> tuple[Tensor, Tensor | None]:
@@ -63,8 +65,15 @@ def projections(input: Tensor | Normed, first: nn.Module, second: nn.Module | No
 
 def beside(input: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, int]:
     """Both outputs in one tensor ``[..., columns]``, of layers that ``joins`` takes, and the first column of the second's."""
-    padded = [_padded(layer.get_parameter("weight")) for layer in (first, second)]
-    return F.linear(input, torch.cat(padded)), padded[0].shape[0]
+    one, other = (layer.get_parameter("weight") for layer in (first, second))
+    start, end = joined(one.shape[0], other.shape[0])
+    return F.linear(input, torch.cat([_padded(one, start), _padded(other, end - start)])), start
+
+
+def joined(first: int, second: int) -> tuple[int, int]:
+    """(First column of the second of two outputs in one tensor, all columns), of their widths."""
+    start = _rounded(first, START)
+    return start, _rounded(start + second, MULTIPLE)
 
 
 def joins(input: Tensor, first: nn.Module, second: nn.Module) -> bool:
@@ -91,5 +100,10 @@ def bare(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not any(hooks)
 
 
-def _padded(weight: Tensor) -> Tensor:
-    return F.pad(weight, (0, 0, 0, -weight.shape[0] % MULTIPLE))
+def _padded(weight: Tensor, rows: int) -> Tensor:
+    return F.pad(weight, (0, 0, 0, rows - weight.shape[0]))
+
+
+def _rounded(width: int, multiple: int) -> int:
+    """Up to a multiple."""
+    return -(-width // multiple) * multiple

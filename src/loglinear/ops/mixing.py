@@ -82,7 +82,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
     mixed = own.convolution.forward(channels, a.taps, a.bias, a.place)
     x = a.inner(mixed).x
     g, v, _ = own.gates.forward(rate, a.dt_bias, a.A_log, x, None)
-    scales = own.gates.level_scales(dl, a.L, a.offset)
+    scales = own.level_scales.forward(dl, a.L, a.offset)
     o, *kept = attention.run(*a.op(mixed, v, g, scales))
     y = own.gated_norm.forward(o.flatten(-2), z, a.norm, x.flatten(-2), a.D, a.eps, a.gate_first)
     return [y, mixed, v, g, scales, o, *kept]
@@ -99,13 +99,13 @@ def _backward(dy: Tensor, *arguments: Any) -> list[Tensor | None]:
             dboth[..., first:end] = 0
     x = a.inner(mixed).x
     skipped = x.flatten(-2), a.D, a.eps, a.gate_first
-    do, _, dnorm, dskip, dD = own.gated_norm.backward(dy, o.flatten(-2), z, a.norm, *skipped, into=into.z)
+    do, _, dnorm, _, dD = own.gated_norm.backward(dy, o.flatten(-2), z, a.norm, *skipped, into=into.z, skips=False)
     dq, dk, dv, dg, dscales = attention.differentiate(do.view_as(o), *a.op(mixed, v, g, scales), kept)
     inner.q.copy_(dq)
     inner.k.copy_(dk)
-    _, dL = own.gates.level_scales_backward(dscales, dl, a.L, a.offset, into=into.dl)
-    gates = dg, dv, dskip.view_as(x), None, rate, a.dt_bias, a.A_log, x, None
-    _, ddt_bias, dA_log, *_ = own.gates.backward(*gates, into=(into.rate, inner.x))
+    _, dL = own.level_scales.backward(dscales, dl, a.L, a.offset, into=into.dl)
+    gates = dg, dv, do.view_as(x), None, rate, a.dt_bias, a.A_log, x, None  # the skip's gradient is do times D
+    _, ddt_bias, dA_log, *_ = own.gates.backward(*gates, into=(into.rate, inner.x), skip_scale=a.D)
     _, dtaps, dbias = own.convolution.backward(dmixed, channels, a.taps, a.bias, a.place, into=into.channels)
     return [dboth, dtaps, dbias, ddt_bias, dA_log, dD, dL, dnorm]
 

@@ -133,8 +133,8 @@ channel_gates = Operator(
     "channel_gates",
     "Tensor rate, Tensor dt_bias, Tensor A_log, Tensor strength, float? bound",
     2,
-    lambda *inputs: kernels.pointwise.gates.channel_forward(*inputs[:4], inputs[2].shape[0], inputs[4]),
-    lambda dg, dbeta, *inputs: kernels.pointwise.gates.channel_backward(
+    lambda *inputs: kernels.pointwise.channel_gates.forward(*inputs[:4], inputs[2].shape[0], inputs[4]),
+    lambda dg, dbeta, *inputs: kernels.pointwise.channel_gates.backward(
         dg, dbeta, *inputs[:4], inputs[2].shape[0], inputs[4]
     ),
     lambda rate, dt_bias, A_log, strength, bound: [_by_head(rate, A_log.shape[0]), _wide(strength)],
@@ -143,16 +143,16 @@ sigmoid_gates = Operator(
     "sigmoid_gates",
     "Tensor rate, int heads, float? bound, float divisor",
     1,
-    lambda rate, *sizes: [kernels.pointwise.gates.channel_forward(rate, None, None, None, *sizes)[0]],
-    lambda dg, rate, *sizes: kernels.pointwise.gates.channel_backward(dg, None, rate, None, None, None, *sizes),
+    lambda rate, *sizes: [kernels.pointwise.channel_gates.forward(rate, None, None, None, *sizes)[0]],
+    lambda dg, rate, *sizes: kernels.pointwise.channel_gates.backward(dg, None, rate, None, None, None, *sizes),
     lambda rate, heads, *sizes: [_by_head(rate, heads)],
 )
 level_scales = Operator(
     "level_scales",
     "Tensor dl, Tensor L, float offset",
     1,
-    lambda *inputs: [kernels.pointwise.gates.level_scales(*inputs)],
-    lambda *inputs: kernels.pointwise.gates.level_scales_backward(*inputs),
+    lambda *inputs: [kernels.pointwise.level_scales.forward(*inputs)],
+    lambda *inputs: kernels.pointwise.level_scales.backward(*inputs),
     lambda dl, L, offset: [dl.new_empty(*dl.shape[:2], *L.shape)],
 )
 gated_norm_kernel = Operator(

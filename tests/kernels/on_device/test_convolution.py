@@ -10,7 +10,7 @@ from loglinear.kernels.pointwise import convolution as kernels
 from loglinear.layers import ShortConvolution
 from loglinear.ops import convolution
 
-T = 20 if INTERPRETED else 1000
+T = 24 if INTERPRETED else 1000  # sequences begin where a program loads; one token less, and they do not
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def run(conv, x, cu_seqlens, gradient):
     return [y, tail, *torch.autograd.grad(loss, wanted)]
 
 
-def compare(device, width, channels, dtype, lengths=None, bias=True):
+def compare(device, width, channels, dtype, lengths=None, bias=True, length=T):
     torch.manual_seed(0)
     conv = ShortConvolution(channels, width, bias).to(device)
     if bias:
@@ -36,7 +36,7 @@ def compare(device, width, channels, dtype, lengths=None, bias=True):
     rows, cu_seqlens = 3, None
     if lengths is not None:
         rows, cu_seqlens = 1, torch.tensor([0, *lengths], device=device, dtype=torch.int32).cumsum(0)
-    length = T if lengths is None else sum(lengths)
+    length = length if lengths is None else sum(lengths)
     # A part of a wider projection, as in the layers: rows do not touch each other.
     whole = torch.randn(rows, length, channels + 9, device=device).to(dtype)
     x = whole[..., 4 : 4 + channels].detach().requires_grad_()
@@ -67,7 +67,7 @@ def test_packed_sequences(device, dtype):
 
 
 def test_low_precision(device):
-    compare(device, 4, 70, torch.bfloat16)
+    compare(device, 4, 70, torch.bfloat16, length=T - 1)
 
 
 @pytest.mark.parametrize("packed", [False, True])

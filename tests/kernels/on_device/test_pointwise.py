@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 from torch._subclasses import FakeTensorMode
 
-from loglinear.kernels.pointwise import gated_norm, gates
+from loglinear.kernels.pointwise import channel_gates, gated_norm, gates, level_scales
 from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearGLA, LogLinearKDA, LogLinearMamba2, linear
 from loglinear.layers.level_scale import OFFSETS
 from loglinear.ops import attention, dispatch, pointwise
@@ -21,12 +21,14 @@ def on_the_kernels(monkeypatch):
     """Small programs, several of them with several tiles each; the number of calls of each kernel's host function."""
     monkeypatch.setattr(gated_norm, "PROGRAMS", 3)
     monkeypatch.setattr(gated_norm, "PROGRAMS_FORWARD", 2)
-    monkeypatch.setattr(gates, "PROGRAMS", 2)
+    monkeypatch.setattr(level_scales, "PROGRAMS", 2)
     monkeypatch.setattr(linear, "many", lambda input: False)  # a whole mixer is test_mixing.py's
     if INTERPRETED:
         monkeypatch.setattr(gated_norm, "NUMBERS", 256)
-        for name, value in {"TOKENS": 8, "TOKENS_OF_VALUES": 8, "COLUMNS": 16, "SCALE_TOKENS": 4}.items():
-            monkeypatch.setattr(gates, name, value)
+        for module, tokens in ((gates, 8), (channel_gates, 8), (level_scales, 4)):
+            monkeypatch.setattr(module, "TOKENS", tokens)
+            monkeypatch.setattr(module, "COLUMNS", 16)
+        monkeypatch.setattr(gates, "VALUE_TOKENS", 8)
         monkeypatch.setattr(pointwise, "on_device", lambda x: True)
 
 
@@ -118,6 +120,11 @@ def test_gated_norm(device, gate_first, heads, width, parts, low, activation):
     inputs = norm_inputs(device, heads, width, parts)
     names = ("x", "gate", "skip") if low else ()
     compare(kernel_norm(gate_first, activation), plain_norm(gate_first, activation), lower(inputs, names), names)
+
+
+def test_wide_rows_are_three_parts(device, monkeypatch):
+    monkeypatch.setattr(gated_norm, "NUMBERS", 16)
+    compare(kernel_norm(True), plain_norm(True), norm_inputs(device, None, 40, 5))
 
 
 @pytest.mark.parametrize(("width", "low"), [(24, False), (40, True)])

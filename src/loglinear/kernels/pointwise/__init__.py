@@ -1,5 +1,23 @@
 """POINTWISE: the kernels around the attention op: convolution, gates, norms, unit lengths, products of an MLP, the loss."""
 
-from loglinear.kernels.pointwise import convolution, cross_entropy, elementwise, gated_norm, gates, unit_length
+from loglinear.kernels.pointwise import (
+    channel_gates,
+    convolution,
+    cross_entropy,
+    elementwise,
+    gated_norm,
+    gates,
+    level_scales,
+    unit_length,
+)
 
-__all__ = ["convolution", "cross_entropy", "elementwise", "gated_norm", "gates", "unit_length"]
+__all__ = [
+    "channel_gates",
+    "convolution",
+    "cross_entropy",
+    "elementwise",
+    "gated_norm",
+    "gates",
+    "level_scales",
+    "unit_length",
+]

@@ -44,11 +44,15 @@ class Inputs(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Sizes of a launch: TOKENS of a program, AHEAD of them loaded together, and its CHANNELS."""
+    """Sizes of a launch: TOKENS of a program, AHEAD of them loaded together, and its CHANNELS.
+
+    ALIGNED: a sequence begins only at the first of tokens that are loaded together.
+    """
 
     TOKENS: Any
     AHEAD: Any
     CHANNELS: Any
+    ALIGNED: Any
     __hash__ = hash_of
 
 
@@ -110,11 +114,17 @@ def _sum(taps, constant, window, W: tl.constexpr):
 
 
 @triton.jit
-def _of_sequence(now, past, here, W: tl.constexpr):
-    """The inputs that a token's taps meet: its own and those before it, which are 0 for the first token of a sequence."""
+def _of_sequence(now, past, here, j: tl.constexpr, W: tl.constexpr, S: tl.constexpr):
+    """The inputs that a token's taps meet: its own and those before it, which are 0 for the first token of a sequence.
+
+    The token is the j-th of those that were loaded together.
+    """
     window = (now,)
     for lag in tl.static_range(1, W):
-        window = window + (tl.where(here > 0, past[lag - 1], 0.0),)
+        before = past[lag - 1]
+        if not S.ALIGNED or j == 0:
+            before = tl.where(here > 0, before, 0.0)
+        window = window + (before,)
     return window
 
 
@@ -143,7 +153,7 @@ def convolution_kernel(x, y, T, rows, width, W: tl.constexpr, S: tl.constexpr):
             loaded = loaded + (_load(x.x, start + i + j, x.stride_x, channels, width, start + i + j < rows),)
         for j in tl.static_range(S.AHEAD):
             token = start + i + j
-            window = _of_sequence(loaded[j].to(tl.float32), past, here, W)
+            window = _of_sequence(loaded[j].to(tl.float32), past, here, j, W, S)
             total = _sum(taps, constant, window, W)
             _store(y, token, width, channels, width, total * tl.sigmoid(total), token < rows)
             past = window[: W - 1]
@@ -172,7 +182,7 @@ def convolution_grads_kernel(x, dx, partial, stride_dx, T, rows, width, W: tl.co
             given = given + (_load(x.dy, token, x.stride_dy, channels, width, token < rows),)
         for j in tl.static_range(S.AHEAD):
             token = start + i + j
-            window = _of_sequence(loaded[j].to(tl.float32), past, here, W)
+            window = _of_sequence(loaded[j].to(tl.float32), past, here, j, W, S)
             before = _sum(taps, constant, window, W)
             gradient = given[j].to(tl.float32) * silu_slope(before, tl.sigmoid(before))
             own = tl.where(token < end, gradient, 0.0)
@@ -180,7 +190,10 @@ def convolution_grads_kernel(x, dx, partial, stride_dx, T, rows, width, W: tl.co
             for lag in tl.static_range(W):
                 added = added + (sums[lag + 1] + own * window[lag],)
             for lag in tl.static_range(1, W):  # a token of another sequence gets nothing
-                longer = longer + (grads[lag - 1] + taps[lag] * tl.where(here >= lag, gradient, 0.0),)
+                share = gradient
+                if not S.ALIGNED or j < lag:
+                    share = tl.where(here >= lag, gradient, 0.0)
+                longer = longer + (grads[lag - 1] + taps[lag] * share,)
             complete = token - (W - 1)
             _store(dx, complete, stride_dx, channels, width, longer[W - 1], (complete >= start) & (complete < end))
             past, grads, sums = window[: W - 1], longer[: W - 1], added
@@ -196,7 +209,8 @@ def _launch(kernel, x: Tensor, dy: Tensor | None, weight: Tensor, bias, place, m
     programs = cdiv(batch * length, SPAN) * cdiv(width, CHANNELS)
     if programs:
         inputs = Inputs(*with_strides(x, dy), weight.contiguous(), bias, place)
-        sizes = dict(W=weight.shape[1], S=constants(Span, SPAN, AHEAD, CHANNELS), num_warps=warps)
+        aligned = place is None and length % AHEAD == 0
+        sizes = dict(W=weight.shape[1], S=constants(Span, SPAN, AHEAD, CHANNELS, aligned), num_warps=warps)
         launching.launch(kernel, programs, inputs, *made, length, batch * length, width, **sizes)
 
 

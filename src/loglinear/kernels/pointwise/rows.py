@@ -28,11 +28,12 @@ class Tile(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A tile of rows: their numbers, their tokens (int64), the places of their numbers in a token, and which rows and which
-    numbers there are.
+    """A tile of rows: their numbers, the columns, their tokens (int64), the places of their numbers in a token, and which rows
+    and which numbers there are.
     """
 
     row: Any
+    columns: Any
     tokens: Any
     inner: Any
     valid: Any
@@ -40,13 +41,13 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def rows_from(first, rows, S: tl.constexpr):
-    """The tile of rows from ``first`` on, of ``rows`` in all."""
+def rows_from(first, rows, S: tl.constexpr, PART: tl.constexpr = 0):
+    """The tile of rows from ``first`` on, of ``rows`` in all; of wide rows the columns of one part."""
     row = first + tl.arange(0, S.ROWS)
-    columns = tl.arange(0, S.COLUMNS)
+    columns = PART * S.COLUMNS + tl.arange(0, S.COLUMNS)
     inside = (row < rows)[:, None] & (columns < S.WIDTH)[None, :]
     tokens = (row // S.HEADS).to(tl.int64)[:, None]
-    return Rows(row, tokens, (row % S.HEADS)[:, None] * S.WIDTH + columns[None, :], row < rows, inside)
+    return Rows(row, columns, tokens, (row % S.HEADS)[:, None] * S.WIDTH + columns[None, :], row < rows, inside)
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def load_rows(x, stride, at):
 @triton.jit
 def store_rows(y, value, at, S: tl.constexpr):
     """Write a tile of rows to y ``[rows, WIDTH]``."""
-    pointers = y + at.row.to(tl.int64)[:, None] * S.WIDTH + tl.arange(0, S.COLUMNS)[None, :]
+    pointers = y + at.row.to(tl.int64)[:, None] * S.WIDTH + at.columns[None, :]
     tl.store(pointers, value.to(y.dtype.element_ty), mask=at.inside)
 
 
