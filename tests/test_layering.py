@@ -146,6 +146,16 @@ def test_importing_the_library_needs_torch_alone(module):
     assert needed_to_import(module, SOURCE) == {"torch"}
 
 
+def test_one_file_touches_vllm():
+    """What changes with vLLM is in this file. The models and the pages that it serves are tested without vLLM."""
+    touching = [
+        path
+        for path in SOURCE.rglob("*.py")
+        if any(one.target.split(".")[0] == "vllm" for one in imports(path, SOURCE))
+    ]
+    assert [str(path.relative_to(SOURCE)) for path in touching] == ["integrations/vllm.py"]
+
+
 def test_fenwick_needs_nothing():
     assert {item.target for item in imports(SOURCE / "fenwick.py", SOURCE)} <= sys.stdlib_module_names | {
         "collections.abc"

@@ -27,10 +27,11 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.exceptions import VLLMValidationError
 
 from loglinear import DecodingState
-from loglinear.integrations.vllm.engine import page_bytes, refuse
+from loglinear.integrations.vllm import layouts_of
 from loglinear.layers import MIXERS
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.models.levels import level_scales
+from loglinear.models.packed import page_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of other packages
 
@@ -93,15 +94,17 @@ def engine(folder, **options) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
+def greedy(new: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+
+
 def answers(llm: LLM, texts: list[list[int]], new: int = 12) -> list[list[int]]:
-    sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    done = llm.generate([{"prompt_token_ids": text} for text in texts], sampling, use_tqdm=False)
+    done = llm.generate([{"prompt_token_ids": text} for text in texts], greedy(new), use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in done]
 
 
 def request(llm: LLM, name: str, text: list[int], new: int = 12) -> None:
-    sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    llm.llm_engine.add_request(name, {"prompt_token_ids": text}, sampling)
+    llm.llm_engine.add_request(name, {"prompt_token_ids": text}, greedy(new))
 
 
 def steps(llm: LLM, count: int, done: dict[str, list[int]]) -> None:
@@ -155,8 +158,7 @@ def test_a_prefix_is_read_once(saved, mixer):
     text = prompts()[-1]
     with engine(folder, enable_prefix_caching=True, max_num_batched_tokens=512) as llm:
         assert answers(llm, prompts()) == want
-        sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
-        again = llm.generate([{"prompt_token_ids": text}], sampling, use_tqdm=False)[0]
+        again = llm.generate([{"prompt_token_ids": text}], greedy(12), use_tqdm=False)[0]
     assert again.num_cached_tokens > 0
     assert list(again.outputs[0].token_ids) == want[-1]
 
@@ -234,15 +236,16 @@ def test_a_request_without_room(saved):
 REFUSED = {
     "--tensor-parallel-size must be 1 for log-linear models: got 2": dict(tensor_parallel_size=2),
     "--enable-lora must be False for log-linear models: got True": dict(enable_lora=True),
+    "--load-format must be auto or hf or safetensors for log-linear models: got dummy": dict(load_format="dummy"),
     "--mamba-cache-dtype must be auto for log-linear models: got float16": dict(mamba_cache_dtype="float16"),
-    "--mamba-ssm-cache-dtype must be auto, float32 or bfloat16 .* got float16": dict(mamba_ssm_cache_dtype="float16"),
+    "--mamba-ssm-cache-dtype must be auto or float32 or bfloat16 .* got float16": dict(mamba_ssm_cache_dtype="float16"),
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_is_refused(saved, message):
     with pytest.raises(ValueError, match=message):
-        refuse(config_of(saved(HYBRID)[0], **REFUSED[message]))
+        layouts_of(config_of(saved(HYBRID)[0], **REFUSED[message]))
 
 
 def test_vllm_refuses_pipeline_parallelism(saved):
@@ -267,7 +270,10 @@ def qwen3_next():
 
 @pytest.mark.parametrize("make", [mamba2, qwen3_next])
 def test_a_lifted_model_of_transformers(make, tmp_path):
-    """Levels that count; requests alone, then three at once. Without the option the folder is refused."""
+    """Levels that count; requests alone, then three at once, which are preempted and begin again; a prefix is read once.
+
+    Without the option the folder is refused.
+    """
     torch.manual_seed(0)
     model = make().eval()
     loglinear.lift(model)
@@ -276,13 +282,22 @@ def test_a_lifted_model_of_transformers(make, tmp_path):
         torch.nn.init.normal_(scale.L)
         torch.nn.init.normal_(scale.dl_proj.weight, std=0.3)
     model.save_pretrained(tmp_path)
-    texts = [[token % 63 + 1 for token in text] for text in prompts([3, 65, 130])]
-    want = [model.generate(torch.tensor([text]), max_new_tokens=9, do_sample=False)[0, len(text) :] for text in texts]
+    texts, done = [[token % 63 + 1 for token in text] for text in prompts([3, 65, 700])], {}
+    want = [generated(model, [text], 9)[0] for text in texts]
     with pytest.raises(ValueError, match="a lifted model of transformers needs the option --hf-overrides"):
         config_of(tmp_path)
     overrides = {"architectures": ["LiftedForCausalLM"], "quantization_config": None}
-    with engine(tmp_path, hf_overrides=overrides) as llm:
-        assert answers(llm, texts, 9) == [answer.tolist() for answer in want]
+    with engine(tmp_path, hf_overrides=overrides, enable_prefix_caching=True, max_num_batched_tokens=512) as llm:
+        assert answers(llm, texts, 9) == want
+        for i, text in enumerate(texts):
+            request(llm, str(i), text, 9)
+        steps(llm, 5, done)
+        assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        steps(llm, 1000, done)
+        again = llm.generate([{"prompt_token_ids": texts[-1]}], greedy(9), use_tqdm=False)[0]
+    assert done == {str(i): answer for i, answer in enumerate(want)}
+    assert again.num_cached_tokens > 0
+    assert list(again.outputs[0].token_ids) == want[-1]
 
 
 def config_of(folder, **options):
@@ -294,7 +309,7 @@ def test_a_page_is_as_large_as_the_state_of_generate(tmp_path):
     """The paper's 825M model: its config alone, on the meta device."""
     config = LogLinearConfig(architectures=["LogLinearForCausalLM"])
     config.save_pretrained(tmp_path)
-    pages = page_bytes(config_of(tmp_path, dtype="bfloat16", max_model_len=16_384))
+    pages = page_bytes(layouts_of(config_of(tmp_path, dtype="bfloat16", max_model_len=16_384)))
     K, V, H = config.mamba_state_size, config.mamba_head_dim, config.mamba_num_heads
     state = DecodingState.empty(1, H, 1, K, V, 16_384, torch.bfloat16, device="meta")
     conv = 2 * (config.conv_size - 1) * (H * V + 2 * K)
