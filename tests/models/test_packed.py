@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Mamba2Config, Mamba2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import AutoConfig, Mamba2Config, Mamba2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 import loglinear
 from loglinear.layers.pages import Batch, mix
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, packed
 from loglinear.models.levels import level_scales
-from loglinear.models.packed import PackedDecoder, page_bytes, page_layouts, take_over
+from loglinear.models.packed import PackedDecoder, load, page_bytes, page_layouts, take_over
 
 pytestmark = pytest.mark.filterwarnings("ignore:The fast path is not available")
 
@@ -124,6 +124,17 @@ def test_requests_side_by_side_have_the_logits_of_each_alone(make):
         engine.end()
     for parts, alone in zip(got, want):
         torch.testing.assert_close(torch.cat(parts), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_options_of_the_engine_count_for_a_model_of_ours(tmp_path):
+    """A lifted model needs the config of its folder: that of the engine may lack the levels."""
+    for make, counts in ((ours, True), (mamba2, False)):
+        make().save_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        config.bos_token_id = 7
+        model = load(str(tmp_path), config, torch.bfloat16, revision=None)
+        assert (model.dtype, model.training) == (torch.bfloat16, False)
+        assert (model.config.bos_token_id == 7) is counts
 
 
 def test_a_base_without_levels_and_other_attention_are_refused():

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from vllm.version import __version__
 
 SUPPORTED = "0.32"  # these interfaces of vLLM change between releases
@@ -37,7 +36,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, regis
 from loglinear.layers.pages import Batch, Mixer, PageLayout, mix
 from loglinear.models import LogLinearConfig
 from loglinear.models.levels import FIELD
-from loglinear.models.packed import PackedDecoder, page_bytes, page_layouts, take_over
+from loglinear.models.packed import PackedDecoder, load, page_bytes, page_layouts, take_over
 
 BACKEND, OPERATOR = "LOG_LINEAR", "vllm::loglinear_mix"
 MODELS = ("LogLinearForCausalLM", "LiftedForCausalLM")  # ours, and lifted ones of transformers
@@ -210,8 +209,8 @@ class ServedModel(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching
         split = vllm_config.compilation_config.splitting_ops
         if split and OPERATOR not in split:
             split.append(OPERATOR)
-        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=asked.dtype, revision=asked.revision)
-        self.model = model.to(vllm_config.device_config.device).eval()
+        files = dict(revision=asked.revision, cache_dir=vllm_config.load_config.download_dir)
+        self.model = load(asked.model, asked.hf_config, asked.dtype, **files).to(vllm_config.device_config.device)
         take_over(self.model, engine)
         self.decoder = CompiledDecoder(model=self.model)
 

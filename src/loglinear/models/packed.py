@@ -108,6 +108,16 @@ class PackedDecoder(nn.Module):
         return out.last_hidden_state.squeeze(0)
 
 
+def load(checkpoint: str, config: PreTrainedConfig, dtype: torch.dtype, **files: Any) -> PreTrainedModel:
+    """The model of a checkpoint, for inference.
+
+    config: as the engine has it, perhaps with options of the user's; it counts for a model of ours. A lifted model has that of
+    its folder. files: revision, cache_dir and other arguments of ``from_pretrained`` that say where files are.
+    """
+    own = {"config": deepcopy(config)} if isinstance(config, LogLinearConfig) else {}
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **own, **files).eval()
+
+
 def take_over(model: PreTrainedModel, engine: Engine) -> None:
     """Put the layers of ``engine`` into the places of all mixers of ``model``, which then runs by ``PackedDecoder`` alone."""
     for path, module in list(model.named_modules()):
