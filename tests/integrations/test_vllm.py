@@ -270,7 +270,7 @@ def qwen3_next():
 
 @pytest.mark.parametrize("make", [mamba2, qwen3_next])
 def test_a_lifted_model_of_transformers(make, tmp_path):
-    """Levels that count; requests alone, then three at once, which are preempted and begin again; a prefix is read once.
+    """Levels that count; requests alone, then three at once; a prefix is read once; three that are preempted begin again.
 
     Without the option the folder is refused.
     """
@@ -289,12 +289,12 @@ def test_a_lifted_model_of_transformers(make, tmp_path):
     overrides = {"architectures": ["LiftedForCausalLM"], "quantization_config": None}
     with engine(tmp_path, hf_overrides=overrides, enable_prefix_caching=True, max_num_batched_tokens=512) as llm:
         assert answers(llm, texts, 9) == want
+        again = llm.generate([{"prompt_token_ids": texts[-1]}], greedy(9), use_tqdm=False)[0]
         for i, text in enumerate(texts):
             request(llm, str(i), text, 9)
         steps(llm, 5, done)
         assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
         steps(llm, 1000, done)
-        again = llm.generate([{"prompt_token_ids": texts[-1]}], greedy(9), use_tqdm=False)[0]
     assert done == {str(i): answer for i, answer in enumerate(want)}
     assert again.num_cached_tokens > 0
     assert list(again.outputs[0].token_ids) == want[-1]
