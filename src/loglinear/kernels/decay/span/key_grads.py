@@ -29,6 +29,7 @@ from loglinear.kernels.decay.span.tile import (
     barriers,
     emptied,
     filled,
+    hidden_zero,
     load_part,
     put,
     slot_of,
@@ -208,6 +209,7 @@ def gradients(P: gl.constexpr, tiles, ring, factors, results, score_grads, gains
     it = gl.to_tensor(0)
     for i in range(S.HEADS):
         slot, phase = slot_of(i, 2)
+        here = hidden_zero()
         rows = slot * ROWS
         h = (tile.h0 + i).to(gl.int64)
         place = gains.columns + h * tokens + tile.origin + token
@@ -223,8 +225,10 @@ def gradients(P: gl.constexpr, tiles, ring, factors, results, score_grads, gains
             to_end = factors.rows.index(rows + 3).slice(FIRST, 64)
             a = (values.load(A).to(gl.float32) * to_end.load(gl.SliceLayout(1, A))[:, None]).to(dtype)
             later = filled(ring, it, SLOTS)
-            acc = warpgroup_mma(own.index(0).slice(FIRST, 64), later.slice(0, 64), zero, use_acc=False, is_async=True)
-            acc = warpgroup_mma(own.index(1).slice(FIRST, 64), later.slice(64, 64), acc, is_async=True)
+            acc = warpgroup_mma(
+                own.index(here).slice(FIRST, 64), later.slice(0, 64), zero, use_acc=False, is_async=True
+            )
+            acc = warpgroup_mma(own.index(here + 1).slice(FIRST, 64), later.slice(64, 64), acc, is_async=True)
             left = warpgroup_mma(a, later.slice(0, 64).permute((1, 0)), left, is_async=True)
             right = warpgroup_mma(a, later.slice(64, 64).permute((1, 0)), right, is_async=True)
             acc, left, right, a = warpgroup_mma_wait(0, deps=(acc, left, right, a))
@@ -245,8 +249,8 @@ def gradients(P: gl.constexpr, tiles, ring, factors, results, score_grads, gains
             dp, acc, w = warpgroup_mma_wait(0, deps=(dp, acc, w))
             pairs = (dp * (to_chunk.load(ROW)[:, None] * since.load(COLUMN)[None, :])).to(dtype)
             b = gl.convert_layout(pairs, A)
-            left = warpgroup_mma(b, own.index(2).slice(64, 64), left, is_async=True)
-            right = warpgroup_mma(b, own.index(3).slice(64, 64), right, is_async=True)
+            left = warpgroup_mma(b, own.index(here + 2).slice(64, 64), left, is_async=True)
+            right = warpgroup_mma(b, own.index(here + 3).slice(64, 64), right, is_async=True)
             left, right, b = warpgroup_mma_wait(0, deps=(left, right, b))
         if GATED:
             gain = gl.sum(acc * values.load(ACC).to(gl.float32), axis=1)
@@ -331,5 +335,5 @@ def span_key_grads_kernel(
                 (load_tiles, (q_desc, k_desc, v_desc, do_desc, d_desc, own, loaded, ring, tile, S)),
             ],
             [4, 4, 1],
-            [208, 72, 24],
+            [200, 88, 24],
         )  # fmt: skip

@@ -37,8 +37,8 @@ from loglinear.kernels.decay.span.tile import (
 )
 from loglinear.kernels.tree.place import row_of
 
-REGISTERS = gl.constexpr(200)  # a thread, of those that multiply
-FACTOR_REGISTERS = gl.constexpr(88)  # of those that make factors; all together 512, for four threads side by side
+REGISTERS = gl.constexpr(184)  # a thread, of those that multiply
+FACTOR_REGISTERS = gl.constexpr(120)  # of those that make factors; all together 512, for four threads side by side
 
 
 @gluon.jit

@@ -249,5 +249,5 @@ def span_query_grads_kernel(
                 (load_tiles, (q_desc, k_desc, v_desc, do_desc, e_desc, own, loaded, ring, tile, S)),
             ],
             [4, 4, 1],
-            [208, 72, 24],
+            [192, 104, 24],
         )

@@ -79,6 +79,14 @@ def slot_of(i, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def hidden_zero():
+    """0, of which the compiler does not know it. Places in shared memory at which the operands of products stand are made anew
+    where they depend on it; otherwise they are made before the loop, and spilled there.
+    """
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def put(desc, row, column, ring, i, ROWS: gl.constexpr, COUNT: gl.constexpr = SLOTS):
     """Load ``[ROWS, 64]`` into use i of a ring of COUNT slots as soon as it is empty; the next use."""
     slot, phase = slot_of(i, COUNT)
