@@ -26,6 +26,7 @@ from loglinear.state import (
     SlotState,
     check_chunk_size,
     check_dtype,
+    check_index,
     has_values,
     joined,
     one_of,
@@ -229,11 +230,8 @@ class DecodingState(SlotState):
 
     def copy_rows_(self, index: Tensor, other: DecodingState, other_index: Tensor) -> DecodingState:
         """Row ``index[i]`` of this state becomes row ``other_index[i]`` of another, in place (int64 ``[n]`` both)."""
-        for name, rows in {"index": index, "other_index": other_index}.items():
-            if rows.dtype != torch.int64 or rows.dim() != 1:
-                raise TypeError(
-                    f"{name} must be an int64 tensor of one axis: got {rows.dtype} of shape {list(rows.shape)}"
-                )
+        check_index("index", index)
+        check_index("other_index", other_index)
         if index.shape != other_index.shape:
             raise ValueError(f"other_index must have as many rows as index ({len(index)}): got {len(other_index)}")
         for own, new in self._pairs(other, "other", rows=False):

@@ -45,6 +45,12 @@ def check_chunk_size(name: str, size: int) -> None:
         raise ValueError(f"{name} must be a power of two: got {size!r}")
 
 
+def check_index(name: str, index: Tensor) -> None:
+    """Raise a TypeError unless ``index`` can be numbers of rows."""
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise TypeError(f"{name} must be an int64 tensor of one axis: got {index.dtype} of shape {list(index.shape)}")
+
+
 def has_values(x: Tensor) -> bool:
     """Whether x holds values at all: not on the meta device, not fake. Where a result needs them, their absence is an error."""
     return not (x.is_meta or isinstance(x, FakeTensor))
@@ -97,10 +103,7 @@ class TensorState:
 
     def reorder(self, index: Tensor) -> Self:
         """Rows ``index`` (int64 ``[B']``) of this state, in that order; rows may repeat or be left out (beam search)."""
-        if index.dtype != torch.int64 or index.dim() != 1:
-            raise TypeError(
-                f"index must be an int64 tensor of one axis: got {index.dtype} of shape {list(index.shape)}"
-            )
+        check_index("index", index)
         return self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:

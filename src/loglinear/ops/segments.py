@@ -55,11 +55,8 @@ def attend(call: Call, lengths: tuple[int, ...], o: Tensor | None = None) -> tup
         own = rows if alike else slice(None)
         before = None if state is None else state._map(lambda x, rows=rows: x[rows])
         position, new = (positions[rows] or [0])[0], (lengths[rows] or (0,))[0]
-        part, known, slots = (
-            stream.part(own, tokens),
-            None if o is None else o[own, tokens],
-            _slots_of(before, position),
-        )
+        part, known = stream.part(own, tokens), None if o is None else o[own, tokens]
+        slots = _slots_of(before, position)
         walked, slots = _walk(part, known, slots, position // CHUNK_SIZE, output_final_state, scale)
         outputs.append(walked[:, walked.shape[1] - new :])
         if output_final_state:

@@ -135,15 +135,9 @@ def check_step(inputs: Inputs, state: DecodingState, state_indices: Tensor | Non
             f"{name} must not require gradients, a step has none: call it under torch.no_grad, or call the ordinary op"
         )
     held = (state.position, state.entries, state.decay, state.open_k, state.open_v, state.open_g, state.open_solve)
-    if all(x is None or isinstance(x, Tensor) for x in inputs):
-        parts: list[object] = [state.chunk_size]
-        for x in inputs:
-            parts += (None,) if x is None else (x.shape, x.dtype, x.device)
-        for x in (*held, state_indices):
-            parts += (None,) if x is None else (x.shape, x.dtype, x.device, x.stride())
-        checks.once(tuple(parts), lambda: check_kinds(inputs, state, state_indices))
-    else:
-        check_kinds(inputs, state, state_indices)
+    strides = [None if x is None else x.stride() for x in held]
+    kind = state.chunk_size, *checks.kinds_of((*inputs, *held, state_indices)), *strides
+    checks.once(kind, lambda: check_kinds(inputs, state, state_indices))
     if q.device.type != "cpu":
         return
     checks.check_sign(inputs.g)

@@ -108,10 +108,8 @@ def launch_entry_grads(problem: Problem, x: Inputs, inner_queries: Tensor, inner
     H, K, V = problem.heads, problem.key_width, problem.value_width
     launch = problem.config.entry_grads
     block = min(launch.block_v, problem.tile(max(K, V)))
-    programs, S = (
-        problem.all_chunks * H * (cdiv(K, block) + cdiv(V, block)),
-        problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block),
-    )
+    programs = problem.all_chunks * H * (cdiv(K, block) + cdiv(V, block))
+    S = problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block)
     arguments = x, problem.levels, inner_queries, inner_grads, grads, *problem.of_chunks
     launching.launch(entry_grads_kernel, programs, *arguments, S=S, **launch.options)
 
@@ -131,10 +129,8 @@ def launch_transport_grads(problem: Problem, x: Inputs, maps: Maps, octet_querie
         block, blocks = tiles(problem, launch, K)
         # An IEEE product holds its operands in registers over the whole inner size.
         inner = min(block if dtype == torch.float32 else 128, problem.tile(V))
-        programs, S = (
-            problem.all_octets * H * blocks,
-            problem.sizes(dtype, BK=problem.tile(K), BV=inner, HEADS=maps.heads),
-        )
+        programs = problem.all_octets * H * blocks
+        S = problem.sizes(dtype, BK=problem.tile(K), BV=inner, HEADS=maps.heads)
         arguments = maps.entries, path_grads, *places
         launching.launch(transport_grads_kernel, programs, *arguments, S=S, BM=block, **launch.options)
     return path_grads
@@ -169,10 +165,8 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
     walk, outer = problem.config.octet_grads, problem.config.unit_grads
     block, blocks = tiles(problem, walk, K + V)
     tile_n = min(outer.block_v, problem.tile(max(K, V)))
-    S, BW = (
-        problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block, HEADS=maps.heads),
-        min(walk.block_v, problem.tile(K + V)),
-    )
+    S = problem.sizes(x.v.dtype, BK=problem.tile(K), BN=block, HEADS=maps.heads)
+    BW = min(walk.block_v, problem.tile(K + V))
     unit_sizes = problem.sizes(x.v.dtype, BK=problem.tile(K), BN=tile_n, HEADS=maps.heads)
     map_grads, places = grads, (problem.tokens, maps.sums.stride(0), x.stride_k, problem.all_chunks)
     for t, tier in reversed(list(enumerate(problem.tiers))):

@@ -102,13 +102,8 @@ class Maps(NamedTuple):
 
 def map_shapes(problem: Problem, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of ``Maps.tensors``, with prefixes, where v is of ``dtype``. The first two are the logs."""
-    H, K, V, C, all_chunks = (
-        problem.heads,
-        problem.key_width,
-        problem.value_width,
-        problem.config.chunk,
-        problem.all_chunks,
-    )
+    H, K, V = problem.heads, problem.key_width, problem.value_width
+    C, all_chunks = problem.config.chunk, problem.all_chunks
     octets = [total for total, _ in problem.tier_octets]
     maps = all_chunks, *octets[:-1], *(PREFIXES.value * count for count in octets)
     shapes = [(all_chunks, H, C, C), (all_chunks, H, C, K + V), *((count, H, K, K + V) for count in maps)]
