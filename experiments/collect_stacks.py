@@ -1,6 +1,7 @@
 """From the rows of stacks to committed rows: ``python experiments/collect_stacks.py FILE...``, then ``report.py``.
 
-Takes the files that ``recall_grid.py`` and ``text_stacks.py`` write. A row of a copy's needles joins the row of its training.
+Takes the files that ``recall_grid.py``, ``text_stacks.py``, ``documents.py`` and ``genome.py`` write. A row of a copy's needles
+joins the row of its training. Of a genome's sequences the mean losses are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from loglinear.tasks.mqar.run import read_rows
 from measure import commit
 from reporting.rows import RESULTS, identity, merge, read
+from reporting.statistics import sequence_losses
 
 
 def main() -> None:
@@ -30,9 +32,13 @@ def main() -> None:
 
 def collect(new: Iterable[dict], results: Path) -> dict[str, list[dict]]:
     """Rows by the name of their file, each joined with the committed row of its identity."""
-    found: dict[str, dict[str, dict]] = {"recall": {}, "text_stacks": {}}
+    fields = {"cell": "recall", "copy": "text_stacks", "checkpoint": "documents", "run": "genome"}
+    found: dict[str, dict[str, dict]] = {name: {} for name in fields.values()}
     for row in new:
-        name = "recall" if "cell" in row else "text_stacks"
+        name = next(name for field, name in fields.items() if field in row)
+        for one in row["evaluations"] if name == "genome" else []:
+            one["by_sequence"] = sequence_losses(one).tolist()
+            del one["per_sequence"]
         key = identity(name)(row)
         found[name][key] = found[name].get(key, {}) | row
     for name, rows in found.items():

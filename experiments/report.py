@@ -12,13 +12,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from reporting import associative, language, levels, needles, recall
+from reporting import associative, language, levels, needles, recall, smaller
 from reporting.rows import RESULTS, read
 from reporting.text import MISSING, Section, table
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 TITLE = "# Results"
+OPENING = "when to use it"  # heading in the notes
 REQUIRED = "These thresholds were set before the runs above. They are ours, not the paper's."
 HEAD = """## Larger models
 
@@ -44,9 +45,16 @@ def sections(results: Path = RESULTS) -> list[Section]:
     ]
 
 
-def opening(results: Path = RESULTS) -> list[str]:
-    """The lines that the page opens with: what levels add, and when to use them."""
-    return levels.opening(read("recall", results), read("text_stacks", results))
+def opening(results: Path = RESULTS, said: str = "") -> list[str]:
+    """The lines that the page opens with: what levels add, and when to use them, with what is ``said`` by hand."""
+    text = read("text_stacks", results)
+    more = [
+        *smaller.lifted_lines(read("lift", results), read("lift_needles", results)),
+        *smaller.recipe_lines(text),
+        *smaller.document_lines(read("documents", results)),
+        *smaller.genome_lines(read("genome", results)),
+    ]
+    return levels.opening(read("recall", results), text, more, said)
 
 
 def page(made: list[Section], notes: dict[str, str], first: Sequence[str] = ()) -> str:
@@ -85,7 +93,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of results.md, results_notes.md and figures/")
     options = parser.parse_args()
     notes = read_notes(options.docs / "results_notes.md")
-    text = page(sections(options.results), notes, opening(options.results))
+    first = opening(options.results, notes.pop(OPENING, ""))
+    text = page(sections(options.results), notes, first)
     options.docs.mkdir(parents=True, exist_ok=True)
     (options.docs / "results.md").write_text(text, encoding="utf-8")
     print(options.docs / "results.md")

@@ -22,6 +22,8 @@ IDENTITY = {
     "mqar": ("cell",),
     "recall": ("cell",),
     "text_stacks": ("copy",),
+    "documents": ("checkpoint", "kind"),
+    "genome": ("run",),
 }
 DIGITS = 6  # significant ones kept: a hundredth of any standard error here
 

@@ -42,7 +42,7 @@ def text_rows(gain: float) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("gain", "spread", "verdict"),
-    [(0.1, 0.01, "better"), (-0.1, 0.01, "worse"), (0.1, 0.2, "no difference shown")],
+    [(0.1, 0.01, "better"), (-0.1, 0.01, "worse"), (0.1, 0.2, "undecided")],
 )
 def test_a_verdict_follows_the_difference_and_its_error(gain, spread, verdict):
     (found,) = levels.recall_gains(recall_rows("any", gain, spread))
@@ -59,7 +59,7 @@ def test_perplexity_is_better_where_it_is_lower_and_needles_leave_out_levels_rea
     assert [gain.verdict for gain in perplexity] == ["better"] * 3
     assert perplexity[0].difference.value == pytest.approx(-1.98, abs=0.02)
     inside, beyond = levels.needle_gains(rows)
-    assert (inside.where, inside.difference.value) == ("needles: 4 keys, to 8K", pytest.approx(-20.0))
+    assert (inside.where, inside.difference.value) == ("needles, 4 keys, to 8K", pytest.approx(-20.0))
     assert beyond.log_linear == 25.0
 
 
@@ -67,7 +67,12 @@ def test_needles_join_the_row_of_their_training(tmp_path):
     trained, tested = ({"copy": {"seed": 1}, name: [1.0]} for name in ("test", "needles"))
     (tmp_path / "text_stacks.jsonl").write_text(json.dumps(trained) + "\n")
     found = collect([tested, {"cell": {"seed": 2}}], tmp_path)
-    assert found == {"recall": [{"cell": {"seed": 2}}], "text_stacks": [trained | tested]}
+    assert found == {
+        "recall": [{"cell": {"seed": 2}}],
+        "text_stacks": [trained | tested],
+        "documents": [],
+        "genome": [],
+    }
 
 
 def test_the_page_opens_with_the_table_and_says_where_levels_pay(tmp_path):
@@ -76,7 +81,7 @@ def test_the_page_opens_with_the_table_and_says_where_levels_pay(tmp_path):
     text = report.page(report.sections(tmp_path), {}, report.opening(tmp_path))
     assert text.index("Gains of levels by task") < text.index("When to use it") < text.index("## Larger models")
     assert text.index("## Needle") < text.index("## What was required")
-    assert "**Log-linear is better** in 1 of 2 comparisons: recall, pairs and queries anywhere (Mamba-2" in text
+    assert "**Log-linear is better** in 1 of 2 comparisons of the table: recall, pairs and queries anywhere (Mamba-2" in text
     assert "**Log-linear is worse** in 1 of 2" in text
     drawn = levels.draw(levels.gains(rows, text_rows(-0.02)), tmp_path / "levels_add")
     assert all(path.stat().st_size > 5_000 for path in drawn)
