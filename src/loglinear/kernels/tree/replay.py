@@ -2,14 +2,17 @@
 
 Below some thousand tokens the host is slower than the GPU. It works out sizes, and Triton checks every argument of every
 launch. This work takes several times as long as the launches themselves, and it depends on dtypes, shapes, strides and
-alignments alone. It is therefore done once for each kind of call.
+alignments alone. It is therefore done once for each kind of call. What depends on addresses besides is done once for each of
+the sets of addresses that PyTorch gives out again and again: the arguments of all launches, and the descriptors of TMA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from inspect import getclosurevars
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -33,11 +36,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Described(Place):
-    """The address of a tensor descriptor's tensor, and what a launcher asks of the descriptor besides."""
+    """The address of a tensor descriptor's tensor, and what a launcher asks of the descriptor besides.
+
+    encoding: how a kernel wants it encoded; None if the launcher does so itself with every launch.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     settings: tuple[Any, ...]
+    encoding: Any = None
 
 
 class Descriptor:
@@ -148,6 +155,38 @@ def current_stream(device: torch.device) -> int:
     return triton.runtime.driver.active.get_current_stream(device.index)
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """What starts a kernel, and how it has its descriptors encoded: None if ``run`` does so itself, 1 to 3 µs for each.
+
+    ``run`` is the launcher below ``compiled[grid]``, which makes a dictionary of all arguments for profilers with each launch
+    (Triton 3.6). For a kernel with descriptors it is a function of Triton's that encodes them around one that launches.
+    """
+
+    run: Callable
+    encode: Callable[[Descriptor, Any], list] | None = None
+    encodings: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, compiled: Any, descriptors: int) -> Launcher:
+        if not (descriptors and hasattr(compiled.run, "launch")):
+            return cls(compiled.run)
+        known = getclosurevars(compiled.run.launch)
+        encode, parts = known.globals.get("make_tensordesc_arg"), known.nonlocals
+        encodings = parts.get("tensordesc_meta") or ()
+        if encode is None or "launcher" not in parts or len(encodings) != descriptors:
+            return cls(compiled.run)
+        run = copy(compiled.run)
+        run.launch = parts["launcher"]
+        return cls(run, encode, tuple(encodings))
+
+    def encoded(self, arguments: list) -> list:
+        """The arguments, whose descriptors know how they are encoded."""
+        encodings = iter(self.encodings)
+        described = [isinstance(x, Described) and self.encode is not None for x in arguments]
+        return [replace(x, encoding=next(encodings)) if new else x for x, new in zip(arguments, described)]
+
+
 def picker(indices: list[int]) -> Callable[[list], tuple]:
     """``pick(table)``: the elements of a list at these indices. ``itemgetter`` gives no tuple for one index alone."""
     return itemgetter(*indices) if len(indices) > 1 else lambda table: tuple(table[i] for i in indices)
@@ -156,7 +195,7 @@ def picker(indices: list[int]) -> Callable[[list], tuple]:
 class Plan:
     """A call of one kind, ready to be repeated.
 
-    ``table`` has the arguments of all launches, each once. A call writes the addresses of its tensors into a copy, then the
+    ``table`` has the arguments of all launches, each once. The addresses of a call's tensors are written into a copy, then the
     descriptors and bundles that hold addresses, and each launch picks its own. Results are allocated one by one, all other
     scratch as one piece of memory.
     """
@@ -175,13 +214,15 @@ class Plan:
         self.launches: list[tuple[Callable, int, Any, Any, Callable[[list], tuple]]] = []
         for compiled, programs, arguments in note.launches:
             compiled[(programs, 1, 1)]  # loads the kernel's code onto the device
-            pick = picker([self.index(x) for x in arguments])
-            self.launches.append((compiled.run, programs, compiled.function, compiled.packed_metadata, pick))
+            launcher = Launcher.of(compiled, sum(isinstance(x, Described) for x in arguments))
+            pick = picker([self.index(x, launcher) for x in launcher.encoded(arguments)])
+            self.launches.append((launcher.run, programs, compiled.function, compiled.packed_metadata, pick))
 
-    def index(self, x: Any) -> int:
+    def index(self, x: Any, launcher: Launcher) -> int:
         """The index in the table of an argument: a value, a place, a descriptor or a bundle."""
         bundle = isinstance(x, tuple) and any(isinstance(y, Place) for y in x)
-        key = tuple(self.index(y) for y in x) if bundle else repr(x)  # 1, 1.0 and True are equal, but not as arguments
+        # 1, 1.0 and True are equal, but not as arguments
+        key = tuple(self.index(y, launcher) for y in x) if bundle else repr(x)
         if key in self.indices:
             return self.indices[key]
         found = self.indices[key] = len(self.table)
@@ -192,29 +233,41 @@ class Plan:
         if bundle:
             self.made.append((found, picker(list(key))))
         elif isinstance(x, Described):
-            self.made.append((found, lambda table: Descriptor(x, table[found])))
+            encode = launcher.encode if x.encoding else None
+            self.made.append((found, lambda table: described(x, table[found], encode)))
         return found
 
     def play(self, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
-        """The results for other inputs of the same kind, on the current stream.
-
-        ``run`` is the launcher below ``compiled[grid]``, which makes a dictionary of all arguments for profilers with each
-        launch (Triton 3.6).
-        """
-        results = tuple(None if x is None else launching.memory(*x, device) for x in self.results)
+        """The results for other inputs of the same kind, on the current stream."""
+        results = tuple([None if x is None else launching.memory(*x, device) for x in self.results])
         memory = launching.memory((self.scratch,), torch.uint8, device) if self.scratch else None
-        table = self.table.copy()
-        for x, addresses in zip((*inputs, *results, memory), self.addresses):
-            if addresses:
-                base = x.data_ptr()  # type: ignore[union-attr]
-                for index, offset in addresses:
-                    table[index] = base + offset
-        for index, make in self.made:
-            table[index] = make(table)
+        addresses = [0 if x is None else x.data_ptr() for x in (*inputs, *results, memory)]
         stream = current_stream(device)
-        for run, programs, function, metadata, pick in self.launches:
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *pick(table))
+        for run, programs, function, metadata, arguments in placed(self, *addresses):
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
         return results
+
+
+def described(x: Described, address: int, encode: Callable[[Descriptor, Any], list] | None) -> Any:
+    """A descriptor as a launcher takes it: a list of arguments where it is encoded."""
+    found = Descriptor(x, address)
+    return found if encode is None else encode(found, x.encoding)
+
+
+@lru_cache(maxsize=1024)
+def placed(plan: Plan, *addresses: int) -> list[tuple[Callable, int, Any, Any, list]]:
+    """The launches of a plan with all their arguments, for tensors at these addresses."""
+    table = plan.table.copy()
+    for base, places in zip(addresses, plan.addresses):
+        for index, offset in places:
+            table[index] = base + offset
+    for index, make in plan.made:
+        table[index] = make(table)
+
+    def arguments(pick: Callable[[list], tuple]) -> list:
+        return [y for x in pick(table) for y in (x if isinstance(x, list) else (x,))]
+
+    return [(*launch, arguments(pick)) for *launch, pick in plan.launches]  # type: ignore[misc]
 
 
 @lru_cache(maxsize=512)
