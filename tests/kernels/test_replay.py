@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton
 from compilation import OPTIONS, Recorded, source
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.jit import JITFunction
 
 from loglinear import DecodingState
@@ -137,6 +139,46 @@ def test_descriptors_keep_their_form_and_get_the_new_addresses(host):
     assert (first.base.data_ptr(), first.shape, last) == (x.data_ptr() + 4, (3,), result.data_ptr())
     assert (second.shape, second.strides, second.padding) == ((4,), (1,), "nan")
     assert abs(second.base.data_ptr() - result.data_ptr()) >= 16
+
+
+def test_descriptors_are_encoded_once_for_an_address(host, monkeypatch):
+    """Triton's own launcher, and what it launches by: an encoded descriptor with its sizes in the place of the descriptor."""
+    kernel, encoded, launched = Kernel("described", "y", "size"), [], []
+
+    def encode(address, swizzle, element, kind, block, shape, strides, padding):
+        encoded.append((address, swizzle, tuple(block), shape, strides))
+        return f"map {len(encoded)}"
+
+    utils = SimpleNamespace(fill_tma_descriptor_tiled=encode, fill_tma_descriptor=encode)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", SimpleNamespace(utils=utils))
+    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 9, "block_size": [128, 64], "fp4_padded": False}
+    launcher = nvidia.CudaLauncher.__new__(nvidia.CudaLauncher)
+    vars(launcher).update(
+        launch=nvidia.wrap_handle_tensordesc(
+            lambda *x: launched.append(x), {0: "tensordesc<bf16>", 1: "*fp32", 2: "i32"}, [meta]
+        ),
+        **dict.fromkeys(("num_ctas", "global_scratch_align", "profile_scratch_align"), 1),
+        **dict.fromkeys(("global_scratch_size", "profile_scratch_size", "launch_pdl", "launch_cooperative_grid"), 0),
+        **dict.fromkeys(("arg_annotations", "kernel_signature")),
+    )
+    kernel.compiled.run = launcher
+
+    def function(inputs):
+        (x,) = inputs
+        y = scratch((4,), x.dtype, x.device)
+        settings = {"shape": [256, 64], "strides": [64, 1], "block_shape": [128, 64], "padding": "zero"}
+        launch(kernel, 5, SimpleNamespace(base=x, **settings), y, 9)
+        return (y,)
+
+    y = torch.zeros(4)
+    monkeypatch.setattr(launching, "memory", lambda *layout: y)  # PyTorch gives the same memory again
+    first, second = torch.zeros(256, 64), torch.zeros(256, 64)
+    for x in (first, first, second, first):
+        replay.replay(function, [x])
+    expected = (3, (128, 64), (256, 64), (64, 1))
+    assert encoded == [(x.data_ptr(), *expected) for x in (first, second)]
+    rest = [256, 64, 64, 1, y.data_ptr(), 9]
+    assert [list(x[-1]) for x in launched] == [[f"map {i}", *rest] for i in (1, 2, 1)]
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
