@@ -200,9 +200,9 @@ def run_backward(
         from loglinear.kernels.decay.span import backward as of_spans  # Triton has Gluon there
 
     if spans and kept:
-        states = States.of(inputs[len(inputs) - kept :])
+        states = States.of(problem, v.dtype, *inputs[len(inputs) - kept :])
     else:  # only the output reads checks
-        states = launch_states(problem, x, span.LEAST_ENTRY if spans else 1)._replace(checks=None)
+        states = launch_states(problem, x, span.LEAST_ENTRY if spans else 1)[0]._replace(checks=None)
     dscales, score_grads = launch_local_grads(problem, x, states, gains)
     query_side = of_spans.launch_query_side if spans else launch_query_grads
     dq = query_side(problem, x, states, score_grads, dscales, gains)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +20,12 @@ from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config, widths
 
 LEAST_ENTRY = 2  # chunks of the shortest entry that ``output`` reads
-KEPT = 5  # fields of ``States`` that a backward pass with span kernels reads
 
 
 class States(NamedTuple):
     """The facts about the chunks that depend on no query. Chunks are those of all sequences; logs in base 2.
 
-    The backward builds it again, but for that of span kernels, which is a fourth as large and is kept (``KEPT`` fields).
+    The backward builds it again, but for that of span kernels, which is a fourth as large and is kept (``kept_layout``).
 
     sums: ``[H, planes, B*T]`` float32, cumulative log-decay inside each chunk. chunk_log, entry_log: ``[chunks, H]`` float32.
     octet_log: ``[octets, H]``. entries: ``[chunks, H, K, V]``, the Fenwick array, or a fourth of its rows (least of 4).
@@ -43,9 +42,11 @@ class States(NamedTuple):
     checks: Any  # a tensor, or None in the backward pass
 
     @classmethod
-    def of(cls, kept: Sequence[Tensor]) -> States:
-        """From the first ``KEPT`` fields, as the backward pass takes it."""
-        return cls(*kept, None, None)
+    def of(cls, problem: Problem, dtype: torch.dtype, floats: Tensor, entries: Tensor) -> States:
+        """From the tensors of ``kept_layout``, as the backward pass takes it."""
+        pieces = zip(shapes_of_floats(problem, dtype), floats.split(sizes_of_floats(problem, dtype)))
+        fields = (piece[: math.prod(shape)].view(shape) for shape, piece in pieces)
+        return cls(*fields, entries, None, None)
 
 
 def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
@@ -55,14 +56,18 @@ def state_tiles(problem: Problem, launch: Launch) -> tuple[int, int, int]:
     return tile_k, tile_v, cdiv(K, tile_k) * cdiv(V, tile_v)
 
 
-def launch_states(problem: Problem, x: Inputs, least: int) -> States:
-    """The entries of the Fenwick array that have ``least`` chunks or more: those inside octets, and then the longer ones."""
+def launch_states(problem: Problem, x: Inputs, least: int) -> tuple[States, tuple[Tensor, ...]]:
+    """The entries of the Fenwick array that have ``least`` chunks or more: those inside octets, and then the longer ones.
+
+    Returns the tensors of ``kept_layout`` besides.
+    """
     launch = problem.config.states
     H, dtype, device, every = problem.heads, x.v.dtype, x.v.device, least if least == 4 else 1
     tile_k, tile_v, tiles = state_tiles(problem, launch)
-    octet_states = (problem.all_octets, H, problem.key_width, problem.value_width), dtype
-    layouts = *kept_layout(problem, dtype, every), octet_states, ((problem.all_octets, H, tiles), torch.float32)
-    states = States(*(launching.scratch(*layout, device) for layout in layouts))
+    kept = tuple(launching.scratch(*layout, device) for layout in kept_layout(problem, dtype, every))
+    octet_states = launching.scratch((problem.all_octets, H, problem.key_width, problem.value_width), dtype, device)
+    checks = launching.scratch((problem.all_octets, H, tiles), torch.float32, device)
+    states = States.of(problem, dtype, *kept)._replace(octet_states=octet_states, checks=checks)
     arguments = x, states, *problem.of_octets, problem.tokens, states.sums.stride(0)
     S = problem.sizes(dtype, BK=tile_k, BV=tile_v)
     if least == 4:
@@ -71,16 +76,28 @@ def launch_states(problem: Problem, x: Inputs, least: int) -> States:
         chunk_states_kernel, problem.all_octets * H * tiles, *arguments, S=S, LEAST=least, **launch.options
     )
     launch_node_states(problem, states, dtype, every)
-    return states._replace(octet_states=None)  # a kernel that is given them would keep their memory
+    return states._replace(octet_states=None), kept  # a kernel that is given them would keep their memory
+
+
+def shapes_of_floats(problem: Problem, dtype: torch.dtype) -> list[tuple[int, ...]]:
+    """Of the float32 fields of ``States`` before ``entries``."""
+    H, chunks, octets = problem.heads, problem.all_chunks, problem.all_octets
+    return [(H, 2 if dtype == torch.float32 else 1, problem.tokens), (chunks, H), (chunks, H), (octets, H)]
+
+
+def sizes_of_floats(problem: Problem, dtype: torch.dtype) -> list[int]:
+    """Their elements, and as many more that each begins at a multiple of 16 bytes."""
+    return [-(-math.prod(shape) // 4) * 4 for shape in shapes_of_floats(problem, dtype)]
 
 
 def kept_layout(problem: Problem, dtype: torch.dtype, every: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """(shape, dtype) of the first ``KEPT`` fields of ``States``; ``every``: chunks that share a row of the entries."""
-    H, chunks, octets = problem.heads, problem.all_chunks, problem.all_octets
-    rows = max(chunks // every, 1)  # there must be one for TMA
-    sums = H, 2 if dtype == torch.float32 else 1, problem.tokens
-    logs = [((n, H), torch.float32) for n in (chunks, chunks, octets)]
-    return [(sums, torch.float32), *logs, ((rows, H, problem.key_width, problem.value_width), dtype)]
+    """(shape, dtype) of the fields of ``States`` up to ``entries``: of all that are float32 in one, and of the entries.
+
+    every: chunks that share a row of the entries. Two tensors cost a call's host less than five.
+    """
+    rows = max(problem.all_chunks // every, 1)  # there must be one for TMA
+    entries = rows, problem.heads, problem.key_width, problem.value_width
+    return [((sum(sizes_of_floats(problem, dtype)),), torch.float32), (entries, dtype)]
 
 
 def launch_chunk_sums(problem: Problem, x: Inputs, states: States) -> None:
@@ -191,10 +208,10 @@ def run_forward(
     x = gather(q, k, v, g, None, level_scales, None, scale)
     keep = keep and span.why_not_kept(problem, v.dtype, v.device, reach) is None
     spans = span.why_not(problem, x, reach) is None
-    states = launch_states(problem, x, span.LEAST_ENTRY if spans or keep else LEAST_ENTRY)
-    kept = states[:KEPT] if keep else ()
+    states, kept = launch_states(problem, x, span.LEAST_ENTRY if spans or keep else LEAST_ENTRY)
+    kept = kept if keep else ()
     if not spans:
-        return launch_output(problem, x, launch_states(problem, x, LEAST_ENTRY) if keep else states), *kept
+        return launch_output(problem, x, launch_states(problem, x, LEAST_ENTRY)[0] if keep else states), *kept
     from loglinear.kernels.decay.span import forward as of_spans  # Triton has Gluon there
 
     return of_spans.launch_span_output(problem, x, states), *kept
