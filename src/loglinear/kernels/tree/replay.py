@@ -254,7 +254,7 @@ def described(x: Described, address: int, encode: Callable[[Descriptor, Any], li
     return found if encode is None else encode(found, x.encoding)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def placed(plan: Plan, *addresses: int) -> list[tuple[Callable, int, Any, Any, list]]:
     """The launches of a plan with all their arguments, for tensors at these addresses."""
     table = plan.table.copy()
