@@ -1,9 +1,10 @@
 """FOREIGN: the PyTorch ops, and on a GPU their Triton kernels, as a call inside of a JAX program.
 
 XLA's typed foreign function interface (FFI) hands a function the addresses of its buffers, and on a GPU its stream. The
-function here makes PyTorch tensors of the addresses, without copies, runs the op on that stream and copies the results
-into XLA's buffers. The derivative is a second such call: it runs the op again, forward and backward. PyTorch's
-allocator and XLA's share the device: ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` leaves memory to PyTorch.
+function here makes PyTorch tensors of the addresses, without copies, and runs the op on that stream. Its kernels write
+into XLA's buffers, from the second call of a kind on. The derivative is a second such call; what kernels keep for it, XLA
+keeps between the two. PyTorch's allocator and XLA's share the device: ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` leaves
+memory to PyTorch.
 
 The structures are those of ``xla/ffi/api/c_api.h`` (version 0.3 and 0.4), of which the fields that follow are not read.
 """
@@ -12,7 +13,22 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p, cast, sizeof
+from collections.abc import Sequence
+from contextlib import nullcontext
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char,
+    c_char_p,
+    c_double,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+    cast,
+    sizeof,
+)
 from functools import lru_cache, partial
 from typing import Any
 
@@ -73,63 +89,84 @@ BYTES = {
 }
 
 
-def _tensor(address: int, cuda: bool) -> Any:
-    """The PyTorch tensor of a buffer; both share the memory."""
+class _Span(Structure):
+    _fields_ = (("data", c_void_p), ("length", c_size_t))
+
+
+class _Scalar(Structure):
+    _fields_ = (("dtype", c_int), ("value", POINTER(c_double)))
+
+
+class _Memory:
+    """What ``torch.as_tensor`` reads of memory on a GPU."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": f"<i{size}",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+@lru_cache(maxsize=4096)
+def _on_gpu(address: int, shape: tuple[int, ...], kind: int, stream: int) -> Any:
+    """The tensor of memory on the device of a stream. XLA gives out the same addresses again, so that few are made."""
+    import torch
+
+    name, size = BYTES[kind]
+    return torch.as_tensor(_Memory(address, shape, size)).view(getattr(torch, name))
+
+
+def _tensor(address: int, stream: int | None) -> Any:
+    """The PyTorch tensor of a buffer; both share the memory. stream: None on a CPU."""
     import torch
 
     buffer = _Buffer.from_address(address)
-    shape = tuple(buffer.dims[i] for i in range(buffer.rank))
+    shape = tuple(buffer.dims[: buffer.rank])
     name, size = BYTES[buffer.dtype]
     dtype, count = getattr(torch, name), math.prod(shape)
     if not count:
-        return torch.empty(shape, dtype=dtype, device="cuda" if cuda else "cpu")
-    if not cuda:
-        return torch.frombuffer((ctypes.c_char * (count * size)).from_address(buffer.data), dtype=dtype).view(shape)
-    interface = {"shape": shape, "typestr": f"<i{size}", "data": (buffer.data, False), "version": 3}
-    plain = type("Memory", (), {"__cuda_array_interface__": interface})()
-    return torch.as_tensor(plain, device="cuda").view(dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu" if stream is None else "cuda")
+    if stream is not None:
+        return _on_gpu(buffer.data, shape, buffer.dtype, stream)
+    return torch.frombuffer((c_char * (count * size)).from_address(buffer.data), dtype=dtype).view(shape)
 
 
 def _attributes(attrs: Any) -> dict[str, Any]:
     """Strings and float64 numbers by name."""
 
-    class Span(Structure):
-        _fields_ = (("data", c_void_p), ("length", c_size_t))
-
-    class Scalar(Structure):
-        _fields_ = (("dtype", c_int), ("value", POINTER(ctypes.c_double)))
-
     def text(address: int) -> str:
-        span = Span.from_address(address)
+        span = _Span.from_address(address)
         return ctypes.string_at(span.data, span.length).decode()
 
     values = {}
     for i in range(attrs.size):
         name = text(cast(attrs.names[i], c_void_p).value or 0)
         item = attrs.items[i]
-        values[name] = text(item) if attrs.types[i] == 4 else Scalar.from_address(item).value[0]
+        values[name] = text(item) if attrs.types[i] == 4 else _Scalar.from_address(item).value[0]
     return values
 
 
 def _compute(args: list[Any], results: list[Any], names: list[str], scale: float) -> None:
-    """Forward: the arguments by name; results: o. Backward: the gradient of o behind them; results: their gradients."""
+    """The op, of arguments by name, or its derivative where one of them is ``gradient``, that of o.
+
+    Behind the named arguments of the derivative, and behind the results of the op, stand the tensors that are kept.
+    """
     import torch
 
-    from loglinear.ops import log_linear_attention, log_linear_delta_rule
+    from loglinear.kernels.tree import launching
+    from loglinear.ops.attention import KEPT, attention
 
-    x = dict(zip(names, args))
-    offsets = x.pop("cu_seqlens", None)
-    op = log_linear_delta_rule if "beta" in x else log_linear_attention
-    call = partial(op, scale=scale, cu_seqlens=offsets)
-    if len(args) == len(names):
-        with torch.no_grad():
-            results[0].copy_(call(**{"g": None, "level_scales": None, **x})[0])
-        return
-    with torch.enable_grad():
-        x = {name: y.detach().requires_grad_() for name, y in x.items()}
-        o, _ = call(**{"g": None, "level_scales": None, **x})
-        for result, gradient in zip(results, torch.autograd.grad(o, list(x.values()), args[-1])):
-            result.copy_(gradient)
+    x, kept = dict(zip(names, args)), args[len(names) :]
+    gradient = x.get("gradient")
+    settings = x.get("cu_seqlens"), None, scale, 0, KEPT if len(results) > 1 and gradient is None else "", "auto"
+    given = *(x.get(name) for name in Inputs._fields), *settings
+    with torch.no_grad(), launching.into(results):
+        found = attention.run(*given) if gradient is None else attention.differentiate(gradient, *given, kept)
+    for place, y in zip(results, [y for y in found if y is not None], strict=True):
+        if y is not place:
+            place.copy_(y)
 
 
 def _handler(address: int, cuda: bool) -> int | None:
@@ -143,24 +180,28 @@ def _handler(address: int, cuda: bool) -> int | None:
             return None
     api = _Api.from_address(frame.api)
     try:
-        args, results = ([_tensor(x.items[i], cuda) for i in range(x.size)] for x in (frame.args, frame.rets))
+        stream = None
+        if cuda:
+            asked = _StreamOf(sizeof(_StreamOf), None, frame.context, None)
+            error = _Call(api.stream_get)(ctypes.addressof(asked))
+            if error:
+                return error
+            stream = asked.stream or 0
         attributes = _attributes(frame.attrs)
+        args, results = ([_tensor(x.items[i], stream) for i in range(x.size)] for x in (frame.args, frame.rets))
         what = (args, results, attributes["names"].split(), attributes["scale"])
-        if not cuda:
-            _compute(*what)
-            return None
-        import torch
-
-        asked = _StreamOf(sizeof(_StreamOf), None, frame.context, None)
-        error = _Call(api.stream_get)(ctypes.addressof(asked))
-        if error:
-            return error
-        with torch.cuda.stream(torch.cuda.ExternalStream(asked.stream or 0)):
+        with nullcontext() if stream is None else _on_stream(stream, args[0].device):
             _compute(*what)
     except Exception as error:  # XLA raises it where the result is asked for
         message = f"{type(error).__name__}: {error}".encode()
         return _Call(api.error_create)(ctypes.addressof(_ErrorOf(sizeof(_ErrorOf), None, message, INTERNAL)))
     return None
+
+
+def _on_stream(stream: int, device: Any) -> Any:
+    import torch
+
+    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device))
 
 
 @lru_cache
@@ -177,10 +218,31 @@ def _given(inputs: Inputs, offsets: Array | None) -> dict[str, Array]:
     return x if offsets is None else {**x, "cu_seqlens": offsets}
 
 
-def _invoke(results: Any, x: dict[str, Array], more: list[Array], scale: float) -> Any:
+def _invoke(
+    results: list[jax.ShapeDtypeStruct], x: dict[str, Array], kept: Sequence[Array], scale: float
+) -> list[Array]:
     _register()
     call = jax.ffi.ffi_call(NAME, results, vmap_method="sequential")
-    return call(*x.values(), *more, names=" ".join(x), scale=np.float64(scale))
+    return call(*x.values(), *kept, names=" ".join(x), scale=np.float64(scale))
+
+
+def _kept(inputs: Inputs, offsets: Array | None, scale: float) -> list[jax.ShapeDtypeStruct]:
+    """Of what kernels keep for the derivative; nothing on a CPU."""
+    if jax.default_backend() != "gpu":
+        return []
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    from loglinear.ops.attention import KEPT, attention, mostly_empty
+
+    def fake(x: Array | None) -> Any:
+        return None if x is None else torch.empty(x.shape, dtype=getattr(torch, x.dtype.name), device="cuda")
+
+    with FakeTensorMode():
+        *given, bounds = map(fake, (*inputs, offsets))
+        keep = "" if mostly_empty(bounds, inputs.q.shape[1]) else KEPT
+        kept = attention.fake(*given, bounds, None, scale, 0, keep, "auto")[1:]
+    return [jax.ShapeDtypeStruct(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in kept]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -188,18 +250,22 @@ def torch_call(inputs: Inputs, offsets: Array | None, scale: float) -> Array:
     """o of the PyTorch op, ``[B, T, H, V]`` in the dtype of v; offsets: ``cu_seqlens`` or None. It can be differentiated
     once.
     """
-    v = inputs.v
-    return _invoke(jax.ShapeDtypeStruct(v.shape, v.dtype), _given(inputs, offsets), [], scale)
+    return _invoke([_like(inputs.v)], _given(inputs, offsets), [], scale)[0]
 
 
-def _forward(inputs: Inputs, offsets: Array | None, scale: float) -> tuple[Array, tuple[Inputs, Array | None]]:
-    return torch_call(inputs, offsets, scale), (inputs, offsets)
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _backward(scale: float, kept: tuple[Inputs, Array | None], gradient: Array) -> tuple[Inputs, None]:
-    inputs, offsets = kept
-    wanted = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs if x is not None]
-    gradients = iter(_invoke(wanted, _given(inputs, offsets), [gradient], scale))
+def _forward(inputs: Inputs, offsets: Array | None, scale: float) -> tuple[Array, tuple[Any, ...]]:
+    o, *kept = _invoke([_like(inputs.v), *_kept(inputs, offsets, scale)], _given(inputs, offsets), [], scale)
+    return o, (inputs, offsets, kept)
+
+
+def _backward(scale: float, saved: tuple[Any, ...], gradient: Array) -> tuple[Inputs, None]:
+    inputs, offsets, kept = saved
+    wanted = [_like(x) for x in inputs if x is not None]
+    gradients = iter(_invoke(wanted, _given(inputs, offsets) | {"gradient": gradient}, kept, scale))
     return inputs.map(lambda _: next(gradients)), None
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,27 @@ def record(note: Recording | None) -> None:
 def memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory. Tests replace it by memory full of NaN."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+@contextmanager
+def into(places: list[torch.Tensor]) -> Iterator[None]:
+    """Calls of this thread that are repeated, and whose results are as large as ``places``, write them there."""
+    _local.places = places
+    try:
+        yield
+    finally:
+        _local.places = None
+
+
+def results(
+    layouts: Sequence[tuple[Sequence[int], torch.dtype] | None], device: torch.device
+) -> tuple[torch.Tensor | None, ...]:
+    """Memory for the results (shape, dtype) of a call; None stays None."""
+    places = getattr(_local, "places", None)
+    if places is None or [x for x in layouts if x is not None] != [(y.shape, y.dtype) for y in places]:
+        return tuple(None if x is None else memory(*x, device) for x in layouts)
+    rest = iter(places)
+    return tuple(None if x is None else next(rest) for x in layouts)
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

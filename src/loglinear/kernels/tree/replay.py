@@ -239,7 +239,7 @@ class Plan:
 
     def play(self, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
         """The results for other inputs of the same kind, on the current stream."""
-        results = tuple([None if x is None else launching.memory(*x, device) for x in self.results])
+        results = launching.results(self.results, device)
         memory = launching.memory((self.scratch,), torch.uint8, device) if self.scratch else None
         addresses = [0 if x is None else x.data_ptr() for x in (*inputs, *results, memory)]
         stream = current_stream(device)
