@@ -1,5 +1,7 @@
 """The Flax decoder against the PyTorch one: checkpoints both ways, logits, decoding and packed documents."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +9,18 @@ import pytest
 import torch
 from flax import nnx
 
+from loglinear.jax.attention import SoftmaxAttention
 from loglinear.jax.generation import Choice
+from loglinear.jax.layers import Past
 from loglinear.jax.models import LogLinearConfig, LogLinearForCausalLM, weight_decay_mask
 from loglinear.models import LogLinearConfig as TorchConfig
 from loglinear.models import LogLinearForCausalLM as TorchModel
 from oracle import error
 
 pytestmark = pytest.mark.default_packages
-# Every mixer that has code of its own, one of them linear; log_linear_retnet is the model that generates.
-NAMES = ["log_linear_mamba2", "log_linear_gated_deltanet", "log_linear_kda", "log_linear_gla", "lightning"]
+# Every mixer that has code of its own, one of them linear; log_linear_retnet is in the model that generates.
+RECURRENT = ["log_linear_mamba2", "log_linear_gated_deltanet", "log_linear_kda", "log_linear_gla", "lightning"]
+NAMES = [*RECURRENT, "attention"]
 SIZES = {
     **{"mixer": NAMES, "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": len(NAMES), "intermediate_size": 48},
     **{
@@ -28,6 +33,7 @@ SIZES = {
     **{"kda_num_heads": 4, "kda_num_key_heads": 2, "kda_key_dim": 8, "kda_value_dim": 4, "kda_decay_rank": 5},
     **{"gla_num_heads": 4, "gla_num_kv_heads": 2, "gla_key_dim": 4, "gla_value_dim": 8, "gla_decay_rank": 3},
     **{"gla_conv_size": 3, "retnet_num_heads": 4, "retnet_key_dim": 8, "retnet_value_dim": 4, "lightning_num_heads": 4},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     **{
         "delta_num_heads": 4,
         "delta_num_key_heads": 2,
@@ -85,7 +91,7 @@ def test_logits_and_decoding(pair):
 def test_generate_and_packed_documents_are_those_of_the_pytorch_model(tmp_path):
     """Greedy, with padding on the left, and rows that end."""
     torch.manual_seed(0)
-    sizes = {"mixer": "log_linear_retnet", "num_hidden_layers": 1, "eos_token_id": 7, "pad_token_id": 0}
+    sizes = {"mixer": ["log_linear_retnet", "attention"], "num_hidden_layers": 2, "eos_token_id": 7, "pad_token_id": 0}
     sizes["retnet_conv_size"] = 3
     theirs = TorchModel(TorchConfig(**SIZES | sizes)).eval()
     theirs.save_pretrained(tmp_path)
@@ -120,6 +126,18 @@ def test_sampled_tokens():
         assert np.abs(np.bincount(drawn, minlength=4) / 20_000 - want).max() < 0.012, changes
 
 
+def test_room_for_keys_and_values():
+    """Tokens past it are an error, or NaN inside of ``jit``; with more room they go on."""
+    layer, x = SoftmaxAttention(8, 2, 4, rngs=nnx.Rngs(0), std=1.0), jax.random.normal(jax.random.key(0), (2, 5, 8))
+    call = jax.jit(lambda x, state: layer(x, Past(state, output=True)))
+    (whole, _), (_, state) = call(x, None), call(x[:, :3], None)
+    with pytest.raises(ValueError, match=r"state must have room for 5 tokens \(with_room makes it\): got 3"):
+        layer(x[:, 3:], Past(state))
+    assert jnp.isnan(call(x[:, 3:], state)[0]).all()
+    room = dataclasses.replace(state, memory=state.memory.with_room(5))
+    assert jnp.abs(call(x[:, 3:], room)[0] - whole[:, 3:]).max() < 1e-5
+
+
 def test_bad_prompts_are_refused(pair):
     _, model, _ = pair
     x = jnp.zeros((2, 4), jnp.int32)
@@ -149,8 +167,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(pair, tmp_path):
     _, _, folder = pair
     with pytest.raises(ValueError, match="mamba_norm_groups must be 1 in JAX: got 2"):
         LogLinearConfig.from_dict(SIZES | {"mamba_norm_groups": 2})
-    with pytest.raises(ValueError, match=r"mixer must be one of .*: got 'attention'"):
-        LogLinearConfig(mixer="attention")
+    with pytest.raises(ValueError, match=r"mixer must be one of .*: got 'softmax'"):
+        LogLinearConfig(mixer="softmax")
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     text = (folder / "config.json").read_text().replace('"intermediate_size": 48', '"intermediate_size": 0')
     (tmp_path / "config.json").write_text(text)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from loglinear.jax.attention import SoftmaxAttention
 from loglinear.jax.kda import LogLinearKDA
 from loglinear.jax.layers import LogLinearGatedDeltaNet, LogLinearMamba2, Mixer
 from loglinear.jax.linear_attention import LogLinearGLA, LogLinearRetention
@@ -49,7 +50,7 @@ KINDS = {
     "retnet": Kind(LogLinearRetention, _behind("retnet", _WIDTHS, conv_width="retnet_conv_size")),
     "lightning": Kind(LogLinearRetention, _LIGHTNING, _AS_MINIMAX),
 }
-MIXERS = {f"{prefix}{name}": name for name in KINDS for prefix in ("log_linear_", "")}
+MIXERS = {f"{prefix}{name}": name for name in KINDS for prefix in ("log_linear_", "")} | {"attention": "attention"}
 # Fields of the PyTorch side's configuration for which there is no other code here than this value's.
 FIXED: dict[str, Any] = {
     **{"mamba_use_bias": False, "mamba_conv_bias": True, "mamba_norm": True, "mamba_norm_groups": 1},
@@ -114,6 +115,10 @@ class LogLinearConfig:
     retnet_gate_activation: str | None = "silu"
     lightning_num_heads: int | None = None
     lightning_head_dim: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float = 500_000.0
     rms_norm_eps: float = 1e-6
     mixer_norm_eps: float | None = None
     initializer_range: float = 0.02
@@ -158,6 +163,9 @@ class LogLinearConfig:
         default("retnet_num_kv_heads", self.retnet_num_heads)
         default("retnet_value_dim", 2 * default("retnet_key_dim", max(2, hidden // (2 * self.retnet_num_heads) * 2)))
         default("lightning_head_dim", max(1, hidden // default("lightning_num_heads", max(1, hidden // 128))))
+        heads = default("num_attention_heads", max(1, hidden // 64))
+        default("num_key_value_heads", heads)
+        default("head_dim", hidden // heads)
 
     @property
     def layer_mixers(self) -> list[str]:
@@ -179,9 +187,13 @@ class LogLinearConfig:
         return {"model_type": "loglinear", "architectures": ["LogLinearForCausalLM"], **self.others, **own}
 
 
-def build_mixer(config: LogLinearConfig, layer: int, rngs: nnx.Rngs) -> Mixer:
+def build_mixer(config: LogLinearConfig, layer: int, rngs: nnx.Rngs) -> Mixer | SoftmaxAttention:
     """The mixer of this layer."""
     name = config.layer_mixers[layer]
+    if name == "attention":
+        heads: Any = (config.num_attention_heads, config.head_dim, config.num_key_value_heads)
+        std = config.initializer_range
+        return SoftmaxAttention(config.hidden_size, *heads, config.rope_theta, rngs=rngs, std=std)
     make: Any
     make, arguments, fixed = KINDS[MIXERS[name]]
     options: dict[str, Any] = {argument: getattr(config, field) for argument, field in arguments.items()} | fixed

@@ -79,6 +79,7 @@ class _Extension(Structure):
 
 _Call = ctypes.CFUNCTYPE(c_void_p, c_void_p)
 INTERNAL = 13  # XLA_FFI_Error_Code
+DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 BYTES = {
     10: ("float16", 2),
     11: ("float32", 4),
@@ -114,8 +115,12 @@ def _on_gpu(address: int, shape: tuple[int, ...], kind: int, stream: int) -> Any
     """The tensor of memory on the device of a stream. XLA gives out the same addresses again, so that few are made."""
     import torch
 
+    ordinal = c_int(-1)
+    status = ctypes.CDLL("libcuda.so.1").cuPointerGetAttribute(ctypes.byref(ordinal), DEVICE_ORDINAL, c_void_p(address))
+    if status:
+        raise RuntimeError(f"CUDA does not know the memory of an argument: error {status}")
     name, size = BYTES[kind]
-    return torch.as_tensor(_Memory(address, shape, size)).view(getattr(torch, name))
+    return torch.as_tensor(_Memory(address, shape, size), device=f"cuda:{ordinal.value}").view(getattr(torch, name))
 
 
 def _tensor(address: int, stream: int | None) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from loglinear.jax.ops import attend, unit
-from loglinear.jax.state import LinearState, LogLinearState, State, empty_state
+from loglinear.jax.state import LinearState, LogLinearState, empty_state
 from loglinear.jax.step import log_linear_attention_step, log_linear_delta_rule_step
 
 OFFSETS = {
@@ -47,9 +47,12 @@ def activation(name: str, argument: str) -> Callable[[Array], Array]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MixerState:
-    """The past of a mixer: the state of its op, and the last inputs of its convolution, ``[B, W - 1, channels]``."""
+    """The past of a mixer: the state of its op, and the last inputs of its convolution, ``[B, W - 1, channels]``.
 
-    memory: State
+    memory: of softmax attention, which has no convolution, a ``loglinear.jax.attention.KVState``.
+    """
+
+    memory: Any
     conv_tail: Array
 
 
@@ -236,6 +239,14 @@ def positions(hidden: Array, past: Past) -> Array:
         new = jnp.pad(number[:, 1:] != number[:, :-1], ((0, 0), (1, 0)))
         return position - jax.lax.cummax(jnp.where(new, position, 0), 1)
     return position if past.state is None else position + past.state.memory.position[:, None]
+
+
+def rotary(x: Array, position: Array, base: float) -> Array:
+    """x ``[B, T, heads, W]``, pairs ``(i, i + W/2)`` turned by ``position [B, T] · base^(-2i/W)`` (Su et al. 2021)."""
+    half = x.shape[-1] // 2
+    angle = position[..., None, None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    (left, right), (cos, sin) = jnp.split(wide(x), 2, -1), (jnp.cos(angle), jnp.sin(angle))
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
 
 
 def ends(widths: tuple[int, ...]) -> list[int]:

@@ -19,6 +19,7 @@ from loglinear.jax.layers import (
     ShortConvolution,
     activation,
     ends,
+    rotary,
     split_heads,
     wide,
 )
@@ -159,10 +160,5 @@ class LogLinearRetention(LinearAttention):
         return jnp.broadcast_to(self.decay_factor * logs, (*rate.shape[:2], self.num_heads))
 
     def place(self, x: Array, position: Array) -> Array:
-        """Pairs ``(i, i + K/2)`` turned by ``position · base^(-2i/K)`` (Su et al. 2021)."""
-        if self.rotary_base is None:
-            return x
-        half = x.shape[-1] // 2
-        angle = position[..., None, None] * self.rotary_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        (left, right), (cos, sin) = jnp.split(wide(x), 2, -1), (jnp.cos(angle), jnp.sin(angle))
-        return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
+        """x turned by its position, where there are rotary positions."""
+        return x if self.rotary_base is None else rotary(x, position, self.rotary_base)
