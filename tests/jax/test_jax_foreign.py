@@ -6,7 +6,7 @@ import pytest
 import torch
 from jax_calls import op, to_jax, with_gradients
 
-from loglinear.jax import foreign
+from loglinear.jax import foreign, use_torch
 from oracle import TOLERANCES, error, gradients, make_inputs, oracle
 
 pytestmark = pytest.mark.default_packages
@@ -34,6 +34,37 @@ def test_packed_documents_in_bfloat16_and_vmap():
     assert jnp.array_equal(o.reshape(1, 140, 2, 2), jnp.concatenate(want, 1))
     rows = jax.vmap(lambda x: op(jax.tree.map(lambda y: y[None], x), backend="torch")[0][0])(x)
     assert jnp.array_equal(rows, op(x, backend="torch")[0])
+
+
+def test_auto_takes_what_was_asked_for_on_a_gpu(monkeypatch):
+    """XLA, with a word once, until ``use_torch``. Then what the kernels fit, where there is a GPU; here one is feigned."""
+    x = to_jax(make_inputs(gate="scalar", T=5, **SMALL, dtype=torch.bfloat16))
+    calls = []
+    monkeypatch.setattr("loglinear.jax.ops.torch_call", lambda inputs, *_: calls.append(1) or inputs.v)
+    monkeypatch.setattr("loglinear.jax.ops.forward", lambda inputs, *_: (inputs.v, None))
+    monkeypatch.setattr(foreign._Choice, "said", set())
+    with pytest.raises(RuntimeError, match="use_torch needs an NVIDIA GPU in JAX and in PyTorch: JAX has 'cpu'"):
+        use_torch()
+    monkeypatch.setattr(foreign._Choice, "asked", True)
+    op(x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    op(x, output_final_state=True)
+    monkeypatch.setattr(foreign._Choice, "asked", False)
+    with pytest.warns(UserWarning, match=r"loglinear.jax.use_torch\(\) takes Triton's kernels"):
+        op(x)
+    op(x)  # a warning would be an error here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    use_torch()
+    op(x, backend="xla")
+    assert not calls
+    op(x)
+    op(x, segment_ids=jnp.zeros((1, 5), jnp.int32))
+    assert len(calls) == 2
+    with pytest.warns(UserWarning, match="for float64 inputs"):
+        op({name: y.astype(jnp.float64) for name, y in x.items()})
+    with pytest.warns(UserWarning, match="for K=300 and V=2, where kernels take K up to 256 and V up to 1024"):
+        op(x | {name: jnp.zeros((1, 5, 1, 300), jnp.bfloat16) for name in "qk"})
+    assert len(calls) == 2
 
 
 def test_states_are_refused_and_errors_come_back(monkeypatch):

@@ -43,5 +43,5 @@ def test_what_it_does_not_take_is_refused():
         op(x, backend="pallas")
     with pytest.raises(ValueError, match="backend must not be 'pallas' for the delta rule"):
         op(to_jax(make_inputs(gate="delta", T=5)), backend="pallas")
-    with pytest.raises(ValueError, match="backend must be 'xla', 'pallas' or 'torch': got 'triton'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'xla', 'pallas' or 'torch': got 'triton'"):
         op(x, backend="triton")

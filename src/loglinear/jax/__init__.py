@@ -3,6 +3,7 @@
 ``pip install 'loglinear[jax]'``. Start at ``log_linear_attention`` and ``log_linear_delta_rule``.
 """
 
+from loglinear.jax.foreign import use_torch
 from loglinear.jax.ops import log_linear_attention, log_linear_delta_rule
 from loglinear.jax.state import LinearState, LogLinearState, empty_state, slots_for
 from loglinear.jax.step import log_linear_attention_step, log_linear_delta_rule_step
@@ -16,4 +17,5 @@ __all__ = [
     "log_linear_delta_rule",
     "log_linear_delta_rule_step",
     "slots_for",
+    "use_torch",
 ]

@@ -88,8 +88,8 @@ def check_scale(scale: float | None) -> float:
 
 def check_backend(backend: str, inputs: Inputs, states: bool) -> bool:
     """Whether the Pallas kernel was asked for, which must take the call. states: whether one is given or asked for."""
-    if backend not in ("xla", "pallas", "torch"):
-        raise ValueError(f"backend must be 'xla', 'pallas' or 'torch': got {backend!r}")
+    if backend not in ("auto", "xla", "pallas", "torch"):
+        raise ValueError(f"backend must be 'auto', 'xla', 'pallas' or 'torch': got {backend!r}")
     if backend == "torch" and states:
         raise ValueError("backend must not be 'torch' for a call with states: those are of 'xla' and 'pallas'")
     if backend != "pallas":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from ctypes import (
@@ -30,7 +31,7 @@ from ctypes import (
     sizeof,
 )
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -79,6 +80,7 @@ class _Extension(Structure):
 
 _Call = ctypes.CFUNCTYPE(c_void_p, c_void_p)
 INTERNAL = 13  # XLA_FFI_Error_Code
+MOST_KEYS, MOST_CHANNELS, MOST_VALUES = 256, 128, 1024  # widths of the kernels, as in loglinear.ops.dispatch
 DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 BYTES = {
     10: ("float16", 2),
@@ -218,6 +220,59 @@ def _register() -> dict[str, Any]:
     return handlers
 
 
+class _Choice:
+    """What ``backend="auto"`` takes on a GPU. asked: whether ``use_torch`` was called. said: what it has warned of."""
+
+    asked = False
+    said: ClassVar[set[str]] = set()
+
+
+def use_torch() -> None:
+    """From now on ``backend="auto"`` takes the PyTorch ops, with their Triton kernels, for calls on a GPU that they fit.
+
+    Imports PyTorch. It shares the GPU's memory with JAX: set ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` before JAX starts.
+    Such calls have first derivatives alone. ``jit`` over several devices gathers their arguments; in ``shard_map`` they
+    stay where they are. Functions that were compiled before stay as they are.
+
+    Raises:
+        ModuleNotFoundError: PyTorch or Triton is not installed. RuntimeError: JAX or PyTorch has no NVIDIA GPU here.
+    """
+    import torch
+    import triton  # noqa: F401
+
+    if jax.default_backend() != "gpu" or not torch.cuda.is_available() or torch.version.hip is not None:
+        here = f"JAX has {jax.default_backend()!r} and torch.cuda.is_available() is {torch.cuda.is_available()}"
+        raise RuntimeError(f"use_torch needs an NVIDIA GPU in JAX and in PyTorch: {here}")
+    _Choice.asked = True
+
+
+def chosen(inputs: Inputs, states: bool) -> bool:
+    """Whether ``backend="auto"`` takes the PyTorch op. On a GPU a warning says once what it does not take, and why."""
+    if jax.default_backend() != "gpu" or states:
+        return False
+    if not _Choice.asked:
+        return _warn(
+            "XLA computes loglinear's ops on this GPU; loglinear.jax.use_torch() takes Triton's kernels, which are faster"
+        )
+    if inputs.v.dtype == np.float64:
+        return _warn(
+            "XLA computes loglinear's ops for float64 inputs, where kernels take float32, bfloat16 and float16"
+        )
+    (K, V), most = (inputs.q.shape[3], inputs.v.shape[3]), MOST_CHANNELS if inputs.per_channel else MOST_KEYS
+    if most < K or MOST_VALUES < V:
+        return _warn(
+            f"XLA computes loglinear's ops for K={K} and V={V}, where kernels take K up to {most} and V up to {MOST_VALUES}"
+        )
+    return True
+
+
+def _warn(message: str) -> Literal[False]:
+    if message not in _Choice.said:
+        _Choice.said.add(message)
+        warnings.warn(message, UserWarning, stacklevel=5)
+    return False
+
+
 def _given(inputs: Inputs, offsets: Array | None) -> dict[str, Array]:
     x = {name: y for name, y in zip(Inputs._fields, inputs) if y is not None}
     return x if offsets is None else {**x, "cu_seqlens": offsets}
@@ -231,7 +286,7 @@ def _invoke(
     return call(*x.values(), *kept, names=" ".join(x), scale=np.float64(scale))
 
 
-def _kept(inputs: Inputs, offsets: Array | None, scale: float) -> list[jax.ShapeDtypeStruct]:
+def _kept(inputs: Inputs, offsets: Array | None) -> list[jax.ShapeDtypeStruct]:
     """Of what kernels keep for the derivative; nothing on a CPU."""
     if jax.default_backend() != "gpu":
         return []
@@ -246,7 +301,7 @@ def _kept(inputs: Inputs, offsets: Array | None, scale: float) -> list[jax.Shape
     with FakeTensorMode():
         *given, bounds = map(fake, (*inputs, offsets))
         keep = "" if mostly_empty(bounds, inputs.q.shape[1]) else KEPT
-        kept = attention.fake(*given, bounds, None, scale, 0, keep, "auto")[1:]
+        kept = attention.fake(*given, bounds, None, 1.0, 0, keep, "auto")[1:]
     return [jax.ShapeDtypeStruct(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in kept]
 
 
@@ -263,7 +318,7 @@ def _like(x: Array) -> jax.ShapeDtypeStruct:
 
 
 def _forward(inputs: Inputs, offsets: Array | None, scale: float) -> tuple[Array, tuple[Any, ...]]:
-    o, *kept = _invoke([_like(inputs.v), *_kept(inputs, offsets, scale)], _given(inputs, offsets), [], scale)
+    o, *kept = _invoke([_like(inputs.v), *_kept(inputs, offsets)], _given(inputs, offsets), [], scale)
     return o, (inputs, offsets, kept)
 
 

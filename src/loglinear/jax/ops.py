@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from loglinear.jax import checks
-from loglinear.jax.foreign import torch_call
+from loglinear.jax.foreign import chosen, torch_call
 from loglinear.jax.forward import forward
 from loglinear.jax.inputs import Inputs
 from loglinear.jax.layout import number_of_segments, offsets_of
 from loglinear.jax.products import numbers_of
 from loglinear.jax.state import State
 
-Backend = Literal["xla", "pallas", "torch"]
+Backend = Literal["auto", "xla", "pallas", "torch"]
 
 
 def log_linear_attention(
@@ -36,7 +36,7 @@ def log_linear_attention(
     cu_seqlens: Array | None = None,
     segment_ids: Array | None = None,
     max_segments: int | None = None,
-    backend: Backend = "xla",
+    backend: Backend = "auto",
 ) -> tuple[Array, State | None]:
     """Log-linear attention with a gate for each head (Log-Linear Mamba-2) or key channel (GLA): O(T log T), with an
     O(log T) state.
@@ -61,9 +61,10 @@ def log_linear_attention(
             row starts, a document starts. Without states.
         max_segments: most documents in ``segment_ids``, of all rows together; needed inside of ``jit``. With more the
             output is NaN.
-        backend: "xla", or "pallas": the stage that costs most as a TPU kernel, for a gate of each head with λ, in
-            float32 and bfloat16. Without a TPU the kernel is interpreted, which is slow. "torch": the PyTorch op, with
-            its Triton kernels on a GPU, as a foreign call; without states, and with first derivatives alone.
+        backend: "auto" is "torch" for calls on a GPU after ``use_torch()``, and otherwise "xla". "pallas": the stage
+            that costs most as a TPU kernel, for a gate of each head with λ, in float32 and bfloat16. Without a TPU the
+            kernel is interpreted, which is slow. "torch": the PyTorch op, with its Triton kernels on a GPU, as a
+            foreign call; without states, and with first derivatives alone.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of v, and the final state (None unless asked for), with gradients through both.
@@ -92,7 +93,7 @@ def log_linear_delta_rule(
     cu_seqlens: Array | None = None,
     segment_ids: Array | None = None,
     max_segments: int | None = None,
-    backend: Backend = "xla",
+    backend: Backend = "auto",
 ) -> tuple[Array, State | None]:
     """Log-linear attention with the (gated) delta rule (Log-Linear Gated DeltaNet): O(T log T), with an O(log T) state.
 
@@ -135,7 +136,7 @@ def attend(
     cu_seqlens: Array | None = None,
     segment_ids: Array | None = None,
     max_segments: int | None = None,
-    backend: Backend = "xla",
+    backend: Backend = "auto",
     lengths: Array | None = None,
 ) -> tuple[Array, State | None]:
     """Both public functions: the delta rule where there is a beta.
@@ -144,23 +145,21 @@ def attend(
     """
     inputs = checks.check_inputs(Inputs(q, k, v, g, beta, level_scales))
     scale = checks.check_scale(scale)
-    kernels = checks.check_backend(backend, inputs, state is not None or output_final_state)
+    states = state is not None or output_final_state
+    kernels = checks.check_backend(backend, inputs, states)
+    in_torch = backend == "torch" or (backend == "auto" and chosen(inputs, states or lengths is not None))
     if segment_ids is not None:
-        if state is not None or output_final_state or cu_seqlens is not None:
+        if states or cu_seqlens is not None:
             raise ValueError("segment_ids must stand alone: cu_seqlens is what goes with states")
         segments = checks.check_segments(segment_ids, max_segments, inputs.q)
         flat, offsets = inputs.flat(), offsets_of(segment_ids, segments)
-        o = (
-            torch_call(flat, offsets, scale)
-            if backend == "torch"
-            else forward(flat, scale, None, False, offsets, kernels)[0]
-        )
+        o = torch_call(flat, offsets, scale) if in_torch else forward(flat, scale, None, False, offsets, kernels)[0]
         lost = number_of_segments(segment_ids) > segments
         return jnp.where(lost, jnp.nan, o).astype(o.dtype).reshape(inputs.v.shape), None
     if max_segments is not None:
         raise ValueError("max_segments needs segment_ids: got segment_ids=None")
     checks.check_packing(inputs.q, cu_seqlens)
     checks.check_state(state, inputs, inputs.q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-    if backend == "torch":
+    if in_torch:
         return torch_call(inputs, cu_seqlens, scale), None
     return forward(inputs, scale, state, output_final_state, cu_seqlens, kernels, lengths)
