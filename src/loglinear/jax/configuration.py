@@ -193,7 +193,7 @@ def build_mixer(config: LogLinearConfig, layer: int, rngs: nnx.Rngs) -> Mixer | 
     if name == "attention":
         heads: Any = (config.num_attention_heads, config.head_dim, config.num_key_value_heads)
         std = config.initializer_range
-        return SoftmaxAttention(config.hidden_size, *heads, config.rope_theta, rngs=rngs, std=std)
+        return SoftmaxAttention(config.hidden_size, *heads, rope_theta=config.rope_theta, rngs=rngs, std=std)
     make: Any
     make, arguments, fixed = KINDS[MIXERS[name]]
     options: dict[str, Any] = {argument: getattr(config, field) for argument, field in arguments.items()} | fixed

@@ -280,7 +280,7 @@ def _given(inputs: Inputs, offsets: Array | None) -> dict[str, Array]:
 
 def _invoke(
     results: list[jax.ShapeDtypeStruct], x: dict[str, Array], kept: Sequence[Array], scale: float
-) -> list[Array]:
+) -> Sequence[Array]:
     _register()
     call = jax.ffi.ffi_call(NAME, results, vmap_method="sequential")
     return call(*x.values(), *kept, names=" ".join(x), scale=np.float64(scale))
