@@ -7,7 +7,8 @@ r"""Time of the ops in JAX, beside the log-linear op of jax-linear-attention, in
 
 The peer is ``pip install jax-linear-attention==0.1.0`` (Python 3.12). Before a time the command checks three rows of the
 output against a float64 recurrence in NumPy, and stops where the error is not rounding. A time is the median of calls that
-each wait for the device, with the 20th and 80th percentile; compilation is timed by itself. Rows are appended to
+each wait for the device, with the 20th and 80th percentile; ``ms_queued`` is that of calls in a row, without such a wait
+between them. Compilation is timed by itself. Rows are appended to
 ``results/jax_ops.jsonl``.
 """
 
@@ -112,7 +113,8 @@ def environment(args: argparse.Namespace) -> dict[str, object]:
 def append(args: argparse.Namespace, row: dict[str, object]) -> None:
     """Print a row, and write it behind the others."""
     compiled = f", compiled in {row['compile_s']:.1f} s" if "compile_s" in row else ""
-    print(f"{row['op']}, {row['implementation']}, {row['pass']}: {row['ms']:.3f} ms{compiled}", flush=True)
+    in_a_row = f", {row['ms_queued']:.3f} in a row" if "ms_queued" in row else ""
+    print(f"{row['op']}, {row['implementation']}, {row['pass']}: {row['ms']:.3f} ms{in_a_row}{compiled}", flush=True)
     with args.output.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -144,6 +146,17 @@ def spread(call: Callable[[], object], seconds: float) -> dict[str, float]:
         times.append(time.perf_counter() - start)
     low, median, high = (1e3 * float(np.quantile(times, at)) for at in (0.2, 0.5, 0.8))
     return {"ms": median, "ms_p20": low, "ms_p80": high, "ms_least": 1e3 * min(times)}
+
+
+def queued(call: Callable[[], object], seconds: float, count: int = 10) -> float:
+    """Milliseconds of a call among ``count`` in a row, of which the last alone is waited for: the host's work is hidden."""
+
+    def series() -> None:
+        for _ in range(count):
+            out = call()
+        jax.block_until_ready(out)
+
+    return spread(series, seconds)["ms"] / count
 
 
 def main() -> None:
@@ -184,6 +197,8 @@ def main() -> None:
             error = verify(executable, x, args.dtype) if direction == "forward" else error
             jax.block_until_ready(executable(x))
             time_of = spread(lambda executable=executable: jax.block_until_ready(executable(x)), args.seconds)
+            if not args.cpu:
+                time_of["ms_queued"] = queued(lambda executable=executable: executable(x), args.seconds)
             label = {"op": args.rule, "implementation": name, "pass": direction}
             append(args, label | time_of | row | {"error": error, **columns})
     if args.cpu:
