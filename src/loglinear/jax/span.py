@@ -255,11 +255,11 @@ def chunk_spans(x: Tokens, num: Numbers) -> Spans:
         out, state = chunk_outputs(q, k, v, logs, in_chunk(scales, size.bit_length()), num)
         return Spans(q, through, log, state, out)
     if x.beta is None and not per_channel:
-        state = num.product("pgntk,pgrntv->pgrnkv", k, v * to_end[..., None])
+        state = num.product("pgntk,pgrntv->pgrnkv", k, v * to_end[..., None], num.low)
         return Spans(q, through, log, state, output(scores(q, k)))
     if x.beta is None:
-        state = num.product("pgntk,pgrntv->pgrnkv", k * to_end, v)
-        return Spans(q.astype(num.wide) * from_start, None, log, state, output(scores(q, k)[:, :, None]))
+        state = num.product("pgntk,pgrntv->pgrnkv", k * to_end, v, num.low)
+        return Spans((q * from_start).astype(num.low), None, log, state, output(scores(q, k)[:, :, None]))
     beta = x.beta[:, :, 0].astype(num.wide)
     if per_channel:
         pairs, overlap = scores(q, k), scores(k, k)
@@ -273,8 +273,9 @@ def chunk_spans(x: Tokens, num: Numbers) -> Spans:
     whole = from_start[..., -1, :, None] * jnp.eye(k.shape[-1], dtype=num.wide)
     matrix = whole - num.product("pgnkt,pgntj->pgnkj", written, seen)
     rows = q * from_start - num.product("pgnts,pgnsk->pgntk", pairs, seen)
-    state = num.product("pgnkt,pgrntv->pgrnkv", written, v)
-    return Spans(rows, None, matrix[:, :, None], state, output(pairs[:, :, None]))
+    state = num.product("pgnkt,pgrntv->pgrnkv", written, v, num.low)
+    map = matrix.astype(num.low)[:, :, None]
+    return Spans(rows.astype(num.low), None, map, state, output(pairs[:, :, None]))
 
 
 # -------------------------------------------------------------------------------------------- many chunks
@@ -290,7 +291,7 @@ def act(map: Array, state: Array, num: Numbers) -> Array:
 
 def compose(later: Array, earlier: Array, matrix: bool, num: Numbers) -> Array:
     """The map of two spans in a row."""
-    return num.product("...ij,...jk->...ik", later, earlier) if matrix else later + earlier
+    return num.product("...ij,...jk->...ik", later, earlier, num.low) if matrix else later + earlier
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -299,7 +300,7 @@ def read(rows: Array, factor: Array, state: Array, num: Numbers) -> Array:
 
     The derivative makes the product once more, where JAX's own would keep it.
     """
-    return factor[..., None] * num.product("pgntk,pgrnkv->pgrntv", rows, state)
+    return factor[..., None] * num.product("pgntk,pgrnkv->pgrntv", rows, state, num.low)
 
 
 def _read_forward(rows: Array, factor: Array, state: Array, num: Numbers) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -311,7 +312,11 @@ def _read_backward(num: Numbers, kept: tuple[Array, Array, Array], gradient: Arr
     d_factor = (gradient * num.product("pgntk,pgrnkv->pgrntv", rows, state)).sum(-1)
     gradient = factor[..., None] * gradient
     d_rows = num.product("pgrntv,pgrnkv->pgntk", gradient, state).astype(rows.dtype)
-    return d_rows, d_factor, num.product("pgntk,pgrntv->pgrnkv", rows, gradient)
+    return (
+        d_rows,
+        d_factor,
+        num.product("pgntk,pgrntv->pgrnkv", rows, gradient, num.as_wide_as(state)).astype(state.dtype),
+    )
 
 
 read.defvjp(_read_forward, _read_backward)
@@ -367,14 +372,17 @@ def merge(spans: Spans, scale: Array | None, num: Numbers) -> Spans:
         rows = spans.rows.reshape(*rows_r.shape[:3], 2 * rows_r.shape[3], rows_r.shape[4])
     else:
         weight, decay = None, jnp.exp(map_l[:, :, 0, :, None]) if not matrix else None
-        seen = num.product("pgntk,pgnkj->pgntj", rows_r, map_l[:, :, 0]) if decay is None else rows_r * decay
+        if decay is None:
+            seen = num.product("pgntk,pgnkj->pgntj", rows_r, map_l[:, :, 0], num.low)
+        else:
+            seen = (rows_r * decay).astype(num.low)
         rows = jnp.concatenate([rows_l, seen], 3)
     factor = jnp.broadcast_to(factor, (*state_l.shape[:4], rows_r.shape[3]))
     return Spans(
         rows,
         weight,
         compose(map_r, map_l, matrix, num),
-        act(map_r, state_l, num) + state_r,
+        (act(map_r, state_l, num) + state_r).astype(num.low),
         onto_right(spans.out, read(rows_r, factor, state_l, num)),
     )
 
