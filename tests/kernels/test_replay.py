@@ -316,3 +316,18 @@ def test_scratch_shares_memory_only_if_no_launch_needs_both():
             assert begin + a.size <= other or other + b.size <= begin
     assert all(offsets[x.number] % replay.ALIGNMENT == 0 and offsets[x.number] + x.size <= total for x in pieces)
     assert total == 1064  # what launch 1 needs, 300, 40 and 500 bytes, the first two of them aligned
+
+
+def test_results_go_where_they_are_wanted():
+    """All of them, if they are as large as the places; otherwise none."""
+    layouts = [((2, 3), torch.float32), None, ((4,), torch.bfloat16)]
+    places = [torch.empty(2, 3), torch.empty(4, dtype=torch.bfloat16)]
+    with launching.into(places):
+        first, none, second = launching.results(layouts, torch.device("cpu"))
+        other = launching.results([*layouts[:2], ((5,), torch.bfloat16)], torch.device("cpu"))
+    assert first is places[0]
+    assert none is None
+    assert second is places[1]
+    assert other[0].data_ptr() != places[0].data_ptr()
+    assert other[2].shape == (5,)
+    assert launching.results(layouts, torch.device("cpu"))[0] is not places[0]
