@@ -295,6 +295,21 @@ def test_what_can_not_be_repeated_runs_every_time(host):
     assert not kernel.compiled.calls
 
 
+def test_an_input_that_the_function_replaces_is_not_repeated(host):
+    """A plan would take the next call's own input, of another dtype, for the one that the function made."""
+    kernel = Kernel("x")
+
+    def widened(inputs):
+        inputs[0] = inputs[0].float()
+        launch(kernel, 1, inputs[0])
+        return (scratch((1,), torch.float32, inputs[0].device),)
+
+    for count in range(1, 4):
+        replay.replay(widened, [torch.zeros(3, dtype=torch.bfloat16)])
+        assert kernel.launches == count
+    assert not kernel.compiled.calls
+
+
 def test_an_error_leaves_no_recording_behind(host):
     def fails(inputs):
         raise RuntimeError("no memory")

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from test_mixers import read
 
 from loglinear.fenwick import level
-from loglinear.layers import LogLinearGatedDeltaNet, LogLinearGLA, LogLinearKDA, LogLinearMamba2, LogLinearRetention
+from loglinear.layers import (
+    LogLinearGatedDeltaNet,
+    LogLinearGLA,
+    LogLinearKDA,
+    LogLinearMamba2,
+    LogLinearRetention,
+    mamba2,
+)
 
 HIDDEN, HEADS, GROUPS, K, V = 12, 4, 2, 5, 6
 
@@ -261,3 +268,25 @@ def test_values_that_do_not_exist_are_named():
         LogLinearRetention(HIDDEN, HEADS, K, V, decays="alibi")
     with pytest.raises(ValueError, match=r"key_dim must be even \(rotary positions turn pairs\): got 5"):
         LogLinearRetention(HIDDEN, HEADS, 5, V)
+
+
+@pytest.mark.parametrize(
+    ("fields", "taken"),
+    [
+        ({}, True),
+        ({"norm": False}, False),
+        ({"conv_activation": "relu"}, False),
+        ({"dt_limit": (0.1, 1.0)}, False),
+        ({"skip_per_channel": True}, False),
+        ({"in_multiplier": 2.0}, False),
+    ],
+)
+def test_the_kernels_take_a_whole_mamba2_mixer_only_where_they_know_its_fields(monkeypatch, fields, taken):
+    for module, name in (
+        (mamba2.pointwise, "has_kernels"),
+        (mamba2.convolution, "has_kernel"),
+        (mamba2.dispatch, "attention"),
+    ):
+        monkeypatch.setattr(module, name, lambda *given: True)
+    mixer = LogLinearMamba2(8, 4, head_dim=4, state_size=4, **fields)
+    assert mixer._mixes_whole(torch.zeros(1, 3, 8)) == taken

@@ -190,9 +190,9 @@ class LogLinearMamba2(RecurrentMixer):
 
     def _mixes_whole(self, hidden: Tensor) -> bool:
         """Whether the kernels take every line between the projections of hidden ``[B, T, hidden_size]``."""
-        given = [self.dt_bias, self.A_log, self.D, self.norm.get_parameter("weight"), self.conv.bias]
         if self.unfused() or self.in_multiplier != 1 or self.column_scale() is not None:
             return False
+        given = [self.dt_bias, self.A_log, self.D, self.norm.get_parameter("weight"), self.conv.bias]
         if not pointwise.has_kernels(hidden, *given) or not convolution.has_kernel(hidden, self.conv.taps):
             return False
         v, k = hidden.new_empty(()), hidden.new_empty(())

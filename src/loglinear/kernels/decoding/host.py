@@ -126,6 +126,8 @@ def step(
     ``[B, T, H·V]`` of ``(o + D · skip) · silu(z)`` in the place of o, where g is of a head. The rows of skip, and the rows of
     z, may be any one distance apart.
     """
+    if state.decay is None and g is not None:  # the kernel takes a token's gates from the call and from the state alike
+        g = g.float()
     shared = state.position, state.entries, state.open_k, state.open_v, state.open_g
     inputs = [q, k, v, g, beta, level_scales, *shared, state.decay, state.open_solve, rows]
     if state.decay is not None:
@@ -152,8 +154,6 @@ def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:
 def run_carried_step(inputs: list, chunk: int, scale: float, normalize: bool) -> tuple[Tensor]:
     """The launches where entries are carried: weights of the tokens, sums, chunks that close, and sums in the chunk after."""
     per_channel = is_per_channel(inputs[3])
-    if inputs[3] is not None:  # the kernel takes a token's gates from the call and from the state alike
-        inputs[3] = inputs[3].float()
     x, held = gather(*inputs[:6], scale), held_of(inputs[6:])
     q, v = x.q, x.v
     batch, length, heads, width = v.shape

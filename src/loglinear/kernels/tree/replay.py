@@ -73,7 +73,7 @@ class Life(NamedTuple):
 class Recording:
     """The record of a running call: scratch as (address, bytes), and launches as (kernel, programs, arguments)."""
 
-    inputs: list[Tensor | None]
+    inputs: tuple[Tensor | None, ...]
     scratch: list[tuple[int, int]] = field(default_factory=list)
     launches: list[tuple[Any, int, list]] = field(default_factory=list)
     complete: bool = True
@@ -300,7 +300,7 @@ def replay(
         return replay(function, laid_out, *settings)
     # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
     own = [None if x is None else x.detach() for x in inputs]
-    note = Recording(own)
+    note = Recording(tuple(own))  # what the function puts into its list is no input
     launching.record(note)
     try:
         results = function(own, *settings)
