@@ -1,7 +1,7 @@
 """From the rows of stacks to committed rows: ``python experiments/collect_stacks.py FILE...``, then ``report.py``.
 
 Takes the files that ``recall_grid.py``, ``text_stacks.py``, ``documents.py`` and ``genome.py`` write. A row of a copy's needles
-joins the row of its training. Of a genome's sequences the mean losses are kept.
+joins the row of its training. The mean losses of a genome's sequences are kept.
 """
 
 from __future__ import annotations

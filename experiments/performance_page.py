@@ -35,7 +35,8 @@ it had checked the result. The command `python experiments/performance_page.py` 
 
 Each ratio has one direction. "2.00 times faster" means: the other takes twice the time. **A number below 1 means that ours is
 slower** (or takes more memory), and it stands in bold type. Both numbers of a ratio were measured at one commit: where several
-commits have both, the newest counts. Times are medians.
+commits have both, the newest counts. Times are medians. "Captured" calls are repeated by a CUDA graph: the host's time is
+not in them.
 
 ![Five measured comparisons](figures/front.svg)
 

@@ -21,6 +21,7 @@ PEERS = {  # names in rows
     "fla log_linear_attn": "flash-linear-attention's log-linear op",
     "fla log_linear_attn, one token": "flash-linear-attention's log-linear op (eager: it cannot be captured)",
     "mamba2 ssd chunk 128": "Mamba-2's SSD, a linear model",
+    "mamba2 ssd chunk 64": "Mamba-2's SSD in chunks of 64, a linear model",
     "mamba2 selective_state_update": "Mamba-2's own step, a linear model",
     "fla gated_delta_rule": "flash-linear-attention 0.6.0's gated delta rule, linear",
     "fla 0.2.2 gated_delta_rule": "flash-linear-attention 0.2.2's gated delta rule, linear",
@@ -91,7 +92,7 @@ def op_shape(row: dict) -> str:
 def ops(rows: Sequence[dict], memory: bool = False) -> list[Comparison]:
     """The op beside its peers, forward and with its backward: milliseconds, or peak memory."""
     column = "peak_bytes" if memory else "ms"
-    timed = [row for row in rows if row.get(column) and "captured" not in row["what"]]
+    timed = [row for row in rows if row.get(column)]
     found = []
     for ours, theirs in newest_pairs(timed, (*SHAPE, "what"), "name", [OURS]):
         what = f"{tokens(ours['T'])} tokens, {ours['what'].replace('+', ' + ')}"

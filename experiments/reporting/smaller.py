@@ -49,7 +49,7 @@ def recipe_lines(text: Sequence[dict]) -> list[str]:
 
 
 def _weights_or_order(text: Sequence[dict]) -> list[str]:
-    """What a change of the weights' seed alone, and of the order alone, does to the loss."""
+    """The change of the loss by the weights' seed alone, and by the order alone."""
     found = {}
     for row in text:
         if row["copy"]["part"] in ("recipe", "recipe: weights", "recipe: order"):

@@ -81,7 +81,10 @@ def test_the_page_opens_with_the_table_and_says_where_levels_pay(tmp_path):
     text = report.page(report.sections(tmp_path), {}, report.opening(tmp_path))
     assert text.index("Gains of levels by task") < text.index("When to use it") < text.index("## Larger models")
     assert text.index("## Needle") < text.index("## What was required")
-    assert "**Log-linear is better** in 1 of 2 comparisons of the table: recall, pairs and queries anywhere (Mamba-2" in text
+    assert (
+        "**Log-linear is better** in 1 of 2 comparisons of the table: recall, pairs and queries anywhere (Mamba-2"
+        in text
+    )
     assert "**Log-linear is worse** in 1 of 2" in text
     drawn = levels.draw(levels.gains(rows, text_rows(-0.02)), tmp_path / "levels_add")
     assert all(path.stat().st_size > 5_000 for path in drawn)

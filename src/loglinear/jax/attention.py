@@ -98,7 +98,7 @@ def _check_room(state: KVState, count: Array) -> None:
 def _going_on(state: KVState, q: Array, k: Array, v: Array, place: Array, count: Array) -> tuple[Array, KVState]:
     """Attention of new tokens at ``place [B, T]``, of which each row has ``count``, and the state behind them.
 
-    What padding leaves behind the last token of a row is written over before a query sees it.
+    Padding leaves numbers behind the last token of a row. They are written over before a query sees them.
     """
     room, end = state.keys.shape[1], state.position + count
     row = jnp.arange(place.shape[0])[:, None]

@@ -101,7 +101,7 @@ class _Scalar(Structure):
 
 
 class _Memory:
-    """What ``torch.as_tensor`` reads of memory on a GPU."""
+    """Memory on a GPU, as ``torch.as_tensor`` reads it."""
 
     def __init__(self, address: int, shape: tuple[int, ...], size: int) -> None:
         self.__cuda_array_interface__ = {
@@ -221,7 +221,7 @@ def _register() -> dict[str, Any]:
 
 
 class _Choice:
-    """What ``backend="auto"`` takes on a GPU. asked: whether ``use_torch`` was called. said: what it has warned of."""
+    """The choice of ``backend="auto"`` on a GPU. asked: whether ``use_torch`` was called. said: the warnings so far."""
 
     asked = False
     said: ClassVar[set[str]] = set()
@@ -287,7 +287,7 @@ def _invoke(
 
 
 def _kept(inputs: Inputs, offsets: Array | None) -> list[jax.ShapeDtypeStruct]:
-    """Of what kernels keep for the derivative; nothing on a CPU."""
+    """The shapes and dtypes that kernels keep for the derivative; nothing on a CPU."""
     if jax.default_backend() != "gpu":
         return []
     import torch

@@ -30,7 +30,7 @@ ENGINE = "loglinear_engine"  # transformers' name of the attention of an engine
 
 
 class Engine(Protocol):
-    """What makes the layers of an engine, which hold no weights. ``path`` is the name of the mixer in the model."""
+    """The maker of an engine's layers, which hold no weights. ``path`` is the name of the mixer in the model."""
 
     def mixer(self, path: str, mixer: Mixer) -> nn.Module:
         """A layer that runs ``mixer`` on the pages of the requests: ``[N, hidden_size]`` to the same."""

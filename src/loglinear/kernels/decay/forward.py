@@ -80,7 +80,7 @@ def launch_states(problem: Problem, x: Inputs, least: int) -> tuple[States, tupl
 
 
 def shapes_of_floats(problem: Problem, dtype: torch.dtype) -> list[tuple[int, ...]]:
-    """Of the float32 fields of ``States`` before ``entries``."""
+    """The shapes of the float32 fields of ``States`` before ``entries``."""
     H, chunks, octets = problem.heads, problem.all_chunks, problem.all_octets
     return [(H, 2 if dtype == torch.float32 else 1, problem.tokens), (chunks, H), (chunks, H), (octets, H)]
 

@@ -2,8 +2,8 @@
 
 Below some thousand tokens the host is slower than the GPU. It works out sizes, and Triton checks every argument of every
 launch. This work takes several times as long as the launches themselves, and it depends on dtypes, shapes, strides and
-alignments alone. It is therefore done once for each kind of call. What depends on addresses besides is done once for each of
-the sets of addresses that PyTorch gives out again and again: the arguments of all launches, and the descriptors of TMA.
+alignments alone. It is therefore done once for each kind of call. The arguments of launches and the descriptors of TMA depend
+on addresses too. They are made once for each set of addresses, for PyTorch gives the same ones out again and again.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def current_stream(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Launcher:
-    """What starts a kernel, and how it has its descriptors encoded: None if ``run`` does so itself, 1 to 3 µs for each.
+    """The start of a kernel. ``encode`` encodes its descriptors; it is None where ``run`` does so, in 1 to 3 µs for each.
 
     ``run`` is the launcher below ``compiled[grid]``, which makes a dictionary of all arguments for profilers with each launch
     (Triton 3.6). For a kernel with descriptors it is a function of Triton's that encodes them around one that launches.

@@ -80,8 +80,8 @@ def slot_of(i, COUNT: gl.constexpr):
 
 @gluon.jit
 def hidden_zero():
-    """0, of which the compiler does not know it. Places in shared memory at which the operands of products stand are made anew
-    where they depend on it; otherwise they are made before the loop, and spilled there.
+    """A zero that the compiler does not know. Places of operands in shared memory are made again in the loop where they depend
+    on it. Otherwise they are made before the loop, and spilled there.
     """
     return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
