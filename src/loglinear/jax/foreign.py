@@ -201,7 +201,8 @@ def _handler(address: int, cuda: bool) -> int | None:
             _compute(*what)
     except Exception as error:  # XLA raises it where the result is asked for
         message = f"{type(error).__name__}: {error}".encode()
-        return _Call(api.error_create)(ctypes.addressof(_ErrorOf(sizeof(_ErrorOf), None, message, INTERNAL)))
+        made = _ErrorOf(sizeof(_ErrorOf), None, message, INTERNAL)  # a name keeps the memory until XLA has read it
+        return _Call(api.error_create)(ctypes.addressof(made))
     return None
 
 
@@ -238,7 +239,8 @@ def use_torch() -> None:
         ModuleNotFoundError: PyTorch or Triton is not installed. RuntimeError: JAX or PyTorch has no NVIDIA GPU here.
     """
     import torch
-    import triton  # noqa: F401
+
+    import loglinear.kernels.tree.launching  # noqa: F401, needs Triton
 
     if jax.default_backend() != "gpu" or not torch.cuda.is_available() or torch.version.hip is not None:
         here = f"JAX has {jax.default_backend()!r} and torch.cuda.is_available() is {torch.cuda.is_available()}"
