@@ -274,8 +274,7 @@ def chunk_spans(x: Tokens, num: Numbers) -> Spans:
     matrix = whole - num.product("pgnkt,pgntj->pgnkj", written, seen)
     rows = q * from_start - num.product("pgnts,pgnsk->pgntk", pairs, seen)
     state = num.product("pgnkt,pgrntv->pgrnkv", written, v, num.low)
-    map = matrix.astype(num.low)[:, :, None]
-    return Spans(rows.astype(num.low), None, map, state, output(pairs[:, :, None]))
+    return Spans(rows.astype(num.low), None, matrix.astype(num.low)[:, :, None], state, output(pairs[:, :, None]))
 
 
 # -------------------------------------------------------------------------------------------- many chunks
@@ -312,11 +311,8 @@ def _read_backward(num: Numbers, kept: tuple[Array, Array, Array], gradient: Arr
     d_factor = (gradient * num.product("pgntk,pgrnkv->pgrntv", rows, state)).sum(-1)
     gradient = factor[..., None] * gradient
     d_rows = num.product("pgrntv,pgrnkv->pgntk", gradient, state).astype(rows.dtype)
-    return (
-        d_rows,
-        d_factor,
-        num.product("pgntk,pgrntv->pgrnkv", rows, gradient, num.as_wide_as(state)).astype(state.dtype),
-    )
+    d_state = num.product("pgntk,pgrntv->pgrnkv", rows, gradient, num.as_wide_as(state)).astype(state.dtype)
+    return d_rows, d_factor, d_state
 
 
 read.defvjp(_read_forward, _read_backward)
