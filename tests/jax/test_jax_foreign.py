@@ -1,4 +1,7 @@
-"""``backend="torch"``: the PyTorch ops inside of a JAX program, outputs and gradients."""
+"""``backend="torch"``: the PyTorch ops inside of a JAX program, outputs and gradients.
+
+On a GPU that JAX sees, the calls run Triton's kernels. CI has none.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,21 +9,43 @@ import pytest
 import torch
 from jax_calls import op, to_jax, with_gradients
 
+from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.jax import foreign, use_torch
 from oracle import TOLERANCES, error, gradients, make_inputs, oracle
 
 pytestmark = pytest.mark.default_packages
 SMALL = {"B": 1, "H": 2, "G": 1, "K": 3, "V": 2, "L": 8}
+GPU = jax.default_backend() == "gpu"
+WIDEST = torch.float32 if GPU else torch.float64  # that the kernels take
+gates = pytest.mark.parametrize("gate", ["scalar", "diagonal", "delta", "diagonal delta"])
+on_cpu = pytest.mark.skipif(GPU, reason="needs JAX on a CPU")
 
 
-@pytest.mark.parametrize("gate", ["scalar", "delta", "diagonal delta"])
+@gates
 def test_the_definition(gate):
-    x = {name: y.requires_grad_() for name, y in make_inputs(gate=gate, T=70, **SMALL).items()}
+    x = {name: y.to(WIDEST) for name, y in make_inputs(gate=gate, T=70, **SMALL | {"K": 16, "V": 16}).items()}
+    wide = {name: y.double().requires_grad_() for name, y in x.items()}
     o, grads, _ = with_gradients(x, scale=-0.5, backend="torch")
-    want = -0.5 * oracle(**x)
-    assert error(o, want) <= TOLERANCES[torch.float64]
-    for name, wanted in zip(x, gradients(want, x.values())):
-        assert error(grads[name], wanted) <= TOLERANCES[torch.float64], name
+    want = -0.5 * oracle(**wide)
+    assert error(o, want) <= TOLERANCES[WIDEST]
+    for name, wanted in zip(x, gradients(want, wide.values())):
+        assert error(grads[name], wanted) <= TOLERANCES[WIDEST], name
+
+
+@gates
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_bits_of_the_pytorch_op(gate, packed):
+    """From the second call of a kind on, kernels write into XLA's memory."""
+    x = make_inputs(gate=gate, B=1, T=150, H=2, G=1, K=32, V=16, L=9, dtype=torch.bfloat16)
+    arrays = {"cu_seqlens": jnp.asarray([0, 70, 150], jnp.int32)} if packed else {}
+    y = {name: z.to("cuda" if GPU else "cpu").requires_grad_() for name, z in x.items()}
+    torch_op = log_linear_delta_rule if "beta" in x else log_linear_attention
+    want = torch_op(**{name: torch.tensor([0, 70, 150], device=y["v"].device) for name in arrays}, **{"g": None} | y)[0]
+    for _ in range(3 if GPU else 1):
+        o, grads, _ = with_gradients(x, arrays, backend="torch")
+        assert torch.equal(o, want.detach().cpu().double())
+        for name, wanted in zip(x, gradients(want, y.values())):
+            assert torch.equal(grads[name], wanted.cpu().double()), name
 
 
 def test_packed_documents_in_bfloat16_and_vmap():
@@ -36,6 +61,7 @@ def test_packed_documents_in_bfloat16_and_vmap():
     assert jnp.array_equal(rows, op(x, backend="torch")[0])
 
 
+@on_cpu
 def test_auto_takes_what_was_asked_for_on_a_gpu(monkeypatch):
     """XLA, with a word once, until ``use_torch``. Then what the kernels fit, where there is a GPU; here one is feigned."""
     x = to_jax(make_inputs(gate="scalar", T=5, **SMALL, dtype=torch.bfloat16))
