@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import delta as delta_rule
-from loglinear.kernels.tree.replay import plans_of
+from loglinear.kernels.tree.launching import plans_of
 from loglinear.kernels.tuning import (
     DeltaRuleConfig,
     Launch,

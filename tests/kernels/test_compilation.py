@@ -29,7 +29,7 @@ from loglinear.kernels.pointwise import (
     level_scales,
     unit_length,
 )
-from loglinear.kernels.tree import replay
+from loglinear.kernels.tree import launching
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -82,7 +82,7 @@ def launches(delta: bool, T: int = 16384, H: int = 16, G: int = 1, K: int = 128,
     module = delta_rule if delta else scalar_gate
     if delta:
         x["beta"] = meta(2, T, H, kind=torch.float32)
-    replay.plans_of.cache_clear()
+    launching.plans_of.cache_clear()
     with recording() as found:
         module.forward(**x)
         module.backward(x["v"], **x)
@@ -122,7 +122,7 @@ def test_kernels_of_the_gate_per_channel_compile(delta, record_property):
     x |= {"g": meta(*sizes, 128, kind=torch.float32), "level_scales": meta(*sizes, 15)}
     if delta:
         x["beta"] = meta(*sizes, kind=torch.float32)
-    replay.plans_of.cache_clear()
+    launching.plans_of.cache_clear()
     with recording() as found:
         module = delta_rule if delta else channel
         module.forward(**x)

@@ -16,8 +16,8 @@ from triton.runtime.jit import JITFunction
 from loglinear import DecodingState
 from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import delta as delta_rule
-from loglinear.kernels.tree import launching, replay
-from loglinear.kernels.tree.launching import launch, scratch
+from loglinear.kernels.tree import launching, plan
+from loglinear.kernels.tree.launching import launch, replay, scratch
 
 
 class Compiled:
@@ -53,10 +53,10 @@ class Kernel:
 @pytest.fixture
 def host(monkeypatch):
     """A stream on the CPU, and no plans yet."""
-    monkeypatch.setattr(replay, "current_stream", lambda device: 7)
-    replay.plans_of.cache_clear()
+    monkeypatch.setattr(launching, "current_stream", lambda device: 7)
+    launching.plans_of.cache_clear()
     yield
-    replay.plans_of.cache_clear()
+    launching.plans_of.cache_clear()
 
 
 def two_stages(first, second):
@@ -75,9 +75,9 @@ def test_the_second_call_repeats_the_launches_with_its_own_addresses(host):
     first, second = Kernel("x", "middle", "factor", "SIZE"), Kernel("middle", "y", "result", "SIZE")
     function = two_stages(first, second)
     x = torch.zeros(4)
-    replay.replay(function, [x, x], 0.5)  # one tensor for both inputs: the next call has two
+    replay(function, [x, x], 0.5)  # one tensor for both inputs: the next call has two
     a, b = torch.zeros(4), torch.zeros(4)
-    result, nothing = replay.replay(function, [a, b], 0.5)
+    result, nothing = replay(function, [a, b], 0.5)
     assert nothing is None
     assert result.shape == a.shape
     assert (first.launches, second.launches) == (1, 1)
@@ -108,9 +108,9 @@ def test_bundles_keep_their_form_and_get_the_new_addresses(host):
         launch(kernel, 5, Bundle(x[1:], None, middle, 16), result, S=(1, 2))
         return (result.view(2, 2),)
 
-    replay.replay(function, [torch.zeros(4)])
+    replay(function, [torch.zeros(4)])
     x = torch.zeros(4)
-    (result,) = replay.replay(function, [x])
+    (result,) = replay(function, [x])
     (call,) = kernel.compiled.calls
     assert result.shape == (2, 2)
     (address, absent, middle, stride), last, constant = call[2:]
@@ -132,9 +132,9 @@ def test_descriptors_keep_their_form_and_get_the_new_addresses(host):
         launch(kernel, 5, *described, result)
         return (result,)
 
-    replay.replay(function, [torch.zeros(4)])
+    replay(function, [torch.zeros(4)])
     x = torch.zeros(4)
-    (result,) = replay.replay(function, [x])
+    (result,) = replay(function, [x])
     first, second, last = kernel.compiled.calls[0][2:]
     assert (first.base.data_ptr(), first.shape, last) == (x.data_ptr() + 4, (3,), result.data_ptr())
     assert (second.shape, second.strides, second.padding) == ((4,), (1,), "nan")
@@ -174,7 +174,7 @@ def test_descriptors_are_encoded_once_for_an_address(host, monkeypatch):
     monkeypatch.setattr(launching, "memory", lambda *layout: y)  # PyTorch gives the same memory again
     first, second = torch.zeros(256, 64), torch.zeros(256, 64)
     for x in (first, first, second, first):
-        replay.replay(function, [x])
+        replay(function, [x])
     expected = (3, (128, 64), (256, 64), (64, 1))
     assert encoded == [(x.data_ptr(), *expected) for x in (first, second)]
     rest = [256, 64, 64, 1, y.data_ptr(), 9]
@@ -230,9 +230,9 @@ def test_another_kind_is_recorded_anew(host):
     function = two_stages(first, second)
     x = torch.zeros(4)
     for inputs, factor in (([x, x], 1.0), ([x, x], 2.0), ([torch.zeros(5), x], 1.0), ([x, torch.zeros(8)[::2]], 1.0)):
-        replay.replay(function, inputs, factor)
+        replay(function, inputs, factor)
     assert first.launches == 4
-    replay.replay(function, [x, x], 2.0)
+    replay(function, [x, x], 2.0)
     assert first.launches == 4
 
 
@@ -290,7 +290,7 @@ def test_what_can_not_be_repeated_runs_every_time(host):
         return (scratch((1,), x.dtype, x.device),)
 
     for count in range(1, 4):
-        replay.replay(foreign, [torch.zeros(3)])
+        replay(foreign, [torch.zeros(3)])
         assert kernel.launches == count
     assert not kernel.compiled.calls
 
@@ -305,7 +305,7 @@ def test_an_input_that_the_function_replaces_is_not_repeated(host):
         return (scratch((1,), torch.float32, inputs[0].device),)
 
     for count in range(1, 4):
-        replay.replay(widened, [torch.zeros(3, dtype=torch.bfloat16)])
+        replay(widened, [torch.zeros(3, dtype=torch.bfloat16)])
         assert kernel.launches == count
     assert not kernel.compiled.calls
 
@@ -315,21 +315,19 @@ def test_an_error_leaves_no_recording_behind(host):
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        replay.replay(fails, [torch.zeros(1)])
+        replay(fails, [torch.zeros(1)])
     assert launching.recording() is None
 
 
 def test_scratch_shares_memory_only_if_no_launch_needs_both():
     sizes, lives = (300, 40, 500, 300, 1, 700), ((0, 1), (0, 5), (1, 2), (2, 3), (3, 3), (4, 5))
-    pieces = [
-        replay.Life(number, *life) for number, life in enumerate((size, *life) for size, life in zip(sizes, lives))
-    ]
-    offsets, total = replay.lay_out(pieces)
+    pieces = [plan.Life(number, *life) for number, life in enumerate((size, *life) for size, life in zip(sizes, lives))]
+    offsets, total = plan.lay_out(pieces)
     for a, b in itertools.combinations(pieces, 2):
         if a.first <= b.last and b.first <= a.last:
             begin, other = offsets[a.number], offsets[b.number]
             assert begin + a.size <= other or other + b.size <= begin
-    assert all(offsets[x.number] % replay.ALIGNMENT == 0 and offsets[x.number] + x.size <= total for x in pieces)
+    assert all(offsets[x.number] % plan.ALIGNMENT == 0 and offsets[x.number] + x.size <= total for x in pieces)
     assert total == 1064  # what launch 1 needs, 300, 40 and 500 bytes, the first two of them aligned
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from loglinear.kernels.tree.launching import members_of
+from loglinear.kernels.tree.bundles import members_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cases import DECAY, FLOAT32, INTERPRETED
 
 from loglinear import log_linear_attention
 from loglinear.kernels import tuning
-from loglinear.kernels.tree import replay
+from loglinear.kernels.tree import launching
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, joined
 
@@ -77,7 +77,7 @@ def test_kernels_go_on_in_chunks_that_fit_the_state(device, chunk, monkeypatch):
     config = dataclasses.replace(tuning.float32_config(16), chunk=chunk)
     file = importlib.import_module("loglinear.kernels.decay.forward")
     monkeypatch.setattr(file, "scalar_gate_config", lambda *kind: config)
-    monkeypatch.setattr(replay, "plans_of", lru_cache(lambda *kind: []))  # a plan knows the tiles of its first call
+    monkeypatch.setattr(launching, "plans_of", lru_cache(lambda *kind: []))  # a plan knows the tiles of its first call
     new = [x[:, 70:].requires_grad_() for x in inputs]
     if chunk > CHUNK_SIZE:
         with pytest.raises(ValueError, match=r"config.chunk must divide .* of 64 tokens .* got 128"):

@@ -13,7 +13,7 @@ from loglinear import DecodingState, log_linear_attention, log_linear_delta_rule
 from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import decoding
 from loglinear.kernels import delta as delta_rule
-from loglinear.kernels.tree import replay
+from loglinear.kernels.tree import launching
 
 pytestmark = pytest.mark.gpu
 
@@ -29,8 +29,8 @@ def make(device, delta: bool, T: int, seed: int, packed: bool) -> tuple[dict, to
 
 def noted_plays(monkeypatch) -> list:
     """A list that grows by one with each replayed call."""
-    played, play = [], replay.Plan.play
-    monkeypatch.setattr(replay.Plan, "play", lambda *arguments: played.append(1) or play(*arguments))
+    played, play = [], launching.play
+    monkeypatch.setattr(launching, "play", lambda *arguments: played.append(1) or play(*arguments))
     return played
 
 
@@ -53,7 +53,7 @@ def test_same_bits(device, monkeypatch, delta, keep, packed, sliced):
 
     recorded = []
     for seed in range(3):
-        replay.plans_of.cache_clear()
+        launching.plans_of.cache_clear()
         recorded.append(both(seed))
     played = noted_plays(monkeypatch)
     for seed, expected in enumerate(recorded):
@@ -73,14 +73,14 @@ def test_steps_of_same_bits(device, monkeypatch, delta):
         outputs = []
         for t in range(150):
             if recorded:
-                replay.plans_of.cache_clear()
+                launching.plans_of.cache_clear()
             outputs.append(decoding.step(**{name: y[:, t : t + 1].clone() for name, y in x.items()}, state=state))
             state.position += 1
         return [torch.cat(outputs, 1), *state._tensors()]
 
     want = steps(recorded=True)
     assert not played
-    replay.plans_of.cache_clear()
+    launching.plans_of.cache_clear()
     got = steps(recorded=False)
     assert len(played) == 149
     for one, other in zip(got, want):

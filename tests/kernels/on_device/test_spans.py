@@ -11,7 +11,7 @@ from cases import DECAY
 
 from loglinear.kernels import decay
 from loglinear.kernels.decay.span import choice
-from loglinear.kernels.tree import launching, replay
+from loglinear.kernels.tree import launching
 
 KERNELS = {"span_output_kernel", "span_query_grads_kernel", "span_key_grads_kernel"}
 
@@ -19,7 +19,7 @@ KERNELS = {"span_output_kernel", "span_query_grads_kernel", "span_key_grads_kern
 @pytest.fixture(autouse=True)
 def spans(monkeypatch):
     """The span kernels take what they can, and what they take is listed."""
-    replay.plans_of.cache_clear()
+    launching.plans_of.cache_clear()
     if (reason := choice.why_not_here(torch.device("cuda" if torch.cuda.is_available() else "cpu"))) is not None:
         pytest.skip(reason)
     launched, launch = [], launching.launch
@@ -30,7 +30,7 @@ def spans(monkeypatch):
 
     monkeypatch.setattr(launching, "launch", spy)
     yield launched
-    replay.plans_of.cache_clear()
+    launching.plans_of.cache_clear()
 
 
 @pytest.mark.parametrize("T", [1, 63, 65, 127, 129, 255, 257, 1000, 2049])

@@ -20,7 +20,6 @@ from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.head_sums import sum_heads
 from loglinear.kernels.tree.levels import SUB
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, token_rows
-from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import ChannelConfig, channel_config, widths
 
 
@@ -149,7 +148,7 @@ def backward(
     config = config or channel_config(v.dtype, *widths(q, v))
     inputs = [token_rows(x) for x in (do, q, k, v, g, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
-    return replay(run_backward, [*inputs, *tables], scale, config)  # type: ignore[return-value]
+    return launching.replay(run_backward, [*inputs, *tables], scale, config)
 
 
 def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tensor, ...]:

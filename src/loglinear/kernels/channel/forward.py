@@ -15,7 +15,6 @@ from loglinear.kernels.channel.scores import scores_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, token_rows
-from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config, widths
 
 
@@ -143,7 +142,7 @@ def forward(
     config = config or channel_config(v.dtype, *widths(q, v))
     inputs = [token_rows(x) for x in (q, k, v, g, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
-    return replay(run_forward, [*inputs, *tables], scale, config)  # type: ignore[return-value]
+    return launching.replay(run_forward, [*inputs, *tables], scale, config)
 
 
 def run_forward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tensor]:

@@ -20,7 +20,6 @@ from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.head_sums import sum_heads
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, padded
-from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import Launch, ScalarGateConfig
 
 
@@ -184,7 +183,7 @@ def backward(
     returned after o, if it was called with the same arguments: no bit depends on it.
     """
     inputs = [do, q, k, v, g, level_scales, *tables_of(q, v, cu_seqlens, config, first_chunks), *kept]
-    return replay(run_backward, inputs, scale, config, reach, len(kept), rows=6)  # type: ignore[return-value]
+    return launching.replay(run_backward, inputs, scale, config, reach, len(kept), rows=6)
 
 
 def run_backward(

@@ -16,7 +16,6 @@ from loglinear.kernels.devices import shared_memory
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, padded, sizes_of_tables
-from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import Launch, ScalarGateConfig, scalar_gate_config, widths
 
 LEAST_ENTRY = 2  # chunks of the shortest entry that ``output`` reads
@@ -162,7 +161,7 @@ def forward(
         kernels read others.
     """
     inputs = [q, k, v, g, level_scales, *tables_of(q, v, cu_seqlens, config, first_chunks)]
-    return replay(run_forward, inputs, scale, config, reach, keep, rows=5)  # type: ignore[return-value]
+    return launching.replay(run_forward, inputs, scale, config, reach, keep, rows=5)
 
 
 def kept_shapes(

@@ -24,7 +24,6 @@ from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, constants
 from loglinear.kernels.tree.dependent import dependent, dependent_launch
 from loglinear.kernels.tree.problem import cdiv, padded
-from loglinear.kernels.tree.replay import replay
 from loglinear.transition import is_per_channel
 
 
@@ -131,8 +130,8 @@ def step(
     shared = state.position, state.entries, state.open_k, state.open_v, state.open_g
     inputs = [q, k, v, g, beta, level_scales, *shared, state.decay, state.open_solve, rows]
     if state.decay is not None:
-        return replay(run_scalar_step, [*inputs, *gate], state.chunk_size, scale)[0]  # type: ignore[return-value]
-    return replay(run_carried_step, inputs, state.chunk_size, scale, normalize)[0]  # type: ignore[return-value]
+        return launching.replay(run_scalar_step, [*inputs, *gate], state.chunk_size, scale)[0]
+    return launching.replay(run_carried_step, inputs, state.chunk_size, scale, normalize)[0]
 
 
 def run_scalar_step(inputs: list, chunk: int, scale: float) -> tuple[Tensor]:

@@ -24,7 +24,6 @@ from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import constants, hash_of
 from loglinear.kernels.tree.dependent import dependent_launch, launch_dependents, wait
 from loglinear.kernels.tree.problem import cdiv
-from loglinear.kernels.tree.replay import replay
 
 BLOCK, WARPS = 256, 4  # numbers that a program owns
 
@@ -193,7 +192,7 @@ def step_inputs(
     if weight is None and dl is None and columns[1] < 0:
         return (None,) * 5
     given = [projected, dl, tail, weight, bias, dt_bias, A_log, level_weights, rows]
-    return replay(run_step_inputs, given, columns, offset)  # type: ignore[return-value]
+    return launching.replay(run_step_inputs, given, columns, offset)
 
 
 def run_step_inputs(inputs: list, columns: tuple[int, int, int, int], offset: float) -> tuple[Tensor | None, ...]:

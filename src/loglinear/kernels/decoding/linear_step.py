@@ -15,7 +15,6 @@ from loglinear.kernels.decoding.open_chunk import held_row, program_of
 from loglinear.kernels.pointwise.functions import inverse_length
 from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tree.tiles import load_state, store_state
 from loglinear.transition import is_per_channel
 
@@ -58,7 +57,7 @@ def linear_step(
             or g ``[B, 1, H, K]``, contiguous. state: float32 ``[rows, H, K, V]``, each row contiguous.
         rows: int64 ``[B]``, the row of the state for each row of q; None: they are the same.
     """
-    return replay(run_linear_step, [q, k, v, g, beta, state, rows])[0]  # type: ignore[return-value]
+    return launching.replay(run_linear_step, [q, k, v, g, beta, state, rows])[0]
 
 
 def run_linear_step(inputs: list) -> tuple[Tensor]:

@@ -15,7 +15,6 @@ from loglinear.kernels.decoding.open_chunk import held_row
 from loglinear.kernels.pointwise.functions import gate_of
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.dependent import dependent_launch, launch_dependents, wait
-from loglinear.kernels.tree.replay import replay
 
 
 @triton.jit
@@ -95,7 +94,7 @@ def step_outputs(
         weight: of the norm, ``[H·V]`` or ``[V]``. gate_first: whether the gate comes before the norm. silu: whether the gate is
             SiLU's, and not the sigmoid's. rows: int64 ``[B]``, the place in ``position`` of each row; None: they are the same.
     """
-    return replay(run_step_outputs, [o, x, D, gate, weight, position, rows], eps, gate_first, silu)[0]  # type: ignore[return-value]
+    return launching.replay(run_step_outputs, [o, x, D, gate, weight, position, rows], eps, gate_first, silu)[0]
 
 
 def run_step_outputs(inputs: list, eps: float, gate_first: bool, silu: bool) -> tuple[Tensor]:

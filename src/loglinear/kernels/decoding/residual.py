@@ -9,7 +9,6 @@ from torch import Tensor
 from loglinear.kernels.decoding.outputs import root_mean_square_norm, warps_for
 from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.replay import replay
 
 
 @triton.jit
@@ -28,7 +27,7 @@ def add_norm_kernel(x, added, weight, total, normed, eps, N: tl.constexpr, BLOCK
 
 def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``x + added`` and its RMS norm, both of the shape and dtype of x: ``[..., N]``, contiguous, at most 32 bits."""
-    return replay(run_add_norm, [x, added, weight], eps)  # type: ignore[return-value]
+    return launching.replay(run_add_norm, [x, added, weight], eps)
 
 
 def run_add_norm(inputs: list, eps: float) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,6 @@ from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.head_sums import sum_heads
 from loglinear.kernels.tree.place import OCTET
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, padded
-from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch
 from loglinear.transition import is_per_channel
 
@@ -301,7 +300,7 @@ def backward(
     returned after o, if it was called with the same arguments: no bit depends on it.
     """
     inputs = [do, q, k, v, g, beta, level_scales, *tables_of(q, v, cu_seqlens, config), *kept]
-    return replay(run_backward, inputs, scale, config, len(kept), rows=7)  # type: ignore[return-value]
+    return launching.replay(run_backward, inputs, scale, config, len(kept), rows=7)
 
 
 def run_backward(inputs: list, scale: float, config: DeltaRuleConfig | None, kept: int) -> tuple[Tensor | None, ...]:

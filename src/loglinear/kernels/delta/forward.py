@@ -17,7 +17,6 @@ from loglinear.kernels.delta.path_states import path_states_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, sizes_of_tables
-from loglinear.kernels.tree.replay import replay
 from loglinear.kernels.tuning import DeltaRuleConfig, delta_rule_config, widths
 from loglinear.transition import is_per_channel
 
@@ -139,7 +138,7 @@ def forward(
         take too much memory.
     """
     inputs = [q, k, v, g, beta, level_scales, *tables_of(q, v, cu_seqlens, config)]
-    return replay(run_forward, inputs, scale, config, keep, rows=6)  # type: ignore[return-value]
+    return launching.replay(run_forward, inputs, scale, config, keep, rows=6)
 
 
 def tuned(config: DeltaRuleConfig | None, q: Tensor, v: Tensor) -> DeltaRuleConfig:

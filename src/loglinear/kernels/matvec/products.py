@@ -27,7 +27,6 @@ from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import constants, hash_of
 from loglinear.kernels.tree.dependent import dependent_launch, launch_dependents, wait
 from loglinear.kernels.tree.problem import cdiv
-from loglinear.kernels.tree.replay import replay
 
 
 class Operands(NamedTuple):
@@ -204,7 +203,7 @@ def products(
         gated: the results are ``silu(x @ firstᵀ) · (x @ secondᵀ)`` and None; M is N.
         position: int64 ``[B]``, contiguous, for x ``[B, T, K]``; T is added to it.
     """
-    return replay(run_products, [x, first, second, norm, added, position], eps, gated)  # type: ignore[return-value]
+    return launching.replay(run_products, [x, first, second, norm, added, position], eps, gated)
 
 
 def run_products(inputs: list, eps: float, gated: bool) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,6 @@ from loglinear.kernels.pointwise.functions import silu_slope
 from loglinear.kernels.pointwise.rows import scratch_like
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.problem import cdiv
-from loglinear.kernels.tree.replay import replay
 
 STEP_BLOCK = 512  # numbers of a program of the gate, which a decoding step takes too
 BLOCK = 1024  # of the others: 8 for each thread of 4 warps, one load of 16 bits
@@ -60,7 +59,7 @@ def _launch(kernel, block: int, *tensors: Tensor) -> None:
 
 def silu_times(gate: Tensor, x: Tensor) -> Tensor:
     """``silu(gate) · x``, both contiguous, of one shape and dtype, at most 32 bits."""
-    return replay(run_silu_times, [gate, x])[0]  # type: ignore[return-value]
+    return launching.replay(run_silu_times, [gate, x])[0]
 
 
 def run_silu_times(inputs: list) -> tuple[Tensor]:

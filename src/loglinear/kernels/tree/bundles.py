@@ -9,6 +9,7 @@ assembler reads in pairs, and with it spills: value_grads takes 3% longer where 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -99,3 +100,8 @@ def constants(kind: type[Any], *values: Any) -> Any:
     in a shape, or the values themselves for the interpreter, which knows no constants.
     """
     return kind(*values) if triton.knobs.runtime.interpret else kind(*(tl.constexpr(x) for x in values))
+
+
+def members_of(arguments: Sequence) -> list:
+    """The arguments, with the members of each bundle in its place. A bundle holds no other bundle."""
+    return [member for x in arguments for member in (x if isinstance(x, tuple) else (x,))]

@@ -1,16 +1,25 @@
-"""LAUNCHING: scratch memory and launches of kernels. A recording, if there is one, notes both (replay.py)."""
+"""LAUNCHING: scratch memory and launches of kernels. The first call of a kind is recorded, and later calls repeat its launches.
+
+Below some thousand tokens the host is slower than the GPU. It works out sizes, and Triton checks every argument of every
+launch. This work takes several times as long as the launches themselves, and it depends on dtypes, shapes, strides and
+alignments alone. It is therefore done once for each kind of call (plan.py).
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import Any
 
 import torch
+import triton
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from loglinear.kernels.tree.replay import Recording
+from loglinear.kernels.tree.bundles import members_of
+from loglinear.kernels.tree.plan import Plan, Recording, placed
+from loglinear.kernels.tree.problem import token_rows
 
 _local = threading.local()
 
@@ -25,13 +34,13 @@ def record(note: Recording | None) -> None:
     _local.recording = note
 
 
-def memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory. Tests replace it by memory full of NaN."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 @contextmanager
-def into(places: list[torch.Tensor]) -> Iterator[None]:
+def into(places: list[Tensor]) -> Iterator[None]:
     """Calls of this thread that are repeated, and whose results are as large as ``places``, write them there."""
     _local.places = places
     try:
@@ -42,7 +51,7 @@ def into(places: list[torch.Tensor]) -> Iterator[None]:
 
 def results(
     layouts: Sequence[tuple[Sequence[int], torch.dtype] | None], device: torch.device
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:
     """Memory for the results (shape, dtype) of a call; None stays None."""
     places = getattr(_local, "places", None)
     if places is None or [x for x in layouts if x is not None] != [(y.shape, y.dtype) for y in places]:
@@ -51,7 +60,7 @@ def results(
     return tuple(None if x is None else next(rest) for x in layouts)
 
 
-def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory for results and intermediates."""
     made, note = memory(shape, dtype, device), recording()
     if note is not None:
@@ -65,7 +74,7 @@ def launch(kernel, programs: int, *arguments, **constants) -> None:
     arguments: tensors, numbers and bundles of these, in the kernel's order; constants: its compile-time arguments, which come
     after them, and launch options.
     """
-    device = next(x.device for x in members_of(arguments) if isinstance(x, torch.Tensor))
+    device = next(x.device for x in members_of(arguments) if isinstance(x, Tensor))
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         compiled = kernel[(programs,)](*arguments, **constants)
@@ -74,6 +83,58 @@ def launch(kernel, programs: int, *arguments, **constants) -> None:
         note.launched(compiled, programs, [*arguments, *(constants[x] for x in kernel.arg_names[len(arguments) :])])
 
 
-def members_of(arguments: Sequence) -> list:
-    """The arguments, with the members of each bundle in its place. A bundle holds no other bundle."""
-    return [member for x in arguments for member in (x if isinstance(x, tuple) else (x,))]
+def current_stream(device: torch.device) -> int:
+    """The stream as Triton's launcher takes it. ``torch.cuda.current_stream`` would make an object of Python first."""
+    return triton.runtime.driver.active.get_current_stream(device.index)
+
+
+def play(plan: Plan, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
+    """The results of a plan for other inputs of the same kind, on the current stream."""
+    made = results(plan.results, device)
+    whole = memory((plan.scratch,), torch.uint8, device) if plan.scratch else None
+    addresses = [0 if x is None else x.data_ptr() for x in (*inputs, *made, whole)]
+    stream = current_stream(device)
+    for run, programs, function, metadata, arguments in placed(plan, *addresses):
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+    return made
+
+
+@lru_cache(maxsize=512)
+def plans_of(*kind: Any) -> list[Plan | None]:
+    """The plan of one kind of call, in a list: empty until there is one, ``[None]`` if the call cannot be repeated."""
+    return []
+
+
+def replay(
+    function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor | None], *settings: Any, rows: int = 0
+) -> tuple[Any, ...]:
+    """``function(inputs, *settings)``, by its plan if there is one.
+
+    Args:
+        function: allocates by ``scratch`` and launches by ``launch``, and does nothing else on the device. Its results are
+            whole scratch.
+        inputs: at least one tensor; all on one device. settings: hashable; with the inputs' device, dtypes, shapes, strides
+            and alignment they decide all that the function does. rows: how many inputs, from the first on, the function gets
+            as ``token_rows`` lays them out.
+    """
+    device = next(x.device for x in inputs if x is not None)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return replay(function, inputs, *settings, rows=rows)
+    kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
+    plans = plans_of(function, device, *settings, *kind)
+    if plans:
+        return function(inputs, *settings) if plans[0] is None else play(plans[0], inputs, device)
+    laid_out = [x if x is None or i >= rows else token_rows(x) for i, x in enumerate(inputs)]
+    if any(x is not y for x, y in zip(laid_out, inputs)):
+        return replay(function, laid_out, *settings)
+    # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
+    own = [None if x is None else x.detach() for x in inputs]
+    note = Recording(tuple(own))  # what the function puts into its list is no input
+    record(note)
+    try:
+        made = function(own, *settings)
+    finally:
+        record(None)
+    plans.append(note.plan(made))
+    return made

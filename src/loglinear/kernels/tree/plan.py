@@ -1,9 +1,7 @@
-"""REPLAY: the first call of a kind is recorded while it runs, and later calls repeat its launches.
+"""PLAN: the record of a call, and what its record becomes: launches that can be repeated (launching.py).
 
-Below some thousand tokens the host is slower than the GPU. It works out sizes, and Triton checks every argument of every
-launch. This work takes several times as long as the launches themselves, and it depends on dtypes, shapes, strides and
-alignments alone. It is therefore done once for each kind of call. The arguments of launches and the descriptors of TMA depend
-on addresses too. They are made once for each set of addresses, for PyTorch gives the same ones out again and again.
+The arguments of launches and the descriptors of TMA depend on addresses. They are made once for each set of addresses, for
+PyTorch gives the same ones out again and again.
 """
 
 from __future__ import annotations
@@ -17,11 +15,9 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.problem import token_rows
+from loglinear.kernels.tree.bundles import members_of
 
 ALIGNMENT = 256  # bytes, of every piece of scratch
 
@@ -125,7 +121,7 @@ class Recording:
         """The lives of the scratch that launches take, without some numbers."""
         found: dict[int, Life] = {}
         for step, (*_, arguments) in enumerate(self.launches):
-            for x in launching.members_of(arguments):
+            for x in members_of(arguments):
                 if isinstance(x, Place) and x.number >= len(self.inputs) and x.number not in without:
                     size = self.scratch[x.number - len(self.inputs)][1]
                     found[x.number] = found.get(x.number, Life(x.number, size, step, step))._replace(last=step)
@@ -148,11 +144,6 @@ def lay_out(lives: list[Life]) -> tuple[dict[int, int], int]:
                 begin = max(begin, -(-other_end // ALIGNMENT) * ALIGNMENT)
         placed.append((begin, begin + life.size, life))
     return {life.number: begin for begin, _, life in placed}, max((end for _, end, _ in placed), default=0)
-
-
-def current_stream(device: torch.device) -> int:
-    """The stream as Triton's launcher takes it. ``torch.cuda.current_stream`` would make an object of Python first."""
-    return triton.runtime.driver.active.get_current_stream(device.index)
 
 
 @dataclass(frozen=True)
@@ -237,16 +228,6 @@ class Plan:
             self.made.append((found, lambda table: described(x, table[found], encode)))
         return found
 
-    def play(self, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
-        """The results for other inputs of the same kind, on the current stream."""
-        results = launching.results(self.results, device)
-        memory = launching.memory((self.scratch,), torch.uint8, device) if self.scratch else None
-        addresses = [0 if x is None else x.data_ptr() for x in (*inputs, *results, memory)]
-        stream = current_stream(device)
-        for run, programs, function, metadata, arguments in placed(self, *addresses):
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
-        return results
-
 
 def described(x: Described, address: int, encode: Callable[[Descriptor, Any], list] | None) -> Any:
     """A descriptor as a launcher takes it: a list of arguments where it is encoded."""
@@ -268,43 +249,3 @@ def placed(plan: Plan, *addresses: int) -> list[tuple[Callable, int, Any, Any, l
         return [y for x in pick(table) for y in (x if isinstance(x, list) else (x,))]
 
     return [(*launch, arguments(pick)) for *launch, pick in plan.launches]  # type: ignore[misc]
-
-
-@lru_cache(maxsize=512)
-def plans_of(*kind: Any) -> list[Plan | None]:
-    """The plan of one kind of call, in a list: empty until there is one, ``[None]`` if the call cannot be repeated."""
-    return []
-
-
-def replay(
-    function: Callable[..., tuple[Tensor | None, ...]], inputs: list[Tensor | None], *settings: Any, rows: int = 0
-) -> tuple[Tensor | None, ...]:
-    """``function(inputs, *settings)``, by its plan if there is one.
-
-    Args:
-        function: allocates and launches by ``launching``, and does nothing else on the device. Its results are whole scratch.
-        inputs: at least one tensor; all on one device. settings: hashable; with the inputs' device, dtypes, shapes, strides
-            and alignment they decide all that the function does. rows: how many inputs, from the first on, the function gets
-            as ``token_rows`` lays them out.
-    """
-    device = next(x.device for x in inputs if x is not None)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return replay(function, inputs, *settings, rows=rows)
-    kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
-    plans = plans_of(function, device, *settings, *kind)
-    if plans:
-        return function(inputs, *settings) if plans[0] is None else plans[0].play(inputs, device)
-    laid_out = [x if x is None or i >= rows else token_rows(x) for i, x in enumerate(inputs)]
-    if any(x is not y for x, y in zip(laid_out, inputs)):
-        return replay(function, laid_out, *settings)
-    # Two inputs may be one tensor here and two tensors in the next call: each gets an identity of its own.
-    own = [None if x is None else x.detach() for x in inputs]
-    note = Recording(tuple(own))  # what the function puts into its list is no input
-    launching.record(note)
-    try:
-        results = function(own, *settings)
-    finally:
-        launching.record(None)
-    plans.append(note.plan(results))
-    return results
