@@ -27,7 +27,7 @@ import torch
 from loglinear.tasks.mqar.config import Cell
 from loglinear.tasks.mqar.run import read_rows
 from loglinear.tasks.mqar.side_by_side import PAUSE
-from recall_plan import cell_of, wanted
+from recall_plan import STATE_SIZE, cell_of, wanted
 from recall_report import lines
 from stack_training import Turns, stack_training
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--at-once", type=int, default=2, help="stacks that take turns in one process")
     parser.add_argument("--stacks", type=int, help="no more than so many")
+    parser.add_argument("--only", nargs="+", help="KIND/MODEL/START of the arms of width 32 that run, in their order")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     began = time.monotonic()
@@ -77,7 +78,7 @@ def trained(rows: dict[Cell, dict], options: argparse.Namespace, until: float) -
     while time.monotonic() < until and any(worker.is_alive() for worker in crew):
         open_ones = [stack for stack in given if stack[0] not in rows]
         room = options.workers * options.at_once - len(open_ones)  # so that later ones keep the order of the plan
-        new = [stack for stack in islice(wanted(rows), room + len(open_ones)) if stack not in open_ones]
+        new = [stack for stack in islice(chosen(rows, options.only), room + len(open_ones)) if stack not in open_ones]
         for stack in new[:room]:
             if len(given) != options.stacks and time.monotonic() + slowest < until:
                 stacks.put(stack)
@@ -101,6 +102,16 @@ def trained(rows: dict[Cell, dict], options: argparse.Namespace, until: float) -
         found = [results.get()]
         rows.update(found[0])
         yield from found[0]
+
+
+def chosen(rows: dict[Cell, dict], only: list[str] | None) -> Iterator[Stacked]:
+    """Stacks of the plan without rows; with ``only``, those of its arms in its order."""
+    stacks = list(wanted(rows))
+    if only is None:
+        return iter(stacks)
+    names = [f"{stack[0].kind}/{stack[0].model}/{stack[0].level_scale_start}" for stack in stacks]
+    plain = [stack[0].width == 32 and stack[0].state_size == STATE_SIZE for stack in stacks]
+    return iter([stack for arm in only for stack, name, one in zip(stacks, names, plain) if one and name == arm])
 
 
 def work(device: str, at_once: int, unfinished: Path, stacks: Queue, results: Queue, over: Event) -> None:

@@ -51,6 +51,7 @@ def opening(results: Path = RESULTS, said: str = "") -> list[str]:
     more = [
         *smaller.lifted_lines(read("lift", results), read("lift_needles", results)),
         *smaller.recipe_lines(text),
+        *smaller.start_lines(text),
         *smaller.document_lines(read("documents", results)),
         *smaller.genome_lines(read("genome", results)),
     ]

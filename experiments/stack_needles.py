@@ -141,11 +141,19 @@ class Tuning:
 
 
 def tune_and_test(
-    stack: Stack, needles: Needles, rows: tuple[np.ndarray, np.ndarray], stream: torch.cuda.Stream | None, trained: int
+    stack: Stack,
+    needles: Needles,
+    rows: tuple[np.ndarray, np.ndarray],
+    stream: torch.cuda.Stream | None,
+    trained: int,
+    unfinished: Path | None = None,
 ) -> list[dict]:
-    """Of each copy: the loss along the fine-tune, and the share of exact answers by kind and length."""
+    """Of each copy: the loss along the fine-tune, and the share of exact answers by kind and length.
+
+    unfinished: the file of a fine-tune that was stopped (``Steps.through``).
+    """
     steps = Steps(Tuning(stack, needles.tune.rate, *rows).step, stack, stream)
-    losses = torch.cat([steps.run(min(32, needles.tune.steps - start)) for start in range(0, needles.tune.steps, 32)])
+    losses = steps.through(needles.tune.steps, unfinished)
     curve = torch.stack([part.mean(0) for part in losses.chunk(8)], 1).tolist()
     found: dict[str, list[float]] = {}
     apart = stack.shape.offset is not None

@@ -29,6 +29,7 @@ from loglinear.tasks.mqar.train import (
 from stacked import Stack, hidden_states
 
 ROWS_AT_ONCE = 64  # of each copy, in the test
+SAVE_EVERY = 60.0  # seconds between the states of an unfinished training
 Turns = Generator["torch.cuda.Event | None", None, list[dict]]
 
 
@@ -40,9 +41,9 @@ def stack_training(
 ) -> Turns:
     """Train and evaluate cells that differ in seed and rate alone. The last turn returns a row for each.
 
-    A training that is closed before its end leaves its state in the file ``unfinished``, from which the next one goes on.
+    A training leaves its state in the file ``unfinished`` each minute and when it is closed. The next one goes on from there.
     """
-    started = time.perf_counter()
+    started = saved = time.perf_counter()
     stream = torch.cuda.Stream() if device == "cuda" else None
     with torch.cuda.stream(stream):
         recall = RecallStack(cells, device, compiled)
@@ -55,18 +56,25 @@ def stack_training(
             before_stop = torch.load(unfinished, map_location=device, weights_only=True)
             steps.load(before_stop["steps"])
             losses.append(before_stop["losses"])
+
+    def keep() -> None:
+        if unfinished is not None and losses:
+            with torch.cuda.stream(stream):
+                _save({"steps": steps.state(), "losses": torch.cat(losses)[-FINAL_LOSSES:]}, unfinished)
+
     before = None
     try:
         for block in blocks(cells, device, apart, stream, steps.done):
             with torch.cuda.stream(stream):
                 losses.append(steps(*block))
                 now = stream.record_event() if stream else None
+            if time.perf_counter() - saved > SAVE_EVERY:
+                keep()
+                saved = time.perf_counter()
             yield before  # the device computes one block, and one more waits
             before = now
     except GeneratorExit:
-        if unfinished is not None and losses:
-            with torch.cuda.stream(stream):
-                _save({"steps": steps.state(), "losses": torch.cat(losses)[-FINAL_LOSSES:]}, unfinished)
+        keep()
         raise
     yield before
     with torch.cuda.stream(stream):
@@ -170,6 +178,7 @@ class Steps:
         """``count`` steps, at most ``BATCHES_AT_ONCE``."""
         for _ in range(count):
             if self.stream and self.replay is None and self.launched >= EAGER_STEPS:
+                torch.cuda.empty_cache()  # a graph has memory of its own
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                     self._step()
@@ -184,6 +193,26 @@ class Steps:
         found = self.step(*(x.index_select(0, batch)[0] for x in self.inputs), self.place)
         self.losses.index_copy_(0, batch, found.unsqueeze(0))
         self.place += 1
+
+    def through(self, total: int, unfinished: Path | None = None) -> Tensor:
+        """float32 ``[total, S]``: all losses until ``total`` steps are done.
+
+        The state goes to the file ``unfinished`` each minute and at the end, and the next training goes on from there.
+        """
+        losses: list[Tensor] = []
+        if unfinished is not None and unfinished.exists():
+            before_stop = torch.load(unfinished, map_location=self.place.device, weights_only=True)
+            self.load(before_stop["steps"])
+            losses.append(before_stop["losses"])
+        saved = time.perf_counter()
+        while self.done < total:
+            losses.append(self.run(min(BATCHES_AT_ONCE, total - self.done)))
+            if self.stream:
+                self.stream.synchronize()
+            if unfinished is not None and (self.done == total or time.perf_counter() - saved > SAVE_EVERY):
+                _save({"steps": self.state(), "losses": torch.cat(losses)}, unfinished)
+                saved = time.perf_counter()
+        return torch.cat(losses)
 
     def state(self) -> dict:
         adam = self.stack.adam

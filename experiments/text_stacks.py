@@ -232,33 +232,30 @@ def evaluate(stack: Stack, sequences: Tensor, levels: int | None) -> Tensor:
     return sums / len(sequences)
 
 
-def train(copies: list[Copy], text: Text, valid: Text, device: str, compiled: bool) -> tuple[list[dict], Stack]:
-    """A row for each copy, and the trained stack."""
-    began = time.perf_counter()
+def train(copies: list[Copy], text: Text, device: str, compiled: bool, unfinished: Path) -> tuple[Stack, list[float]]:
+    """The trained stack and the final loss of each copy. unfinished: a file for ``Steps.through``."""
     stream = torch.cuda.Stream() if device == "cuda" else None
     with torch.cuda.stream(stream):
         training = Training(copies, text, device, compiled)
-        steps = Steps(training.step, training.stack, stream)
-        losses = [steps.run(count) for count in [32] * (copies[0].steps // 32) + [copies[0].steps % 32] if count]
-        stack, part, trained = training.stack, copies[0].part, num_levels(CONTEXT)
-        final = torch.cat(losses)[-50:].mean(0).tolist()
-        found = {"validation": evaluate(stack, valid.whole(CONTEXT, 0)[: 48 if part == "sweep" else None], trained)}
-        if part in REPORTED:
-            found["test"] = evaluate(stack, valid.whole(CONTEXT, 1), trained)
-            found["far"] = evaluate(stack, valid.whole(FAR, 1), trained)
-            if stack.shape.offset is not None:
-                found["far_as_they_are"] = evaluate(stack, valid.whole(FAR, 1), None)
-        rows: list[dict] = [{name: x[i].tolist() for name, x in found.items()} for i in range(len(copies))]
-    seconds = round(time.perf_counter() - began, 1)
-    common = {"parameters": stack.parameters, "torch": torch.__version__, "stacked": len(copies), "seconds": seconds}
-    common["device"] = torch.cuda.get_device_name() if stream else "CPU"
-    whole = [
-        {**row, "validation": fmean(row["validation"]), "final_loss": final[i], **common} for i, row in enumerate(rows)
-    ]
-    return whole, stack
+        losses = Steps(training.step, training.stack, stream).through(copies[0].steps, unfinished)
+        return training.stack, losses[-50:].mean(0).tolist()
 
 
-def main() -> None:
+def tested(copies: list[Copy], stack: Stack, valid: Text) -> list[dict]:
+    """Of each copy the losses on held-out files."""
+    part, trained = copies[0].part, num_levels(CONTEXT)
+    found = {"validation": evaluate(stack, valid.whole(CONTEXT, 0)[: 48 if part == "sweep" else None], trained)}
+    if part in REPORTED:
+        found["test"] = evaluate(stack, valid.whole(CONTEXT, 1), trained)
+        found["far"] = evaluate(stack, valid.whole(FAR, 1), trained)
+        if stack.shape.offset is not None:
+            found["far_as_they_are"] = evaluate(stack, valid.whole(FAR, 1), None)
+    rows: list[dict] = [{name: x[i].tolist() for name, x in found.items()} for i in range(len(copies))]
+    common = {"parameters": stack.parameters, "torch": torch.__version__, "stacked": len(copies)}
+    return [{**row, "validation": fmean(row["validation"]), **common} for row in rows]
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
@@ -266,7 +263,8 @@ def main() -> None:
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="files with rows of earlier calls")
     parser.add_argument("--pairs", nargs="+", default=PAIRS, choices=PAIRS)
     parser.add_argument("--mixers", nargs="+", help="only stacks of these")
-    parser.add_argument("--needles", type=int, default=0, help="then tune so many stacks on needles, and test them")
+    parser.add_argument("--parts", nargs="+", help="only stacks of these parts of the plan")
+    parser.add_argument("--needles", action="store_true", help="tune each reported stack on needles, and test it")
     parser.add_argument("--tune-steps", type=int, default=Tune.steps)
     parser.add_argument("--tune-rate", type=float, default=Tune.rate)
     parser.add_argument("--tune-lengths", type=int, nargs="+", default=Tune.lengths)
@@ -274,47 +272,63 @@ def main() -> None:
         "--export", type=Path, help="write the first model of each reported stack as a checkpoint there"
     )
     parser.add_argument("--stacks", type=int, default=1000, help="no more than so many")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
     until = time.monotonic() + options.seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "text_stacks.jsonl"
-    found = [row for file in (*options.known, path) for row in read_rows(file)]
+    (options.out / "unfinished").mkdir(parents=True, exist_ok=True)
+    path, needle_path = options.out / "text_stacks.jsonl", options.out / "text_needles.jsonl"
+    found = [row for file in (*options.known, path, needle_path) for row in read_rows(file)]
     rows = {Copy(**row["copy"]): row for row in found if "validation" in row}
-    tune = Tune(options.tune_steps, options.tune_rate, tuple(options.tune_lengths))
-    needles = Needles(options.data, tune)
+    tuned = {Copy(**row["copy"]) for row in found if "needles" in row}
+    needles = Needles(options.data, Tune(options.tune_steps, options.tune_rate, tuple(options.tune_lengths)))
     tuning = needles.begin() if options.needles else None
     text, valid = Text(options.data, "train", device), Text(options.data, "valid", device)
     speed = 0.0  # seconds a sequence
-    kept: list[tuple[list[Copy], Stack]] = []
     for _ in range(options.stacks):
-        wanted = stacks(rows, options.pairs)
-        copies = next((one for one in wanted if not options.mixers or one[0].mixer in options.mixers), None)
-        if copies is None or 0 < options.needles <= len(kept):
-            break
-        sequences = sum(copy.steps * copy.batch for copy in copies)
-        if time.monotonic() + speed * sequences > until:
+        whole = {c: row for c, row in rows.items() if not tuning or c.part not in REPORTED or c in tuned}
+        copies = next((one for one in stacks(whole, options.pairs) if asked(one[0], options)), None)
+        sequences = 0 if copies is None else sum(copy.steps * copy.batch for copy in copies)
+        if copies is None or time.monotonic() + speed * sequences > until:
             break
         began = time.monotonic()
-        trained, stack = train(copies, text, valid, device, compiled=device == "cuda")
-        speed = (time.monotonic() - began) / sequences
+        state = options.out / "unfinished" / f"{'-'.join(map(str, asdict(copies[0]).values()))}.pt".replace(" ", "")
+        stack, final = train(copies, text, device, device == "cuda", state)
         torch.cuda.empty_cache()  # of its graph
-        found = [{"copy": asdict(copy), **row} for copy, row in zip(copies, trained)]
-        rows.update(zip(copies, found))
-        save(found, path)
-        for copy, row in zip(copies, found):
-            print(f"{copy}: {row['seconds']} s, validation {row['validation']:.4f}", flush=True)
+        if any(copy not in rows for copy in copies):
+            made = tested(copies, stack, valid)
+            more = {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
+            more["seconds"] = round(time.monotonic() - began, 1)
+            new = [
+                {"copy": asdict(c), **row, "final_loss": final[i], **more}
+                for i, (c, row) in enumerate(zip(copies, made))
+            ]
+            rows.update(zip(copies, new))
+            save(new, path)
+            for copy, row in zip(copies, new):
+                print(f"{copy}: {row['seconds']} s, validation {row['validation']:.4f}", flush=True)
+            speed = (time.monotonic() - began) / sequences
         if options.export and copies[0].part in REPORTED:
             export(copies[0], stack, 0, options.data, options.export / f"{copies[0].mixer}-s{copies[0].seed}")
-        if options.needles and copies[0].part != "sweep":
-            kept.append((copies, stack))
-    for copies, stack in kept:
-        assert tuning is not None
-        stream = torch.cuda.Stream() if device == "cuda" else None
-        with torch.cuda.stream(stream):
-            tested = tune_and_test(stack, needles, tuning.result(), stream, CONTEXT)
-        save([{"copy": asdict(copy), **row} for copy, row in zip(copies, tested)], options.out / "text_needles.jsonl")
-        print(f"{copies[0].mixer} {copies[0].start} needles: {tested[0]}", flush=True)
+        if tuning and copies[0].part in REPORTED:
+            half = state.with_suffix(".tune.pt")
+            stream = torch.cuda.Stream() if device == "cuda" else None
+            with torch.cuda.stream(stream):
+                exact = tune_and_test(stack, needles, tuning.result(), stream, CONTEXT, half)
+            save([{"copy": asdict(copy), **row} for copy, row in zip(copies, exact)], needle_path)
+            tuned.update(copies)
+            half.unlink(missing_ok=True)
+            print(f"{copies[0].mixer} {copies[0].start} needles: {exact[0]}", flush=True)
+        state.unlink(missing_ok=True)
+
+
+def asked(copy: Copy, options: argparse.Namespace) -> bool:
+    """Whether stacks of this copy are among those that the options ask for."""
+    mixers, parts = options.mixers or [copy.mixer], options.parts or [copy.part]
+    return copy.mixer in mixers and copy.part in parts
 
 
 def export(copy: Copy, stack: Stack, place: int, data: Path, folder: Path) -> None:

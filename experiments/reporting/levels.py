@@ -35,7 +35,7 @@ LEAST = 2.0  # percent of exact answers that one of two models must give, or nei
 # Parts of the language models' plan: rate, and samples of the fine-tune on needles.
 PARTS = {
     "fresh": "rate 0.008; needles after 700 steps on 1K to 8K",
-    "second": "rate 0.016; needles after 1,200 steps on 256 to 8K",
+    "second": "rate 0.016; needles after 1,000 steps at 0.004 on 256 to 8K",
 }
 SHORT = {"fresh": "first recipe", "second": "second recipe"}
 # Numbers of the paper for the same task, from summaries: one seed (Guo et al. 2025).

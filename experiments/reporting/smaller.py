@@ -67,6 +67,38 @@ def _weights_or_order(text: Sequence[dict]) -> list[str]:
     return [" ".join(lines), ""] if lines else []
 
 
+def start_lines(text: Sequence[dict]) -> list[str]:
+    """Validation loss of the log-linear models by where λ starts; differences to "one" are those of equal seeds."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in text:
+        copy = row["copy"]
+        if copy["part"] == "start" and "validation" in row:
+            found.setdefault(copy["mixer"], {}).setdefault(copy["start"], {})[copy["seed"]] = row["validation"]
+    lines = []
+    for mixer, starts in found.items():
+        ones = starts.get("one", {})
+        for start, losses in sorted(starts.items()):
+            seeds = sorted(losses.keys() & ones.keys()) if start != "one" else []
+            shown = ["", ""]
+            if len(seeds) > 1:
+                apart = paired(*(np.array([by_seed[seed] for seed in seeds]) for by_seed in (losses, ones)))
+                shown = [difference(apart), f"{sum(losses[seed] < ones[seed] for seed in seeds)} of {len(seeds)}"]
+            spread = f"{stdev(losses.values()):.4f}" if len(losses) > 1 else ""
+            lines.append([LABELS[mixer], start, str(len(losses)), f"{fmean(losses.values()):.4f}", spread, *shown])
+    if not lines:
+        return []
+    return [
+        "## Where λ starts, in language models",
+        "",
+        "Log-linear models on seeds of their own, at the rate of the first recipe. *one* and *paper* have a "
+        "narrow projection, with λ near 1 and near ln 2; *noise* has one as wide as all others. Validation loss in nats, spread over "
+        "seeds, and the difference to *one* on equal data.",
+        "",
+        *table(["model", "start", "seeds", "loss", "spread", "minus one", "ahead"], lines, words=2),
+        "",
+    ]
+
+
 def lifted_lines(losses: Sequence[dict], needles: Sequence[dict]) -> list[str]:
     """Linear models that go on with and without levels, from the same weights, on the same tokens."""
     by_name = {(row["base"], row["kind"]): row["evaluations"][EVALUATION] for row in losses}

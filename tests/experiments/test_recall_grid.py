@@ -12,7 +12,7 @@ import recall_plan
 from bucket_weights import BucketWeights, see_buckets
 from loglinear.tasks.mqar.config import VALUE_DIM, Cell, Recipe
 from loglinear.tasks.mqar.train import BATCHES_AT_ONCE, build_model
-from recall_grid import work
+from recall_grid import chosen, work
 from recall_plan import FRESH_SEEDS, RATES, Arm, best_rate, cell_of, chooser, fresh, phases, sweep, wanted
 from recall_report import lines
 
@@ -80,6 +80,20 @@ def test_the_plan_has_each_arm_once_and_fresh_seeds_go_to_the_rate_that_a_sweep_
     assert later[len(phases()[0]) - 1] == fresh(first, max(RATES)), "behind the sweeps of its phase"
     assert best_rate(replace(first, kind="tagged"), rows) == max(RATES), "other kinds keep the rate"
     assert cell_of(stacks[0][0].identity()) == stacks[0][0]
+
+
+def test_arms_that_are_asked_for_run_in_their_order():
+    rows = {
+        cell: {"validation": {"32": cell.learning_rate}, "final_loss": 0.0}
+        for model, start in (("Mamba-2", "noise"), ("Log-Linear Mamba-2", "one"))
+        for cell in sweep(Arm("any", model, start))
+    }
+    asked = ["end/Mamba-2/noise", "any/Log-Linear Mamba-2/one"]
+    assert [(stack[0].kind, stack[0].model) for stack in chosen(rows, asked)] == [
+        ("end", "Mamba-2"),
+        ("any", "Log-Linear Mamba-2"),
+    ]
+    assert list(chosen(rows, None)) == list(wanted(rows))
 
 
 def test_differences_are_those_of_pairs():

@@ -29,6 +29,17 @@ def test_a_recipe_has_the_spread_of_its_seeds_and_says_what_weights_and_order_do
     assert "the loss by +0.0500, another order with the same weights by -0.1000" in text[-2]
 
 
+def test_a_start_of_lambda_is_compared_with_one_on_equal_seeds():
+    one = Copy("log_linear_mamba2", "one", 0.008, 300, 300, part="start")
+    losses = {one: 3.0, replace(one, seed=301, order=301): 3.2, replace(one, part="fresh"): 9.0}
+    losses |= {
+        replace(copy, start="noise"): loss + more for (copy, loss), more in zip([*losses.items()][:2], (0.02, -0.04))
+    }
+    text = smaller.start_lines([{"copy": asdict(copy), "validation": loss} for copy, loss in losses.items()])
+    assert "| Log-Linear Mamba-2 | noise | 2 | 3.0900 | 0.0990 | −0.0100 ± 0.0300 | 1 of 2 |" in text
+    assert "| Log-Linear Mamba-2 | one | 2 | 3.1000 | 0.1414 |  |  |" in text
+
+
 def test_lifted_is_compared_with_plain_of_the_same_base():
     losses, needles = [], []
     for seed, gain in ((0, -0.02), (1, -0.04)):

@@ -11,8 +11,8 @@ import torch
 import text_stacks
 from loglinear.tasks.mqar.config import Cell, Recipe
 from loglinear.tasks.mqar.train import TrainingSteps, build_model, training_blocks
-from stack_training import RecallStack, blocks, stack_training
-from stacked import Shape, hidden_states
+from stack_training import RecallStack, Steps, blocks, stack_training
+from stacked import Shape, Stack, hidden_states
 from text_stacks import Copy
 
 pytestmark = pytest.mark.default_packages
@@ -90,3 +90,25 @@ def test_a_copy_with_other_weights_reads_the_same_text_and_stacks_follow_the_pla
     fresh = next(text_stacks.stacks(rows))
     assert [copy.seed for copy in fresh] == list(text_stacks.FRESH_SEEDS)
     assert {copy.rate for copy in fresh} == {4e-3}
+
+
+def test_steps_that_were_stopped_go_on_from_their_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("stack_training.SAVE_EVERY", 0.0)
+
+    def steps():
+        model = build_model(cells("Mamba-2")[0])
+        stack = Stack([model], torch.full((40, 1), 1e-2), 0.1, torch.float32, compiled=False)
+        ids = torch.randint(32, (40, 1, 2, 17), generator=torch.Generator().manual_seed(0))
+
+        def step(place):
+            h = stack.hidden(ids[int(place)][..., :-1])
+            found = text_stacks.mean_losses(h, stack.table, ids[int(place)][..., 1:])
+            stack.update(found, place)
+            return found.detach()
+
+        return Steps(step, stack, None)
+
+    whole, file = steps().through(40), tmp_path / "state.pt"
+    assert len(steps().through(32, file)) == 32
+    torch.testing.assert_close(steps().through(40, file), whole, rtol=0, atol=0)
+    torch.testing.assert_close(steps().through(40, file), whole, rtol=0, atol=0)  # nothing is left to do
