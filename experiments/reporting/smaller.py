@@ -90,9 +90,9 @@ def start_lines(text: Sequence[dict]) -> list[str]:
     return [
         "## Where λ starts, in language models",
         "",
-        "Log-linear models on seeds of their own, at the rate of the first recipe. *one* and *paper* have a "
-        "narrow projection, with λ near 1 and near ln 2; *noise* has one as wide as all others. Validation loss in nats, spread over "
-        "seeds, and the difference to *one* on equal data.",
+        "Log-linear models on seeds of their own, at the rate of the first recipe. *one* and *paper* have a narrow projection, "
+        "λ near 1 and ln 2. *noise* has one as wide as all others. Validation loss in nats, spread over seeds, and the "
+        "difference to *one* on equal data.",
         "",
         *table(["model", "start", "seeds", "loss", "spread", "minus one", "ahead"], lines, words=2),
         "",
