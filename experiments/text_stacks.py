@@ -300,7 +300,7 @@ def main() -> None:
         torch.cuda.empty_cache()  # of its graph
         if any(copy not in rows for copy in copies):
             made = tested(copies, stack, valid)
-            more = {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
+            more: dict[str, object] = {"device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
             more["seconds"] = round(time.monotonic() - began, 1)
             new = [
                 {"copy": asdict(c), **row, "final_loss": final[i], **more}
