@@ -7,6 +7,7 @@ as the table of docs/kernels.md.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pytest
@@ -15,8 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from loglinear import DecodingState
-from loglinear.kernels import channel, decoding
+from loglinear.kernels import channel as channel_gate
 from loglinear.kernels import decay as scalar_gate
+from loglinear.kernels import decoding
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.decay.span import choice
 from loglinear.kernels.decoding import host, inputs, linear_step, outputs, residual
@@ -34,7 +36,7 @@ from loglinear.kernels.tree import launching
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from compilation import Resources, build, built, recording
+from compilation import Resources, built, recording
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -75,18 +77,29 @@ def meta(*size: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(size, dtype=kind, device="meta")
 
 
-def launches(delta: bool, T: int = 16384, H: int = 16, G: int = 1, K: int = 128, V: int = 64) -> list:
+def launches(
+    delta: bool, T: int = 16384, H: int = 16, G: int = 1, K: int = 128, V: int = 64, channel: bool = False
+) -> list:
     """The launches of a forward and a backward pass in bfloat16, each kernel once."""
+    wide = torch.float32
     x = {"q": meta(2, T, G, K), "k": meta(2, T, G, K), "v": meta(2, T, H, V)}
-    x |= {"g": meta(2, T, H, kind=torch.float32), "level_scales": meta(2, T, H, 12, kind=torch.float32)}
-    module = delta_rule if delta else scalar_gate
+    x |= {"g": meta(2, T, H, *[K] * channel, kind=wide)}
+    x |= {"level_scales": meta(2, T, H, 12, kind=torch.bfloat16 if channel else wide)}
+    module = delta_rule if delta else channel_gate if channel else scalar_gate
     if delta:
-        x["beta"] = meta(2, T, H, kind=torch.float32)
+        x["beta"] = meta(2, T, H, kind=wide)
     launching.plans_of.cache_clear()
     with recording() as found:
         module.forward(**x)
         module.backward(x["v"], **x)
     return list({launch.kernel: launch for launch in found}.values())
+
+
+def noted(found: list[Resources], record_property: Callable) -> Iterator[Resources]:
+    """Each of them, once its numbers are recorded."""
+    for made in found:
+        record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
+        yield made
 
 
 def resources(target: str, delta: bool, names: tuple[str, ...] = (), **sizes) -> list[Resources]:
@@ -103,8 +116,7 @@ def test_kernels_compile(target, delta, record_property):
     names = () if target == "sm_90" else DELTA_EVERYWHERE if delta else EVERYWHERE
     if target == "gfx942":  # there the host asks for another precision of this kernel's inverse
         names = tuple(name for name in names if name != "chunk_maps_kernel")
-    for found in resources(target, delta, names, **({"G": 16, "V": 128} if delta else {})):
-        record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
+    for found in noted(resources(target, delta, names, **({"G": 16, "V": 128} if delta else {})), record_property):
         # On AMD the ops leave the delta rule to plain torch (kernels/devices.py).
         if not (delta and target == "gfx942"):
             assert found.shared <= SHARED_MEMORY[target], f"{found} needs more shared memory than {target} has"
@@ -117,25 +129,12 @@ def test_kernels_compile(target, delta, record_property):
 @pytest.mark.parametrize("delta", [False, True])
 def test_kernels_of_the_gate_per_channel_compile(delta, record_property):
     """On Hopper without much spilling, and within a small GPU. Of the delta rule's kernels, those that see a gate."""
-    sizes = 1, 16384, 4
-    x = {"q": meta(*sizes, 128), "k": meta(*sizes, 128), "v": meta(*sizes, 128)}
-    x |= {"g": meta(*sizes, 128, kind=torch.float32), "level_scales": meta(*sizes, 15)}
-    if delta:
-        x["beta"] = meta(*sizes, kind=torch.float32)
-    launching.plans_of.cache_clear()
-    with recording() as found:
-        module = delta_rule if delta else channel
-        module.forward(**x)
-        module.backward(x["v"], **x)
-    for launch in {launch.kernel: launch for launch in found}.values():
-        if delta and launch.kernel.fn.__name__ not in CHANNEL_DELTA:
-            continue
-        made = build(launch, TARGETS["sm_90"])[0]
-        record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
-        most = CHANNEL_SPILLED.get(made.name, SPILLED_BYTES) if delta else SPILLED_BYTES
-        assert made.spills <= most, f"{made} spills"
-        assert made.shared <= SHARED_MEMORY["sm_86"], f"{made} needs more shared memory than sm_86 has"
-        assert not made.overtaken, f"{made}: a copy may overtake these products"
+    names = CHANNEL_DELTA if delta else ()
+    for found in noted(resources("sm_90", delta, names, H=4, G=4, V=128, channel=True), record_property):
+        most = CHANNEL_SPILLED.get(found.name, SPILLED_BYTES) if delta else SPILLED_BYTES
+        assert found.spills <= most, f"{found} spills"
+        assert found.shared <= SHARED_MEMORY["sm_86"], f"{found} needs more shared memory than sm_86 has"
+        assert not found.overtaken, f"{found}: a copy may overtake these products"
 
 
 @pytest.mark.slow
@@ -146,9 +145,7 @@ def test_span_kernels_compile(record_property):
     with mock.patch.object(choice, "why_not_here", return_value=None):
         found = [launch for launch in launches(False, T=1000, H=48) if launch.kernel.is_gluon()]
     assert {launch.kernel.fn.__name__ for launch in found} == set(SPANS_SPILLED)
-    for launch in found:
-        made = build(launch, TARGETS["sm_90"])[0]
-        record_property(made.name, f"{made.registers} registers, {made.spills} spilled, {made.shared} shared")
+    for made in noted(built(found, TARGETS["sm_90"]), record_property):
         assert made.warps * 32 * made.registers <= 65536, f"{made} has more registers than a multiprocessor"
         assert made.spills <= SPANS_SPILLED[made.name], f"{made} spills"
         assert made.shared <= SHARED_MEMORY["sm_90"], f"{made} needs more shared memory than there is"
@@ -159,8 +156,7 @@ def test_span_kernels_compile(record_property):
 def test_the_largest_kernels_fit_into_little_memory(delta, V, record_property):
     """At V = 128 the scalar gate's pipelines are shallower there: as deep as on an H100 they would take 130 KB."""
     names = DELTA_LARGEST if delta else LARGEST
-    for found in resources("sm_86", delta, names, H=2, G=2 if delta else 1, V=V):
-        record_property(found.name, f"{found.shared} shared")
+    for found in noted(resources("sm_86", delta, names, H=2, G=2 if delta else 1, V=V), record_property):
         assert found.shared <= SHARED_MEMORY["sm_86"], f"{found} needs more shared memory than sm_86 has"
 
 
@@ -194,8 +190,7 @@ def step_resources(
 def test_steps_compile(target, delta, record_property):
     """Two programs on a multiprocessor at least: a step is bound by loads, and one program alone does not fill it."""
     for entries in (torch.float32, torch.bfloat16) if target == "sm_90" else (torch.float32,):
-        for found in step_resources(target, delta, entries):
-            record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
+        for found in noted(step_resources(target, delta, entries), record_property):
             share = 2 if target != "gfx942" else 1
             assert found.shared * share <= SHARED_MEMORY[target], f"{found} needs more than half the shared memory"
             if target == "sm_90":
@@ -206,26 +201,18 @@ def test_steps_compile(target, delta, record_property):
 @pytest.mark.parametrize("delta", [False, True])
 def test_steps_of_a_gate_per_channel_compile(delta, record_property):
     """As many programs on a multiprocessor as without channels."""
-    for found in step_resources("sm_90", delta, channel=True):
-        record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
+    for found in noted(step_resources("sm_90", delta, channel=True), record_property):
         assert found.shared * 2 <= SHARED_MEMORY["sm_86"], f"{found} needs more than half the shared memory of sm_86"
         assert found.spills == 0, f"{found} spills"
 
 
-def loss_resources(target: str) -> Resources:
+def loss_resources(target: str) -> list[Resources]:
     """The kernel of the output layer's loss for logits of 32,000 bfloat16 columns."""
     hidden, weight = (torch.empty(size, 512, dtype=torch.bfloat16, device="meta") for size in (256, 32000))
     targets = torch.empty(256, dtype=torch.int64, device="meta")
     with recording() as found:
         cross_entropy.loss_and_gradients(hidden, weight, targets, -100, True, False)
-        return built(found, TARGETS[target])[0]
-
-
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_the_loss_compiles(target):
-    found = loss_resources(target)
-    assert found.shared <= 1024, f"{found}: only maxima and sums go through shared memory"
-    assert found.spills == 0, f"{found} spills"
+        return built(found, TARGETS[target])
 
 
 def fused_resources(target: str) -> list[Resources]:
@@ -247,9 +234,10 @@ def fused_resources(target: str) -> list[Resources]:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_fused_steps_compile(target):
-    for found in fused_resources(target):
-        assert found.shared <= 1024, f"{found}: only sums go through shared memory"
+@pytest.mark.parametrize("kernels", [fused_resources, loss_resources])
+def test_fused_steps_and_the_loss_compile(target, kernels):
+    for found in kernels(target):
+        assert found.shared <= 1024, f"{found}: only maxima and sums go through shared memory"
         assert found.spills == 0, f"{found} spills"
 
 
@@ -279,8 +267,7 @@ def pointwise_resources(target: str) -> list[Resources]:
 
 @pytest.mark.slow
 def test_pointwise_kernels_compile(record_property):
-    for found in pointwise_resources("sm_90"):
-        record_property(found.name, f"{found.registers} registers, {found.spills} spilled, {found.shared} shared")
+    for found in noted(pointwise_resources("sm_90"), record_property):
         assert found.spills == 0, f"{found} spills"
         assert found.shared <= 50 << 10, f"{found}: sums of rows, and tiles of wide rows on their way"
 
@@ -289,5 +276,5 @@ if __name__ == "__main__":
     for name in TARGETS:
         launched = (*resources(name, False, H=48), *resources(name, True, G=16, V=128))
         steps = *step_resources(name, False), *step_resources(name, True)
-        for found in (*launched, *steps, *fused_resources(name), loss_resources(name), *pointwise_resources(name)):
+        for found in (*launched, *steps, *fused_resources(name), *loss_resources(name), *pointwise_resources(name)):
             print(f"| {name} | {found.name} | {found.warps} | {found.registers} | {found.spills} | {found.shared} |")

@@ -5,6 +5,7 @@ import torch
 
 import loglinear
 from loglinear import reference
+from loglinear.reference.chunkwise import chunkwise
 from oracle import error, gradients, make_inputs, per_value_head
 
 C = 64  # the ops' chunk size: where their bits change
@@ -65,6 +66,18 @@ def dense(q, k, v, level_scales=None, g=None, beta=None):
     transition = reference.transition_of(g.transpose(1, 2), None if beta is None else beta.mT, k)
     scales = None if level_scales is None else level_scales.transpose(1, 2)
     return reference.dense(q, k, v.transpose(1, 2), transition, scales).transpose(1, 2)
+
+
+def chunked(x, state=None, lengths=None, scale=1.0, **options):
+    """``(o, final_state)`` by the reference's chunkwise form, in the dtype of x."""
+    g = x["g"] if "g" in x else torch.zeros_like(x["v"][..., 0])
+    given = scale * x["q"], x["k"], x["v"], g, x.get("level_scales"), x.get("beta")
+    return chunkwise(*given, state, lengths, **options)
+
+
+def together(each, axis):
+    """Inputs of several calls as those of one."""
+    return {name: torch.cat([x[name] for x in each], axis) for name in each[0]}
 
 
 def tokens(x, left, right):

@@ -9,14 +9,13 @@ import os
 
 import pytest
 import torch
-from calls import inputs, rows, tokens
+from calls import chunked, inputs, rows, tokens
 from test_step import assert_states_equal, poisoned, step, steps
 
 from guarded import guarded_memory
 from loglinear import DecodingState
 from loglinear.kernels import decoding
 from loglinear.ops import dispatch
-from loglinear.reference.chunkwise import chunkwise
 from oracle import LOW_PRECISION_FACTOR, TOLERANCES, error, plain_torch
 
 CUDA, INTERPRETED = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
@@ -60,9 +59,7 @@ def make(kernels):
 
 def full(x, scale=1.0):
     """o in float64 and the state after the last token, by the chunkwise form."""
-    x = {name: y.double() for name, y in x.items()}
-    g = x.get("g", torch.zeros_like(x["v"][..., 0]))
-    return chunkwise(x["q"] * scale, x["k"], x["v"], g, x["level_scales"], x.get("beta"), chunk_size=C)
+    return chunked({name: y.double() for name, y in x.items()}, scale=scale, chunk_size=C)
 
 
 def start(x, length=0, entry_dtype=torch.float32, max_context=512 * C):
