@@ -19,6 +19,11 @@ STATES = {kind: run(x)[1] for kind, x in X.items()}
 STATE, LINEAR, DELTA = (STATES[kind] for kind in ("scalar", "linear", "delta"))
 Q, K, V, G, LAMBDA, BETA = (X["delta"][name] for name in ("q", "k", "v", "g", "level_scales", "beta"))
 PACKED = {"kind": "packed"}
+EVERY = list(X["delta"].items())
+OTHERS = EVERY[1:]  # all but q
+F8 = STATE.entries.to(torch.float8_e4m3fn)
+OPEN = ("open_k", "open_v", "open_g", "open_beta")
+ROWS, FLOATING = "initial_state must have one row", "initial_state.entries must be a floating-point tensor"
 
 
 def call(kind="scalar", **changed):
@@ -28,7 +33,11 @@ def call(kind="scalar", **changed):
 
 def state(kind="scalar", **changed):
     """A state of the right kind with one tensor of another shape, dtype or device."""
-    return {"kind": kind, "initial_state": dataclasses.replace(STATES[kind], **changed)}
+    return going_on(dataclasses.replace(STATES[kind], **changed), kind)
+
+
+def going_on(state, kind="scalar"):
+    return {"kind": kind, "initial_state": state}
 
 
 def bounds(*ends, **kwargs):
@@ -59,11 +68,7 @@ VALUES = [
     ({"g": torch.where(torch.arange(T)[:, None] == 9, 0.5, G)}, "g must be a log decay", "maximum of 0.5"),
     ({"scale": float("nan")}, "scale must be finite", "got nan"),
     ({"scale": float("inf")}, "scale must be finite", "got inf"),
-    *(
-        ({"kind": "delta", name: X["delta"][name].to("meta")}, f"{name} must be on the device of q (cpu)", "got meta")
-        for name in X["delta"]
-        if name != "q"
-    ),
+    *(({"kind": "delta", x: y.to("meta")}, f"{x} must be on the device of q (cpu)", "got meta") for x, y in OTHERS),
     (bounds(0, T, device="meta"), "cu_seqlens must be on the device of q", "got meta"),
     ({"initial_state": STATE.to("meta")}, "initial_state must be on the device of q (cpu)", "got meta"),
     (state(entries=STATE.entries.to("meta")), "initial_state.entries must be on the device of q (cpu)", "got meta"),
@@ -75,54 +80,20 @@ VALUES = [
     (bounds(dtype=torch.int64), "cu_seqlens must have shape [n + 1]", "got [0]"),
     ({"cu_seqlens": torch.tensor([0, T])}, "q must have a batch of 1", "got B=2"),
     (PACKED | {"cu_seqlens_cpu": torch.tensor([0, T])}, "cu_seqlens_cpu needs cu_seqlens", "cu_seqlens=None"),
-    (
-        bounds(0, T) | {"cu_seqlens_cpu": torch.tensor([0, 5, T])},
-        "cu_seqlens_cpu must be a CPU copy of cu_seqlens",
-        "got shape [3]",
-    ),
-    (
-        {"initial_state": STATE.reorder(torch.tensor([0, 1, 1]))},
-        "initial_state must have one row per sequence (2)",
-        "got 3",
-    ),
-    (
-        bounds(0, 9, T) | {"initial_state": STATES["packed"]},
-        "initial_state must have one row per sequence (2)",
-        "got 1",
-    ),
-    (
-        {"kind": "delta", "initial_state": STATE},
-        "initial_state must come from the same op",
-        "got a state of the scalar gate",
-    ),
-    ({"initial_state": DELTA}, "initial_state must come from the same op", "got a state of the delta rule"),
+    (bounds(0, T) | {"cu_seqlens_cpu": torch.arange(3)}, "cu_seqlens_cpu must be a CPU copy of cu_seqlens", "got shape [3]"),
+    (going_on(STATE.reorder(torch.tensor([0, 1, 1]))), f"{ROWS} per sequence (2)", "got 3"),
+    (bounds(0, 9, T) | going_on(STATES["packed"], "packed"), f"{ROWS} per sequence (2)", "got 1"),
+    (going_on(STATE, "delta"), "initial_state must come from the same op", "got a state of the scalar gate"),
+    (going_on(DELTA), "initial_state must come from the same op", "got a state of the delta rule"),
     (state(position=STATE.position[:, None]), "initial_state.position must have shape [B]", "got [2, 1]"),
     (state(chunk_size=48), "initial_state.chunk_size must be a power of two", "got 48"),
-    (
-        state(chunk_size=2 * C),
-        "initial_state.open_k must have shape [B, G, C, K] = [2, 2, 128, 3]",
-        "got [2, 2, 64, 3]",
-    ),
-    (
-        state(entries=STATE.entries[..., :4]),
-        "initial_state.entries must have shape [B, H, M, K, V]",
-        "got [2, 4, 1, 3, 4]",
-    ),
+    (state(chunk_size=2 * C), "initial_state.open_k must have shape [B, G, C, K] = [2, 2, 128, 3]", "got [2, 2, 64, 3]"),
+    (state(entries=STATE.entries[..., :4]), "initial_state.entries must have shape [B, H, M, K, V]", "got [2, 4, 1, 3, 4]"),
     (state(entries=STATE.entries[:, :, :0], decay=STATE.decay[:, :, :0]), "initial_state.entries must have", "got"),
-    (
-        state("linear", state=LINEAR.state[:, :2]),
-        "initial_state.state must have shape [B, H, K, V]",
-        "got [2, 2, 3, 5]",
-    ),
-    *(
-        (
-            state("delta", **{name: getattr(DELTA, name)[:, :, : C // 2 if "open" in name else 0]}),
-            f"initial_state.{name} must have shape",
-            "got [2, ",
-        )
-        for name in ("decay", "open_k", "open_v", "open_g", "open_beta")
-    ),
-]
+    (state("linear", state=LINEAR.state[:, :2]), "initial_state.state must have shape [B, H, K, V]", "got [2, 2, 3, 5]"),
+    (state("delta", decay=DELTA.decay[:, :, :0]), "initial_state.decay must have shape", "got [2, "),
+    *((state("delta", **{x: vars(DELTA)[x][:, :, :9]}), f"initial_state.{x} must have shape", "got [2, ") for x in OPEN),
+]  # fmt: skip
 TYPES = [
     ({"q": [1.0]}, "q must be a tensor [B, T, G, K]", "got list"),
     ({"v": None}, "v must be a tensor [B, T, H, V]", "got NoneType"),
@@ -131,10 +102,7 @@ TYPES = [
     ({"scale": torch.ones(())}, "scale must be a number or None", "got Tensor"),
     ({"scale": True}, "scale must be a number or None", "got bool"),
     ({"kind": "delta", "q": [1.0], "use_qk_l2norm_in_kernel": True}, "q must be a floating-point tensor", "got list"),
-    *(
-        ({"kind": "delta", name: X["delta"][name].long()}, f"{name} must be a floating-point tensor", "got torch.int64")
-        for name in X["delta"]
-    ),
+    *(({"kind": "delta", x: y.long()}, f"{x} must be a floating-point tensor", "got torch.int64") for x, y in EVERY),
     ({"v": V > 0}, "v must be a floating-point tensor", "got torch.bool"),
     ({"k": K.double()}, "k must have the dtype of q (torch.float32)", "torch.float64"),
     ({"v": V.half()}, "v must have the dtype of q (torch.float32)", "torch.float16"),
@@ -144,12 +112,8 @@ TYPES = [
     ({"initial_state": LINEAR}, "initial_state must be a LogLinearState", "got LinearState"),
     ({"initial_state": STATE.entries}, "initial_state must be a LogLinearState", "got Tensor"),
     (state(position=STATE.position.int()), "initial_state.position must be int64", "got torch.int32"),
-    (
-        state(entries=STATE.entries.to(torch.float8_e4m3fn)),
-        "initial_state.entries must be a floating-point tensor (float64, float32, bfloat16, float16)",
-        "got torch.float8_e4m3fn",
-    ),
-    (state(entries=STATE.entries.long()), "initial_state.entries must be a floating-point tensor", "got torch.int64"),
+    (state(entries=F8), f"{FLOATING} (float64, float32, bfloat16, float16)", "got torch.float8_e4m3fn"),
+    (state(entries=STATE.entries.long()), FLOATING, "got torch.int64"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import pairwise
 
+import cases
 import pytest
 import torch
 from cases import BFLOAT16, CHANNEL_DELTA, DELTA, INTERPRETED, assert_same_bits, config_of, cotangent, make, rules, run
@@ -53,12 +54,10 @@ def test_strided_inputs_and_a_broadcast_gradient(device, rule):
     x = make(device, rule, B=2, T=9 if INTERPRETED else 20)
     do = torch.ones(1, device=device).expand(x["v"].shape)
     expected = run(x, do.contiguous())
-    names = [name for name in x if name != "level_scales"]
-    fused = torch.cat([x[name].flatten(2) for name in names], dim=2)
-    parts = fused.split([x[name].flatten(2).shape[2] for name in names], dim=2)
-    sliced = {name: piece.view(x[name].shape) for name, piece in zip(names, parts)}
+    sliced = cases.fused(x)
     assert all(token_rows(y).data_ptr() == y.data_ptr() for y in sliced.values())
-    assert_same_bits(x, run(x | sliced, do), expected)
+    assert not sliced["g"].is_contiguous()
+    assert_same_bits(x, run(sliced, do), expected)
     transposed = {name: y.transpose(1, 2).contiguous().transpose(1, 2) for name, y in x.items()}
     assert_same_bits(x, run(transposed, do), expected)
 
@@ -68,16 +67,12 @@ def test_one_token_of_a_sequence_first_layout(device, rule):
     """PyTorch calls these contiguous, whatever the stride of the axis of one token is."""
     x = make(device, rule, B=2, T=1)
     do = cotangent(x)
-
-    def sequence_first(y):
-        return y.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
-
     if not rule.per_channel:
         x["g"] = None
-    transposed = {name: y if y is None else sequence_first(y) for name, y in x.items()}
+    transposed = {name: cases.sequence_first(y) for name, y in x.items()}
     assert transposed["q"].is_contiguous()
     assert transposed["q"].stride(1) != x["q"].stride(1)
-    assert_same_bits(x, run(transposed, sequence_first(do)), run(x, do))
+    assert_same_bits(x, run(transposed, cases.sequence_first(do)), run(x, do))
 
 
 @pytest.mark.parametrize("rule", [DELTA, CHANNEL_DELTA])

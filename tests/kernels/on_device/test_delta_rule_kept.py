@@ -8,17 +8,7 @@ from math import prod
 
 import pytest
 import torch
-from cases import (
-    BFLOAT16,
-    CHANNEL_DELTA,
-    DELTA,
-    INTERPRETED,
-    assert_same_bits,
-    config_for,
-    cotangent,
-    make,
-    rule_of,
-)
+from cases import BFLOAT16, CHANNEL_DELTA, DELTA, INTERPRETED, assert_same_bits, config_for, cotangent, make, rule_of
 
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.delta.memory import KEPT_SHARE, heads_at_a_time, keeps_maps, map_elements

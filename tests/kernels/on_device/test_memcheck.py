@@ -33,18 +33,6 @@ def poisoned_scratch(monkeypatch):
     monkeypatch.setattr(launching, "scratch", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype))
 
 
-def sequence_first(inputs: dict) -> dict:
-    """The same values with the strides of ``[T, B, ...]``."""
-    return {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in inputs.items()}
-
-
-def fused(x: dict) -> dict:
-    """q, k and v as slices of one projection, read where they lie."""
-    names = ("q", "k", "v")
-    parts = torch.cat([x[name].flatten(2) for name in names], 2).split([x[name][0, 0].numel() for name in names], 2)
-    return x | {name: part.view(x[name].shape) for name, part in zip(names, parts)}
-
-
 def config_for(delta: bool, tile: int):
     """Chunks of 16 tokens, and tiles of ``tile`` columns."""
     launch = Launch(warps=4, stages=1, block_v=tile)
@@ -113,9 +101,12 @@ def test_packed_sequences(delta):
 
 
 @rules
-@pytest.mark.parametrize(("layout", "T"), [(sequence_first, 1), (fused, 17)])
+@pytest.mark.parametrize(("layout", "T"), [("sequence first", 1), ("fused", 17)])
 def test_strides(delta, layout, T):
-    check(delta, layout, B=2, T=T, H=2, G=1, K=16, V=24, dtype=torch.float16)
+    def laid_out(x):
+        return cases.fused(x) if layout == "fused" else {name: cases.sequence_first(y) for name, y in x.items()}
+
+    check(delta, laid_out, B=2, T=T, H=2, G=1, K=16, V=24, dtype=torch.float16)
 
 
 def test_slices_of_heads(monkeypatch):
