@@ -57,14 +57,15 @@ class Resources:
 
 
 @contextmanager
-def recording():
-    """Within this context kernels are not launched but listed."""
+def recording(compiled: Callable[[Recorded], object] = lambda launch: None):
+    """Within this context kernels are not launched but listed. ``compiled`` makes what stands for a compiled kernel."""
     launches: list[Recorded] = []
 
     def run(self, *args, grid, warmup, **kwargs):
         names = [p.name for p in self.params]
         options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
         launches.append(Recorded(self, dict(zip(names, args)) | kwargs, options, grid))
+        return compiled(launches[-1])
 
     with mock.patch.object(JITFunction, "run", run):
         yield launches

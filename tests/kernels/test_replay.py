@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton
-from compilation import OPTIONS, Recorded, source
+from compilation import recording, source
 from triton.backends.nvidia import driver as nvidia
-from triton.runtime.jit import JITFunction
 
 from loglinear import DecodingState
 from loglinear.kernels import decay as scalar_gate
@@ -183,34 +182,20 @@ def test_descriptors_are_encoded_once_for_an_address(host, monkeypatch):
 
 @pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-def test_repeated_calls_give_every_kernel_arguments_of_its_signature(host, monkeypatch, delta, packed):
+def test_repeated_calls_give_every_kernel_arguments_of_its_signature(host, delta, packed):
     """Of all launches of a forward and a backward pass, against what Triton would compile them for: addresses in the place of
     pointers, numbers and nothing where the first call had them, in the same bundles."""
-    compiled, module = [], delta_rule if delta else scalar_gate
-
-    def run(kernel, *arguments, grid, warmup, **constants):
-        options = {key: constants.pop(key) for key in OPTIONS if key in constants}
-        names = [parameter.name for parameter in kernel.params]
-        recorded = Recorded(kernel, dict(zip(names, arguments)) | constants, options, grid)
-        compiled.append((recorded, Compiled(kernel.fn.__name__)))
-        return compiled[-1][1]
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    sizes = {
-        "q": (1, 300, 1, 16),
-        "k": (1, 300, 1, 16),
-        "v": (1, 300, 2, 16),
-        "g": (1, 300, 2),
-        "level_scales": (1, 300, 2, 7),
-    }
-    for _ in range(2):
-        x = {name: torch.zeros(size) for name, size in sizes.items()} | (
-            {"beta": torch.zeros(1, 300, 2)} if delta else {}
-        )
-        options = {"cu_seqlens": torch.tensor([0, 100, 300])} if packed else {}
-        (o,) = module.forward(**x, **options)
-        module.backward(o, **x, **options)
-    for recorded, fake in compiled:
+    module, fakes = delta_rule if delta else scalar_gate, []
+    sizes = {"q": (1, 16), "k": (1, 16), "v": (2, 16), "g": (2,), "level_scales": (2, 7)} | (
+        {"beta": (2,)} if delta else {}
+    )
+    with recording(lambda launch: fakes.append(Compiled(launch.kernel.fn.__name__)) or fakes[-1]) as launches:
+        for _ in range(2):
+            x = {name: torch.zeros(1, 300, *size) for name, size in sizes.items()}
+            options = {"cu_seqlens": torch.tensor([0, 100, 300])} if packed else {}
+            (o,) = module.forward(**x, **options)
+            module.backward(o, **x, **options)
+    for recorded, fake in zip(launches, fakes, strict=True):
         (call,) = fake.calls
         given, wanted = call[2:], source(recorded).signature.values()
         assert len(given) == len(wanted)

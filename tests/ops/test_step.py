@@ -11,7 +11,6 @@ import loglinear
 from loglinear import DecodingState
 from oracle import error as relative
 
-MIXED = (1, 2, 3, 64)
 WIDE = torch.float64
 
 

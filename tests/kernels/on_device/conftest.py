@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from loglinear.ops import checks, dispatch
+from loglinear.ops import checks, dispatch, fused, pointwise
 
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
     collect_ignore_glob = ["test_*.py"]
@@ -33,6 +33,15 @@ def on_the_kernels(monkeypatch, device):
     if device.type == "cpu":
         monkeypatch.setattr(dispatch, "attention", lambda inputs, backend="auto": True)
         monkeypatch.setattr(checks, "_known", {})
+
+
+@pytest.fixture
+def steps_on_the_kernels(monkeypatch, device):
+    """The steps of layers run the kernels, in the interpreter too."""
+    if device.type == "cpu":
+        monkeypatch.setattr(fused, "fits", lambda x, *others: x.dtype != torch.float64)
+        monkeypatch.setattr(pointwise, "on_device", lambda x: True)
+        monkeypatch.setattr(dispatch, "step", lambda q, v, *rest: v.dtype != torch.float64)
 
 
 @pytest.fixture(autouse=True)

@@ -134,9 +134,9 @@ class Memcheck:
         executor.grid = (len(self.launch.sample),)
         self.call(executor, *arguments, **constants)
 
-    def replacements(self) -> Iterator[Any]:
+    def replacements(self) -> list:
         """The patches, as context managers."""
-        builder, check = interpreter.InterpreterBuilder, self
+        check = self
 
         def load(self, pointers, mask, other, *rest):
             return check.load(self, pointers, check.within(self, "load", pointers, mask), other, *rest)
@@ -153,15 +153,11 @@ class Memcheck:
         def atomic(self, *arguments):
             raise NotImplementedError("memcheck does not see atomics; no kernel here has any")
 
-        for name in ("create_atomic_rmw", "create_atomic_cas"):
-            yield mock.patch.object(builder, name, atomic)
-        yield mock.patch.object(builder, "create_masked_load", load)
-        yield mock.patch.object(builder, "create_masked_store", store)
-        yield mock.patch.object(builder, "create_get_program_id", program_id)
-        yield mock.patch.object(builder, "create_get_num_programs", num_programs)
-        yield mock.patch.object(
-            interpreter.GridExecutor, "__call__", lambda *args, **kwargs: check.run(*args, **kwargs)
-        )
+        patches = {"masked_load": load, "masked_store": store, "atomic_rmw": atomic, "atomic_cas": atomic}
+        patches |= {"get_program_id": program_id, "get_num_programs": num_programs}
+        builder = {f"create_{name}": function for name, function in patches.items()}
+        launch = mock.patch.object(interpreter.GridExecutor, "__call__", lambda *x, **options: check.run(*x, **options))
+        return [mock.patch.multiple(interpreter.InterpreterBuilder, **builder), launch]
 
 
 @contextlib.contextmanager

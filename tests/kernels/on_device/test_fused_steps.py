@@ -14,7 +14,7 @@ from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 from loglinear import layers
 from loglinear.kernels.decoding import inputs
 from loglinear.layers.pages import PageLayout
-from loglinear.ops import dispatch, fused, pointwise
+from loglinear.ops import fused
 
 HIDDEN = 24
 SIZES = {  # one block of channels is not enough, and the last is partial
@@ -35,17 +35,9 @@ CALLS = [3, 1] if INTERPRETED else [1, 3, 1]
 
 
 @pytest.fixture(autouse=True)
-def on_the_kernels(monkeypatch):
-    """Blocks of few numbers, so that there are several; in the interpreter the CPU's tensors are taken too."""
+def few_numbers(monkeypatch, steps_on_the_kernels):
+    """Blocks of few numbers, so that there are several; no gradients."""
     monkeypatch.setattr(inputs, "BLOCK", 64)
-    if INTERPRETED:
-        monkeypatch.setattr(fused, "fits", lambda x, *others: x.dtype != torch.float64)
-        monkeypatch.setattr(pointwise, "on_device", lambda x: True)
-        monkeypatch.setattr(dispatch, "step", lambda q, v, *rest: v.dtype != torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def nothing_recorded():
     with torch.no_grad():
         yield
 

@@ -32,12 +32,6 @@ def on_the_kernels(monkeypatch):
         monkeypatch.setattr(pointwise, "on_device", lambda x: True)
 
 
-def without_kernels():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(pointwise, "has_kernels", lambda *tensors: False)
-    return patch
-
-
 def normal(device, *size, seed=0):
     return torch.randn(*size, generator=torch.Generator("cpu").manual_seed(seed)).to(device)
 
@@ -82,11 +76,9 @@ def plain_norm(gate_first, activation="silu"):
         module = GatedRMSNorm(weight.shape[0], 1e-3, gate_first, activation=activation)
         del module.weight
         module.weight = weight
-        patch = without_kernels()
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pointwise, "has_kernels", lambda *tensors: False)
             return [module(x, gate, skip, skip_scale)]
-        finally:
-            patch.undo()
 
     return norm
 

@@ -17,9 +17,6 @@ from loglinear.kernels.tree import launching
 from loglinear.reference.chunkwise import chunkwise
 from loglinear.state import CHUNK_SIZE, joined
 
-T, MORE = (70, 3) if INTERPRETED else (1000, 70)
-
-
 pytestmark = pytest.mark.usefixtures("on_the_kernels")
 
 

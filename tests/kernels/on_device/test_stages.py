@@ -13,19 +13,7 @@ import math
 import cases
 import pytest
 import torch
-from cases import (
-    CHANNEL,
-    CHANNEL_DELTA,
-    DECAY,
-    DELTA,
-    FLOAT32,
-    INTERPRETED,
-    LOW_PRECISION_FACTOR,
-    config_of,
-    cotangent,
-    relative,
-    wide,
-)
+from cases import CHANNEL, CHANNEL_DELTA, DECAY, DELTA, FLOAT32, INTERPRETED, config_of, cotangent, relative, wide
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,7 +104,7 @@ class Compare:
         assert got.isfinite().all(), name
         bar = FLOAT32
         if self.plain is not None:  # half a unit of the narrow dtype is what storing the exact result costs
-            bar = LOW_PRECISION_FACTOR * max(
+            bar = cases.LOW_PRECISION_FACTOR * max(
                 relative(view(self.plain[name])[only], want), torch.finfo(got.dtype).eps / 2
             )
         error = relative(got, want)

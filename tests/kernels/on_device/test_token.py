@@ -11,20 +11,14 @@ from transformers import StaticCache
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, token
 from loglinear.models.layout import plan_layout
-from loglinear.ops import dispatch, fused, pointwise, products
+from loglinear.ops import products
 
 EVERY = ["log_linear_mamba2", "log_linear_gated_deltanet", "log_linear_kda", "mamba2"]
 MIXERS = EVERY[:1] if INTERPRETED else EVERY
 SIZES = {"mamba_head_dim": 16, "mamba_state_size": 16, "delta_num_heads": 2, "kda_num_heads": 2}
 
 
-@pytest.fixture(autouse=True)
-def on_the_kernels(monkeypatch):
-    """In the interpreter the CPU's tensors are taken too."""
-    if INTERPRETED:
-        monkeypatch.setattr(fused, "fits", lambda x, *others: x.dtype != torch.float64)
-        monkeypatch.setattr(pointwise, "on_device", lambda x: True)
-        monkeypatch.setattr(dispatch, "step", lambda q, v, *rest: v.dtype != torch.float64)
+pytestmark = pytest.mark.usefixtures("steps_on_the_kernels")
 
 
 def make(mixer, device):
