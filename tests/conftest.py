@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiled():
+    """``torch.compile`` into one graph, or an error; nothing is kept for the next test."""
+    torch._dynamo.reset()
+    yield partial(torch.compile, fullgraph=True, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+    torch._dynamo.reset()
 
 
 def pytest_addoption(parser):

@@ -6,7 +6,6 @@ test_states.py, steps in test_step.py, refusals in test_bad_input.py.
 """
 
 import os
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -62,14 +61,6 @@ def backend(request, monkeypatch):
     return made
 
 
-@pytest.fixture
-def compiled():
-    """``torch.compile`` into one graph, or an error; nothing is kept for the next test."""
-    torch._dynamo.reset()
-    yield partial(torch.compile, fullgraph=True, backend="inductor" if CUDA else "aot_eager")
-    torch._dynamo.reset()
-
-
 def wide(x: dict) -> dict:
     return {name: y.detach().double().requires_grad_() for name, y in x.items()}
 
@@ -89,7 +80,7 @@ def test_the_definition_at_every_length(backend, gate, T):
 
 
 @transitions
-@pytest.mark.parametrize(("H", "G"), [(6, 2)] if INTERPRETED else [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6)])
+@pytest.mark.parametrize(("H", "G"), [(6, 2)] if INTERPRETED else [(1, 1), (4, 2), (6, 1), (6, 2), (6, 3), (6, 6)])
 def test_value_heads_share_query_heads_in_order(backend, gate, H, G):
     x = backend.inputs(gate, B=1, T=20 if INTERPRETED else C + 3, H=H, G=G)
     y = wide(x)

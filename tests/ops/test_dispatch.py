@@ -12,7 +12,7 @@ import loglinear
 from loglinear import DecodingState, LogLinearState, kernels
 from loglinear.kernels import devices
 from loglinear.kernels.tuning import scalar_gate_config
-from loglinear.ops import convolution, cross_entropy, dispatch, pointwise
+from loglinear.ops import convolution, cross_entropy, dispatch
 from loglinear.ops.inputs import Inputs
 
 KB = 1 << 10
@@ -136,12 +136,6 @@ def test_without_triton(monkeypatch):
         assert not op(*heads())
     with pytest.warns(UserWarning, match="a decoding step runs in plain PyTorch .*: Triton is not installed"):
         assert not dispatch.step(*heads())
-
-
-def test_a_wide_norm(monkeypatch):
-    monkeypatch.setattr(pointwise, "has_kernels", lambda *tensors: True)
-    with pytest.warns(UserWarning, match="a norm runs in plain PyTorch .*: rows of 10,240 numbers"):
-        assert not pointwise.takes_rows(on_gpu(2, 3, 10_240))
 
 
 # (delta rule, K) that run on kernels; the others say what they need.

@@ -13,11 +13,10 @@ from oracle import SAME_NUMBERS, error, gradients
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's own, where the graph breaks
-def test_compiled_with_states():
+def test_compiled_with_states(compiled):
     """A state's slots depend on its positions, hence not one graph; the numbers are eager's."""
     x, new = inputs("scalar", T=C + 7), inputs("scalar", T=1, seed=1)
-    torch._dynamo.reset()
-    function = torch.compile(run, backend="aot_eager")
+    function = compiled(run, fullgraph=False, backend="aot_eager")
     o, state = function(x)
     step, state = function(new, state)
     expected, eager = run(x)

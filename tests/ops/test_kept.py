@@ -110,15 +110,10 @@ def attend(*x):
 
 
 @pytest.fixture(params=["eager", "compiled"])
-def run(request, monkeypatch):
+def run(request, monkeypatch, compiled):
     """The op as eager code calls it, and as compiled code does, in one graph."""
     monkeypatch.setattr(dispatch, "attention", lambda inputs, backend: True)
-    if request.param == "eager":
-        yield attend
-        return
-    torch._dynamo.reset()
-    yield torch.compile(attend, fullgraph=True, backend="aot_eager")
-    torch._dynamo.reset()
+    return attend if request.param == "eager" else compiled(attend, backend="aot_eager")
 
 
 @pytest.mark.parametrize("delta", [False, True])
@@ -172,7 +167,7 @@ def test_without_a_gradient_nothing_is_kept(calls, run, what):
     assert calls == ["forward"]
 
 
-def test_a_graph_says_which_code_laid_out_what_it_keeps(calls, monkeypatch):
+def test_a_graph_says_which_code_laid_out_what_it_keeps(calls, compiled, monkeypatch):
     """PyTorch files compiled graphs on disk by their text; an earlier version's would ask for tensors that are not there."""
     monkeypatch.setattr(dispatch, "attention", lambda inputs, backend: True)
     seen = []
@@ -181,8 +176,6 @@ def test_a_graph_says_which_code_laid_out_what_it_keeps(calls, monkeypatch):
         seen.append(graph.code)
         return graph.forward
 
-    torch._dynamo.reset()
-    torch.compile(attend, fullgraph=True, backend=backend)(*inputs(delta=True))
-    torch._dynamo.reset()
+    compiled(attend, backend=backend)(*inputs(delta=True))
     (code,) = seen
     assert repr(op.KEPT) in code

@@ -63,19 +63,6 @@ def test_no_gate_is_a_gate_of_zero(gate):
     assert torch.equal(steps(x, empty(x)), steps(without, empty(x)))
 
 
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        (torch.tensor([0, 1], dtype=torch.int32), "state_indices must be int64: got torch.int32"),
-        (torch.tensor([0, 1, 0]), r"state_indices must have shape \[2\] on cpu: got \[3\]"),
-    ],
-)
-def test_an_index_that_does_not_fit(index, message):
-    x = inputs("scalar", B=2, T=1, H=2, G=1, K=4, V=4, dtype=torch.float32)
-    with pytest.raises((TypeError, ValueError), match=message):
-        step(x, empty(x), state_indices=index)
-
-
 def poisoned(state):
     """NaN in every slot and place that is not live, rows at one position."""
     chunk, used = divmod(int(state.position[0]), state.chunk_size)
@@ -148,6 +135,10 @@ BAD = {
                       ["state.entries must have shape"]),
     "gradients": ("scalar", ONE["scalar"] | {"v": ONE["scalar"]["v"].clone().requires_grad_()}, empty, ValueError,
                   ["v must not require gradients"]),
+    "an index of 32 bits": ("scalar", ONE["scalar"] | {"state_indices": torch.arange(2).int()}, empty, TypeError,
+                            ["state_indices must be int64", "got torch.int32"]),
+    "another index": ("scalar", ONE["scalar"] | {"state_indices": torch.tensor([0, 1, 0])}, empty, ValueError,
+                      ["state_indices must have shape [2] on cpu", "got [3]"]),
     "v no tensor": ("scalar", ONE["scalar"] | {"v": 3}, lambda x: empty(ONE["scalar"]), TypeError, ["v must be a tensor"]),
 }  # fmt: skip
 

@@ -80,11 +80,9 @@ def test_vmap_with_unit_length_and_scale():
 
 
 @both_rules
-def test_compiled_vmap(gate):
+def test_compiled_vmap(gate, compiled):
     many, each = several(gate, linear=False)
-    torch._dynamo.reset()
-    compiled = torch.compile(vmap(output), fullgraph=True, backend="aot_eager")
-    assert_same(compiled(many), map(output, each))
+    assert_same(compiled(vmap(output), backend="aot_eager")(many), map(output, each))
 
 
 @both_rules
@@ -107,9 +105,8 @@ def test_what_kernels_take_under_a_gradient(gate):
 @pytest.mark.parametrize("given", ["initial_state", "output_final_state", "cu_seqlens"])
 def test_what_has_no_meaning_under_vmap(given):
     many, each = several("scalar", linear=False)
-    value = {"initial_state": run(each[0])[1], "output_final_state": True, "cu_seqlens": torch.tensor([0, C + 9])}[
-        given
-    ]
+    values = {"initial_state": run(each[0])[1], "output_final_state": True, "cu_seqlens": torch.tensor([0, C + 9])}
+    value = values[given]
     if given == "cu_seqlens":
         many = {name: x[:, :1] for name, x in many.items()}
     with pytest.raises(ValueError, match=f"{given} must not be given under torch.vmap"):

@@ -24,16 +24,6 @@ def poisoned_scratch():
 
 
 @pytest.fixture
-def compiled():
-    """``torch.compile`` into one graph, or an error; nothing is kept for the next test."""
-    torch._dynamo.reset()
-    yield lambda function, **options: torch.compile(
-        function, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor", **options
-    )
-    torch._dynamo.reset()
-
-
-@pytest.fixture
 def backwards(monkeypatch):
     """The number of tensors that each call of the backward kernels was handed from a forward."""
     module = importlib.import_module("loglinear.kernels.delta")
@@ -103,10 +93,9 @@ def test_checkpointing_in_the_graph_makes_them_again(device, compiled, backwards
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # PyTorch's own first graph, where its memory pool begins
-def test_compiled_into_cuda_graphs(device, backwards):
+def test_compiled_into_cuda_graphs(device, compiled, backwards):
     """What is kept lies in the memory of the graphs from the forward's to the backward's, with new inputs every time."""
-    torch._dynamo.reset()
-    function = torch.compile(op, fullgraph=True, mode="reduce-overhead")
+    function = compiled(op, mode="reduce-overhead")
     inputs = make(device, LENGTHS[0])
     for seed in range(4):
         torch.compiler.cudagraph_mark_step_begin()
@@ -115,7 +104,6 @@ def test_compiled_into_cuda_graphs(device, backwards):
         got = [x.clone() for x in gradients(function, inputs)]
         assert same(got, gradients(op, inputs))
     assert set(backwards) == {KEPT}
-    torch._dynamo.reset()
 
 
 def rest(keep: str) -> tuple:

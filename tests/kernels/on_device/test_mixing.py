@@ -58,7 +58,7 @@ def test_the_bits_of_the_lines(device, kind, used, monkeypatch):
         assert torch.equal(x, y)
 
 
-def test_compiled(device, used):
+def test_compiled(device, compiled, used):
     """One operator each way, no gradient that is put together from parts, and the bits of eager code."""
     given, targets = inputs(device, "autocast"), []
 
@@ -66,10 +66,8 @@ def test_compiled(device, used):
         targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return make_boxed_func(graph)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(given[0], fullgraph=True, backend=aot_autograd(fw_compiler=note, bw_compiler=note))
-    got = mixer_results(compiled, *given[1:])
-    torch._dynamo.reset()
+    function = compiled(given[0], backend=aot_autograd(fw_compiler=note, bw_compiler=note))
+    got = mixer_results(function, *given[1:])
     assert [x for x in targets if x.startswith("loglinear")] == [
         "loglinear.mamba2.default",
         "loglinear.mamba2_backward.default",

@@ -26,13 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:
 
 
 @pytest.fixture(autouse=True)
-def compiled_code_calls_all(monkeypatch):
+def compiled_code_calls_all(monkeypatch, compiled):
     monkeypatch.setattr(linear, "many", lambda input: False)  # a whole mixer is test_mixing.py's
     if INTERPRETED:
         monkeypatch.setattr(pointwise, "on_device", lambda x: True)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Graphs:
