@@ -48,7 +48,7 @@ class DecodingState(SlotState):
     of n is set. A step never reads an entry that is not live.
 
     Attributes:
-        position: int64 ``[B]``, tokens seen by each row. Layers that advance together may share one tensor.
+        position: int64 or int32 ``[B]``, tokens seen by each row. Layers that advance together may share one tensor.
         entries: ``[B, H, M, K, V]``, float32 or bfloat16 (float64 for float64 inputs).
         decay: float32 ``[B, 2, H, M]``, natural log of the decay from the end of an entry to the end of the last closed
             chunk, at index n % 2 of axis 1; None where entries are carried along themselves: with the delta rule, and with a
@@ -188,7 +188,7 @@ class DecodingState(SlotState):
         if self.open_solve is not None:
             beta = half(self.open_solve.unflatten(2, (2, -1)).diagonal(dim1=-2, dim2=-1).flatten(2))
         return LogLinearState(
-            self.position,
+            self.position.long(),
             self.entries,
             self.entries.new_zeros(self.entries.shape[:3], dtype=logs) if self.decay is None else half(self.decay, 1),
             half(self.open_k),
@@ -350,7 +350,7 @@ def tensor_kinds(
     wide = (torch.float64 if dtype == torch.float64 else torch.float32,)
     per_channel = (key_width,) if transition.per_channel else ()
     kinds: Kinds = {
-        "position": ((batch,), (torch.int64,)),
+        "position": ((batch,), (torch.int64, torch.int32)),
         "entries": ((batch, heads, slots, key_width, value_width), wide if dtype == torch.float64 else ENTRY_DTYPES),
         "decay": ((batch, 2, heads, slots), wide),
         "open_k": ((batch, groups, 2 * chunk_size, key_width), (dtype,)),

@@ -148,7 +148,7 @@ def test_rows_of_a_state_by_index(make, gate):
     x = make(gate, B=3, T=4 * C + 6, H=2)
     state = DecodingState.stack([start(rows(x, [b]), length) for b, length in enumerate(lengths)])
     index = torch.tensor([3, 0, 4], device=state.device)
-    held, memory = paged(state, index, 6)
+    held, memory = paged(dataclasses.replace(state, position=state.position.int()), index, 6)  # int32 as in pages
     for first, last in ((0, 1), (1, 3)):
         new = tokens(x, first, last)
         assert same(step(new, held, scale=0.7, state_indices=index), step(new, state, scale=0.7))

@@ -69,7 +69,8 @@ class PageLayout:
         """The layout for rows of ``state``, which is one for decoding."""
         fields, start = [], 0
         for name, x in {"conv": state.conv, **dict(state.memory._named())}.items():
-            fields.append(Field(name, tuple(x.shape[1:]), x.dtype, start))
+            dtype = torch.int32 if name == "position" else x.dtype
+            fields.append(Field(name, tuple(x.shape[1:]), dtype, start))
             start += -(-fields[-1].nbytes // ALIGNMENT) * ALIGNMENT
         return PageLayout(tuple(fields), start, getattr(state.memory, "chunk_size", None))
 
@@ -140,7 +141,7 @@ def _past(state: RecurrentMixerState, batch: Batch) -> RecurrentMixerState | Non
         return RecurrentMixerState(conv, replace(memory, position=position).as_state())
     assert isinstance(memory, LinearState)
     return RecurrentMixerState(
-        conv, LinearState(position, memory.state.masked_fill(_like(batch.fresh, memory.state), 0))
+        conv, LinearState(position.long(), memory.state.masked_fill(_like(batch.fresh, memory.state), 0))
     )
 
 
