@@ -1,4 +1,7 @@
-"""JAX's tests: float64, eight simulated devices, and a compiler that does not optimise."""
+"""JAX's tests: float64, eight simulated devices, and a compiler that does not optimise.
+
+``JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false pytest tests/jax/test_jax_foreign.py`` runs on a GPU.
+"""
 
 import os
 import sys
@@ -9,7 +12,9 @@ FLAGS = (
     "--xla_cpu_use_fusion_emitters=false",  # a third of the time to compile (jaxlib 0.10.2)
     "--xla_force_host_platform_device_count=8",  # test_jax_mesh.py
 )
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()  # before jax asks for a device
+# Before jax asks for a device.
+if "cuda" not in os.environ.get("JAX_PLATFORMS", ""):
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))  # calls.py
 
