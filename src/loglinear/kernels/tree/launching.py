@@ -8,7 +8,7 @@ alignments alone. It is therefore done once for each kind of call (plan.py).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -88,13 +88,17 @@ def current_stream(device: torch.device) -> int:
     return triton.runtime.driver.active.get_current_stream(device.index)
 
 
-def play(plan: Plan, inputs: list[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
-    """The results of a plan for other inputs of the same kind, on the current stream."""
+def addresses_of(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Where they are, 0 for None."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def play(plan: Plan, inputs: list[int], device: torch.device) -> tuple[Tensor | None, ...]:
+    """The results of a plan for other inputs of the same kind, at these addresses, on the current stream."""
     made = results(plan.results, device)
     whole = memory((plan.scratch,), torch.uint8, device) if plan.scratch else None
-    addresses = [0 if x is None else x.data_ptr() for x in (*inputs, *made, whole)]
     stream = current_stream(device)
-    for run, programs, function, metadata, arguments in placed(plan, *addresses):
+    for run, programs, function, metadata, arguments in placed(plan, *inputs, *addresses_of((*made, whole))):
         run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
     return made
 
@@ -121,10 +125,11 @@ def replay(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return replay(function, inputs, *settings, rows=rows)
-    kind = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in inputs]
+    addresses = addresses_of(inputs)
+    kind = [None if x is None else (x.dtype, x.shape, x.stride(), y % 16) for x, y in zip(inputs, addresses)]
     plans = plans_of(function, device, *settings, *kind)
     if plans:
-        return function(inputs, *settings) if plans[0] is None else play(plans[0], inputs, device)
+        return function(inputs, *settings) if plans[0] is None else play(plans[0], addresses, device)
     laid_out = [x if x is None or i >= rows else token_rows(x) for i, x in enumerate(inputs)]
     if any(x is not y for x, y in zip(laid_out, inputs)):
         return replay(function, laid_out, *settings)
