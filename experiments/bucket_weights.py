@@ -23,6 +23,7 @@ from loglinear.layers.recurrence import convolve
 from loglinear.models import LogLinearForCausalLM
 
 Rule = Literal["norm", "probe"]
+SMALL = 16  # tokens of a block whose levels are one product: smaller products are more launches than work
 FLOOR = 1e-4  # added to n_ℓ / n̄, so that its logarithm stays above -9.3
 
 
@@ -74,14 +75,27 @@ def bucket_reads(weights: Tensor, v: Tensor) -> Tensor:
         weights: ``scores``. v: ``[B, T, H, V]``, T a power of two.
     """
     v = v.transpose(1, 2)
-    reads = [weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v]
-    size = 1
+    size = min(SMALL, v.shape[-2])
+    reads = [*small_reads(weights, v, size)]
     while size < v.shape[-2]:
         values = v.unflatten(-2, (-1, 2, size))[..., 0, :, :]
         read = blocks_below(weights, size) @ values
         reads.append(torch.stack([torch.zeros_like(read), read], -3).flatten(-4, -2))
         size *= 2
     return torch.stack([read.float() for read in reads], -2)
+
+
+def small_reads(weights: Tensor, v: Tensor, size: int) -> tuple[Tensor, ...]:
+    """``[B, H, T, V]`` for each level inside of blocks of ``size`` tokens: all levels in one product."""
+    place = torch.arange(size, device=v.device)
+    # The level is the number of bits of t XOR s.
+    levels = (
+        (place.unsqueeze(-1) ^ place).unsqueeze(-1).ge(1 << torch.arange(num_levels(size) - 1, device=v.device)).sum(-1)
+    )
+    own = levels == torch.arange(num_levels(size), device=v.device).view(-1, 1, 1)
+    blocks = weights.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    read = (blocks.unsqueeze(-3) * own) @ v.unflatten(-2, (-1, size)).unsqueeze(-3)
+    return read.transpose(-3, -2).flatten(-4, -3).unbind(-2)
 
 
 def owned(length: int, device: torch.device) -> Tensor:
@@ -106,24 +120,31 @@ class BucketWeights(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], level_scales: Tensor, unit_length: bool) -> Tensor:
         """``[B, T, H, V]`` of the mixer's inputs and λ ``[B, T, H, L]``."""
-        v = inputs["v"]
-        with torch.autocast(v.device.type, enabled=False):
-            weights = scores(inputs["q"], inputs["k"], inputs["g"], inputs.get("beta"), unit_length)
-            reads = bucket_reads(weights.to(v.dtype), v)
-            have = owned(v.shape[1], v.device)
-            s = self.seen(reads, have)
-            w = level_scales.transpose(1, 2).float() * s
-            return (w.unsqueeze(-1) * reads).sum(-2).transpose(1, 2).to(v.dtype)
+        with torch.autocast(level_scales.device.type, enabled=False):
+            return weighted(inputs, level_scales, unit_length, (self.exponent, self.direction) if self.probe else None)
 
-    def seen(self, reads: Tensor, have: Tensor) -> Tensor:
-        """``s [B, H, T, L]``."""
-        norms = reads.square().sum(-1)
-        mean = norms.sum(-1, keepdim=True) / have.sum(-1, keepdim=True)
-        ratio = norms / (mean + 1e-12)
-        if not self.probe:
-            return ratio
-        unit = reads * torch.rsqrt(norms + 1e-12).unsqueeze(-1)
-        return torch.exp(self.exponent * torch.log(ratio + FLOOR) + (unit @ self.direction).squeeze(-1))
+
+def weighted(
+    inputs: dict[str, Tensor], level_scales: Tensor, unit_length: bool, probe: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """o ``[B, T, H, V]`` of the inputs and λ ``[B, T, H, L]``. probe: exponent ``[H, 1, 1]`` and direction ``[H, 1, V, 1]``."""
+    v = inputs["v"]
+    weights = scores(inputs["q"], inputs["k"], inputs["g"], inputs.get("beta"), unit_length)
+    reads = bucket_reads(weights.to(v.dtype), v)
+    w = level_scales.transpose(1, 2).float() * seen(reads, owned(v.shape[1], v.device), probe)
+    return (w.unsqueeze(-1) * reads).sum(-2).transpose(1, 2).to(v.dtype)
+
+
+def seen(reads: Tensor, have: Tensor, probe: tuple[Tensor, Tensor] | None) -> Tensor:
+    """``s [B, H, T, L]`` of ``bucket_reads`` and ``owned``; without a probe the norm alone."""
+    norms = reads.square().sum(-1)
+    mean = norms.sum(-1, keepdim=True) / have.sum(-1, keepdim=True)
+    ratio = norms / (mean + 1e-12)
+    if probe is None:
+        return ratio
+    exponent, direction = probe
+    unit = reads * torch.rsqrt(norms + 1e-12).unsqueeze(-1)
+    return torch.exp(exponent * torch.log(ratio + FLOOR) + (unit @ direction).squeeze(-1))
 
 
 class Seeing:

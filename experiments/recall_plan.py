@@ -81,6 +81,7 @@ def phases() -> list[list[Arm]]:
         starts(kinds[1:4]),
         [Arm(kind, linear, matched=True) for kind in kinds[:4] for linear in LINEAR],
         [*pairs(kinds[4:]), *starts(kinds[4:])],
+        [Arm(kind, f"Log-Linear Mamba-2, {rule}", "one") for kind in ("any", "end") for rule in ("probe", "norm")],
         pairs(kinds[:4], 64),
         [Arm(kind, linear, matched=True) for kind in kinds[4:] for linear in LINEAR],
     ]

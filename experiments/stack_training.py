@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.tasks.mqar.config import Cell
+from bucket_weights import see_buckets
+from loglinear.models import LogLinearForCausalLM
+from loglinear.tasks.mqar.config import VALUE_DIM, Cell
 from loglinear.tasks.mqar.data import Recall, draw_batches, fingerprints
 from loglinear.tasks.mqar.kinds import KINDS, asked
 from loglinear.tasks.mqar.train import (
@@ -109,7 +112,7 @@ class RecallStack:
             [[learning_rate(cell, step) for cell in cells] for step in range(recipe.steps)], device=device
         )
         low = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-        self.stack = Stack([build_model(cell) for cell in cells], rates, recipe.weight_decay, low, compiled)
+        self.stack = Stack([built(cell) for cell in cells], rates, recipe.weight_decay, low, compiled)
         self.shares, self.losses = answer_shares(cells[0]).to(device), self.stack.wrap(recall_losses)
 
     def step(self, tokens: Tensor, queries: Tensor, answers: Tensor, place: Tensor) -> Tensor:
@@ -117,6 +120,13 @@ class RecallStack:
         found = self.losses(self.stack.hidden(tokens), self.stack.table, queries, answers, self.shares)
         self.stack.update(found, place)
         return found.detach()
+
+
+def built(cell: Cell) -> LogLinearForCausalLM:
+    """The cell's model; its name may end in a rule of ``bucket_weights``, as in "Log-Linear Mamba-2, probe"."""
+    name, _, rule = cell.model.partition(", ")
+    model = build_model(replace(cell, model=name))
+    return see_buckets(model, rule, VALUE_DIM) if rule else model  # type: ignore[arg-type]
 
 
 def recall_losses(h: Tensor, table: Tensor, queries: Tensor, answers: Tensor, shares: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bucket_weights import weighted
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.layers import LogLinearGatedDeltaNet, LogLinearMamba2
 from loglinear.models import LogLinearForCausalLM
@@ -33,7 +34,8 @@ class Shape:
     """The sizes that all models of a stack share.
 
     delta: whether the mixer is Gated DeltaNet. low: dtype of products. offset: λ = softplus(L · dl + offset); None is a linear
-    model. levels: how many λ are read, from the first on; tokens further away share the last one. None is all.
+    model. levels: how many λ are read, from the first on; tokens further away share the last one. None is all. rule: of
+    ``bucket_weights``, if the weights see the bucket.
     """
 
     delta: bool
@@ -44,6 +46,7 @@ class Shape:
     low: torch.dtype
     offset: float | None
     levels: int | None = None
+    rule: str | None = None
 
     @staticmethod
     def of(model: LogLinearForCausalLM, low: torch.dtype) -> Shape:
@@ -59,7 +62,9 @@ class Shape:
             else (config.mamba_state_size, config.mamba_head_dim)
         )
         offset = None if mixer.level_scale is None else mixer.level_scale.offset
-        return Shape(delta, config.num_hidden_layers, mixer.num_heads, *sizes, low, offset)
+        seeing = getattr(mixer, "bucket_weights", None)
+        rule = None if seeing is None else ("probe" if seeing.probe else "norm")
+        return Shape(delta, config.num_hidden_layers, mixer.num_heads, *sizes, low, offset, rule=rule)
 
 
 def hidden_states(p: Weights, tokens: Tensor, shape: Shape) -> Tensor:
@@ -86,7 +91,12 @@ def decay_mixer(p: Weights, x: Tensor, shape: Shape) -> Tensor:
     v = (skip * dt.unsqueeze(-1)).to(shape.low)
     g = -torch.exp(each(p["A_log"])) * dt
     q, k = q.unsqueeze(-2), k.unsqueeze(-2)
-    y, _ = log_linear_attention(*rows(q, k, v, g, level_scales(p, x, shape)))
+    scales = level_scales(p, x, shape)
+    y = (
+        log_linear_attention(*rows(q, k, v, g, scales))[0]
+        if shape.rule is None
+        else seeing(p, [q, k, v, g], scales, shape)
+    )
     y = y.unflatten(0, x.shape[:2]).float() + skip.float() * each(p["D"]).unsqueeze(-1)
     y = y.flatten(-2) * F.silu(z.float())
     return product(rms_norm(y, p["norm.weight"]), p["out_proj.weight"], shape)
@@ -100,9 +110,21 @@ def delta_mixer(p: Weights, x: Tensor, shape: Shape) -> Tensor:
     q, k = (unit(y.unflatten(-1, (H, K))).to(shape.low) for y in (q, k))
     g = -torch.exp(each(p["A_log"])) * F.softplus(a.float() + each(p["dt_bias"]))
     beta, scales = torch.sigmoid(b.float()), level_scales(p, x, shape)
-    o, _ = log_linear_delta_rule(*rows(q, k, v.unflatten(-1, (H, V)), g, beta, scales))
+    v = v.unflatten(-1, (H, V))
+    if shape.rule is None:
+        o, _ = log_linear_delta_rule(*rows(q, k, v, g, beta, scales))
+    else:
+        o = seeing(p, [q, k, v, g, beta], scales, shape)
     o = rms_norm(o.unflatten(0, x.shape[:2]).float(), p["norm.weight"].unsqueeze(1))
     return product((o * F.silu(gate.float().unflatten(-1, (H, V)))).flatten(-2), p["out_proj.weight"], shape)
+
+
+def seeing(p: Weights, inputs: list[Tensor], scales: Tensor, shape: Shape) -> Tensor:
+    """``[S · B, T, H, V]`` with weights that see the bucket, for q, k, v, g and the delta rule's beta ``[S, B, T, ...]``."""
+    named = dict(zip(("q", "k", "v", "g", "beta"), rows(*inputs)))
+    own = [p[f"bucket_weights.{name}"] for name in ("exponent", "direction")] if shape.rule == "probe" else None
+    probe = None if own is None else tuple(w.repeat_interleave(scales.shape[1], 0) for w in own)
+    return weighted(named, *rows(scales), unit_length=False, probe=probe)  # type: ignore[arg-type]
 
 
 def level_scales(p: Weights, x: Tensor, shape: Shape) -> Tensor | None:

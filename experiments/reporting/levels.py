@@ -200,6 +200,24 @@ def start_lines(rows: Sequence[dict]) -> list[str]:
     return table(["where", "pair", *STARTS], lines, words=2) if lines else []
 
 
+def bucket_lines(rows: Sequence[dict]) -> list[str]:
+    """Weights that see the bucket against λ alone, on the same sequences: a line for each kind and rule."""
+    found, lines = {cell_of(row["cell"]): row for row in rows}, []
+    for kind, where in KINDS.items():
+        for linear in LINEAR:
+            plain = shares(Arm(kind, f"Log-Linear {linear}", "one"), found)
+            for rule in ("probe", "norm"):
+                gain = _gain(plain, shares(Arm(kind, f"Log-Linear {linear}, {rule}", "one"), found))
+                if gain is not None:
+                    lines.append([where, f"Log-Linear {linear}", rule, f"{gain[0]:.1f}", f"{gain[1]:.1f}",
+                                  f"{difference(gain[2], 1)} points", f"{gain[4]} of {gain[3]}"])  # fmt: skip
+    return (
+        table(["where", "model", "rule", "λ alone", "with the bucket", "difference", "ahead"], lines, 3)
+        if lines
+        else []
+    )
+
+
 def untrained_lines(rows: Sequence[dict]) -> list[str]:
     """Levels that no training sequence has, read as the last trained one and as they are: one line a model and recipe."""
     lines = []
@@ -269,6 +287,7 @@ def opening(recall: Sequence[dict], text: Sequence[dict], more: Sequence[str] = 
     for title, made in (
         ("Levels that no training sequence has, read as they are and as the last trained one:", untrained_lines(text)),
         ("Difference to the linear twin by the start of λ (`level_scale_start`):", start_lines(recall)),
+        ("Weights that see the bucket, `λ · s(q, S)` (`experiments/bucket_weights.py`):", bucket_lines(recall)),
     ):
         lines += [title, "", *made, ""] if made else []
     return [*lines, *more]

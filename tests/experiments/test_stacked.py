@@ -11,12 +11,13 @@ import torch
 import text_stacks
 from loglinear.tasks.mqar.config import Cell, Recipe
 from loglinear.tasks.mqar.train import TrainingSteps, build_model, training_blocks
-from stack_training import RecallStack, Steps, blocks, stack_training
+from stack_training import RecallStack, Steps, blocks, built, stack_training
 from stacked import Shape, Stack, hidden_states
 from text_stacks import Copy
 
 pytestmark = pytest.mark.default_packages
 RECIPE = Recipe(3, 192, 32, 1, 0, 0.1, 0.1, 4, equal_shares=True, tied=True)
+RULES = ("Log-Linear Mamba-2, probe", "Log-Linear Mamba-2, norm", "Log-Linear Gated DeltaNet, probe")
 MODELS = ("Mamba-2", "Log-Linear Mamba-2", "Gated DeltaNet", "Log-Linear Gated DeltaNet")
 
 
@@ -30,17 +31,17 @@ def last(turns):
 
 
 def cells(model, **changes):
-    start = "one" if model == "Log-Linear Mamba-2" else "noise"
+    start = "one" if model.startswith("Log-Linear Mamba-2") else "noise"
     one = Cell(model, 16, 4, 32, (2, 4), 0.01, 0, RECIPE, "any", start)
     return [replace(one, **changes), replace(one, learning_rate=0.02, seed=1, **changes)]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, *RULES])
 def test_a_stack_has_the_losses_and_weights_of_models_that_train_alone(model):
     both = cells(model)
     stack = RecallStack(both, "cpu", compiled=False)
     given = [next(training_blocks(cell, "cpu", torch.zeros(1, dtype=torch.int64))) for cell in both]
-    alone = [build_model(cell) for cell in both]
+    alone = [built(cell) for cell in both]
     wanted = [TrainingSteps(one, cell)(block) for one, cell, block in zip(alone, both, given)]
     for i in range(RECIPE.steps):
         batch = [torch.stack([getattr(block, name)[i] for block in given]) for name in ("tokens", "queries", "answers")]
