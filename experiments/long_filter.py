@@ -12,11 +12,17 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 
 WAVES = 16  # of a filter
 SHORT = 4  # taps of the convolution over q, k and v, as in the other mixers
+
+
+def damped(rate: Tensor, wave: Tensor, amount: Tensor, time: Tensor) -> Tensor:
+    """A wave of each channel ``[channels, T]``."""
+    return amount[:, None] * torch.exp(-rate[:, None] * time) * torch.cos(wave[:, None] * time)
 
 
 class LongFilter(nn.Module):
@@ -43,8 +49,8 @@ class LongFilter(nn.Module):
         """h, float32 ``[channels, T]``."""
         time = torch.arange(length, device=self.wave.device, dtype=torch.float32)
         h = torch.zeros(len(self.skip), length, device=self.wave.device)
-        for rate, wave, amount in zip(self.log_rate.exp().unbind(1), self.wave.unbind(1), self.amount.unbind(1)):
-            h = h + amount[:, None] * torch.exp(-rate[:, None] * time) * torch.cos(wave[:, None] * time)
+        for one in zip(self.log_rate.exp().unbind(1), self.wave.unbind(1), self.amount.unbind(1)):
+            h = h + checkpoint(damped, *one, time, use_reentrant=False)  # or the backward holds all waves at once
         return h
 
     def forward(self, hidden: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:

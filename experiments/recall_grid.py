@@ -32,6 +32,7 @@ from recall_report import lines
 from stack_training import Turns, stack_training
 
 Stacked = tuple[Cell, ...]
+OUT_OF_MEMORY = 10.0  # seconds until a stack begins again that found no memory
 CLOSING = 8.0  # seconds before the end at which workers stop: to write what they have
 
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="stacks that take turns in one process")
     parser.add_argument("--stacks", type=int, help="no more than so many")
     parser.add_argument("--only", nargs="+", help="KIND/MODEL/START of the arms of width 32 that run, in their order")
+    parser.add_argument("--half", action="store_true", help="begin stacks that will not end; the next call goes on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     began = time.monotonic()
@@ -80,7 +82,7 @@ def trained(rows: dict[Cell, dict], options: argparse.Namespace, until: float) -
         room = options.workers * options.at_once - len(open_ones)  # so that later ones keep the order of the plan
         new = [stack for stack in islice(chosen(rows, options.only), room + len(open_ones)) if stack not in open_ones]
         for stack in new[:room]:
-            if len(given) != options.stacks and time.monotonic() + slowest < until:
+            if len(given) != options.stacks and (options.half or time.monotonic() + slowest < until):
                 stacks.put(stack)
                 given.append(stack)
         if all(stack[0] in rows for stack in given):
@@ -138,11 +140,14 @@ def work(device: str, at_once: int, unfinished: Path, stacks: Queue, results: Qu
                 waits.pop(stack)
                 results.put(list(zip(stack, end.value)))
                 state_file(unfinished, stack).unlink(missing_ok=True)
-            except Exception:
-                if not compiled:
+            except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError):  # other processes may soon need less
+                    time.sleep(OUT_OF_MEMORY)
+                elif not compiled:
                     raise
-                traceback.print_exc()  # and again without the compiler
-                compiled = False
+                else:
+                    compiled = False
+                traceback.print_exc()
                 running.remove((stack, turns))
                 running.append((stack, stack_training(stack, device, compiled, state_file(unfinished, stack))))
         if not moved:

@@ -134,7 +134,8 @@ class Tuning:
     def step(self, place: Tensor) -> Tensor:
         ids, answers = (x.index_select(0, place)[0] for x in (self.ids, self.answers))
         ids = ids.long()
-        h = self.stack.hidden(ids[:, :-1].expand(self.stack.copies, -1, -1))
+        each = ids.expand(self.stack.copies, -1, -1).contiguous()  # strides as in the training, whose code is compiled
+        h = self.stack.hidden(each[..., :-1])
         found = self.losses(h, self.stack.table, ids[:, 1:], answers[:, 1:])
         self.stack.update(found, place)
         return found.detach()
