@@ -312,7 +312,9 @@ def main() -> None:
                 print(f"{copy}: {row['seconds']} s, validation {row['validation']:.4f}", flush=True)
             speed = (time.monotonic() - began) / sequences
         if options.export and copies[0].part in REPORTED:
-            export(copies[0], stack, 0, options.data, options.export / f"{copies[0].mixer}-s{copies[0].seed}")
+            folder = options.export / f"{copies[0].mixer}-s{copies[0].seed}"
+            if not folder.exists():
+                export(copies[0], stack, 0, options.data, folder)
         if tuning and copies[0].part in REPORTED:
             half = state.with_suffix(".tune.pt")
             stream = torch.cuda.Stream() if device == "cuda" else None
