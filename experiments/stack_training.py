@@ -188,7 +188,6 @@ class Steps:
         """``count`` steps, at most ``BATCHES_AT_ONCE``."""
         for _ in range(count):
             if self.stream and self.replay is None and self.launched >= EAGER_STEPS:
-                torch.cuda.empty_cache()  # a graph has memory of its own
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                     self._step()

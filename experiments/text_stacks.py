@@ -271,6 +271,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--export", type=Path, help="write the first model of each reported stack as a checkpoint there"
     )
+    parser.add_argument("--copies", type=int, help="at once, for less memory; none: all of a stack")
     parser.add_argument("--stacks", type=int, default=1000, help="no more than so many")
     return parser.parse_args()
 
@@ -291,8 +292,11 @@ def main() -> None:
     for _ in range(options.stacks):
         whole = {c: row for c, row in rows.items() if not tuning or c.part not in REPORTED or c in tuned}
         copies = next((one for one in stacks(whole, options.pairs) if asked(one[0], options)), None)
-        sequences = 0 if copies is None else sum(copy.steps * copy.batch for copy in copies)
-        if copies is None or time.monotonic() + speed * sequences > until:
+        if copies is None:
+            break
+        copies = [copy for copy in copies if copy not in whole][: options.copies]
+        sequences = sum(copy.steps * copy.batch for copy in copies)
+        if time.monotonic() + speed * sequences > until:
             break
         began = time.monotonic()
         state = options.out / "unfinished" / f"{'-'.join(map(str, asdict(copies[0]).values()))}.pt".replace(" ", "")
