@@ -167,11 +167,7 @@ def assert_alike(got, want):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_meta_and_fake_tensors_have_the_shapes(gate, linear, T, with_state, dtype):
     x = inputs(gate, T=T, linear=linear, dtype=dtype, grad=True)
-    op = loglinear.log_linear_delta_rule if gate == "delta" else loglinear.log_linear_attention
-
-    def call(y):
-        return op(**{"level_scales": None, **y}, output_final_state=with_state)
-
+    call = run if with_state else lambda y: (output(y), None)
     want = call(x)
     meta = call({name: y.detach().to("meta").requires_grad_() for name, y in x.items()})
     assert_alike(meta, want)
@@ -206,21 +202,19 @@ def test_packed_rows_on_meta():
 
 
 class Module(torch.nn.Module):
-    """A module that calls one op."""
+    """A call of inputs by name, as a module of their values."""
 
-    def __init__(self, op, names, **options):
+    def __init__(self, call, names):
         super().__init__()
-        self.op, self.names, self.options = op, names, options
+        self.call, self.names = call, list(names)
 
     def forward(self, *values):
-        o, state = self.op(**{"level_scales": None, **dict(zip(self.names, values))}, **self.options)
-        return o if state is None else [o, *fields(state).values()]
+        return self.call(dict(zip(self.names, values)))
 
 
-def module(gate, x, **options):
-    return Module(
-        loglinear.log_linear_delta_rule if gate == "delta" else loglinear.log_linear_attention, list(x), **options
-    )
+def with_state(x):
+    o, state = run(x)
+    return [o, *fields(state).values()]
 
 
 @both_rules
@@ -229,7 +223,7 @@ def module(gate, x, **options):
 def test_exported(gate, linear, strict):
     """For every length."""
     x = inputs(gate, T=C + 9, linear=linear)
-    model = module(gate, x)
+    model = Module(output, x)
     length = torch.export.Dim("T", min=2, max=4096)
     program = torch.export.export(model, tuple(x.values()), dynamic_shapes=(({1: length},) * len(x),), strict=strict)
     for T in (C + 9, 2, 3 * C):
@@ -242,7 +236,7 @@ def test_exported(gate, linear, strict):
 def test_exported_with_a_state(gate, linear):
     """For the length it was exported with: the state's slots are a part of the graph."""
     x = inputs(gate, T=3 * C + 9, linear=linear)
-    model = module(gate, x, output_final_state=True)
+    model = Module(with_state, x)
     program = torch.export.export(model, tuple(x.values()))
     new = inputs(gate, T=3 * C + 9, linear=linear, seed=1)
     got, (o, state) = program.module()(*new.values()), run(new)

@@ -62,42 +62,33 @@ def kernels_of(package) -> set[str]:
 
 
 rules = pytest.mark.parametrize("delta", [False, True], ids=["scalar", "delta"])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+FLOAT32, FLOAT16 = torch.float32, torch.float16
+SIZES = {
+    # Several tiles of either width, the last of them partial; heads that share a group; a partial last chunk.
+    "widths that are no powers of two": dict(B=2, T=37, H=2, G=1, K=40, V=24, L=4, tile=16),
+    # A chunk and a little more, with the tiles and chunks of a GPU, all of which must be powers of two.
+    "tuned tiles of odd widths": dict(tile=None, programs=2, T=67, H=1, G=1, K=40, V=24),
+    # Empty ones, one of one token, whole chunks, a whole group and a little more; tables have more rows than chunks.
+    "packed": dict(cuts=(0, 0, 18, 19, 19, 35, 180, 180), T=180, H=2, G=2, K=24, V=16),
+    # The first sequence has one tier of the tree, the last one three.
+    "packed, several tiers": dict(cuts=(0, 5, 5, 1128), tile=16, T=1128, H=1, G=1, K=16, V=16),
+}
+EVERY = [(delta, dtype) for delta in (False, True) for dtype in (FLOAT32, FLOAT16)]
+CASES = [(name, *kind) for name in list(SIZES)[:2] for kind in EVERY] + [("packed", *kind) for kind in EVERY[1::2]]
+CASES += [("packed, several tiers", False, FLOAT16), ("packed, several tiers", True, FLOAT32)]
 
 
-@rules
-@dtypes
-def test_widths_that_are_no_powers_of_two(delta, dtype):
-    """Several tiles of either width, the last of them partial; heads that share a group; a partial last chunk."""
-    check(delta, B=2, T=37, H=2, G=1, K=40, V=24, L=4, tile=16, dtype=dtype)
+@pytest.mark.parametrize(("case", "delta", "dtype"), CASES)
+def test_sizes(case, delta, dtype):
+    check(delta, **SIZES[case], dtype=dtype)
 
 
-@pytest.mark.parametrize(("delta", "dtype"), [(False, torch.float32), (True, torch.float16)], ids=["scalar", "delta"])
+@pytest.mark.parametrize(("delta", "dtype"), [(False, FLOAT32), (True, FLOAT16)], ids=["scalar", "delta"])
 def test_several_tiers(delta, dtype):
     """More than 64 chunks, the last one of a single token; fewer levels than the tree has. Every kernel is launched."""
     report = check(delta, programs=10, T=16 * 72 + 1, H=1, G=1, K=16, V=16, L=9, dtype=dtype)
     assert report.programs.keys() == kernels_of(delta_rule if delta else scalar_gate)
     assert all(report.elements[name] for name in report.programs)
-
-
-@pytest.mark.parametrize(("delta", "dtype"), [(False, torch.float16), (True, torch.float32)], ids=["scalar", "delta"])
-def test_several_tiers_of_packed_sequences(delta, dtype):
-    """Their tables; the first sequence has one tier, the last one three."""
-    length = 16 * 70 + 8
-    check(delta, cuts=(0, 5, 5, length), tile=16, T=length, H=1, G=1, K=16, V=16, dtype=dtype)
-
-
-@rules
-@dtypes
-def test_tuned_tiles_of_odd_widths(delta, dtype):
-    """A chunk and a little more, with the tiles and chunks of a GPU, all of which must be powers of two."""
-    check(delta, tile=None, programs=2, T=67, H=1, G=1, K=40, V=24, dtype=dtype)
-
-
-@rules
-def test_packed_sequences(delta):
-    """Empty ones, one of one token, whole chunks, a whole group and a little more; tables have more rows than chunks."""
-    check(delta, cuts=(0, 0, 18, 19, 19, 35, 180, 180), T=180, H=2, G=2, K=24, V=16, dtype=torch.float16)
 
 
 @rules
