@@ -151,21 +151,20 @@ def test_span_kernels_compile(record_property):
         assert made.shared <= SHARED_MEMORY["sm_90"], f"{made} needs more shared memory than there is"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("delta", "V"), [(False, 64), (False, 128), (True, 128)])
-def test_the_largest_kernels_fit_into_little_memory(delta, V, record_property):
-    """At V = 128 the scalar gate's pipelines are shallower there: as deep as on an H100 they would take 130 KB."""
-    names = DELTA_LARGEST if delta else LARGEST
-    for found in noted(resources("sm_86", delta, names, H=2, G=2 if delta else 1, V=V), record_property):
-        assert found.shared <= SHARED_MEMORY["sm_86"], f"{found} needs more shared memory than sm_86 has"
+# (target, delta rule, kernels, sizes): the largest where there is little memory, and those of wide heads.
+# At V = 128 the scalar gate's pipelines are shallower on sm_86: as deep as on an H100 they would take 130 KB.
+FITTING = [("sm_86", False, LARGEST, {"G": 1, "V": 64}), ("sm_86", False, LARGEST, {"G": 1, "V": 128})]
+FITTING += [("sm_86", True, DELTA_LARGEST, {"G": 2, "V": 128})]
+FITTING += [
+    ("sm_90", delta, ("query_grads_kernel", "map_grads_kernel"), {"G": 2, "K": 256, "V": 384}) for delta in (0, 1)
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delta", [False, True])
-def test_wide_heads_fit_into_shared_memory(delta):
-    """The kernels that hold the most at once, at widths beyond those that they are tuned for."""
-    for found in resources("sm_90", delta, ("query_grads_kernel", "map_grads_kernel"), H=2, G=2, K=256, V=384):
-        assert found.shared <= SHARED_MEMORY["sm_90"], f"{found} needs more shared memory than there is"
+@pytest.mark.parametrize(("target", "delta", "names", "sizes"), FITTING)
+def test_the_largest_kernels_fit_into_shared_memory(target, delta, names, sizes, record_property):
+    for found in noted(resources(target, bool(delta), names, H=2, **sizes), record_property):
+        assert found.shared <= SHARED_MEMORY[target], f"{found} needs more shared memory than {target} has"
 
 
 def step_resources(

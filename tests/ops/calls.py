@@ -44,16 +44,19 @@ def inputs(gate, *, linear=False, hard=False, L=9, **kwargs):
     return {name: tensor.requires_grad_(grad) for name, tensor in x.items()}
 
 
+def call(x, **kwargs):
+    op = loglinear.log_linear_delta_rule if "beta" in x else loglinear.log_linear_attention
+    return op(**{"g": None, "level_scales": None, **x}, **kwargs)
+
+
 def run(x, state=None, **kwargs):
     """``(o, final_state)``."""
-    op = loglinear.log_linear_delta_rule if "beta" in x else loglinear.log_linear_attention
-    return op(**{"g": None, "level_scales": None, **x}, initial_state=state, output_final_state=True, **kwargs)
+    return call(x, initial_state=state, output_final_state=True, **kwargs)
 
 
 def output(x, **kwargs):
     """o, asked for alone."""
-    op = loglinear.log_linear_delta_rule if "beta" in x else loglinear.log_linear_attention
-    o, state = op(**{"g": None, "level_scales": None, **x}, **kwargs)
+    o, state = call(x, **kwargs)
     assert state is None
     return o
 

@@ -28,17 +28,21 @@ def spoilt(x, name, value, s, row=0):
     return x, [0, 1] if name == "k" else [0, 1, 3]
 
 
+def check(o, clean, others, s, end, told):
+    """NaN in a head of row 0 from token s to ``end``; the same bits before, after and beside them."""
+    assert all(torch.equal(o[:, part], clean[:, part]) for part in (slice(s), slice(end, None))), told
+    assert torch.equal(o[1:], clean[1:]), told
+    assert torch.equal(o[:, :, others], clean[:, :, others]), told
+    assert o[0, s:end, HEAD].isnan().all(), told
+
+
 @five_kinds
 def test_nothing_before_or_beside_a_bad_token_changes(kind):
     x = inputs(**kind, T=T, K=4, V=3)
     clean, _ = run(x)
     for name, value, s in faults(x):
         bad, others = spoilt(x, name, value, s)
-        o, _ = run(bad)
-        assert torch.equal(o[:, :s], clean[:, :s]), (name, value, s)
-        assert torch.equal(o[1], clean[1]), (name, value, s)
-        assert torch.equal(o[:, :, others], clean[:, :, others]), (name, value, s)
-        assert o[0, s:, HEAD].isnan().all(), (name, value, s)
+        check(run(bad)[0], clean, others, s, T, (name, value, s))
 
 
 @five_kinds
@@ -60,16 +64,13 @@ def test_packed_sequences_do_not_notice(kind):
     offsets = torch.tensor(bounds)
     clean, state = run(x, cu_seqlens=offsets)
     for name, value, s in faults(x):
-        bad, _ = spoilt(x, name, value, s)
+        bad, others = spoilt(x, name, value, s)
         o, spoilt_state = run(bad, cu_seqlens=offsets)
         own = max(i for i in range(4) if bounds[i] <= s)
-        end = bounds[own + 1]
-        assert torch.equal(o[:, :s], clean[:, :s]), (name, value, s)
-        assert torch.equal(o[:, end:], clean[:, end:]), (name, value, s)
-        assert o[0, s:end, HEAD].isnan().all()
-        others = [i for i in range(4) if i != own]
+        check(o, clean, others, s, bounds[own + 1], (name, value, s))
+        rest = [i for i in range(4) if i != own]
         for field, before in fields(state).items():
-            assert torch.equal(fields(spoilt_state)[field][others], before[others]), (name, value, s, field)
+            assert torch.equal(fields(spoilt_state)[field][rest], before[rest]), (name, value, s, field)
 
 
 @five_kinds

@@ -106,47 +106,47 @@ def test_under_autocast_the_operands_are_low():
 
 X = {gate: tokens(inputs(gate, B=2, T=2 * C, H=4, G=2, dtype=torch.float32), 0, C + 1) for gate in ("scalar", "delta")}
 ONE = {gate: tokens(x, 0, 1) for gate, x in X.items()}
+S, D = ONE.values()
 
 
 def changed(name, fn):
     """A state with one tensor changed."""
-    state = empty(ONE["delta" if name == "open_solve" else "scalar"])
+    state = empty(D if name == "open_solve" else S)
     return dataclasses.replace(state, **{name: fn(getattr(state, name))})
 
 
 BAD = {
     "T too large": ("scalar", X["scalar"], empty, ValueError, ["q must have 1 to 64 tokens", "T=65", "to_state()"]),
-    "T of 0": ("scalar", tokens(ONE["scalar"], 0, 0), empty, ValueError, ["q must have 1 to 64 tokens", "T=0"]),
-    "an ordinary state": ("scalar", ONE["scalar"], lambda x: full(x)[1], TypeError, ["state must be a DecodingState"]),
-    "no state": ("scalar", ONE["scalar"], lambda x: None, TypeError, ["state must be a DecodingState", "NoneType"]),
-    "no λ": ("scalar", ONE["scalar"] | {"level_scales": None}, empty, TypeError, ["level_scales must be", "None"]),
-    "no β": ("delta", ONE["delta"] | {"beta": None}, empty, TypeError, ["beta must be", "None"]),
-    "g above 0": ("scalar", ONE["scalar"] | {"g": ONE["scalar"]["g"] + 9}, empty, ValueError, ["g must be a log decay"]),
-    "the other rule's": ("delta", ONE["delta"], lambda x: empty(ONE["scalar"]), ValueError, ["got a state of the scalar"]),
-    "another batch": ("scalar", rows(ONE["scalar"], [0]), lambda x: empty(ONE["scalar"]), ValueError,
+    "T of 0": ("scalar", tokens(S, 0, 0), empty, ValueError, ["q must have 1 to 64 tokens", "T=0"]),
+    "an ordinary state": ("scalar", S, lambda x: full(x)[1], TypeError, ["state must be a DecodingState"]),
+    "no state": ("scalar", S, lambda x: None, TypeError, ["state must be a DecodingState", "NoneType"]),
+    "no λ": ("scalar", S | {"level_scales": None}, empty, TypeError, ["level_scales must be", "None"]),
+    "no β": ("delta", D | {"beta": None}, empty, TypeError, ["beta must be", "None"]),
+    "g above 0": ("scalar", S | {"g": S["g"] + 9}, empty, ValueError, ["g must be a log decay"]),
+    "the other rule's": ("delta", D, lambda x: empty(S), ValueError, ["got a state of the scalar"]),
+    "another batch": ("scalar", rows(S, [0]), lambda x: empty(S), ValueError,
                       ["state.position must have shape [1]", "got [2]"]),
-    "another dtype": ("scalar", ONE["scalar"], lambda x: changed("open_k", torch.Tensor.bfloat16), TypeError,
+    "another dtype": ("scalar", S, lambda x: changed("open_k", torch.Tensor.bfloat16), TypeError,
                       ["state.open_k must be float32 for inputs of float32", "got torch.bfloat16"]),
-    "a chunk of 24": ("scalar", ONE["scalar"], lambda x: dataclasses.replace(empty(x), chunk_size=24), ValueError,
+    "a chunk of 24": ("scalar", S, lambda x: dataclasses.replace(empty(x), chunk_size=24), ValueError,
                       ["state.chunk_size must be a power of two", "got 24"]),
-    "another chunk": ("scalar", ONE["scalar"], lambda x: dataclasses.replace(empty(x), chunk_size=32), ValueError,
+    "another chunk": ("scalar", S, lambda x: dataclasses.replace(empty(x), chunk_size=32), ValueError,
                       ["state.open_k must have shape [2, 2, 64, 3]", "got [2, 2, 128, 3]"]),
-    "wrong entries": ("scalar", ONE["scalar"], lambda x: changed("entries", lambda y: y[..., 1:]), ValueError,
+    "wrong entries": ("scalar", S, lambda x: changed("entries", lambda y: y[..., 1:]), ValueError,
                       ["state.entries must have shape"]),
-    "gradients": ("scalar", ONE["scalar"] | {"v": ONE["scalar"]["v"].clone().requires_grad_()}, empty, ValueError,
-                  ["v must not require gradients"]),
-    "an index of 32 bits": ("scalar", ONE["scalar"] | {"state_indices": torch.arange(2).int()}, empty, TypeError,
+    "gradients": ("scalar", S | {"v": S["v"].clone().requires_grad_()}, empty, ValueError, ["v must not require gradients"]),
+    "an index of 32 bits": ("scalar", S | {"state_indices": torch.arange(2).int()}, empty, TypeError,
                             ["state_indices must be int64", "got torch.int32"]),
-    "another index": ("scalar", ONE["scalar"] | {"state_indices": torch.tensor([0, 1, 0])}, empty, ValueError,
+    "another index": ("scalar", S | {"state_indices": torch.tensor([0, 1, 0])}, empty, ValueError,
                       ["state_indices must have shape [2] on cpu", "got [3]"]),
-    "v no tensor": ("scalar", ONE["scalar"] | {"v": 3}, lambda x: empty(ONE["scalar"]), TypeError, ["v must be a tensor"]),
+    "v no tensor": ("scalar", S | {"v": 3}, lambda x: empty(S), TypeError, ["v must be a tensor"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
     gate, x, make, error, parts = BAD[case]
-    state = make(x if "beta" not in x or x["beta"] is not None else ONE["delta"])
+    state = make(x if "beta" not in x or x["beta"] is not None else D)
     op = loglinear.log_linear_delta_rule_step if gate == "delta" else loglinear.log_linear_attention_step
     with pytest.raises(error) as raised:
         op(**x, state=state)

@@ -147,10 +147,8 @@ def test_gates_of_any_size(device):
     heads = len(size)
     tail, weight = torch.randn(1, 3, heads, device=device), torch.randn(heads, 4, device=device)
     x, bias = torch.randn(heads, device=device), torch.zeros(heads, device=device)
-    projected, speed = (
-        torch.cat([x, size, size.clamp(min=-80)])[None, None],
-        torch.linspace(-3, 3, heads, device=device),
-    )
+    projected = torch.cat([x, size, size.clamp(min=-80)])[None, None]
+    speed = torch.linspace(-3, 3, heads, device=device)
     factor = torch.tensor([1.0, -1.0, 0.5], device=device).expand(heads, 3).contiguous()
     dl = size.clamp(min=-200).repeat_interleave(3)[None, None]
     columns = (0, heads, 2 * heads, heads)
