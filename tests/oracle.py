@@ -184,6 +184,14 @@ def make_inputs(
     return {name: x.to(dtype).requires_grad_(grad) for name, x in inputs.items()}
 
 
+def fused(x: dict) -> dict:
+    """x as slices of one projection, but for λ, and but for gates of another dtype."""
+    names = [name for name, y in x.items() if name != "level_scales" and y.dtype == x["v"].dtype]
+    sizes = [x[name].flatten(2).shape[2] for name in names]
+    parts = torch.cat([x[name].flatten(2) for name in names], 2).split(sizes, 2)
+    return x | {name: part.view(x[name].shape) for name, part in zip(names, parts)}
+
+
 def error(x: Tensor, expected: Tensor) -> float:
     """``‖x - expected‖ / ‖expected‖`` in float64 (absolute where nothing is expected); NaN wherever x has one."""
     x, expected = x.detach().double(), expected.detach().double()

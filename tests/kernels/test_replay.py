@@ -97,29 +97,10 @@ class Bundle(NamedTuple):
     stride: Any
 
 
-def test_bundles_keep_their_form_and_get_the_new_addresses(host):
-    """Triton's launcher takes a bundle as a tuple; of compile-time arguments, which it leaves out, nothing is known."""
-    kernel = Kernel("bundle", "result", "S")
-
-    def function(inputs):
-        (x,) = inputs
-        middle, result = scratch((4,), x.dtype, x.device), scratch((4,), x.dtype, x.device)
-        launch(kernel, 5, Bundle(x[1:], None, middle, 16), result, S=(1, 2))
-        return (result.view(2, 2),)
-
-    replay(function, [torch.zeros(4)])
-    x = torch.zeros(4)
-    (result,) = replay(function, [x])
-    (call,) = kernel.compiled.calls
-    assert result.shape == (2, 2)
-    (address, absent, middle, stride), last, constant = call[2:]
-    assert (address, absent, stride, last) == (x.data_ptr() + 4, None, 16, result.data_ptr())
-    assert abs(middle - result.data_ptr()) >= 16
-    assert constant == (1, 2)
-
-
-def test_descriptors_keep_their_form_and_get_the_new_addresses(host):
-    kernel = Kernel("described", "other", "result")
+def test_arguments_keep_their_form_and_get_the_new_addresses(host):
+    """Triton's launcher takes a bundle as a tuple, and a descriptor with what was said of its tensor; of compile-time
+    arguments, which it leaves out, nothing is known."""
+    kernel = Kernel("bundle", "described", "other", "result", "S")
 
     def function(inputs):
         (x,) = inputs
@@ -128,16 +109,19 @@ def test_descriptors_keep_their_form_and_get_the_new_addresses(host):
             SimpleNamespace(base=y, shape=[size], strides=[1], block_shape=[2], padding="nan")
             for y, size in ((x[1:], 3), (middle, 4))
         )
-        launch(kernel, 5, *described, result)
-        return (result,)
+        launch(kernel, 5, Bundle(x[1:], None, middle, 16), *described, result, S=(1, 2))
+        return (result.view(2, 2),)
 
     replay(function, [torch.zeros(4)])
     x = torch.zeros(4)
     (result,) = replay(function, [x])
-    first, second, last = kernel.compiled.calls[0][2:]
-    assert (first.base.data_ptr(), first.shape, last) == (x.data_ptr() + 4, (3,), result.data_ptr())
-    assert (second.shape, second.strides, second.padding) == ((4,), (1,), "nan")
-    assert abs(second.base.data_ptr() - result.data_ptr()) >= 16
+    (call,) = kernel.compiled.calls
+    assert result.shape == (2, 2)
+    (address, absent, middle, stride), first, second, last, constant = call[2:]
+    assert (address, absent, stride, last, constant) == (x.data_ptr() + 4, None, 16, result.data_ptr(), (1, 2))
+    assert (first.base.data_ptr(), first.shape) == (address, (3,))
+    assert (second.base.data_ptr(), second.shape, second.strides, second.padding) == (middle, (4,), (1,), "nan")
+    assert abs(middle - result.data_ptr()) >= 16
 
 
 def test_descriptors_are_encoded_once_for_an_address(host, monkeypatch):
@@ -266,31 +250,28 @@ def test_a_step_is_repeated_on_another_state(host, monkeypatch, delta):
     assert [kernel.launches for kernel in kernels.values()] == ([2, 3, 2] if delta else [2])
 
 
-def test_what_can_not_be_repeated_runs_every_time(host):
+def foreign(x, inputs):
+    """Memory that is neither an input nor scratch."""
+    return x.clone()
+
+
+def replaced(x, inputs):
+    """An input that the function replaces: a plan would take the next call's own, of another dtype, for the one it made."""
+    inputs[0] = x.float()
+    return inputs[0]
+
+
+@pytest.mark.parametrize("argument", [foreign, replaced])
+def test_what_can_not_be_repeated_runs_every_time(host, argument):
     kernel = Kernel("x", "SIZE")
 
-    def foreign(inputs):
+    def function(inputs):
         (x,) = inputs
-        launch(kernel, 1, x.clone(), SIZE=1)  # memory that is neither an input nor scratch
-        return (scratch((1,), x.dtype, x.device),)
+        launch(kernel, 1, argument(x, inputs), SIZE=1)
+        return (scratch((1,), torch.float32, x.device),)
 
     for count in range(1, 4):
-        replay(foreign, [torch.zeros(3)])
-        assert kernel.launches == count
-    assert not kernel.compiled.calls
-
-
-def test_an_input_that_the_function_replaces_is_not_repeated(host):
-    """A plan would take the next call's own input, of another dtype, for the one that the function made."""
-    kernel = Kernel("x")
-
-    def widened(inputs):
-        inputs[0] = inputs[0].float()
-        launch(kernel, 1, inputs[0])
-        return (scratch((1,), torch.float32, inputs[0].device),)
-
-    for count in range(1, 4):
-        replay(widened, [torch.zeros(3, dtype=torch.bfloat16)])
+        replay(function, [torch.zeros(3, dtype=torch.bfloat16)])
         assert kernel.launches == count
     assert not kernel.compiled.calls
 

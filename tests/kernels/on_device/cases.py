@@ -111,14 +111,6 @@ def make(
     return {name: None if x[name] is None else x[name].to(device) for name in rule.inputs}
 
 
-def fused(x: dict) -> dict:
-    """x as slices of one projection, but for λ, and but for gates of another dtype."""
-    names = [name for name, y in x.items() if name != "level_scales" and y.dtype == x["v"].dtype]
-    sizes = [x[name].flatten(2).shape[2] for name in names]
-    parts = torch.cat([x[name].flatten(2) for name in names], 2).split(sizes, 2)
-    return x | {name: part.view(x[name].shape) for name, part in zip(names, parts)}
-
-
 def sequence_first(y: Tensor | None) -> Tensor | None:
     """The same values with the strides of ``[T, B, ...]``."""
     return None if y is None else y.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)

@@ -19,6 +19,7 @@ from loglinear.kernels import decay as scalar_gate
 from loglinear.kernels import delta as delta_rule
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tuning import Launch, ScalarGateConfig, uniform, uniform_delta_config
+from oracle import fused
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="reads the pointers of Triton's interpreter")
 if INTERPRETED:
@@ -95,7 +96,7 @@ def test_several_tiers(delta, dtype):
 @pytest.mark.parametrize(("layout", "T"), [("sequence first", 1), ("fused", 17)])
 def test_strides(delta, layout, T):
     def laid_out(x):
-        return cases.fused(x) if layout == "fused" else {name: cases.sequence_first(y) for name, y in x.items()}
+        return fused(x) if layout == "fused" else {name: cases.sequence_first(y) for name, y in x.items()}
 
     check(delta, laid_out, B=2, T=T, H=2, G=1, K=16, V=24, dtype=torch.float16)
 
