@@ -192,6 +192,13 @@ def fused(x: dict) -> dict:
     return x | {name: part.view(x[name].shape) for name, part in zip(names, parts)}
 
 
+def spoilt(x: dict, name: str, value: float, token: int, head: int, column: int, row: int = 0) -> dict:
+    """x with one bad number, in a head (of q or k: in a group) of one row."""
+    x = {argument: None if y is None else y.clone() for argument, y in x.items()}
+    x[name][(row, token, head, column)[: x[name].dim()]] = value
+    return x
+
+
 def error(x: Tensor, expected: Tensor) -> float:
     """``‖x - expected‖ / ‖expected‖`` in float64 (absolute where nothing is expected); NaN wherever x has one."""
     x, expected = x.detach().double(), expected.detach().double()

@@ -112,19 +112,21 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def operators(gate, length, grad, **sequences):
+    """How many reach the backend in a call, and in its backward pass where there is one."""
+    build_layout.cache_clear()  # the tables of the partition count as well
+    x = inputs(gate, B=1, T=length, H=1, G=1, K=1, V=1, L=16, grad=grad)
+    with Count() as count:
+        o, _ = run(x, **sequences)
+        if grad:
+            gradients(o, x.values())
+    return count.operators
+
+
 @both_rules
 def test_loops_run_over_levels_only(gate):
     """Doubling T adds the operators of one level, always as many; a loop over chunks or tokens would double them."""
-
-    def operators(T):
-        build_layout.cache_clear()  # the tables of the partition count as well
-        x = inputs(gate, B=1, T=T, H=1, G=1, K=1, V=1, L=16, grad=True)
-        with Count() as count:
-            o, _ = run(x)
-            gradients(o, x.values())
-        return count.operators
-
-    counts = [operators(C << k) for k in range(2, 8)]
+    counts = [operators(gate, C << k, grad=True) for k in range(2, 8)]
     steps = {later - earlier for earlier, later in pairwise(counts)}
     assert len(steps) == 1, counts
     assert steps.pop() < 300
@@ -132,12 +134,5 @@ def test_loops_run_over_levels_only(gate):
 
 @both_rules
 def test_the_work_of_packed_sequences_does_not_grow_with_their_number(gate):
-    def operators(sequences):
-        build_layout.cache_clear()
-        x = inputs(gate, B=1, T=sequences * 70, H=1, G=1, K=1, V=1, L=8)
-        bounds = torch.arange(sequences + 1) * 70
-        with Count() as count:
-            run(x, cu_seqlens=bounds)
-        return count.operators
-
-    assert operators(3) == operators(50)
+    few, many = (operators(gate, n * 70, grad=False, cu_seqlens=torch.arange(n + 1) * 70) for n in (3, 50))
+    assert few == many

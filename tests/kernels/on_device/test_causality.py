@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import BFLOAT16, INTERPRETED, RULES, forward
 
+import oracle
 from loglinear import log_linear_attention, log_linear_delta_rule
 from loglinear.kernels.pointwise import convolution
 
@@ -36,12 +37,7 @@ def make(rule, device, T, dtype=torch.float32, linear=False, **sizes):
 
 def spoilt(x, name, value, s):
     """x with one bad number in row 0; only a bad q or k belongs to both heads."""
-    x = {argument: None if tensor is None else tensor.clone() for argument, tensor in x.items()}
-    if x[name].dim() == 3:
-        x[name][0, s, HEAD] = value
-    else:
-        x[name][0, s, 0 if name in "qk" else HEAD, 3] = value
-    return x
+    return oracle.spoilt(x, name, value, s, 0 if name in "qk" else HEAD, 3)
 
 
 def compare(x, clean, name, value, s, end=None, cu_seqlens=None, run=lambda x, bounds: forward(x, cu_seqlens=bounds)):
