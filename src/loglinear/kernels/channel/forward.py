@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from math import prod
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from loglinear.kernels.channel.output import output_kernel
 from loglinear.kernels.channel.scores import scores_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, gather
-from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables, token_rows
+from loglinear.kernels.tree.problem import Problem, cdiv, describe, packed_tables
 from loglinear.kernels.tuning import ChannelConfig, Launch, channel_config, widths
 
 
@@ -51,25 +51,47 @@ class States(NamedTuple):
     entry_log: Tensor
 
 
-def tile_sizes(problem: Problem, launch: Launch, tiles: str) -> dict[str, int]:
-    """Tiles of K and V; with no "k" in ``tiles`` all of K in one."""
-    wide_k, wide_v = problem.tile(problem.key_width), problem.tile(problem.value_width)
-    return {"BK": min(launch.block_k or wide_k, wide_k) if "k" in tiles else wide_k, "BV": min(launch.block_v, wide_v)}
+@dataclass(frozen=True)
+class Launcher:
+    """Starts the kernels of a call whose v is of ``dtype``, and allocates what stands between them."""
 
+    problem: Problem
+    dtype: torch.dtype
+    device: torch.device
 
-def start(
-    kernel, problem: Problem, launch: Launch, dtype, arguments, *numbers, tiles="", each=1, constants=None, **sizes
-) -> None:
-    """Launch a kernel of ``each`` programs for each chunk and head, times the ``tiles`` of "k", of "v" or of both, "kv".
+    @property
+    def config(self) -> Any:
+        return self.problem.config
 
-    arguments: all that stands before the place of a chunk in the kernel; numbers: all that stands after it. sizes: in place of
-    those of ``tile_sizes``. dtype: of v.
-    """
-    sizes = tile_sizes(problem, launch, tiles) | sizes
-    counts = {"k": cdiv(problem.key_width, sizes["BK"]), "v": cdiv(problem.value_width, sizes["BV"])}
-    programs = problem.all_chunks * problem.heads * each * prod(counts[tile] for tile in tiles)
-    options = {"S": problem.sizes(dtype, **sizes), **(constants or {}), **launch.options}
-    launching.launch(kernel, programs, *arguments, *problem.of_chunks, *numbers, **options)
+    def memory(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return launching.scratch(shape, dtype or self.dtype, self.device)
+
+    def logs(self, *shape: int) -> Tensor:
+        """Memory for ``[*shape, chunks, H, K]``, float32."""
+        problem = self.problem
+        return self.memory(*shape, problem.all_chunks, problem.heads, problem.key_width, dtype=torch.float32)
+
+    def states(self) -> Tensor:
+        """Memory for ``[chunks, H, K, V]``."""
+        problem = self.problem
+        return self.memory(problem.all_chunks, problem.heads, problem.key_width, problem.value_width)
+
+    def start(self, kernel, launch: Launch, arguments: tuple, *numbers: int, tiles="", each=1, PLANES=None, **sizes):
+        """``each`` programs for each chunk and head, times the ``tiles`` of "k", of "v" or of both; else all of K is one tile.
+
+        arguments: all that stands before the place of a chunk in the kernel; numbers: all that stands after it. sizes: beside
+        those of tiles, or in their place.
+        """
+        problem = self.problem
+        K, V = problem.key_width, problem.value_width
+        wide_k, wide_v = problem.tile(K), problem.tile(V)
+        tile_k = min(launch.block_k or wide_k, wide_k) if "k" in tiles else wide_k
+        sizes = {"BK": tile_k, "BV": min(launch.block_v, wide_v)} | sizes
+        count = {"": 1, "k": cdiv(K, sizes["BK"]), "v": cdiv(V, sizes["BV"])}
+        programs = problem.all_chunks * problem.heads * each * count[tiles[:1]] * count[tiles[1:]]
+        options = launch.options if PLANES is None else {"PLANES": PLANES, **launch.options}
+        S = problem.sizes(self.dtype, **sizes)
+        launching.launch(kernel, programs, *arguments, *problem.of_chunks, *numbers, S=S, **options)
 
 
 def prepared_shapes(problem: Problem, dtype: torch.dtype, delta: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -81,16 +103,17 @@ def prepared_shapes(problem: Problem, dtype: torch.dtype, delta: bool) -> list[t
     return shapes + [(tokens, dtype), (squares, torch.float32)] * delta
 
 
-def launch_scores(problem: Problem, x: Inputs) -> Prepared:
+def launch_scores(call: Launcher, x: Inputs) -> Prepared:
     """The prepared chunks, with the running sums of their gates."""
-    launch, dtype = problem.config.scores, x.v.dtype
-    shapes = prepared_shapes(problem, dtype, x.beta is not None)
-    made = Prepared(*(launching.scratch(*y, x.v.device) for y in shapes))
+    problem, launch = call.problem, call.config.scores
+    shapes = prepared_shapes(problem, call.dtype, x.beta is not None)
+    made = Prepared(*(call.memory(*shape, dtype=dtype) for shape, dtype in shapes))
     gates = x._replace(q=None, k=None, v=None, beta=None, scales=None, do=None)
     of_sums = Launch(warps=4, stages=1, block_k=64)  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
-    start(sums_kernel, problem, of_sums, dtype, (gates, made.sums), tiles="k")
-    given = x._replace(g=None, v=None, scales=None, do=None), made
-    start(scores_kernel, problem, launch, dtype, given, **tile_sizes(problem, launch, "k"), HEADS=problem.heads)
+    call.start(sums_kernel, of_sums, (gates, made.sums), tiles="k")
+    wide = problem.tile(problem.key_width)
+    tile = {"BK": min(launch.block_k or wide, wide), "HEADS": problem.heads}
+    call.start(scores_kernel, launch, (x._replace(g=None, v=None, scales=None, do=None), made), **tile)
     return made
 
 
@@ -100,22 +123,11 @@ def decayed(x: Inputs, made: Prepared) -> Inputs:
     return x._replace(q=q, k=k, g=None, stride_q=made.q.stride(0), stride_k=made.k.stride(0), stride_g=None)
 
 
-def launch_entries(problem: Problem, x: Inputs, made: Prepared) -> States:
-    """The Fenwick array."""
-    H, K, V, dtype, device = problem.heads, problem.key_width, problem.value_width, x.v.dtype, x.v.device
-    entries = launching.scratch((problem.all_chunks, H, K, V), dtype, device)
-    entry_log = launching.scratch((problem.all_chunks, H, K), torch.float32, device)
-    arguments = x._replace(q=None, scales=None, do=None), made.chunk_log, entries, entry_log
-    start(entries_kernel, problem, problem.config.entries, dtype, arguments, problem.levels, tiles="kv")
-    return States(made.scores, made.chunk_log, entries, entry_log)
-
-
-def launch_output(problem: Problem, x: Inputs, states: States) -> Tensor:
-    """o, from the chunks themselves and the entries before them."""
-    o = launching.scratch(tuple(x.v.shape), x.v.dtype, x.v.device)
-    arguments = x._replace(k=None, do=None), states, o
-    start(output_kernel, problem, problem.config.output, x.v.dtype, arguments, problem.levels, tiles="v")
-    return o
+def launch_entries(call: Launcher, x: Inputs, chunk_log: Tensor) -> tuple[Tensor, Tensor]:
+    """The Fenwick array or, from x without keys, the gradients of its entries: ``[chunks, H, K, V]``, and the log of each."""
+    made = call.states(), call.logs()
+    call.start(entries_kernel, call.config.entries, (x, chunk_log, *made), call.problem.levels, tiles="kv")
+    return made
 
 
 def forward(
@@ -140,16 +152,19 @@ def forward(
         o ``[B, T, H, V]`` of v's dtype, contiguous, alone.
     """
     config = config or channel_config(v.dtype, *widths(q, v))
-    inputs = [token_rows(x) for x in (q, k, v, g, level_scales)]
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
-    return launching.replay(run_forward, [*inputs, *tables], scale, config)
+    return launching.replay(run_forward, [q, k, v, g, level_scales, *tables], scale, config, rows=5)
 
 
 def run_forward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tensor]:
     """The launches of ``forward``."""
     q, k, v, g, level_scales, *tables = inputs
-    problem = describe(q, v, level_scales, tuple(tables), config)
+    call = Launcher(describe(q, v, level_scales, tuple(tables), config), v.dtype, v.device)
     x = gather(q, k, v, g, None, level_scales, None, scale)
-    made = launch_scores(problem, x)._replace(sums=None)
+    made = launch_scores(call, x)._replace(sums=None)
     x = decayed(x, made)
-    return (launch_output(problem, x, launch_entries(problem, x, made)),)
+    entries = launch_entries(call, x._replace(q=None, scales=None), made.chunk_log)
+    o = call.memory(*v.shape)
+    arguments = x._replace(k=None), States(made.scores, made.chunk_log, *entries), o
+    call.start(output_kernel, config.output, arguments, call.problem.levels, tiles="v")
+    return (o,)

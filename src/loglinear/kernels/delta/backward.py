@@ -7,14 +7,12 @@ empty while its last programs end. The kernel of the other slice fills this half
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loglinear.kernels.channel.backward import Gradients as ChannelGradients
-from loglinear.kernels.channel.backward import Results, around_shape, launch_gate_grads
-from loglinear.kernels.channel.forward import launch_scores
+from loglinear.kernels.channel.backward import Gradients, around, launch_gate_grads
+from loglinear.kernels.channel.forward import Launcher, launch_scores
 from loglinear.kernels.delta.entry_grads import entry_grads_kernel
 from loglinear.kernels.delta.forward import (
     FIRST_OF_TWO,
@@ -36,35 +34,15 @@ from loglinear.kernels.delta.transport_grads import path_state_grads_kernel, tra
 from loglinear.kernels.delta.unit_grads import unit_grads_kernel
 from loglinear.kernels.delta.wide_entry_grads import segment_sums_kernel, wide_entry_grads_kernel
 from loglinear.kernels.tree import launching
-from loglinear.kernels.tree.bundles import Inputs, gather
-from loglinear.kernels.tree.head_sums import sum_heads
+from loglinear.kernels.tree.bundles import Inputs, Results, gather, results_of
+from loglinear.kernels.tree.head_sums import partial_sums, sum_heads
 from loglinear.kernels.tree.place import OCTET
 from loglinear.kernels.tree.problem import Problem, cdiv, describe, padded
 from loglinear.kernels.tuning import DeltaRuleConfig, Launch
 from loglinear.transition import is_per_channel
 
 
-class Gradients(NamedTuple):
-    """The results of the backward pass, a bundle: with the distance of two tokens of each, None where absent.
-
-    dq and dk are ``[H/G, B*T, G, K]``: float32 partial sums, or the result if H == G.
-    """
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dg: Tensor | None
-    dbeta: Tensor
-    dscales: Tensor
-    stride_dq: int
-    stride_dk: int
-    stride_dv: int
-    stride_dg: int | None
-    stride_dbeta: int
-    stride_dscales: int
-
-
-def heads_of(x: Inputs, out: Gradients, first: int, count: int, per_group: int) -> tuple[Inputs, Gradients]:
+def heads_of(x: Inputs, out: Results, first: int, count: int, per_group: int) -> tuple[Inputs, Results]:
     """The inputs and gradients of ``count`` heads: of whole groups, or of some heads of one group."""
     groups = slice(first // per_group, cdiv(first + count, per_group))
     parts = slice(first % per_group, first % per_group + min(count, per_group))
@@ -85,7 +63,7 @@ def tiles(problem: Problem, launch: Launch, width: int) -> tuple[int, int]:
 
 
 def launch_path_grads(
-    problem: Problem, x: Inputs, out: Gradients, maps: Maps, states: Tensor, queries: tuple[Tensor, Tensor]
+    problem: Problem, x: Inputs, out: Results, maps: Maps, states: Tensor, queries: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of (the queries after each entry within their octet, those at the start of their chunk ``[chunks, H, C,
     K]``).
@@ -181,7 +159,7 @@ def launch_tree_grads(problem: Problem, x: Inputs, maps: Maps, grads: Tensor) ->
 
 
 def launch_score_grads(
-    problem: Problem, x: Inputs, out: Gradients, maps: Maps, query_grads: Tensor
+    problem: Problem, x: Inputs, out: Results, maps: Maps, query_grads: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(the four matrices of each chunk's scores, gains of its queries); completes dλ."""
     H, C = problem.heads, problem.config.chunk
@@ -197,7 +175,7 @@ def launch_score_grads(
 
 
 def launch_map_grads(
-    problem: Problem, x: Inputs, out: Gradients, maps: Maps, grads: Tensor, query_grads: Tensor, scores: Tensor
+    problem: Problem, x: Inputs, out: Results, maps: Maps, grads: Tensor, query_grads: Tensor, scores: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(shares of dk ``[chunks, H, 2, C, K]``, gains of the chunks' ends, gains of the chunks); dv, and dT in ``scores``."""
     H, K, V, C = problem.heads, problem.key_width, problem.value_width, problem.config.chunk
@@ -218,7 +196,7 @@ def launch_map_grads(
 def launch_key_grads(
     problem: Problem,
     x: Inputs,
-    out: Gradients,
+    out: Results,
     maps: Maps,
     query_grads: Tensor,
     scores: Tensor,
@@ -236,10 +214,10 @@ def launch_key_grads(
     launching.launch(key_grads_kernel, problem.all_chunks * problem.heads, *arguments, S=S, **launch.options)
 
 
-def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | None) -> None:
+def backward_of_heads(problem: Problem, x: Inputs, out: Results, maps: Maps | None) -> None:
     """The whole backward of the heads that x and out hold; their maps are made again if they were not kept."""
-    K, V, given = problem.key_width, problem.value_width, (problem, x)
-    prepared = maps.prepared if maps is not None else launch_scores(problem, x) if problem.channels else None
+    K, V, given, call = problem.key_width, problem.value_width, x, Launcher(problem, x.v.dtype, x.v.device)
+    prepared = maps.prepared if maps is not None else launch_scores(call, x) if problem.channels else None
     problem, x = of_heads(problem, x, prepared)
     if maps is None:
         maps = launch_octet_maps(problem, x, launch_chunk_maps(problem, x, prepared), prepared, prefixes=True)
@@ -259,26 +237,22 @@ def backward_of_heads(problem: Problem, x: Inputs, out: Gradients, maps: Maps | 
     launch_tree_grads(problem, x, maps, grads)
     scores, gains = launch_score_grads(problem, x, out, maps, query_grads)
     key_grads, ends, chunk_gains = launch_map_grads(problem, x, out, maps, grads, query_grads, scores)
-    around = None if prepared is None else launching.scratch(around_shape(problem), torch.float32, grads.device)
     del grads
-    launch_key_grads(problem, x, out, maps, query_grads, scores, (key_grads, gains, ends, chunk_gains), around)
+    beside = None if prepared is None else around(call)
+    launch_key_grads(problem, x, out, maps, query_grads, scores, (key_grads, gains, ends, chunk_gains), beside)
     if prepared is not None:
-        found = ChannelGradients(q=query_grads, k=key_grads, around=around)
-        results = Results(out.dq, out.dk, out.dg, out.stride_dq, out.stride_dk, out.stride_dg)
-        scores = scores[:, :, PRODUCT_GRADS.value :]
-        launch_gate_grads(*given, prepared.sums, scores, found, results, PLANES.value)
+        found, out = Gradients(q=query_grads, k=key_grads, around=beside), results_of(out.dq, out.dk, dg=out.dg)
+        launch_gate_grads(call, given, prepared.sums, scores[:, :, PRODUCT_GRADS.value :], found, out, PLANES.value)
 
 
-def allocate_gradients(problem: Problem, x: Inputs) -> Gradients:
-    parts, device = problem.heads_per_group, x.v.device
+def allocate(problem: Problem, x: Inputs) -> Results:
+    """Memory for all gradients."""
 
     def like(y: Tensor) -> Tensor:
-        return launching.scratch(tuple(y.shape), y.dtype, device)
+        return launching.scratch(tuple(y.shape), y.dtype, y.device)
 
-    shape = (parts, problem.tokens, problem.groups, problem.key_width)
-    dq, dk = (launching.scratch(shape, y.dtype if parts == 1 else torch.float32, device) for y in (x.q, x.k))
-    made = dq, dk, like(x.v), None if x.g is None else like(x.g), like(x.beta), like(x.scales)
-    return Gradients(*made, *(None if y is None else y.stride(1) for y in made))  # type: ignore[arg-type]
+    dq, dk, dg = partial_sums(problem, x.q), partial_sums(problem, x.k), None if x.g is None else like(x.g)
+    return results_of(dq, dk, like(x.v), dg, like(x.beta), like(x.scales))
 
 
 def backward(
@@ -311,7 +285,7 @@ def run_backward(inputs: list, scale: float, config: DeltaRuleConfig | None, kep
     maps = Maps.of(tuple(inputs[len(inputs) - kept :]), channels) if kept else None
     problem = describe(q, v, level_scales, tuple(tables), tuned(config, q, v))
     problem = dataclasses.replace(problem, channels=channels)
-    out = allocate_gradients(problem, x)
+    out = allocate(problem, x)
     count, per_group = heads_at_a_time(problem, v.element_size(), kept > 0), problem.heads_per_group
     if count == problem.heads:
         backward_of_heads(problem, x, out, maps)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loglinear.kernels.channel.forward import Prepared, decayed, launch_scores
+from loglinear.kernels.channel.forward import Launcher, Prepared, decayed, launch_scores
 from loglinear.kernels.delta.chunk_maps import chunk_maps_kernel
 from loglinear.kernels.delta.memory import Maps, keeps_maps, map_shapes
 from loglinear.kernels.delta.octet_maps import octet_maps_kernel
@@ -175,7 +175,7 @@ def run_forward(inputs: list, scale: float, config: DeltaRuleConfig | None, keep
     problem = replace(problem, channels=is_per_channel(g))
     keep = keep and keeps_maps(problem, v.element_size())
     x = gather(q, k, v, g, beta, level_scales, None, scale)
-    prepared = launch_scores(problem, x) if problem.channels else None
+    prepared = launch_scores(Launcher(problem, v.dtype, v.device), x) if problem.channels else None
     problem, x = of_heads(problem, x, prepared)
     if prepared is not None and not keep:
         prepared = prepared._replace(sums=None)

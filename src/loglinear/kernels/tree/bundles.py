@@ -56,6 +56,34 @@ def gather(
     return Inputs(*tensors, *(None if x is None else x.stride(1) for x in tensors), factor)
 
 
+class Results(NamedTuple):
+    """The gradients of the inputs, with the distance of two tokens of each; None where absent.
+
+    dq and dk are ``[H/G, B*T, G, K]``: float32 partial sums, or the result if H == G.
+    """
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dg: Any
+    dbeta: Any
+    dscales: Any
+    stride_dq: Any
+    stride_dk: Any
+    stride_dv: Any
+    stride_dg: Any
+    stride_dbeta: Any
+    stride_dscales: Any
+
+
+def results_of(
+    dq: Tensor, dk: Tensor, dv: Tensor | None = None, dg: Tensor | None = None, dbeta=None, dscales=None
+) -> Results:
+    """Gradients that are laid out as their inputs are."""
+    tensors = dq, dk, dv, dg, dbeta, dscales
+    return Results(*tensors, *(None if x is None else x.stride(1) for x in tensors))
+
+
 class Table(NamedTuple):
     """Tables of packed sequences, None if not packed: the sequence of all chunks and octets, and the facts of each sequence."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.tree import launching
+from loglinear.kernels.tree.problem import Problem
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -18,6 +20,13 @@ def head_sums_kernel(partial, total, size, PARTS: tl.constexpr, BLOCK: tl.conste
     for i in range(PARTS):
         acc += tl.load(partial + i * size.to(tl.int64) + elements, mask=inside, other=0.0)
     tl.store(total + elements, acc.to(total.dtype.element_ty), mask=inside)
+
+
+def partial_sums(problem: Problem, like: Tensor) -> Tensor:
+    """Memory ``[H/G, B*T, G, K]`` for the shares of all heads in dq or dk, or for the result itself if H == G."""
+    parts = problem.heads_per_group
+    shape = (parts, problem.tokens, problem.groups, problem.key_width)
+    return launching.scratch(shape, like.dtype if parts == 1 else torch.float32, like.device)
 
 
 def sum_heads(partial: Tensor, like: Tensor) -> Tensor:
