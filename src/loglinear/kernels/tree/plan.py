@@ -147,7 +147,7 @@ def lay_out(lives: list[Life]) -> tuple[dict[int, int], int]:
 
 
 @dataclass(frozen=True)
-class Launcher:
+class Start:
     """The start of a kernel. ``encode`` encodes its descriptors; it is None where ``run`` does so, in 1 to 3 µs for each.
 
     ``run`` is the launcher below ``compiled[grid]``, which makes a dictionary of all arguments for profilers with each launch
@@ -159,7 +159,7 @@ class Launcher:
     encodings: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, compiled: Any, descriptors: int) -> Launcher:
+    def of(cls, compiled: Any, descriptors: int) -> Start:
         if not (descriptors and hasattr(compiled.run, "launch")):
             return cls(compiled.run)
         known = getclosurevars(compiled.run.launch)
@@ -205,15 +205,15 @@ class Plan:
         self.launches: list[tuple[Callable, int, Any, Any, Callable[[list], tuple]]] = []
         for compiled, programs, arguments in note.launches:
             compiled[(programs, 1, 1)]  # loads the kernel's code onto the device
-            launcher = Launcher.of(compiled, sum(isinstance(x, Described) for x in arguments))
-            pick = picker([self.index(x, launcher) for x in launcher.encoded(arguments)])
-            self.launches.append((launcher.run, programs, compiled.function, compiled.packed_metadata, pick))
+            start = Start.of(compiled, sum(isinstance(x, Described) for x in arguments))
+            pick = picker([self.index(x, start) for x in start.encoded(arguments)])
+            self.launches.append((start.run, programs, compiled.function, compiled.packed_metadata, pick))
 
-    def index(self, x: Any, launcher: Launcher) -> int:
+    def index(self, x: Any, start: Start) -> int:
         """The index in the table of an argument: a value, a place, a descriptor or a bundle."""
         bundle = isinstance(x, tuple) and any(isinstance(y, Place) for y in x)
         # 1, 1.0 and True are equal, but not as arguments
-        key = tuple(self.index(y, launcher) for y in x) if bundle else repr(x)
+        key = tuple(self.index(y, start) for y in x) if bundle else repr(x)
         if key in self.indices:
             return self.indices[key]
         found = self.indices[key] = len(self.table)
@@ -224,7 +224,7 @@ class Plan:
         if bundle:
             self.made.append((found, picker(list(key))))
         elif isinstance(x, Described):
-            encode = launcher.encode if x.encoding else None
+            encode = start.encode if x.encoding else None
             self.made.append((found, lambda table: described(x, table[found], encode)))
         return found
 
