@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from loglinear.transition import Transition
@@ -13,9 +11,11 @@ LEAST = 99 << 10  # bytes that other GPUs from 2020 on have: compute capabilitie
 LEAST_KEYS = 128  # widest keys with which the delta rule fits into LEAST
 
 
-@lru_cache(maxsize=64)
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have; AMPLE off the GPU, where the interpreter runs."""
+    """Bytes of shared memory that one program may have; AMPLE off the GPU, where the interpreter runs.
+
+    PyTorch keeps the properties of a device. Its compiler follows this function, and warns of one with a cache of its own.
+    """
     if device.type != "cuda":
         return AMPLE
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", LEAST)

@@ -295,7 +295,7 @@ def _backward(do: Tensor, *arguments: Any) -> list[Tensor | None]:
 def _fake(*arguments: Any) -> list[Tensor]:
     inputs, (cu_seqlens, first_chunks, *_, keep, backend) = Inputs(*arguments[:6]), arguments[6:]
     v, transition, shapes = inputs.v, inputs.transition(), []
-    if keep and first_chunks is None and dispatch.attention(inputs, backend):
+    if keep and transition.keeps and first_chunks is None and dispatch.attention(inputs, backend):
         given = inputs.q, v, _for_kernels(inputs)[-1], cu_seqlens
         shapes = kernels_of(transition).kept_shapes(*given, channels=transition.per_channel)
     return [v.new_empty(v.shape), *(v.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
