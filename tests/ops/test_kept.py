@@ -75,7 +75,7 @@ def test_sizes_may_be_symbolic(monkeypatch, gate, beta, K, packed):
         return [(tuple(map(int, x.shape)), x.dtype) for x in results]
 
     wanted = sizes(FakeTensorMode(), symbolic=False)
-    assert len(wanted) > 1 or (gate == 4 and (packed or not beta))  # whose maps would take too much memory; who keeps none
+    assert len(wanted) > 1 or (gate == 4 and (packed or not beta))  # too much memory for maps; nothing to keep
     assert sizes(FakeTensorMode(shape_env=ShapeEnv()), symbolic=True) == wanted
 
 
