@@ -86,21 +86,22 @@ def output(place: Place, x: Inputs, states: States) -> Tensor:
 def query_side(
     place: Place, x: Inputs, states: States, score_grads: Tensor, dscales: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The results of ``decay.query_grads``, without scores: a gradient is a factor of the query times a product, and the
-    product times q is the gradient of λ.
+    """The results of ``decay.query_grads``: a gradient is a factor of the query times a product. The gradient of λ is a sum of
+    dP times scores, or of dO times the product of q and an entry.
     """
     dq, levels = score_grads @ x.k, states.chunk_log.new_zeros(len(place.levels), *states.chunk_log.shape)
     products = []
     for level, chunk, earlier in pairs_of_spans(place):
         decay, columns = earlier_weights(states, level, chunk, earlier, place)
-        grads = (x.do[chunk] @ x.v[earlier].mT) * columns.unsqueeze(2)
-        products.append((level, chunk, decay, grads @ x.k[earlier]))
+        grads, keys = (x.do[chunk] @ x.v[earlier].mT) * columns.unsqueeze(2), x.k[earlier]
+        products.append((level, chunk, decay, grads @ keys, (grads * (x.q[chunk] @ keys.mT)).sum(3)))
     for m, chunk, entry, decay in path(place, states, place.levels[SPAN_LEVEL:]):
-        products.append((m, chunk, decay, x.do[chunk] @ states.entries[entry].mT))
-    for m, chunk, decay, product in products:
+        do, entries = x.do[chunk], states.entries[entry]
+        products.append((m, chunk, decay, do @ entries.mT, (do * (x.q[chunk] @ entries)).sum(3)))
+    for m, chunk, decay, product, found in products:
         if len(chunk) == 0:
             continue
-        scale, gain = scales_of(x, chunk, m), (product * x.q[chunk]).sum(3) * decay
+        scale, gain = scales_of(x, chunk, m), found * decay
         dq = dq.index_add(0, chunk, (scale * decay).unsqueeze(3) * product)
         dscales = add_level(dscales, x, chunk, m, gain)
         rows = rows.index_add(0, chunk, gain * scale)

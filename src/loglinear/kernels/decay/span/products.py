@@ -63,6 +63,22 @@ def times(scores, mask):
 
 
 @gluon.jit
+def widened(x, y):
+    """``x * y`` in float32 for x of bfloat16, which stays two in a register."""
+    product = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high;
+        shl.b32 low, $2, 16;
+        and.b32 high, $2, 0xffff0000;
+        mul.f32 $0, low, $3;
+        mul.f32 $1, high, $4;
+        }""",
+        "=r,=r,r,r,r", [x, y.to(gl.int32, bitcast=True)], dtype=gl.int32, is_pure=True, pack=2,
+    )  # fmt: skip
+    return product.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def weighted(scores, row, column):
     """``scores`` times a factor of the query and one of the key."""
     return times(scores, row[:, None] * column[None, :])

@@ -1,8 +1,9 @@
 """SPAN QUERY GRADIENTS: dq, dλ above a chunk and the gains of 128 queries, from their span and the entries before it.
 
 For Hopper, in the place of ``decay/query_grads.py``. Where all pairs of a block have one level, the gradient of a query is a
-factor of the query times a product, of dP and keys or of dO and an entry. The product times q is the gradient of λ, so no score
-is needed. Roles as in ``output.py``. ``own`` holds the halves of Q, of K, and of K of the tile before.
+factor of the query times a product, of dP and keys or of dO and an entry. These add up in the tensor cores. The gradient of λ
+is a sum of dP times scores, or of dO times the product of q and the entry. Roles as in ``output.py``. ``own`` holds the halves
+of Q, of K, and of K of the tile before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from loglinear.kernels.decay.span.factors import Factors, Logs
 from loglinear.kernels.decay.span.gains import ROWS, SUMS, Results, Sums, write_gains
+from loglinear.kernels.decay.span.products import times, widened
 from loglinear.kernels.decay.span.tile import (
     LEAST_ENTRY,
     TILE,
@@ -25,6 +27,7 @@ from loglinear.kernels.decay.span.tile import (
     barriers,
     emptied,
     filled,
+    hidden_zero,
     load_part,
     put,
     slot_of,
@@ -62,30 +65,44 @@ def load_tiles(q_desc, k_desc, v_desc, do_desc, e_desc, own, loaded, ring, tile,
 
 
 @gluon.jit
-def outer(do, values, FIRST: gl.constexpr):
-    """``dO Vᵀ`` ``[64, 64]`` for the keys from FIRST on; dO is a register operand."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    zero = gl.zeros([64, 64], gl.float32, layout=ACC)
-    dp = warpgroup_mma(do, values.slice(FIRST, 64).permute((1, 0)), zero, use_acc=False, is_async=True)
-    return warpgroup_mma_wait(0, deps=(dp,))
-
-
-@gluon.jit
 def row(factors, i, FIRST: gl.constexpr, layout: gl.constexpr):
     """Row factors i of 64 queries."""
     return factors.rows.index(i).slice(FIRST, 64).load(layout)
 
 
 @gluon.jit
-def product_sum(product, queries):
-    """Row sums of ``product ∘ Q`` for half of the columns, ``[64, 64]`` both."""
-    return gl.sum(product * queries.load(product.type.layout).to(gl.float32), axis=1)
+def add_keys(dq, do, values, queries, keys, column, weights, FIRST: gl.constexpr, KEYS: gl.constexpr):
+    """(dq with that from 64 keys whose pairs have one level, row sums of ``dP ∘ Q Kᵀ``, both times the factors of the keys)."""
+    left, right = dq
+    ACC: gl.constexpr = left.type.layout
+    zero = gl.zeros([64, 64], gl.float32, layout=ACC)
+    left_keys, right_keys = keys[0].slice(KEYS, 64), keys[1].slice(KEYS, 64)
+    dp = warpgroup_mma(do, values.slice(KEYS, 64).permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma(queries[0].slice(FIRST, 64), left_keys.permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma(queries[1].slice(FIRST, 64), right_keys.permute((1, 0)), scores, is_async=True)
+    dp, scores = warpgroup_mma_wait(0, deps=(dp, scores))
+    dp = dp * column[None, :]
+    a = gl.convert_layout((dp * weights[:, None]).to(do.dtype), gl.DotOperandLayout(0, ACC, 2))
+    left = warpgroup_mma(a, left_keys, left, is_async=True)
+    right = warpgroup_mma(a, right_keys, right, is_async=True)
+    found = gl.sum(dp * scores, axis=1)
+    left, right, a = warpgroup_mma_wait(0, deps=(left, right, a))
+    return (left, right), found
 
 
 @gluon.jit
-def operand_of(dp, column, dtype: gl.constexpr):
-    """dP times a factor of the key, as a register operand."""
-    return gl.convert_layout((dp * column[None, :]).to(dtype), gl.DotOperandLayout(0, dp.type.layout, 2))
+def add_entry(dq, do, entry, queries, weights, FIRST: gl.constexpr):
+    """(dq with that from an entry, row sums of ``dO ∘ Q S``). weights are laid out as those of a register operand."""
+    left, right = dq
+    ACC: gl.constexpr = left.type.layout
+    zero = gl.zeros([64, 64], gl.float32, layout=ACC)
+    a = times(do, weights[:, None])
+    part = warpgroup_mma(queries[0].slice(FIRST, 64), entry.slice(0, 64), zero, use_acc=False, is_async=True)
+    part = warpgroup_mma(queries[1].slice(FIRST, 64), entry.slice(64, 64), part, is_async=True)
+    left = warpgroup_mma(a, entry.slice(0, 64).permute((1, 0)), left, is_async=True)
+    right = warpgroup_mma(a, entry.slice(64, 64).permute((1, 0)), right, is_async=True)
+    part, left, right, a = warpgroup_mma_wait(0, deps=(part, left, right, a))
+    return (left, right), gl.sum(widened(gl.convert_layout(do, ACC), part), axis=1)
 
 
 @gluon.jit
@@ -102,14 +119,14 @@ def clear_absent(keys, tile, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def gradients(P: gl.constexpr, own, loaded, ring, factors, sums, dq, score_grads, tile, S: gl.constexpr):
-    """The role of four warps: chunk P of the tile. dq and score_grads point at what belongs to the tile and to the chunk."""
+def gradients(P: gl.constexpr, own, loaded, ring, factors, sums, target, score_grads, tile, S: gl.constexpr):
+    """The role of four warps: chunk P of the tile. target (dq) and score_grads point at what is the tile's and the chunk's."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    ROW_A: gl.constexpr = gl.SliceLayout(1, A)
     COLUMN: gl.constexpr = gl.SliceLayout(0, ACC)
     FIRST: gl.constexpr = P * 64
-    dtype: gl.constexpr = ring.slots.dtype
     zero = gl.zeros([64, 64], gl.float32, layout=ACC)
     s = gl.arange(0, 64, layout=gl.SliceLayout(0, A))[None, :]
     t = gl.arange(0, 64, layout=gl.SliceLayout(1, A))[:, None]
@@ -123,9 +140,12 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, sums, dq, score_grads
     left = warpgroup_mma(a, own.index(2).slice(FIRST, 64), zero, use_acc=False, is_async=True)
     right = warpgroup_mma(a, own.index(3).slice(FIRST, 64), zero, use_acc=False, is_async=True)
     left, right, a = warpgroup_mma_wait(0, deps=(left, right, a))
+    dq = left, right
     it = gl.to_tensor(0)
     for i in range(S.HEADS):
         slot, phase = slot_of(i, 2)
+        here = hidden_zero()
+        queries = own.index(here), own.index(here + 1)
         do = filled(ring, it, SLOTS).slice(FIRST, 64).load(A)
         fence_async_shared()  # else the next copy overtakes these loads
         it = emptied(ring, it, SLOTS)
@@ -134,63 +154,45 @@ def gradients(P: gl.constexpr, own, loaded, ring, factors, sums, dq, score_grads
         mbarrier.wait(sums.empty.index(slot), phase ^ 1)
         rows, columns, base = slot * ROWS, slot * COLUMNS, slot * SUMS
         if P == 1:
-            dp = outer(do, values, 0)
-            a = operand_of(dp, factors.columns.index(columns).slice(0, 64).load(COLUMN), dtype)
+            keys = own.index(here + 2), own.index(here + 3)
             decays = row(factors, rows, FIRST, ROW)
             weights = decays * row(factors, rows + 1, FIRST, ROW)
-            part = warpgroup_mma(a, own.index(2).slice(0, 64), zero, use_acc=False, is_async=True)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            found = product_sum(part, own.index(0).slice(FIRST, 64))
-            left += weights[:, None] * part
-            part = warpgroup_mma(a, own.index(3).slice(0, 64), zero, use_acc=False, is_async=True)
-            part, a = warpgroup_mma_wait(0, deps=(part, a))
-            found += product_sum(part, own.index(1).slice(FIRST, 64))
-            right += weights[:, None] * part
+            column = factors.columns.index(columns).slice(0, 64).load(COLUMN)
+            dq, found = add_keys(dq, do, values, queries, keys, column, weights, FIRST, 0)
             sums.rows.index(base).slice(FIRST, 64).store(found * decays)
         it = emptied(ring, it, SLOTS)
         if tile.second == 1:
             values = filled(ring, it, SLOTS)
-            a = operand_of(outer(do, values, 0), factors.columns.index(columns + 1).slice(0, 64).load(COLUMN), dtype)
-            b = operand_of(outer(do, values, 64), factors.columns.index(columns + 1).slice(64, 64).load(COLUMN), dtype)
-            it = emptied(ring, it, SLOTS)
+            keys = own.index(here + 4), own.index(here + 5)
             decays = row(factors, rows + 2, FIRST, ROW)
             weights = decays * row(factors, rows + 3, FIRST, ROW)
-            part = warpgroup_mma(a, own.index(4).slice(0, 64), zero, use_acc=False, is_async=True)
-            part = warpgroup_mma(b, own.index(4).slice(64, 64), part, is_async=True)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            found = product_sum(part, own.index(0).slice(FIRST, 64))
-            left += weights[:, None] * part
-            part = warpgroup_mma(a, own.index(5).slice(0, 64), zero, use_acc=False, is_async=True)
-            part = warpgroup_mma(b, own.index(5).slice(64, 64), part, is_async=True)
-            part, a, b = warpgroup_mma_wait(0, deps=(part, a, b))
-            found += product_sum(part, own.index(1).slice(FIRST, 64))
-            right += weights[:, None] * part
-            sums.rows.index(base + 1).slice(FIRST, 64).store(found * decays)
+            column = factors.columns.index(columns + 1).slice(0, 64).load(COLUMN)
+            dq, found = add_keys(dq, do, values, queries, keys, column, weights, FIRST, 0)
+            column = factors.columns.index(columns + 1).slice(64, 64).load(COLUMN)
+            dq, more = add_keys(dq, do, values, queries, keys, column, weights, FIRST, 64)
+            it = emptied(ring, it, SLOTS)
+            sums.rows.index(base + 1).slice(FIRST, 64).store((found + more) * decays)
         e = tile.path
         step = gl.to_tensor(2)
+        here = hidden_zero()  # another one: else the assembler may take places made in the branch above for made
+        queries = own.index(here), own.index(here + 1)
         while e > 0:
             entry = filled(ring, it, SLOTS)
             decays = row(factors, rows + 2 * step, FIRST, ROW)
-            weights = decays * row(factors, rows + 2 * step + 1, FIRST, ROW)
-            part = warpgroup_mma(do, entry.slice(0, 64).permute((1, 0)), zero, use_acc=False, is_async=True)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            found = product_sum(part, own.index(0).slice(FIRST, 64))
-            left += weights[:, None] * part
-            part = warpgroup_mma(do, entry.slice(64, 64).permute((1, 0)), zero, use_acc=False, is_async=True)
-            part = warpgroup_mma_wait(0, deps=(part,))
+            of_step = row(factors, rows + 2 * step, FIRST, ROW_A) * row(factors, rows + 2 * step + 1, FIRST, ROW_A)
+            dq, found = add_entry(dq, do, entry, queries, of_step, FIRST)
             it = emptied(ring, it, SLOTS)
-            found += product_sum(part, own.index(1).slice(FIRST, 64))
-            right += weights[:, None] * part
             sums.rows.index(base + step).slice(FIRST, 64).store(found * decays)
             step += 1
             e = e & (e - 1)
         mbarrier.arrive(factors.empty.index(slot), count=1)
         mbarrier.arrive(sums.full.index(slot), count=1)
 
+    left, right = dq
     t = FIRST + gl.arange(0, 64, layout=ROW)[:, None]
-    target = dq + t * (S.G * S.K) + gl.arange(0, 64, layout=COLUMN)[None, :]
-    gl.store(target, left.to(dq.dtype.element_ty), mask=(t < tile.size) & (t >= 0))
-    gl.store(target + 64, right.to(dq.dtype.element_ty), mask=t < tile.size)
+    target += t * (S.G * S.K) + gl.arange(0, 64, layout=COLUMN)[None, :]
+    gl.store(target, left.to(target.dtype.element_ty), mask=(t < tile.size) & (t >= 0))
+    gl.store(target + 64, right.to(target.dtype.element_ty), mask=t < tile.size)
 
 
 @gluon.jit(do_not_specialize=["T", "N", "NG", "all_tokens", "all_chunks", "sums_stride", "L"])
@@ -249,5 +251,5 @@ def span_query_grads_kernel(
                 (load_tiles, (q_desc, k_desc, v_desc, do_desc, e_desc, own, loaded, ring, tile, S)),
             ],
             [4, 4, 1],
-            [192, 104, 24],
+            [184, 120, 24],
         )
