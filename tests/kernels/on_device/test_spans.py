@@ -13,7 +13,7 @@ from loglinear.kernels import decay
 from loglinear.kernels.decay.span import choice
 from loglinear.kernels.tree import launching
 
-KERNELS = {"span_output_kernel", "span_query_grads_kernel", "span_key_grads_kernel"}
+KERNELS = {"span_output_kernel", "span_local_grads_kernel", "span_query_grads_kernel", "span_key_grads_kernel"}
 
 
 @pytest.fixture(autouse=True)

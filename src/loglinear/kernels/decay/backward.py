@@ -202,7 +202,8 @@ def run_backward(
         states = States.of(problem, v.dtype, *inputs[len(inputs) - kept :])
     else:  # only the output reads checks
         states = launch_states(problem, x, span.LEAST_ENTRY if spans else 1)[0]._replace(checks=None)
-    dscales, score_grads = launch_local_grads(problem, x, states, gains)
+    local_grads = of_spans.launch_local if spans else launch_local_grads
+    dscales, score_grads = local_grads(problem, x, states, gains)
     query_side = of_spans.launch_query_side if spans else launch_query_grads
     dq = query_side(problem, x, states, score_grads, dscales, gains)
     node_grads = launch_node_grads(problem, x, states)
