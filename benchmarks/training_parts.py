@@ -41,7 +41,7 @@ OPERATORS = {
 MIXING = {  # kernels of the operator of a whole mixer; the others are the op's
     "convolution": re.compile(r"^convolution_"),
     "norms": re.compile(r"^gated_norm_"),
-    "other": re.compile(r"^(gates|level_scales)_|at::native"),
+    "other": re.compile(r"^(steps|level_scales)_|at::native"),
 }
 PRODUCT = re.compile(r"aten::(add|badd)?b?mm_?$")
 NORMS = re.compile(r"rms_norm|layer_norm|rsqrt|gamma_?beta", re.IGNORECASE)

@@ -24,11 +24,13 @@ from loglinear.kernels.decay.span import choice
 from loglinear.kernels.decoding import host, inputs, linear_step, outputs, residual
 from loglinear.kernels.pointwise import (
     channel_gates,
+    convolution,
     cross_entropy,
     elementwise,
     gated_norm,
     gates,
     level_scales,
+    steps,
     unit_length,
 )
 from loglinear.kernels.tree import launching
@@ -256,6 +258,10 @@ def pointwise_resources(target: str) -> list[Resources]:
         hidden, weight = meta(2, T, 1536, kind=wide), meta(1536, kind=wide)
         gated_norm.backward(hidden, hidden, None, weight, None, None, 1e-6, False)
         gates.backward(meta(2, T, 16, kind=wide), v, v, None, rate, D, D, v, None)
+        steps.backward(meta(2, T, 16, kind=wide), rate, rate, rate, D, D, rate)
+        x, taps, bias, key = meta(2, T, 1024 + 256), meta(1280, 4, kind=wide), meta(1280, kind=wide), meta(2, T, 1, 128)
+        convolution.backward(x, x, taps, bias, None)
+        convolution.backward_with_values(v, y, key, key, x, taps, bias, None, meta(2, T, 16, kind=wide), D, x)
         channels, bias = meta(2, T, 16 * 128), meta(16 * 128, kind=wide)
         for bound in (None, -5.0):
             channel_gates.backward(meta(2, T, 16, 128, kind=wide), rate, channels, bias, D, rate, 16, bound)

@@ -60,6 +60,11 @@ class Mixing(NamedTuple):
     gate_first: bool
     keep: str
 
+    @property
+    def columns(self) -> int:
+        """V, the columns of a head."""
+        return self.norm.shape[0] // self.D.shape[0]
+
     def parts(self, both: Tensor) -> Parts:
         inner, channels, heads = self.norm.shape[0], self.taps.shape[0], self.D.shape[0]
         z, mixed, rate = both[..., : inner + channels + heads].split([inner, channels, heads], dim=-1)
@@ -79,21 +84,21 @@ class Mixing(NamedTuple):
 def _forward(*arguments: Any) -> list[Tensor]:
     a, own = Mixing(*arguments), kernels.pointwise
     z, channels, rate, dl = a.parts(a.both)
-    mixed = own.convolution.forward(channels, a.taps, a.bias, a.place)
+    g, step = own.steps.forward(rate, a.dt_bias, a.A_log)
+    mixed, v = own.convolution.with_values(channels, a.taps, a.bias, a.place, step, a.columns)
     x = a.inner(mixed).x
-    g, v, _ = own.gates.forward(rate, a.dt_bias, a.A_log, x, None)
     scales = own.level_scales.forward(dl, a.L, a.offset)
     o, *kept = attention.run(*a.op(mixed, v, g, scales))
     y = own.gated_norm.forward(o.flatten(-2), z, a.norm, x.flatten(-2), a.D, a.eps, a.gate_first)
-    return [y, mixed, v, g, scales, o, *kept]
+    return [y, mixed, v, g, step, scales, o, *kept]
 
 
 def _backward(dy: Tensor, *arguments: Any) -> list[Tensor | None]:
-    *given, (mixed, v, g, scales, o, *kept) = arguments
+    *given, (mixed, v, g, step, scales, o, *kept) = arguments
     a, own = Mixing(*given), kernels.pointwise
     z, channels, rate, dl = a.parts(a.both)
-    dboth, dmixed = torch.empty_like(a.both), torch.empty_like(mixed)
-    into, inner = a.parts(dboth), a.inner(dmixed)
+    dboth = torch.empty_like(a.both)
+    into = a.parts(dboth)
     for first, end in ((a.start - _gap(a), a.start), (a.start + a.L.numel(), a.both.shape[-1])):
         if first < end:  # columns that only pad
             dboth[..., first:end] = 0
@@ -101,12 +106,10 @@ def _backward(dy: Tensor, *arguments: Any) -> list[Tensor | None]:
     skipped = x.flatten(-2), a.D, a.eps, a.gate_first
     do, _, dnorm, _, dD = own.gated_norm.backward(dy, o.flatten(-2), z, a.norm, *skipped, into=into.z, skips=False)
     dq, dk, dv, dg, dscales = attention.differentiate(do.view_as(o), *a.op(mixed, v, g, scales), kept)
-    inner.q.copy_(dq)
-    inner.k.copy_(dk)
     _, dL = own.level_scales.backward(dscales, dl, a.L, a.offset, into=into.dl)
-    gates = dg, dv, do.view_as(x), None, rate, a.dt_bias, a.A_log, x, None  # the skip's gradient is do times D
-    _, ddt_bias, dA_log, *_ = own.gates.backward(*gates, into=(into.rate, inner.x), skip_scale=a.D)
-    _, dtaps, dbias = own.convolution.backward(dmixed, channels, a.taps, a.bias, a.place, into=into.channels)
+    weights = a.taps, a.bias, a.place, step, a.D  # the skip's gradient is do times D
+    dstep, dtaps, dbias = own.convolution.backward_with_values(dv, do, dk, dq, channels, *weights, into.channels)
+    ddt_bias, dA_log = own.steps.backward(dg, dstep, step, rate, a.dt_bias, a.A_log, into.rate)
     return [dboth, dtaps, dbias, ddt_bias, dA_log, dD, dL, dnorm]
 
 
@@ -118,9 +121,10 @@ def _gap(a: Mixing) -> int:
 def _fake(*arguments: Any) -> list[Tensor]:
     a = Mixing(*arguments)
     rows, heads, inner, new = a.both.shape[:2], a.D.shape[0], a.norm.shape[0], a.both.new_empty
-    y, mixed, v = (new((*rows, *x)) for x in ([inner], [a.taps.shape[0]], [heads, inner // heads]))
-    g, scales = new((*rows, heads), dtype=torch.float32), new((*rows, *a.L.shape))
-    return [y, mixed, v, g, scales, *attention.fake(*a.op(mixed, v, g, scales))]
+    y, mixed, v = (new((*rows, *x)) for x in ([inner], [a.taps.shape[0]], [heads, a.columns]))
+    g, step = (new((*rows, heads), dtype=torch.float32) for _ in range(2))
+    scales = new((*rows, *a.L.shape))
+    return [y, mixed, v, g, step, scales, *attention.fake(*a.op(mixed, v, g, scales))]
 
 
 mamba2 = Operator(

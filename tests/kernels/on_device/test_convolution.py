@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import INTERPRETED
 
 from loglinear.kernels.pointwise import convolution as kernels
@@ -94,3 +95,65 @@ def test_a_tail_holds_nothing_of_the_sequence_before(device):
     tail = ShortConvolution(5).to(device)(x, None, torch.tensor([0, 5, 6], device=device))[1]
     assert torch.equal(tail[1, -1], x[0, -1])
     assert torch.equal(tail[1, :-1], torch.zeros(2, 5, device=device))
+
+
+def with_values(x, step, skip_scale, weight, bias, lengths):
+    """(x's part of the output with its skip, values, the two parts behind x) in plain PyTorch."""
+    columns = weight.shape[1]
+    outputs = []
+    for part in x.split(lengths, 1):
+        padded = F.pad(part.mT, (columns - 1, 0))
+        outputs.append(F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=weight.shape[0])).mT)
+    y = torch.cat(outputs, 1)
+    inner = y.shape[2] - 2 * KEYS
+    heads = y[..., :inner].unflatten(2, (step.shape[2], -1))
+    skip = (heads * skip_scale[:, None]).flatten(2)
+    return y, (heads * step[..., None]).to(x.dtype), skip, y[..., inner : inner + KEYS], y[..., inner + KEYS :]
+
+
+KEYS = 8 if INTERPRETED else 128  # of each of the two parts behind x
+VALUES = {  # length, heads, columns, taps: whole programs; sequences begin in a program; parts of programs; packed sequences
+    "whole": (16, 4, 4, 4) if INTERPRETED else (384, 4, 64, 4),
+    "within": (8, 4, 4, 3) if INTERPRETED else (72, 4, 64, 3),
+    "parts": (11, 3, 6, 4) if INTERPRETED else (301, 5, 24, 4),
+    "packed": (40, 3, 6, 4) if INTERPRETED else (700, 3, 64, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", VALUES)
+def test_values(device, kind, dtype, monkeypatch):
+    """The first channels times the steps of their heads, and all gradients, against float64."""
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "CHANNELS", 8)
+        monkeypatch.setattr(kernels, "SPAN", 8 if kind != "within" else 16)
+    length, heads, columns, taps = VALUES[kind]
+    rows, place, lengths = (1 if kind == "packed" else 2), None, [length]
+    if kind == "packed":
+        lengths = [1, 2, 17, length - 20]
+        place = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).to(device)
+    torch.manual_seed(0)
+    channels = heads * columns + 2 * KEYS
+    x = torch.randn(rows, length, channels + 16, device=device).to(dtype)[..., 16:]
+    given = [x, torch.rand(rows, length, heads, device=device), torch.randn(heads, device=device)]
+    given += [torch.randn(channels, taps, device=device), torch.randn(channels, device=device)]
+    exact = [y.double().requires_grad_() for y in given]
+    want = with_values(*exact, lengths)
+    gradients = [torch.randn(y.shape, device=device).to(dtype) for y in want[1:]]
+    wanted = torch.autograd.grad(want[1:], exact, [y.double() for y in gradients])
+    x, step, scale, weight, bias = given
+    y, v = kernels.with_values(x, weight, bias, place, step, columns)
+    dv, dskip, dfirst, dsecond = gradients
+    into = torch.full((rows, length, channels + 32), float("nan"), device=device, dtype=dtype)
+    parts = [part.unflatten(2, (1, -1)) for part in (dfirst, dsecond)]
+    columns_of = into[..., 16:-16]
+    dstep, dweight, dbias = kernels.backward_with_values(
+        dv, dskip, *parts, x, weight, bias, place, step, scale, columns_of
+    )
+    assert into[..., :16].isnan().all()
+    assert into[..., -16:].isnan().all()
+    bar = 1e-6 if dtype == torch.float32 else 4e-3
+    found = {"y": (y, want[0]), "v": (v, want[1]), "dx": (columns_of, wanted[0]), "dstep": (dstep, wanted[1])}
+    found |= {"dweight": (dweight, wanted[3]), "dbias": (dbias, wanted[4])}
+    for name, (a, b) in found.items():
+        assert (a.double() - b).norm() <= bar * b.norm(), name

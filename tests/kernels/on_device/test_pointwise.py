@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import BFLOAT16, FLOAT32, INTERPRETED, LOW_PRECISION_FACTOR, relative
 from torch._subclasses import FakeTensorMode
 
-from loglinear.kernels.pointwise import channel_gates, gated_norm, gates, level_scales
+from loglinear.kernels.pointwise import channel_gates, gated_norm, gates, level_scales, steps
 from loglinear.layers import GatedRMSNorm, LogLinearGatedDeltaNet, LogLinearGLA, LogLinearKDA, LogLinearMamba2, linear
 from loglinear.layers.level_scale import OFFSETS
 from loglinear.ops import attention, dispatch, pointwise
@@ -20,6 +20,7 @@ T = 13 if INTERPRETED else 1500
 def on_the_kernels(monkeypatch):
     """Small programs, several of them with several tiles each; the number of calls of each kernel's host function."""
     monkeypatch.setattr(gated_norm, "PROGRAMS", 3)
+    monkeypatch.setattr(gated_norm, "PARTS_PROGRAMS", 3)
     monkeypatch.setattr(gated_norm, "PROGRAMS_FORWARD", 2)
     monkeypatch.setattr(level_scales, "PROGRAMS", 2)
     monkeypatch.setattr(linear, "many", lambda input: False)  # a whole mixer is test_mixing.py's
@@ -164,6 +165,39 @@ def test_gates(device, heads, low):
         return pointwise.gates(rate, dt_bias, A_log, strength)
 
     compare(kernel, plain_gates, lower(inputs, names), names)
+
+
+class Steps(torch.autograd.Function):
+    """The steps' kernels as a mixer calls them: the gradient of the rate is written between columns of wider rows."""
+
+    @staticmethod
+    def forward(ctx, rate, dt_bias, A_log):
+        g, step = steps.forward(rate, dt_bias, A_log)
+        ctx.save_for_backward(rate, dt_bias, A_log, step)
+        return g, step
+
+    @staticmethod
+    def backward(ctx, dg, dstep):
+        rate, dt_bias, A_log, step = ctx.saved_tensors
+        into = part(torch.empty_like(rate))
+        return into, *steps.backward(part(dg), dstep, step, rate, dt_bias, A_log, into)
+
+
+@pytest.mark.parametrize(("heads", "low"), [(5, False), (3, True)])
+def test_steps(device, heads, low, monkeypatch):
+    monkeypatch.setattr(steps, "NUMBERS", 64)
+    inputs = gate_inputs(device, heads)
+
+    def plain(rate, dt_bias, A_log):
+        step = step_of(rate, dt_bias)
+        return -A_log.exp() * step, step
+
+    compare(
+        lambda rate, dt_bias, A_log: Steps.apply(rate, dt_bias, A_log),
+        plain,
+        lower(inputs, {"rate"} if low else ()),
+        {"rate"} if low else (),
+    )
 
 
 @pytest.mark.parametrize(

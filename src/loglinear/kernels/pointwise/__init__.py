@@ -8,6 +8,7 @@ from loglinear.kernels.pointwise import (
     gated_norm,
     gates,
     level_scales,
+    steps,
     unit_length,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "gated_norm",
     "gates",
     "level_scales",
+    "steps",
     "unit_length",
 ]

@@ -51,7 +51,6 @@ class Inputs(NamedTuple):
     stride_dbeta: Any
     dt_bias: Any
     A_log: Any
-    skip_scale: Any = None
 
 
 @triton.jit
@@ -115,9 +114,9 @@ def gates_kernel(x, g, v, beta, rows, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def gates_grads_kernel(x, drate, dx, dstrength, partial, stride_drate, stride_dx, rows, S: tl.constexpr):
+def gates_grads_kernel(x, drate, dx, dstrength, partial, rows, S: tl.constexpr):
     """drate, dstrength ``[rows, HEADS]``, ``dx [rows, HEADS, WIDTH] = dv · step + dskip``, and the sums over a program's
-    tokens, ``partial [blocks, 2, HEADS]``, of ddt_bias and dA_log. With a skip_scale dskip is still to be multiplied by it.
+    tokens, ``partial [blocks, 2, HEADS]``, of ddt_bias and dA_log.
     """
     head, block, tokens, inside = place_of(rows, S)
     total, step, A = _rates(x, tokens, inside, head)
@@ -130,22 +129,17 @@ def gates_grads_kernel(x, drate, dx, dstrength, partial, stride_drate, stride_dx
         dstep += tl.sum(dvalue * value, 1)
         both = dvalue * step[:, None]
         if x.dskip is not None:
-            skip = tl.load(x.dskip + tokens[:, None] * x.stride_dskip + inner, mask=mask, other=0.0).to(tl.float32)
-            if x.skip_scale is not None:  # rounded as a tensor of its own would be
-                skip *= tl.load(x.skip_scale + head).to(tl.float32)
-                skip = skip.to(x.dskip.dtype.element_ty).to(tl.float32)
-            both += skip
-        tl.store(dx + tokens[:, None] * stride_dx + inner, both.to(dx.dtype.element_ty), mask=mask)
+            pointers = x.dskip + tokens[:, None] * x.stride_dskip + inner
+            both += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + tokens[:, None] * (S.HEADS * S.WIDTH) + inner, both.to(dx.dtype.element_ty), mask=mask)
     dtotal = dstep * tl.sigmoid(total)
-    tl.store(drate + tokens * stride_drate + head, dtotal.to(drate.dtype.element_ty), mask=inside)
+    tl.store(drate + tokens * S.HEADS + head, dtotal.to(drate.dtype.element_ty), mask=inside)
     tl.store(partial + block * (2 * S.HEADS) + head, tl.sum(tl.where(inside, dtotal, 0.0), 0))
     tl.store(partial + block * (2 * S.HEADS) + S.HEADS + head, decay)
     store_strength_grads(x, dstrength, tokens, inside, head, S)
 
 
-def _arguments(
-    tokens: int, dt_bias: Tensor, A_log: Tensor, *tensors: Tensor | None, skip_scale: Tensor | None = None
-) -> tuple[Inputs, int, dict, int]:
+def _arguments(tokens: int, dt_bias: Tensor, A_log: Tensor, *tensors: Tensor | None) -> tuple[Inputs, int, dict, int]:
     """(bundle of rate, x, strength, dg, dv, dskip and dbeta, number of rows, constants, blocks of rows) of a launch.
 
     ``tokens``: of a program, if there are values.
@@ -153,8 +147,7 @@ def _arguments(
     rate, x = tensors[:2]
     batch, length, heads = rate.shape  # type: ignore[union-attr]
     block, width, warps = (TOKENS, 0, 4) if x is None else (tokens, x.shape[3], 1)
-    scale = None if skip_scale is None else skip_scale.contiguous()
-    inputs = Inputs(*with_strides(*tensors), dt_bias.contiguous(), A_log.contiguous(), scale)
+    inputs = Inputs(*with_strides(*tensors), dt_bias.contiguous(), A_log.contiguous())
     rows = batch * length
     return inputs, rows, dict(S=constants(Tile, block, COLUMNS, heads, width), num_warps=warps), cdiv(rows, block)
 
@@ -188,22 +181,18 @@ def backward(
     A_log: Tensor,
     x: Tensor | None,
     strength: Tensor | None,
-    into: tuple[Tensor, Tensor] | None = None,
-    skip_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of rate, dt_bias, A_log, x and strength in their dtypes, None where there is no input.
 
-    dskip ``[B, T, H, W]`` or None is the gradient of x from elsewhere; it is added, times skip_scale ``[H]`` if given. The
-    gradients of rate and x are written into ``into``, columns of wider rows, if given. The other arguments are as in
+    dskip ``[B, T, H, W]`` or None is the gradient of x from elsewhere; it is added. The other arguments are as in
     ``forward``. The same bits on every run.
     """
     given = rate, x, strength, dg, dv, dskip, dbeta
-    inputs, rows, sizes, blocks = _arguments(VALUE_GRADS_TOKENS, dt_bias, A_log, *given, skip_scale=skip_scale)
-    drate, dx = into or (scratch_like(rate), scratch_like(x))
-    made, strides = (drate, dx, scratch_like(strength)), (drate.stride(1), 0 if x is None else dx.stride(1))
+    inputs, rows, sizes, blocks = _arguments(VALUE_GRADS_TOKENS, dt_bias, A_log, *given)
+    made = scratch_like(rate), scratch_like(x), scratch_like(strength)
     heads = rate.shape[2]
     partial = launching.scratch((blocks, 2, heads), torch.float32, rate.device)
     if blocks:
-        launching.launch(gates_grads_kernel, blocks * heads, inputs, *made, partial, *strides, rows, **sizes)
+        launching.launch(gates_grads_kernel, blocks * heads, inputs, *made, partial, rows, **sizes)
     ddt_bias, dA_log = partial.sum(0)
-    return drate, ddt_bias.to(dt_bias.dtype), dA_log.to(A_log.dtype), *made[1:]
+    return made[0], ddt_bias.to(dt_bias.dtype), dA_log.to(A_log.dtype), *made[1:]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels.pointwise.functions import softplus
+from loglinear.kernels.pointwise.functions import sigmoid, softplus
 from loglinear.kernels.pointwise.rows import Tile, scratch_like, with_strides
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import constants
@@ -65,7 +65,7 @@ def level_scales_grads_kernel(
         mask = (tokens < rows)[:, None] & (columns < width)[None, :]
         x = tl.load(dl + tokens[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         pointers = dscales + tokens[:, None] * stride_dscales + columns[None, :]
-        gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * tl.sigmoid(factor * x + OFFSET)
+        gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * sigmoid(factor * x + OFFSET)
         sums += gradient * x
         pointers = ddl + tokens[:, None] * stride_ddl + columns[None, :]
         tl.store(pointers, (gradient * factor).to(ddl.dtype.element_ty), mask=mask)

@@ -68,6 +68,11 @@ def with_strides(*tensors: Tensor | None) -> list:
     return rows + [None if x is None else x.stride(1) for x in rows]  # type: ignore[operator]
 
 
+def registers(most: int) -> dict:
+    """The launch option that caps the registers of a thread, where GPUs have one."""
+    return {} if torch.version.hip is not None else {"maxnreg": most}
+
+
 def scratch_like(x: Tensor | None, dtype: torch.dtype | None = None) -> Any:
     """Contiguous scratch of the shape of x, in its dtype or another; None for None."""
     return None if x is None else launching.scratch(tuple(x.shape), dtype or x.dtype, x.device)
