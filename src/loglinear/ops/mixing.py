@@ -2,8 +2,8 @@
 
 The lines are those of the mixer: convolution, gates, λ, the op, the gated norm. Each has autograd of its own elsewhere. Here
 the backward writes their gradients into the columns of one tensor, the gradient of the input projection, and nothing is
-concatenated. The mixer's lines define the result. The values are made with the convolution, by one kernel each way, which rounds
-neither x nor its gradient in between, so bits differ from those of the lines.
+concatenated. The mixer's lines define the result. Its bits differ from theirs: one kernel each way makes the values with the
+convolution, and rounds neither x nor its gradient in between.
 """
 
 from __future__ import annotations
