@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class Prepared(NamedTuple):
     """The facts about the chunks that depend on no λ and no value. A *chunk* is a chunk of a sequence; logs in base 2.
 
     chunk_log: ``[chunks, H, K]`` float32.
-    sums: ``[B*T, H, 1 or 2, K]`` float32, running sums of the gates inside each chunk; for float32 inputs with their rounding
-        errors; None once nothing more reads them.
+    sums: ``[B*T, H, K]`` float32, or float64 for float32 inputs, running sums of the gates inside each chunk; None once nothing
+        more reads them.
     q, k: ``[B*T, H, K]`` of v's dtype, queries as seen from the start of their chunk, keys as seen from its end.
     scores: ``[chunks, H, C, C]`` of v's dtype, under their decays, zero above the diagonal.
     starts, overlaps: for the delta rule, keys as seen from the start of their chunk, as k, and the scores of keys with keys
@@ -58,10 +58,6 @@ class Launcher:
     problem: Problem
     dtype: torch.dtype
     device: torch.device
-
-    @property
-    def config(self) -> Any:
-        return self.problem.config
 
     def memory(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return launching.scratch(shape, dtype or self.dtype, self.device)
@@ -98,18 +94,20 @@ def prepared_shapes(problem: Problem, dtype: torch.dtype, delta: bool) -> list[t
     """(shape, dtype) of the tensors of ``Prepared``."""
     H, K, C = problem.heads, problem.key_width, problem.config.chunk
     tokens, squares = (problem.tokens, H, K), (problem.all_chunks, H, C, C)
-    logs = (problem.all_chunks, H, K), (problem.tokens, H, 2 if dtype == torch.float32 else 1, K)
-    shapes = [*((log, torch.float32) for log in logs), (tokens, dtype), (tokens, dtype), (squares, dtype)]
+    sums = tokens, torch.float64 if dtype == torch.float32 else torch.float32
+    shapes = [((problem.all_chunks, H, K), torch.float32), sums, (tokens, dtype), (tokens, dtype), (squares, dtype)]
     return shapes + [(tokens, dtype), (squares, torch.float32)] * delta
 
 
 def launch_scores(call: Launcher, x: Inputs) -> Prepared:
     """The prepared chunks, with the running sums of their gates."""
-    problem, launch = call.problem, call.config.scores
+    problem, launch = call.problem, call.problem.config.scores
     shapes = prepared_shapes(problem, call.dtype, x.beta is not None)
     made = Prepared(*(call.memory(*shape, dtype=dtype) for shape, dtype in shapes))
     gates = x._replace(q=None, k=None, v=None, beta=None, scales=None, do=None)
-    of_sums = Launch(warps=4, stages=1, block_k=64)  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
+    of_sums = Launch(
+        warps=4, stages=1, block_v=256, block_k=64
+    )  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
     call.start(sums_kernel, of_sums, (gates, made.sums), tiles="k")
     wide = problem.tile(problem.key_width)
     tile = {"BK": min(launch.block_k or wide, wide), "HEADS": problem.heads}
@@ -126,7 +124,7 @@ def decayed(x: Inputs, made: Prepared) -> Inputs:
 def launch_entries(call: Launcher, x: Inputs, chunk_log: Tensor) -> tuple[Tensor, Tensor]:
     """The Fenwick array or, from x without keys, the gradients of its entries: ``[chunks, H, K, V]``, and the log of each."""
     made = call.states(), call.logs()
-    call.start(entries_kernel, call.config.entries, (x, chunk_log, *made), call.problem.levels, tiles="kv")
+    call.start(entries_kernel, call.problem.config.entries, (x, chunk_log, *made), call.problem.levels, tiles="kv")
     return made
 
 
@@ -140,16 +138,10 @@ def forward(
     cu_seqlens: Tensor | None = None,
     config: ChannelConfig | None = None,
 ) -> tuple[Tensor]:
-    """Log-linear attention with a gate per key channel, from nothing before the first token.
+    """Log-linear attention with a gate per key channel, from nothing before the first token: (o,), contiguous, of v's dtype.
 
-    Args:
-        q, k: ``[B, T, G, K]`` of v's dtype. v: ``[B, T, H, V]``, bfloat16, float16 or float32.
-        g: ``[B, T, H, K]`` natural log-decay <= 0, any floating dtype; -inf is a reset of its channel.
-        level_scales: λ ``[B, T, H, L]``, any floating dtype. scale: factor of o.
-        cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
-
-    Returns:
-        o ``[B, T, H, V]`` of v's dtype, contiguous, alone.
+    g: ``[B, T, H, K]`` natural log-decay <= 0, any floating dtype; -inf is a reset of its channel. cu_seqlens: on the device
+    of the inputs. The other arguments are those of ``decay.forward``.
     """
     config = config or channel_config(v.dtype, *widths(q, v))
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)

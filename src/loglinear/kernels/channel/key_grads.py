@@ -6,10 +6,9 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.gains import blocks_of, of_other_blocks, skipping
-from loglinear.kernels.channel.output import load_square
 from loglinear.kernels.tree.levels import level_mask
 from loglinear.kernels.tree.place import chunk_of, row_of_program
-from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
+from loglinear.kernels.tree.tiles import load_entry, load_square, load_tokens, store_tokens
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L", "tiles"])
