@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.channel.entries import chunk_grads_kernel
-from loglinear.kernels.channel.forward import Launcher, States, decayed, launch_entries, launch_scores
+from loglinear.kernels.channel.forward import Launcher, decayed, launch_entries, launch_scores
 from loglinear.kernels.channel.gate_grads import gate_grads_kernel
 from loglinear.kernels.channel.key_grads import key_grads_kernel
 from loglinear.kernels.channel.query_grads import query_grads_kernel
@@ -87,26 +87,26 @@ def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Ten
     call, L = Launcher(problem, v.dtype, v.device), problem.levels
     made = launch_scores(call, given)
     x, of_rows = decayed(given, made), {"LEVELS": padded(L)}
-    entries = launch_entries(call, x._replace(q=None, scales=None, do=None), made.chunk_log)
-    states = States(made.scores, made.chunk_log, *entries)
+    states, entry_log = launch_entries(call, x._replace(q=None, scales=None, do=None), made.chunk_log)
 
     score_grads, dscales = call.memory(*made.scores.shape), call.memory(*level_scales.shape, dtype=level_scales.dtype)
     grads = Gradients(q=call.memory(*made.q.shape), levels=call.logs(problem.tree_levels), around=around(call))
-    arguments = x._replace(k=None), states, score_grads, grads, dscales
+    arguments = x._replace(k=None), made.scores, states, entry_log, score_grads, grads, dscales
     call.start(query_grads_kernel, config.query_grads, arguments, L, **of_rows)
 
     entries, window_log = launch_entries(call, x._replace(k=None, v=None), made.chunk_log)
     tiles = cdiv(problem.value_width, min(config.entries.block_v, problem.tile(problem.value_width)))
-    grads = grads._replace(entries=entries, window_log=window_log, chunks=call.states(), beyond=call.logs(tiles))
+    ends, beyond = call.memory(*states.shape), call.logs(tiles)
+    grads = grads._replace(entries=entries, window_log=window_log, chunks=ends, beyond=beyond)
     call.start(chunk_grads_kernel, config.entries, (states, grads), problem.all_chunks, tiles="kv")
-    grads, states = grads._replace(entries=None, window_log=None), states._replace(entries=None)
-    del entries, arguments  # a third of the memory
+    grads = grads._replace(entries=None, window_log=None)
+    del states, entries, arguments  # a third of the memory
 
     dv, dk = call.memory(*v.shape), call.memory(*made.k.shape)
-    arguments = x._replace(q=None), states, grads._replace(k=dk), dv
-    call.start(key_grads_kernel, config.key_grads, arguments, L, tiles, **of_rows)
-    found = Gradients(q=grads.q, k=dk, around=grads.around)
-    del grads, arguments
+    grads = grads._replace(k=dk)
+    call.start(key_grads_kernel, config.key_grads, (x._replace(q=None), made.scores, grads, dv), L, tiles, **of_rows)
+    del ends
+    grads = Gradients(q=grads.q, k=dk, around=grads.around)
     dq, dk, dg = partial_sums(problem, q), partial_sums(problem, k), call.memory(*g.shape, dtype=g.dtype)
-    launch_gate_grads(call, given, made.sums, score_grads, found, results_of(dq, dk, dg=dg))
+    launch_gate_grads(call, given, made.sums, score_grads, grads, results_of(dq, dk, dg=dg))
     return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dscales

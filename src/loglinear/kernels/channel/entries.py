@@ -55,7 +55,7 @@ def entries_kernel(x, chunk_log, entries, logs, table, T, N, NG, L, S: tl.conste
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks"])
-def chunk_grads_kernel(states, grads, table, T, N, NG, all_chunks, S: tl.constexpr):
+def chunk_grads_kernel(entries, grads, table, T, N, NG, all_chunks, S: tl.constexpr):
     """The gradient of the state at the end of every chunk: the sum over the entries on its update path, each decayed back.
 
     Of grads it reads ``entries`` and ``window_log``, writes ``chunks`` and ``beyond [tiles of V, chunks, H, K]``: the share of
@@ -79,7 +79,7 @@ def chunk_grads_kernel(states, grads, table, T, N, NG, all_chunks, S: tl.constex
             later += load_entry(grads.entries, there, first_k, first_v, S).to(tl.float32) * tl.exp2(log)[:, None]
             log += load_log(grads.window_log, there, first_k, S)
             next_e += lowbit(next_e)
-        state = load_entry(states.entries, site, first_k, first_v, S).to(tl.float32)
+        state = load_entry(entries, site, first_k, first_v, S).to(tl.float32)
         place = first_v // S.BV * all_chunks.to(tl.int64) * S.H + site
         store_log(grads.beyond, place, tl.sum(state * later, axis=1), first_k, S)
         if first_v == 0:

@@ -39,18 +39,6 @@ class Prepared(NamedTuple):
     overlaps: Tensor | None = None
 
 
-class States(NamedTuple):
-    """``scores`` and ``chunk_log`` as above.
-
-    entries: ``[chunks, H, K, V]``, the Fenwick array. entry_log: ``[chunks, H, K]``.
-    """
-
-    scores: Tensor | None
-    chunk_log: Tensor
-    entries: Tensor | None
-    entry_log: Tensor
-
-
 @dataclass(frozen=True)
 class Launcher:
     """Starts the kernels of a call whose v is of ``dtype``, and allocates what stands between them."""
@@ -67,22 +55,17 @@ class Launcher:
         problem = self.problem
         return self.memory(*shape, problem.all_chunks, problem.heads, problem.key_width, dtype=torch.float32)
 
-    def states(self) -> Tensor:
-        """Memory for ``[chunks, H, K, V]``."""
-        problem = self.problem
-        return self.memory(problem.all_chunks, problem.heads, problem.key_width, problem.value_width)
-
     def start(self, kernel, launch: Launch, arguments: tuple, *numbers: int, tiles="", each=1, PLANES=None, **sizes):
-        """``each`` programs for each chunk and head, times the ``tiles`` of "k", of "v" or of both; else all of K is one tile.
+        """``each`` programs for each chunk and head, times the ``tiles`` of "k", of "v" or of both.
 
-        arguments: all that stands before the place of a chunk in the kernel; numbers: all that stands after it. sizes: beside
-        those of tiles, or in their place.
+        Without "k" all of K is one tile; with "k" alone all of V is. arguments: all that stands before the place of a chunk in
+        the kernel; numbers: all that stands after it. sizes: beside those of tiles, or in their place.
         """
         problem = self.problem
         K, V = problem.key_width, problem.value_width
         wide_k, wide_v = problem.tile(K), problem.tile(V)
         tile_k = min(launch.block_k or wide_k, wide_k) if "k" in tiles else wide_k
-        sizes = {"BK": tile_k, "BV": min(launch.block_v, wide_v)} | sizes
+        sizes = {"BK": tile_k, "BV": wide_v if tiles == "k" else min(launch.block_v, wide_v)} | sizes
         count = {"": 1, "k": cdiv(K, sizes["BK"]), "v": cdiv(V, sizes["BV"])}
         programs = problem.all_chunks * problem.heads * each * count[tiles[:1]] * count[tiles[1:]]
         options = launch.options if PLANES is None else {"PLANES": PLANES, **launch.options}
@@ -105,9 +88,7 @@ def launch_scores(call: Launcher, x: Inputs) -> Prepared:
     shapes = prepared_shapes(problem, call.dtype, x.beta is not None)
     made = Prepared(*(call.memory(*shape, dtype=dtype) for shape, dtype in shapes))
     gates = x._replace(q=None, k=None, v=None, beta=None, scales=None, do=None)
-    of_sums = Launch(
-        warps=4, stages=1, block_v=256, block_k=64
-    )  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
+    of_sums = Launch(warps=4, stages=1, block_k=64)  # 0.15 ms, and 0.25 with 128 columns (H200, B=2, T=16,384, H=16)
     call.start(sums_kernel, of_sums, (gates, made.sums), tiles="k")
     wide = problem.tile(problem.key_width)
     tile = {"BK": min(launch.block_k or wide, wide), "HEADS": problem.heads}
@@ -123,7 +104,8 @@ def decayed(x: Inputs, made: Prepared) -> Inputs:
 
 def launch_entries(call: Launcher, x: Inputs, chunk_log: Tensor) -> tuple[Tensor, Tensor]:
     """The Fenwick array or, from x without keys, the gradients of its entries: ``[chunks, H, K, V]``, and the log of each."""
-    made = call.states(), call.logs()
+    logs = call.logs()
+    made = call.memory(*logs.shape, call.problem.value_width), logs
     call.start(entries_kernel, call.problem.config.entries, (x, chunk_log, *made), call.problem.levels, tiles="kv")
     return made
 
@@ -155,8 +137,7 @@ def run_forward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tens
     x = gather(q, k, v, g, None, level_scales, None, scale)
     made = launch_scores(call, x)._replace(sums=None)
     x = decayed(x, made)
-    entries = launch_entries(call, x._replace(q=None, scales=None), made.chunk_log)
-    o = call.memory(*v.shape)
-    arguments = x._replace(k=None), States(made.scores, made.chunk_log, *entries), o
+    entries, o = launch_entries(call, x._replace(q=None, scales=None), made.chunk_log), call.memory(*v.shape)
+    arguments = x._replace(k=None), made.scores, *entries, o
     call.start(output_kernel, config.output, arguments, call.problem.levels, tiles="v")
     return (o,)

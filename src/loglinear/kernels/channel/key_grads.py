@@ -12,7 +12,7 @@ from loglinear.kernels.tree.tiles import load_entry, load_square, load_tokens, s
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L", "tiles"])
-def key_grads_kernel(x, states, grads, dv, table, T, N, NG, L, tiles, S: tl.constexpr):
+def key_grads_kernel(x, scores, grads, dv, table, T, N, NG, L, tiles, S: tl.constexpr):
     """Of grads it reads ``chunks``, ``levels`` and ``beyond``, of ``tiles`` of V, writes ``k`` and completes ``around``.
 
     Grid: H x chunks, chunks fastest. float32: mask, accumulators.
@@ -23,7 +23,7 @@ def key_grads_kernel(x, states, grads, dv, table, T, N, NG, L, tiles, S: tl.cons
     here = chunk_of(at, chunk, S.C)
     site = chunk.to(tl.int64) * S.H + h
     k_tile = load_tokens(x.k, x.stride_k, h, here, S.C, S.K, S.BK, 0)
-    weights = load_square(states.scores, site, S.C).to(tl.float32) * level_mask(x, here, h, L, S)
+    weights = load_square(scores, site, S.C).to(tl.float32) * level_mask(x, here, h, L, S)
     weights = weights.to(k_tile.dtype)
     total = tl.zeros([S.C, S.BK], tl.float32)
     for first_v in range(0, S.V, S.BV):

@@ -13,7 +13,7 @@ from loglinear.kernels.tree.tiles import load_entry, load_square, load_tokens, s
 
 
 @triton.jit
-def local_grads(x, states, score_grads, here, site, h, L, S: tl.constexpr):
+def local_grads(x, scores, score_grads, here, site, h, L, S: tl.constexpr):
     """dλ ``[C, LEVELS]`` of the pairs of a chunk, but for the factor of o; stores the gradient of their scores."""
     t, levels = tl.arange(0, S.C), tl.arange(0, S.LEVELS)
     grads = tl.zeros([S.C, S.C], tl.float32)
@@ -24,7 +24,7 @@ def local_grads(x, states, score_grads, here, site, h, L, S: tl.constexpr):
     grads = tl.where(t[:, None] >= t[None, :], grads, 0.0)
     masked = grads * level_mask(x, here, h, L, S)
     tl.store(square(score_grads + site * (S.C * S.C), S.C), masked.to(score_grads.dtype.element_ty))
-    pairs = grads * load_square(states.scores, site, S.C).to(tl.float32)
+    pairs = grads * load_square(scores, site, S.C).to(tl.float32)
     apart = bit_length(t[:, None] ^ t[None, :])
     gradient = tl.zeros([S.C, S.LEVELS], tl.float32)
     for level in tl.static_range(0, S.LOG_C + 1):
@@ -34,7 +34,7 @@ def local_grads(x, states, score_grads, here, site, h, L, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L"])
-def query_grads_kernel(x, states, score_grads, grads, dscales, table, T, N, NG, L, S: tl.constexpr):
+def query_grads_kernel(x, scores, entries, logs, score_grads, grads, dscales, table, T, N, NG, L, S: tl.constexpr):
     """Of grads it writes ``q``, ``around``, and ``levels [tree levels, chunks, H, K]``: q·dq of a chunk by its entry's level.
 
     Grid: H x chunks, chunks fastest. float32: accumulators, mask, dλ, logs; score_grads ``[chunks, H, C, C]`` until stored.
@@ -44,7 +44,7 @@ def query_grads_kernel(x, states, score_grads, grads, dscales, table, T, N, NG, 
         return
     here = chunk_of(at, chunk, S.C)
     own = chunk.to(tl.int64) * S.H + h
-    gradient = local_grads(x, states, score_grads, here, own, h, L, S)
+    gradient = local_grads(x, scores, score_grads, here, own, h, L, S)
     levels = tl.arange(0, S.LEVELS)
     q = load_tokens(x.q, x.stride_q, h, here, S.C, S.K, S.BK, 0).to(tl.float32)
     total = tl.zeros([S.C, S.BK], tl.float32)
@@ -57,7 +57,7 @@ def query_grads_kernel(x, states, score_grads, grads, dscales, table, T, N, NG, 
         product = tl.zeros([S.C, S.BK], tl.float32)
         for first_v in range(0, S.V, S.BV):
             do_tile = load_tokens(x.do, x.stride_do, h, here, S.C, S.V, S.BV, first_v)
-            state = load_entry(states.entries, site, 0, first_v, S)
+            state = load_entry(entries, site, 0, first_v, S)
             product = tl.dot(do_tile, tl.trans(state), acc=product, input_precision=S.PRECISION)
         product = product * tl.exp2(log)[None, :]
         total += scale[:, None] * product
@@ -66,7 +66,7 @@ def query_grads_kernel(x, states, score_grads, grads, dscales, table, T, N, NG, 
         gradient += tl.where(levels[None, :] == column, tl.sum(gains, axis=1)[:, None], 0.0)
         place = (tree_level * all_chunks + chunk).to(tl.int64) * S.H + h
         store_log(grads.levels, place, tl.sum(gains * scale[:, None], axis=0), 0, S)
-        log += load_log(states.entry_log, site, 0, S)
+        log += load_log(logs, site, 0, S)
         e -= lowbit(e)
     store_tokens(grads.q, S.H * S.K, h, here, total, S.C, S.K, S.BK, 0)
     pointers, inside = blocks_of(grads.around, own, 0, S)
