@@ -18,12 +18,12 @@ from loglinear.transition import DELTA_RULE
 # The layout by its name: sizes of what is kept of 70 chunks of one sequence in bfloat16, of 20 of three packed ones, of a
 # float32 sequence, and of 20 chunks with a gate per channel. A new layout gets a new KEPT, and its sizes stand here.
 LAYOUTS = {
-    "kept as of 2026-12-01, sums in one plane": [
+    "kept as of 2026-12-01": [
         "4x1x4480 70x4 70x4x64x64 70x4x64x128 70x4x64x128 9x4x64x128 2x4x64x128 36x4x64x128 8x4x64x128 4x4x64x128",
         "4x1x1280 23x4 23x4x64x64 23x4x64x128 23x4x64x128 5x4x64x128 20x4x64x128 12x4x64x128",
         "4x2x4480 140x4 140x4x32x32 140x4x32x128 140x4x64x128 18x4x64x128 3x4x64x128 72x4x64x128 12x4x64x128 4x4x64x128",
         "4x0x1280 20x4x64 20x4x64x64 20x4x64x128 20x4x64x128 3x4x64x128 12x4x64x128 4x4x64x128 "
-        "1280x4x64 1280x4x64 1280x4x64 20x4x64x64 1280x4x64 20x4x64x64",
+        "1280x4x1x64 1280x4x64 1280x4x64 20x4x64x64 1280x4x64 20x4x64x64",
     ]
 }
 

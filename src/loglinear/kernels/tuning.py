@@ -137,6 +137,7 @@ class ChannelConfig:
     scores: Launch
     entries: Launch
     output: Launch
+    local_grads: Launch
     query_grads: Launch
     key_grads: Launch
     gate_grads: Launch

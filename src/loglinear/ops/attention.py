@@ -38,7 +38,7 @@ from loglinear.transition import CHANNEL_DELTA_RULE, CHANNEL_GATE, DELTA_RULE, S
 
 # Which layout the kept tensors have, as an argument of the operator and so in the text of every graph: PyTorch files a compiled
 # graph on disk by its text, with the number and sizes of what is kept built in. Raise it when ``kept_shapes`` changes.
-KEPT = "kept as of 2026-12-01, sums in one plane"
+KEPT = "kept as of 2026-12-01"
 KERNELS = "kernels"  # the operator's backend where they have been chosen
 
 

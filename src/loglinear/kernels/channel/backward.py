@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loglinear.kernels.channel.entries import chunk_grads_kernel
-from loglinear.kernels.channel.forward import Launcher, decayed, launch_entries, launch_scores
+from loglinear.kernels.channel.forward import Launcher, States, decayed, launch_entries, launch_scores
+from loglinear.kernels.channel.gains import window_sums_kernel
 from loglinear.kernels.channel.gate_grads import gate_grads_kernel
 from loglinear.kernels.channel.key_grads import key_grads_kernel
+from loglinear.kernels.channel.local_grads import local_grads_kernel
 from loglinear.kernels.channel.query_grads import query_grads_kernel
 from loglinear.kernels.tree import launching
 from loglinear.kernels.tree.bundles import Inputs, Results, gather, results_of
@@ -51,12 +54,8 @@ def launch_gate_grads(
 ) -> None:
     """dq, dk and dg of the inputs."""
     arguments = x._replace(v=None, do=None, scales=None), sums, score_grads, grads, out, out.dq.stride(0)
-    sizes = {
-        "each": call.problem.config.chunk // SUB.value,
-        "HEADS": sums.stride(0) // sums.stride(1),
-        "PLANES": planes,
-    }
-    call.start(gate_grads_kernel, call.problem.config.gate_grads, arguments, tiles="k", **sizes)
+    sizes = {"each": call.config.chunk // SUB.value, "HEADS": sums.stride(0) // sums.stride(1), "PLANES": planes}
+    call.start(gate_grads_kernel, call.config.gate_grads, arguments, tiles="k", **sizes)
 
 
 def backward(
@@ -84,29 +83,33 @@ def run_backward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Ten
     do, q, k, v, g, level_scales, *tables = inputs
     problem = describe(q, v, level_scales, tuple(tables), config)
     given = gather(q, k, v, g, None, level_scales, do, scale)
-    call, L = Launcher(problem, v.dtype, v.device), problem.levels
+    call, N, L = Launcher(problem, v.dtype, v.device), problem.all_chunks, problem.levels
     made = launch_scores(call, given)
     x, of_rows = decayed(given, made), {"LEVELS": padded(L)}
-    states, entry_log = launch_entries(call, x._replace(q=None, scales=None, do=None), made.chunk_log)
+    entries = launch_entries(call, x._replace(q=None, scales=None, do=None), made.chunk_log)
+    states = States(made.scores, made.chunk_log, *entries)
 
     score_grads, dscales = call.memory(*made.scores.shape), call.memory(*level_scales.shape, dtype=level_scales.dtype)
+    arguments = x._replace(q=None, k=None), states._replace(entries=None), score_grads, dscales
+    call.start(local_grads_kernel, config.local_grads, arguments, L, **of_rows)
     grads = Gradients(q=call.memory(*made.q.shape), levels=call.logs(problem.tree_levels), around=around(call))
-    arguments = x._replace(k=None), made.scores, states, entry_log, score_grads, grads, dscales
+    arguments = x._replace(k=None, v=None), states._replace(scores=None), grads, dscales
     call.start(query_grads_kernel, config.query_grads, arguments, L, **of_rows)
 
     entries, window_log = launch_entries(call, x._replace(k=None, v=None), made.chunk_log)
     tiles = cdiv(problem.value_width, min(config.entries.block_v, problem.tile(problem.value_width)))
-    ends, beyond = call.memory(*states.shape), call.logs(tiles)
-    grads = grads._replace(entries=entries, window_log=window_log, chunks=ends, beyond=beyond)
-    call.start(chunk_grads_kernel, config.entries, (states, grads), problem.all_chunks, tiles="kv")
-    grads = grads._replace(entries=None, window_log=None)
-    del states, entries, arguments  # a third of the memory
+    ends = Gradients(entries=entries, window_log=window_log, chunks=call.states(), beyond=call.logs(tiles))
+    arguments = states._replace(scores=None, chunk_log=None), ends
+    call.start(chunk_grads_kernel, config.entries, arguments, N, tiles="kv")
+    call.start(window_sums_kernel, replace(config.entries, warps=1), (Gradients(levels=grads.levels),), N, tiles="k")
+    grads, states = grads._replace(chunks=ends.chunks, beyond=ends.beyond), states._replace(entries=None)
+    del entries, ends, arguments  # a third of the memory
 
     dv, dk = call.memory(*v.shape), call.memory(*made.k.shape)
-    grads = grads._replace(k=dk)
-    call.start(key_grads_kernel, config.key_grads, (x._replace(q=None), made.scores, grads, dv), L, tiles, **of_rows)
-    del ends
-    grads = Gradients(q=grads.q, k=dk, around=grads.around)
+    arguments = x._replace(q=None), states, grads._replace(q=None, k=dk), dv
+    call.start(key_grads_kernel, config.key_grads, arguments, L, tiles, **of_rows)
+    found = Gradients(q=grads.q, k=dk, around=grads.around)
+    del grads, arguments
     dq, dk, dg = partial_sums(problem, q), partial_sums(problem, k), call.memory(*g.shape, dtype=g.dtype)
-    launch_gate_grads(call, given, made.sums, score_grads, grads, results_of(dq, dk, dg=dg))
+    launch_gate_grads(call, given, made.sums, score_grads, found, results_of(dq, dk, dg=dg))
     return sum_heads(dq, q), sum_heads(dk, k), dv, dg, dscales

@@ -2,7 +2,8 @@
 
 Two tokens of neighbouring blocks meet at the boundary between them. Their decay is that of the key to its block's end, times
 that of the query from the start of its own. Neither factor exceeds 1. Blocks of 1, 2, 4, … tokens give all pairs of a chunk:
-those of level 1, 2, 3, …. A log is a difference of two running sums inside the chunk; with float32 inputs these are float64.
+those of level 1, 2, 3, …. A log is a difference of two running sums inside the chunk; float32 inputs keep these as
+pairs (value, rounding error), as tree/decays.py does.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loglinear.kernels.tree.decays import log2_of_gate
-from loglinear.kernels.tree.place import chunk_of, locate, tile_of_program
+from loglinear.kernels.tree.decays import GATE_FLOOR, LOG2_E
+from loglinear.kernels.tree.place import chunk_of, locate
 from loglinear.kernels.tree.tiles import load_tokens, store_tokens
 
 
@@ -22,22 +23,28 @@ def settled(x, S: tl.constexpr):
     The compiler knows no other way to ask for this than a product with zero. It would keep x where a load has put it, and move
     all that is made of x through memory, level by level.
     """
+    x = x.to(tl.float32)
     if not S.EXACT:
-        zeros = tl.zeros([x.shape[0], 16], tl.bfloat16), tl.zeros([16, x.shape[1]], tl.bfloat16)
-        x = tl.dot(zeros[0], zeros[1], acc=x.to(tl.float32))
+        x = tl.dot(tl.zeros([x.shape[0], 16], tl.bfloat16), tl.zeros([16, x.shape[1]], tl.bfloat16), acc=x)
     return x
 
 
 @triton.jit
-def between(early, late):
+def between(early_high, early_low, late_high, late_low, S: tl.constexpr):
     """Decay from a running sum of a chunk to a later one."""
-    return tl.exp2((late - early).to(tl.float32))
+    log = late_high - early_high
+    if S.EXACT:
+        log += late_low - early_low
+    return tl.exp2(log)
 
 
 @triton.jit
-def either_way(one, other):
+def either_way(one_high, one_low, other_high, other_low, S: tl.constexpr):
     """Decay between two running sums of a chunk, whichever is the later."""
-    return tl.exp2(-tl.abs((other - one).to(tl.float32)))
+    log = other_high - one_high
+    if S.EXACT:
+        log += other_low - one_low
+    return tl.exp2(-tl.abs(log))
 
 
 @triton.jit
@@ -77,11 +84,18 @@ def meet(level, t):
 
 @triton.jit
 def load_sums(sums, here, h, t, first, S: tl.constexpr):
-    """Running sums ``[..., BK]`` at places ``t [...]`` of a chunk, or at its last token; 0 before its first."""
+    """Running sums ``[..., BK]`` at places ``t [...]`` of a chunk, or at its last token: (value, its rounding error or 0)."""
+    WIDTH: tl.constexpr = 2 * S.K if S.EXACT else S.K
     columns = first + tl.arange(0, S.BK)
     rows = tl.expand_dims(tl.minimum(t, tl.minimum(here.size, S.C) - 1), -1)
-    pointers = sums + (here.origin * S.HEADS + h) * S.K + (rows * (S.HEADS * S.K) + columns)
-    return tl.load(pointers, mask=(columns < S.K) & (rows >= 0), other=0.0)
+    pointers = sums + (here.origin * S.HEADS + h) * WIDTH + (rows * (S.HEADS * WIDTH) + columns)
+    inside = (columns < S.K) & (rows >= 0)
+    high = tl.load(pointers, mask=inside, other=0.0)
+    if S.EXACT:
+        low = tl.load(pointers + S.K, mask=inside, other=0.0)
+    else:
+        low = tl.zeros_like(high)
+    return high, low
 
 
 @triton.jit
@@ -100,15 +114,25 @@ def store_log(logs, site, value, first, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N", "NG"])
 def sums_kernel(x, sums, table, T, N, NG, S: tl.constexpr):
-    """Running sums ``[B*T, H, K]`` of the gates of every chunk, clamped; NaN from a gate of NaN or infinite growth on.
+    """Running sums ``[B*T, H, 1 or 2, K]`` of the gates of every chunk, clamped; NaN from a gate of NaN or infinite growth on.
 
-    Grid: chunks x H x tiles of K, tiles fastest.
+    Grid: tiles of K x H x chunks, tiles fastest.
     """
-    part, chunk = tile_of_program(S)
+    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK
+    WIDTH: tl.constexpr = 2 * S.K if S.EXACT else S.K
+    first = tl.program_id(0) % TILES * S.BK
+    h = tl.program_id(0) // TILES % S.H
+    chunk = tl.program_id(0) // (TILES * S.H)
     at = locate(chunk, table, T, N, NG, N, S.PACKED)
     if at.length < 0:
         return
     here = chunk_of(at, chunk, S.C)
-    gates = load_tokens(x.g, x.stride_g, part.h, here, S.C, S.K, S.BK, part.first_k).to(sums.dtype.element_ty)
-    total = tl.cumsum(log2_of_gate(gates), axis=0)
-    store_tokens(sums, S.H * S.K, part.h, here, total, S.C, S.K, S.BK, part.first_k)
+    raw = load_tokens(x.g, x.stride_g, h, here, S.C, S.K, S.BK, first)
+    gates = raw.to(tl.float64 if S.EXACT else tl.float32)
+    gates = tl.where(gates < float("inf"), tl.maximum(gates, GATE_FLOOR), float("nan")) * LOG2_E
+    total = tl.cumsum(gates, axis=0)
+    high = total.to(tl.float32)
+    head = sums + h * WIDTH
+    store_tokens(head, S.H * WIDTH, 0, here, high, S.C, S.K, S.BK, first)
+    if S.EXACT:
+        store_tokens(head + S.K, S.H * WIDTH, 0, here, total - high.to(tl.float64), S.C, S.K, S.BK, first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class Prepared(NamedTuple):
     """The facts about the chunks that depend on no λ and no value. A *chunk* is a chunk of a sequence; logs in base 2.
 
     chunk_log: ``[chunks, H, K]`` float32.
-    sums: ``[B*T, H, K]`` float32, or float64 for float32 inputs, running sums of the gates inside each chunk; None once nothing
-        more reads them.
+    sums: ``[B*T, H, 1 or 2, K]`` float32, running sums of the gates inside each chunk; for float32 inputs with their rounding
+        errors; None once nothing more reads them.
     q, k: ``[B*T, H, K]`` of v's dtype, queries as seen from the start of their chunk, keys as seen from its end.
     scores: ``[chunks, H, C, C]`` of v's dtype, under their decays, zero above the diagonal.
     starts, overlaps: for the delta rule, keys as seen from the start of their chunk, as k, and the scores of keys with keys
@@ -39,6 +39,18 @@ class Prepared(NamedTuple):
     overlaps: Tensor | None = None
 
 
+class States(NamedTuple):
+    """``scores`` and ``chunk_log`` as above.
+
+    entries: ``[chunks, H, K, V]``, the Fenwick array. entry_log: ``[chunks, H, K]``.
+    """
+
+    scores: Tensor | None
+    chunk_log: Tensor
+    entries: Tensor | None
+    entry_log: Tensor
+
+
 @dataclass(frozen=True)
 class Launcher:
     """Starts the kernels of a call whose v is of ``dtype``, and allocates what stands between them."""
@@ -46,6 +58,10 @@ class Launcher:
     problem: Problem
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def config(self) -> Any:
+        return self.problem.config
 
     def memory(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return launching.scratch(shape, dtype or self.dtype, self.device)
@@ -55,17 +71,22 @@ class Launcher:
         problem = self.problem
         return self.memory(*shape, problem.all_chunks, problem.heads, problem.key_width, dtype=torch.float32)
 
-    def start(self, kernel, launch: Launch, arguments: tuple, *numbers: int, tiles="", each=1, PLANES=None, **sizes):
-        """``each`` programs for each chunk and head, times the ``tiles`` of "k", of "v" or of both.
+    def states(self) -> Tensor:
+        """Memory for ``[chunks, H, K, V]``."""
+        problem = self.problem
+        return self.memory(problem.all_chunks, problem.heads, problem.key_width, problem.value_width)
 
-        Without "k" all of K is one tile; with "k" alone all of V is. arguments: all that stands before the place of a chunk in
-        the kernel; numbers: all that stands after it. sizes: beside those of tiles, or in their place.
+    def start(self, kernel, launch: Launch, arguments: tuple, *numbers: int, tiles="", each=1, PLANES=None, **sizes):
+        """``each`` programs for each chunk and head, times the ``tiles`` of "k", of "v" or of both; else all of K is one tile.
+
+        arguments: all that stands before the place of a chunk in the kernel; numbers: all that stands after it. sizes: beside
+        those of tiles, or in their place.
         """
         problem = self.problem
         K, V = problem.key_width, problem.value_width
         wide_k, wide_v = problem.tile(K), problem.tile(V)
         tile_k = min(launch.block_k or wide_k, wide_k) if "k" in tiles else wide_k
-        sizes = {"BK": tile_k, "BV": wide_v if tiles == "k" else min(launch.block_v, wide_v)} | sizes
+        sizes = {"BK": tile_k, "BV": min(launch.block_v, wide_v)} | sizes
         count = {"": 1, "k": cdiv(K, sizes["BK"]), "v": cdiv(V, sizes["BV"])}
         programs = problem.all_chunks * problem.heads * each * count[tiles[:1]] * count[tiles[1:]]
         options = launch.options if PLANES is None else {"PLANES": PLANES, **launch.options}
@@ -77,14 +98,14 @@ def prepared_shapes(problem: Problem, dtype: torch.dtype, delta: bool) -> list[t
     """(shape, dtype) of the tensors of ``Prepared``."""
     H, K, C = problem.heads, problem.key_width, problem.config.chunk
     tokens, squares = (problem.tokens, H, K), (problem.all_chunks, H, C, C)
-    sums = tokens, torch.float64 if dtype == torch.float32 else torch.float32
-    shapes = [((problem.all_chunks, H, K), torch.float32), sums, (tokens, dtype), (tokens, dtype), (squares, dtype)]
+    logs = (problem.all_chunks, H, K), (problem.tokens, H, 2 if dtype == torch.float32 else 1, K)
+    shapes = [*((log, torch.float32) for log in logs), (tokens, dtype), (tokens, dtype), (squares, dtype)]
     return shapes + [(tokens, dtype), (squares, torch.float32)] * delta
 
 
 def launch_scores(call: Launcher, x: Inputs) -> Prepared:
     """The prepared chunks, with the running sums of their gates."""
-    problem, launch = call.problem, call.problem.config.scores
+    problem, launch = call.problem, call.config.scores
     shapes = prepared_shapes(problem, call.dtype, x.beta is not None)
     made = Prepared(*(call.memory(*shape, dtype=dtype) for shape, dtype in shapes))
     gates = x._replace(q=None, k=None, v=None, beta=None, scales=None, do=None)
@@ -104,9 +125,8 @@ def decayed(x: Inputs, made: Prepared) -> Inputs:
 
 def launch_entries(call: Launcher, x: Inputs, chunk_log: Tensor) -> tuple[Tensor, Tensor]:
     """The Fenwick array or, from x without keys, the gradients of its entries: ``[chunks, H, K, V]``, and the log of each."""
-    logs = call.logs()
-    made = call.memory(*logs.shape, call.problem.value_width), logs
-    call.start(entries_kernel, call.problem.config.entries, (x, chunk_log, *made), call.problem.levels, tiles="kv")
+    made = call.states(), call.logs()
+    call.start(entries_kernel, call.config.entries, (x, chunk_log, *made), call.problem.levels, tiles="kv")
     return made
 
 
@@ -120,10 +140,16 @@ def forward(
     cu_seqlens: Tensor | None = None,
     config: ChannelConfig | None = None,
 ) -> tuple[Tensor]:
-    """Log-linear attention with a gate per key channel, from nothing before the first token: (o,), contiguous, of v's dtype.
+    """Log-linear attention with a gate per key channel, from nothing before the first token.
 
-    g: ``[B, T, H, K]`` natural log-decay <= 0, any floating dtype; -inf is a reset of its channel. cu_seqlens: on the device
-    of the inputs. The other arguments are those of ``decay.forward``.
+    Args:
+        q, k: ``[B, T, G, K]`` of v's dtype. v: ``[B, T, H, V]``, bfloat16, float16 or float32.
+        g: ``[B, T, H, K]`` natural log-decay <= 0, any floating dtype; -inf is a reset of its channel.
+        level_scales: λ ``[B, T, H, L]``, any floating dtype. scale: factor of o.
+        cu_seqlens: ``[n+1]`` on the same device, for a batch of one. config: None is the tuned one.
+
+    Returns:
+        o ``[B, T, H, V]`` of v's dtype, contiguous, alone.
     """
     config = config or channel_config(v.dtype, *widths(q, v))
     tables = packed_tables(cu_seqlens, q.shape[1], config.chunk, tree=False)
@@ -137,7 +163,8 @@ def run_forward(inputs: list, scale: float, config: ChannelConfig) -> tuple[Tens
     x = gather(q, k, v, g, None, level_scales, None, scale)
     made = launch_scores(call, x)._replace(sums=None)
     x = decayed(x, made)
-    entries, o = launch_entries(call, x._replace(q=None, scales=None), made.chunk_log), call.memory(*v.shape)
-    arguments = x._replace(k=None), made.scores, *entries, o
+    entries = launch_entries(call, x._replace(q=None, scales=None), made.chunk_log)
+    o = call.memory(*v.shape)
+    arguments = x._replace(k=None), States(made.scores, made.chunk_log, *entries), o
     call.start(output_kernel, config.output, arguments, call.problem.levels, tiles="v")
     return (o,)

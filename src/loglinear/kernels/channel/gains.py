@@ -11,7 +11,7 @@ import triton.language as tl
 
 from loglinear.kernels.channel.decays import load_log, store_log
 from loglinear.kernels.tree.levels import SUB
-from loglinear.kernels.tree.place import log2_of_power, lowbit
+from loglinear.kernels.tree.place import locate, log2_of_power, lowbit
 
 
 @triton.jit
@@ -30,16 +30,24 @@ def blocks_of(around, site, first, S: tl.constexpr):
     return around + (site * BLOCKS + block) * S.K + columns, (block < BLOCKS) & (columns < S.K)
 
 
-@triton.jit
-def sum_window(levels, at, e, h, all_chunks, first, S: tl.constexpr):
-    """``levels`` of the chunks in the window of entry e, in place: to each the gains of the queries after it in the window."""
+@triton.jit(do_not_specialize=["T", "N", "NG", "all_chunks"])
+def window_sums_kernel(grads, table, T, N, NG, all_chunks, S: tl.constexpr):
+    """``levels`` of a chunk, in place: the gains of the queries after it in the same window. Grid: tiles of K x H x chunks."""
+    TILES: tl.constexpr = (S.K + S.BK - 1) // S.BK
+    first = tl.program_id(0) % TILES * S.BK
+    h = tl.program_id(0) // TILES % S.H
+    chunk = tl.program_id(0) // (TILES * S.H)
+    at = locate(chunk, table, T, N, NG, N, S.PACKED)
+    e = chunk - at.chunk0 + 1
+    if (at.length < 0) | (e * S.C >= at.length):
+        return
     span = lowbit(e)
     end = tl.minimum(e + span, (at.length + S.C - 1) // S.C)
     later = tl.zeros([S.BK], tl.float32)
     for i in range(end - e):
         place = (log2_of_power(span) * all_chunks + at.chunk0 + end - 1 - i).to(tl.int64) * S.H + h
-        own = load_log(levels, place, first, S)
-        store_log(levels, place, later, first, S)
+        own = load_log(grads.levels, place, first, S)
+        store_log(grads.levels, place, later, first, S)
         later += own
 
 

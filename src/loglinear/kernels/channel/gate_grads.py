@@ -8,6 +8,8 @@ All are sums; no difference is taken.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -28,6 +30,22 @@ from loglinear.kernels.tree.levels import LOG_SUB, SUB
 from loglinear.kernels.tree.place import chunk_of, locate
 
 
+class Block(NamedTuple):
+    """Block b of 16 tokens of a chunk, of head h, and a tile of channels from ``first`` on. Tensors are ``[BK, SUB]``, float32.
+
+    q, k, high, low: queries, keys, running sums of gates and their rounding errors. matrix: the gradient of the chunk's scores.
+    """
+
+    h: Any
+    b: Any
+    first: Any
+    matrix: Any
+    q: Any
+    k: Any
+    high: Any
+    low: Any
+
+
 @triton.jit
 def load_turned(base, stride, here, t, first, S: tl.constexpr):
     """``decays.load_rows`` ``[BK, SUB]``, float32: with channels as rows, a product's result is another one's left operand."""
@@ -44,13 +62,15 @@ def load_own(base, place, first, S: tl.constexpr):
 @triton.jit
 def turned_sums(sums, here, h, t, first, S: tl.constexpr):
     """``decays.load_sums`` ``[BK, SUB]``."""
-    return settled(tl.trans(load_sums(sums, here, h, t, first, S)), S)
+    high, low = load_sums(sums, here, h, t, first, S)
+    return settled(tl.trans(high), S), tl.trans(low)
 
 
 @triton.jit
 def sums_at(sums, here, h, place, first, S: tl.constexpr):
     """The same ``[BK, 1]`` of one place."""
-    return tl.trans(load_sums(sums, here, h, tl.arange(0, 1) + place, first, S))
+    high, low = load_sums(sums, here, h, tl.arange(0, 1) + place, first, S)
+    return tl.trans(high), tl.trans(low)
 
 
 @triton.jit
@@ -61,39 +81,40 @@ def load_pairs(matrix, later, earlier, C: tl.constexpr):
 
 
 @triton.jit
-def earlier_keys(x, sums, here, h, place, log, first, S: tl.constexpr):
-    """The keys of a block as seen from a later token, whose running sums ``log`` are, in their own dtype."""
+def earlier_keys(x, sums, here, h, place, high, low, first, S: tl.constexpr):
+    """The keys of a block as seen from a later token, whose sums are given, in their own dtype."""
     t = place + tl.arange(0, SUB)
     k = load_turned(x.k + h // (S.H // S.G) * S.K, x.stride_k, here, t, first, S)
-    return (k * between(turned_sums(sums, here, h, t, first, S), log)).to(x.k.dtype.element_ty)
+    own_high, own_low = turned_sums(sums, here, h, t, first, S)
+    return (k * between(own_high, own_low, high, low, S)).to(x.k.dtype.element_ty)
 
 
 @triton.jit
-def block_pairs(found, q, k, log, matrix, x, sums, here, h, b, first, S: tl.constexpr):
-    """(``found``, with the pairs of block b of a chunk and its others, gains ``[BK]`` of those around the block).
+def block_pairs(found, block, x, sums, here, S: tl.constexpr):
+    """(``found``, with the pairs of two blocks of a chunk, gains ``[BK]`` of those around the block).
 
-    Tensors are ``[BK, SUB]`` float32. found: dq, dk, and the gains of queries and of keys. log: running sums. matrix: the
-    gradient of the chunk's scores.
+    found: dq, dk, and the gains of queries and of keys, ``[BK, SUB]`` float32.
 
     A query meets the keys of earlier blocks at the start of its block, a key its later queries at the end of its own.
     """
     dq, dk, own_queries, own_keys = found
+    h, b, first, matrix, q, k, high, low = block
     DELTA: tl.constexpr = x.beta is not None
     place, overlaps = b * SUB, matrix + S.C * S.C
     low_type = x.q.dtype.element_ty
     head = h // (S.H // S.G) * S.K
-    start = sums_at(sums, here, h, place - 1, first, S)
-    end = sums_at(sums, here, h, place + SUB - 1, first, S)
+    start_high, start_low = sums_at(sums, here, h, place - 1, first, S)
+    end_high, end_low = sums_at(sums, here, h, place + SUB - 1, first, S)
     from_queries = tl.zeros([S.BK, SUB], tl.float32)
     from_keys = from_queries
     for j in tl.range(0, b, num_stages=1):
-        keys = earlier_keys(x, sums, here, h, j * SUB, start, first, S)
+        keys = earlier_keys(x, sums, here, h, j * SUB, start_high, start_low, first, S)
         pairs = tl.trans(load_pairs(matrix, place, j * SUB, S.C))
         from_queries = tl.dot(keys, pairs, from_queries, input_precision=S.PRECISION)
         if DELTA:
             pairs = tl.trans(load_pairs(overlaps, place, j * SUB, S.C))
             from_keys = tl.dot(keys, pairs, from_keys, input_precision=S.PRECISION)
-    decay = between(start, log)
+    decay = between(start_high, start_low, high, low, S)
     dq += from_queries * decay
     gains = from_queries * q
     if DELTA:
@@ -106,7 +127,8 @@ def block_pairs(found, q, k, log, matrix, x, sums, here, h, b, first, S: tl.cons
     blocks = (tl.minimum(here.size, S.C) + SUB - 1) // SUB
     for i in tl.range(b + 1, blocks, num_stages=1):
         t = i * SUB + tl.arange(0, SUB)
-        decay = between(end, turned_sums(sums, here, h, t, first, S))
+        later_high, later_low = turned_sums(sums, here, h, t, first, S)
+        decay = between(end_high, end_low, later_high, later_low, S)
         later_q = load_turned(x.q + head, x.stride_q, here, t, first, S) * decay
         pairs = load_pairs(matrix, i * SUB, place, S.C)
         to_keys = tl.dot(later_q.to(low_type), pairs, to_keys, input_precision=S.PRECISION)
@@ -115,17 +137,17 @@ def block_pairs(found, q, k, log, matrix, x, sums, here, h, b, first, S: tl.cons
             pairs = load_pairs(overlaps, i * SUB, place, S.C)
             to_keys = tl.dot(later_k.to(low_type), pairs, to_keys, input_precision=S.PRECISION)
         for j in tl.range(0, b, num_stages=1):
-            keys = earlier_keys(x, sums, here, h, j * SUB, start, first, S)
+            keys = earlier_keys(x, sums, here, h, j * SUB, start_high, start_low, first, S)
             pairs = tl.trans(load_pairs(matrix, i * SUB, j * SUB, S.C))
             gains = tl.dot(keys, pairs, input_precision=S.PRECISION) * later_q
             if DELTA:
                 pairs = tl.trans(load_pairs(overlaps, i * SUB, j * SUB, S.C))
                 gains += tl.dot(keys, pairs, input_precision=S.PRECISION) * later_k
             around += tl.sum(gains, axis=1)
-    to_keys *= between(log, end)
+    to_keys *= between(high, low, end_high, end_low, S)
     dk += to_keys
     own_keys += to_keys * k
-    around *= tl.reshape(between(start, end), [S.BK])
+    around *= tl.reshape(between(start_high, start_low, end_high, end_low, S), [S.BK])
     return (dq, dk, own_queries, own_keys), around
 
 
@@ -166,10 +188,11 @@ def gate_grads_kernel(
     matrix = score_grads + site * (PLANES * S.C * S.C)
     q = load_turned(x.q + head, x.stride_q, here, t, first, S)
     k = load_turned(x.k + head, x.stride_k, here, t, first, S)
-    log = turned_sums(sums, here, h, t, first, S)
+    high, low = turned_sums(sums, here, h, t, first, S)
 
     # Pairs of two chunks: a query meets its keys at the start of the chunk, a key its queries at the end.
-    late, early = tl.exp2(log.to(tl.float32)), between(log, sums_at(sums, here, h, S.C, first, S))
+    end_high, end_low = sums_at(sums, here, h, S.C, first, S)
+    late, early = tl.exp2(high), between(high, low, end_high, end_low, S)
     if DELTA:
         SIZE: tl.constexpr = S.C * S.K
         starts = load_own(grads.k + 2 * site * SIZE, b * SUB, first, S) * late
@@ -183,8 +206,8 @@ def gate_grads_kernel(
         dk = load_turned(grads.k + h * S.K, S.H * S.K, here, t, first, S) * early
         own_keys = dk * k
         own_queries = dq * q
-    found = dq, dk, own_queries, own_keys
-    found, around = block_pairs(found, q, k, log, matrix, x, sums, here, h, b, first, S)
+    block = Block(h, b, first, matrix, q, k, high, low)
+    found, around = block_pairs((dq, dk, own_queries, own_keys), block, x, sums, here, S)
     dq, dk, own_queries, own_keys = found
     around += load_log(grads.around, site * BLOCKS + b, first, S)
     gain = tl.zeros([S.BK, SUB], tl.float32) + around[:, None]
@@ -202,7 +225,8 @@ def gate_grads_kernel(
         odd, partners = in_odd_block(level, t)[None, :], meet(level, t)
         passing = tl.where(odd, own_queries, own_keys).to(low_type)
         gain = tl.dot(passing, tl.where(partners, 1.0, 0.0).to(low_type), acc=gain, input_precision=S.PRECISION)
-        decay = either_way(log, turned_sums(sums, here, h, level_ends(level, t), first, S))
+        edge_high, edge_low = turned_sums(sums, here, h, level_ends(level, t), first, S)
+        decay = either_way(high, low, edge_high, edge_low, S)
         of_query = tl.where(odd, decay, 0.0)
         of_key = decay - of_query
         mixed = tl.where(odd, q, k)

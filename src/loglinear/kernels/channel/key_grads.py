@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.channel.gains import blocks_of, of_other_blocks, skipping
+from loglinear.kernels.channel.output import load_square
 from loglinear.kernels.tree.levels import level_mask
 from loglinear.kernels.tree.place import chunk_of, row_of_program
-from loglinear.kernels.tree.tiles import load_entry, load_square, load_tokens, store_tokens
+from loglinear.kernels.tree.tiles import load_entry, load_tokens, store_tokens
 
 
 @triton.jit(do_not_specialize=["T", "N", "NG", "L", "tiles"])
-def key_grads_kernel(x, scores, grads, dv, table, T, N, NG, L, tiles, S: tl.constexpr):
+def key_grads_kernel(x, states, grads, dv, table, T, N, NG, L, tiles, S: tl.constexpr):
     """Of grads it reads ``chunks``, ``levels`` and ``beyond``, of ``tiles`` of V, writes ``k`` and completes ``around``.
 
     Grid: H x chunks, chunks fastest. float32: mask, accumulators.
@@ -23,7 +24,7 @@ def key_grads_kernel(x, scores, grads, dv, table, T, N, NG, L, tiles, S: tl.cons
     here = chunk_of(at, chunk, S.C)
     site = chunk.to(tl.int64) * S.H + h
     k_tile = load_tokens(x.k, x.stride_k, h, here, S.C, S.K, S.BK, 0)
-    weights = load_square(scores, site, S.C).to(tl.float32) * level_mask(x, here, h, L, S)
+    weights = load_square(states.scores, site, S.C).to(tl.float32) * level_mask(x, here, h, L, S)
     weights = weights.to(k_tile.dtype)
     total = tl.zeros([S.C, S.BK], tl.float32)
     for first_v in range(0, S.V, S.BV):

@@ -29,12 +29,16 @@ def turned(x):
 
 
 @triton.jit
-def to_boundary(odd, sums, ends):
-    """Decay between tokens and the boundaries at which they meet their partners of a level: the odd ones lie behind it.
+def to_boundary(sums, here, h, t, high, low, odd, first, level, S: tl.constexpr):
+    """Decay ``[..., BK]`` between each token at ``t [...]`` and the boundary at which it meets its partners of a level.
 
     Not ``decays.either_way``: its absolute value makes this kernel spill 624 bytes, 3.11 ms for 0.90 (H200, Triton 3.6).
     """
-    return tl.exp2(at_most_zero(tl.where(odd, sums - ends, ends - sums).to(tl.float32)))
+    end_high, end_low = load_sums(sums, here, h, level_ends(level, t), first, S)
+    log = tl.where(odd, high - end_high, end_high - high)
+    if S.EXACT:
+        log += tl.where(odd, low - end_low, end_low - low)
+    return tl.exp2(at_most_zero(log))
 
 
 @triton.jit
@@ -58,10 +62,10 @@ def store_pairs(x, made, here, h, site, SIDE: tl.constexpr, FROM: tl.constexpr, 
         q, k = q_tile.to(tl.float32), load_rows(x.k + head, x.stride_k, here, t, first, S).to(tl.float32)
         if DELTA:
             k += spoilt(x, here, h, t)
-        sums = load_sums(made.sums, here, h, t, first, S)
+        high, low = load_sums(made.sums, here, h, t, first, S)
         for level in tl.range(FROM, TO, num_stages=1):  # not unrolled: the loads of all levels at once would spill
             odd = tl.expand_dims(in_odd_block(level, t), -1)
-            decay = to_boundary(odd, sums, load_sums(made.sums, here, h, level_ends(level, t), first, S))
+            decay = to_boundary(made.sums, here, h, t, high, low, odd, first, level, S)
             mixed = (tl.where(odd, q, k) * decay).to(q_tile.dtype)
             later = meet(level, t) & (row > column)
             if DELTA:
@@ -75,7 +79,7 @@ def store_pairs(x, made, here, h, site, SIDE: tl.constexpr, FROM: tl.constexpr, 
         if FROM == 0:
             scores += tl.where(row == column, tl.expand_dims(tl.sum(q * k, axis=-1), -1), 0.0)
             if DELTA:  # finite where the token is
-                squares = tl.sum(k * k + 0.0 * sums.to(tl.float32), axis=-1)
+                squares = tl.sum(k * k + 0.0 * high, axis=-1)
                 overlaps += tl.where(row == column, tl.expand_dims(squares, -1), 0.0)
     places = site * (S.C * S.C) + (row * S.C + column)
     own = (row // SUB != column // SUB) | (FROM == 0)
@@ -101,12 +105,12 @@ def scores_kernel(x, made, table, T, N, NG, S: tl.constexpr):
         k = load_tokens(x.k, x.stride_k, head, here, S.C, S.K, S.BK, first).to(tl.float32)
         if x.beta is not None:
             k += spoilt(x, here, h, t)
-        sums = load_sums(made.sums, here, h, t, first, S)
-        end = load_sums(made.sums, here, h, tl.arange(0, 1) + S.C, first, S)
-        late = tl.exp2(sums.to(tl.float32))
-        store_tokens(made.q, S.H * S.K, h, here, q * late, S.C, S.K, S.BK, first)
-        store_tokens(made.k, S.H * S.K, h, here, k * between(sums, end), S.C, S.K, S.BK, first)
+        high, low = load_sums(made.sums, here, h, t, first, S)
+        end_high, end_low = load_sums(made.sums, here, h, tl.arange(0, 1) + S.C, first, S)
+        early = between(high, low, end_high, end_low, S)
+        store_tokens(made.q, S.H * S.K, h, here, q * tl.exp2(high), S.C, S.K, S.BK, first)
+        store_tokens(made.k, S.H * S.K, h, here, k * early, S.C, S.K, S.BK, first)
         if x.beta is not None:
-            store_tokens(made.starts, S.H * S.K, h, here, k * late, S.C, S.K, S.BK, first)
+            store_tokens(made.starts, S.H * S.K, h, here, k * tl.exp2(high), S.C, S.K, S.BK, first)
         columns = first + tl.arange(0, S.BK)[None, :]
-        tl.store(made.chunk_log + site * S.K + columns, end.to(tl.float32), mask=columns < S.K)
+        tl.store(made.chunk_log + site * S.K + columns, end_high, mask=columns < S.K)

@@ -21,10 +21,10 @@ from loglinear.kernels.tree.place import chunk_of, row_of_program
 from loglinear.kernels.tree.tiles import (
     key_head,
     load_part,
-    load_square,
     load_tile,
     load_tokens,
     query_head,
+    square,
     store_part,
     store_tile,
 )
@@ -85,10 +85,10 @@ def key_grads_kernel(
     from_start = tl.exp2(high)
     strength = strengths_of(x, here, h, in_chunk)
     if S.CHANNELS:
-        products = load_square(maps.overlaps, kept, S.C)
+        products = tl.load(square(maps.overlaps + kept * (S.C * S.C), S.C))
     else:
         products = product(k_head, k_head, x.stride_k, x.stride_k, valid, S.K, S.BK, S)
-    solved = load_square(maps.solve, kept, S.C)
+    solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))
     solve_grads = tl.load(plane(scores, site, SOLVE_GRADS, S))
     doverlap, overlap, dstrength = inverse_grads(products, decays, strength, solved, solve_grads, S)
     dbeta = out.dbeta + origin * out.stride_dbeta + h + in_chunk * out.stride_dbeta

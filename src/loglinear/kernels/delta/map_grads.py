@@ -26,9 +26,9 @@ from loglinear.kernels.tree.tiles import (
     key_head,
     load_block,
     load_part,
-    load_square,
     load_tile,
     load_tokens,
+    square,
     store_part,
     store_tile,
 )
@@ -203,7 +203,7 @@ def map_grads_kernel(
         solve_grads *= tl.exp2(tl.load(head_sums + in_chunk, mask=valid, other=0.0))[None, :]
 
     masked = tl.load(plane(scores, site, MASKED, S))
-    solved = load_square(maps.solve, kept, S.C)
+    solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))
     # Not pipelined: the buffers would leave room for one program on a multiprocessor and not two.
     for first in tl.range(0, S.V, S.BV, num_stages=1):
         values = load_tokens(x.v, x.stride_v, h, here, S.C, S.V, S.BV, first)

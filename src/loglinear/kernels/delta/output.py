@@ -16,14 +16,14 @@ from loglinear.kernels.delta.products import load_erased, times_memory, token_pr
 from loglinear.kernels.tree.decays import load_sum, pairs
 from loglinear.kernels.tree.levels import entry_scales, level_mask
 from loglinear.kernels.tree.place import OCTET, chunk_of, log2_of_power, lowbit, row_of_program, set_bits
-from loglinear.kernels.tree.tiles import key_head, load_part, load_square, load_tile, query_head, store_tokens
+from loglinear.kernels.tree.tiles import key_head, load_part, load_tile, query_head, square, store_tokens
 
 
 @triton.jit
 def gate_scores(x, maps, site, here, h, high, low, S: tl.constexpr):
     """``P = tril(Q Kᵀ ∘ Γ)`` of a chunk, in the inputs' dtype."""
     if S.CHANNELS:
-        scores = load_square(maps.scores, site, S.C)
+        scores = tl.load(square(maps.scores + site * (S.C * S.C), S.C))
     else:
         t = tl.arange(0, S.C)
         q, k = query_head(x, here, h, S), key_head(x, here, h, S)
@@ -94,7 +94,7 @@ def output_kernel(x, L, maps, states, o, path_starts, table, T, N, NG, paths, al
     columns = first_v + tl.arange(0, S.BK)
     # A value that is not finite has spoilt its column of U, for every token.
     first_of_U = tl.load(written + S.K + columns, mask=columns < S.V, other=0.0).to(tl.float32)
-    solved = load_square(maps.solve, site, S.C)
+    solved = tl.load(square(maps.solve + site * (S.C * S.C), S.C))
     scores = tl.dot(products, solved, input_precision=S.PRECISION)
     mask = level_mask(x, here, h, L, S)
     v_head = x.v + origin * x.stride_v + h * S.V

@@ -13,7 +13,7 @@ import triton.language as tl
 from loglinear.kernels.tree.decays import load_sum, pairs
 from loglinear.kernels.tree.levels import LOG_SUB, SUB, level_mask, local_levels
 from loglinear.kernels.tree.place import chunk_of, row_of_program
-from loglinear.kernels.tree.tiles import key_head, load_square, load_tile, query_head, square
+from loglinear.kernels.tree.tiles import key_head, load_tile, query_head, square
 
 # Planes of ``scores``. The last is P's share Pᵀ dR of dT, until map_grads adds the others.
 PRODUCTS = tl.constexpr(0)  # P
@@ -93,12 +93,12 @@ def score_grads_kernel(
     high, low = load_sum(maps.sums + h.to(tl.int64) * sums_stride + origin, in_chunk, valid, all_tokens, S)
     decays = tl.where(earlier, pairs(high, low, S), 0.0)
     if S.CHANNELS:
-        products = load_square(maps.scores, kept, S.C).to(tl.float32)
+        products = tl.load(square(maps.scores + kept * (S.C * S.C), S.C)).to(tl.float32)
     else:
         products = product(q_head, k_head, x.stride_q, x.stride_k, valid, S.K, S.BK, S) * decays
     products_low = products.to(dtype)
     tl.store(plane(scores, site, PRODUCTS, S), products_low)
-    solved = load_square(maps.solve, kept, S.C)
+    solved = tl.load(square(maps.solve + kept * (S.C * S.C), S.C))
     within = tl.dot(products_low, solved, input_precision=S.PRECISION)
     mask = level_mask(x, here, h, L, S)
     tl.store(plane(scores, site, MASKED, S), (within * mask).to(dtype))

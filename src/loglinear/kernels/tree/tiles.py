@@ -157,9 +157,3 @@ def store_entry(states, site, tile, active, first_k, first_v, S: tl.constexpr):
 def square(base, C: tl.constexpr):
     """Pointers to a contiguous matrix ``[C, C]``."""
     return base + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
-
-
-@triton.jit
-def load_square(base, site, C: tl.constexpr):
-    """``[C, C]`` of a site (int64) of ``[sites, C, C]``."""
-    return tl.load(square(base + site * (C * C), C))
