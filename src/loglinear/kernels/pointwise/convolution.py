@@ -140,7 +140,7 @@ def _passed_back(gradient, grads, taps, here, masks: tl.constexpr, W: tl.constex
 
 
 @triton.jit
-def _differentiate(
+def _differentiate(  # 14 parameters: those of the kernels that call it
     x,
     given,
     dx,
